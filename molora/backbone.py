@@ -1,0 +1,354 @@
+"""The backbone: a frozen causal LM from transformers, identified by hash and probed once before it is trusted.
+
+Letters: T tokens in a pack, K positions, D backbone width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from molora import attention
+from molora.cache import PackedCache
+from molora.rotary import wrap_rotary
+from molora.routing import Flow, current_flow, flowing
+from molora.storage import read_json, write_json
+
+FORMAT_VERSION = 1
+# A probe longer than this is not worth its time; windows beyond it stay unexercised.
+_PROBE_TOKENS = 8192
+_PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+class BackboneRefused(ValueError):
+    """A causal LM that cannot run packed samples exactly; the message says why."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a modality was trained on. Other weights or another tokenizer are another backbone."""
+
+    source: str
+    weights: str
+    rope: str
+    tokenizer: str
+    template: str
+
+    def check(self, other: Mapping[str, str], where: str) -> list[str]:
+        """Compares with a recorded identity; returns warnings, raises ValueError for another backbone."""
+        for key, what in (("weights", "backbone weights"), ("rope", "RoPE configuration"), ("tokenizer", "tokenizer")):
+            if other[key] != getattr(self, key):
+                raise ValueError(
+                    f"{where}: trained with another {what} ({key} hash {other[key][:12]}, source {other['source']!r}) than "
+                    f"the one given ({getattr(self, key)[:12]}, source {self.source!r}); load it on the backbone it was "
+                    "trained on"
+                )
+        if other["template"] != self.template:
+            return [f"{where}: trained with another chat template; answers may suffer"]
+        return []
+
+
+class Backbone(nn.Module):
+    """A frozen causal LM that runs packs. Always in eval mode, whatever `train` is told.
+
+    Raises BackboneRefused if the model cannot run packed samples exactly.
+    """
+
+    def __init__(self, model: PreTrainedModel, identity: Identity, *, probe: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.identity = identity
+        self.model = model.requires_grad_(False).eval()
+        stock = _run_stock(model) if probe is None else None
+        attention.register()
+        model.set_attn_implementation(attention.NAME)
+        self.rotary = wrap_rotary(model)
+        self.activation_checkpointing = False
+        for layer in decoder_layers(model):
+            layer.forward = self._checkpointed(layer.forward)
+        self.probe = self._compare(stock) if probe is None else probe
+        self.embed_scale: float = self.probe["embed_scale"]
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def width(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def max_tokens(self) -> int:
+        """The context length in tokens; dynamic RoPE stretches the one it was trained with."""
+        stretch = [rotary.stretch for rotary in self.rotary]
+        return int(self.config.max_position_embeddings * max([1.0, *stretch]))
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Token ids that end an answer: the generation config's, which know more than the model config's."""
+        generation = self.model.generation_config
+        eos = generation.eos_token_id if generation is not None else self.config.eos_token_id
+        return frozenset([eos] if isinstance(eos, int) else eos or ())
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Stays in eval mode."""
+        return super().train(False)
+
+    def regime(self, length: int) -> tuple[int, ...]:
+        """Changes exactly when a sample growing to `length` tokens changes its rotary frequencies."""
+        return tuple(number for rotary in self.rotary for number in rotary.regimes(length))
+
+    def embed(self, token_ids_T: Tensor) -> Tensor:
+        """The model's own input embeddings, (T, D)."""
+        return self.model.get_input_embeddings()(token_ids_T)
+
+    def forward(
+        self, embeds_TD: Tensor, position_ids_T: Tensor, flow: Flow, cache: PackedCache | None = None
+    ) -> Tensor:
+        """Final hidden states (T, D) of a pack of embeddings."""
+        with flowing(flow):
+            output = decoder(self.model)(
+                inputs_embeds=embeds_TD[None],
+                position_ids=position_ids_T[None],
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
+        return output.last_hidden_state[0]
+
+    def head(self, hidden_KD: Tensor) -> Tensor:
+        """Logits (K, V)."""
+        logits = self.model.get_output_embeddings()(hidden_KD)
+        # What the classes of Cohere, Granite and Gemma do after their head; the probe finds any other habit.
+        if scale := getattr(self.config, "logit_scale", None):
+            logits = logits * scale
+        if scaling := getattr(self.config, "logits_scaling", None):
+            logits = logits / scaling
+        if cap := getattr(self.config, "final_logit_softcapping", None):
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    @torch.no_grad()
+    def _compare(self, stock: _Stock) -> dict[str, Any]:
+        """Runs the probe's samples alone and packed and compares their logits with the stock model's."""
+        name = type(self.model).__name__
+        lengths = [len(ids) for ids in stock.samples]
+        tolerance = _PROBE_TOLERANCE[self.model.dtype]
+        try:
+            alone = [self._logits([ids]) for ids in stock.samples]
+            packed = self._logits(stock.samples).split(lengths)
+        except NotImplementedError as error:
+            raise BackboneRefused(f"{name}: {error}") from error
+        differences: dict[str, float] = {}
+        for how, ours in (("alone", alone), ("packed", packed)):
+            differences[how] = worst = max(
+                float((mine - theirs).abs().max() / theirs.abs().max())
+                for mine, theirs in zip(ours, stock.logits, strict=True)
+            )
+            if not worst <= tolerance:
+                types = ", ".join(sorted(set(getattr(self.config, "layer_types", None) or ["full_attention"])))
+                raise BackboneRefused(
+                    f"{name} gives other logits {how} than in transformers: relative difference {worst:.2g}, allowed "
+                    f"{tolerance:.0e}, for samples of {lengths} tokens (layer types: {types}; {_mixers(self.model)})"
+                )
+        return {"embed_scale": stock.embed_scale, "lengths": lengths, "differences": differences}
+
+    def _logits(self, samples: list[Tensor]) -> Tensor:
+        positions = torch.cat([torch.arange(len(ids), device=ids.device) for ids in samples])
+        flow = Flow(tuple(len(ids) for ids in samples))
+        return self.head(self(self.embed(torch.cat(samples)), positions, flow))
+
+    def _checkpointed(self, forward: Any) -> Any:
+        # transformers checkpoints only in training mode, which a frozen backbone never is.
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if not (self.activation_checkpointing and torch.is_grad_enabled()):
+                return forward(*args, **kwargs)
+            flow = current_flow()
+
+            def again(*args: Any, **kwargs: Any) -> Any:
+                with flowing(flow):
+                    return forward(*args, **kwargs)
+
+            return checkpoint(again, *args, use_reentrant=False, **kwargs)
+
+        return run
+
+
+def decoder(model: PreTrainedModel) -> nn.Module:
+    """The part of a causal LM without its head; some classes call themselves their decoder."""
+    found = model.get_decoder()
+    return found if found is not model else model.get_submodule("model")
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def load_backbone(
+    source: str, *, dtype: str | None = None, revision: str | None = None, device: torch.device | str = "cpu"
+) -> tuple[Backbone, PreTrainedTokenizerBase]:
+    """Opens a causal LM and its tokenizer from a folder or the hub, frozen, hashed and probed.
+
+    `dtype` such as "bfloat16" casts the weights; by default they keep their stored dtype.
+
+    Raises FileNotFoundError, ValueError for what cannot be read, BackboneRefused for what cannot be run.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        if source.startswith((".", "/", "~")) or source.count("/") > 1:
+            raise FileNotFoundError(f"backbone {source!r}: no such folder")
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"backbone {folder}: no config.json; expected a folder that transformers can open")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.chat_template is None:
+        raise ValueError(f"backbone {folder}: its tokenizer has no chat template; add one (chat_template.jinja)")
+    identity, remembered = _identify(folder, source, tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype="auto" if dtype is None else getattr(torch, dtype),
+        attn_implementation="eager",  # some released configs name flash attention, which may not be installed
+    ).to(device)
+    key = f"{transformers.__version__} {torch.__version__} {model.dtype} {torch.device(device).type}"
+    probes = remembered.setdefault("probes", {})
+    backbone = Backbone(model, identity, probe=probes.get(key))
+    if key not in probes:
+        probes[key] = backbone.probe
+        write_json(_memory(folder), remembered)
+    return backbone, tokenizer
+
+
+def weights_hash(folder: Path) -> str:
+    """SHA-256 over the sorted (name, dtype, shape, SHA-256 of the bytes) of a folder's safetensors.
+
+    Raises ValueError if the folder has none.
+    """
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
+        raise ValueError(f"{folder}: no .safetensors weights (molora reads no pickles); save the model with safetensors")
+    lines = []
+    for shard in shards:
+        with open(shard, "rb") as file:
+            (header_bytes,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(header_bytes))
+            for name, entry in header.items():
+                if name == "__metadata__":
+                    continue
+                start, stop = entry["data_offsets"]
+                file.seek(8 + header_bytes + start)
+                digest = hashlib.sha256()
+                while start < stop:
+                    chunk = file.read(min(2**24, stop - start))
+                    digest.update(chunk)
+                    start += len(chunk)
+                lines.append(f"{name} {entry['dtype']} {entry['shape']} {digest.hexdigest()}")
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _memory(folder: Path) -> Path:
+    """Where hashes and probe results of this folder's present files are remembered."""
+    stamps = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.resolve().glob("*.safetensors"))]
+    root = Path(os.environ.get("MOLORA_CACHE", "~/.cache/molora")).expanduser()
+    return root / "backbones" / f"{_digest([str(folder.resolve()), stamps, FORMAT_VERSION])}.json"
+
+
+def _identify(folder: Path, source: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Identity, dict[str, Any]]:
+    memory = _memory(folder)
+    remembered = read_json(memory) if memory.is_file() else {"weights": weights_hash(folder)}
+    config = read_json(folder / "config.json")
+    rope_keys = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings")
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    identity = Identity(
+        source=source,
+        weights=remembered["weights"],
+        rope=_digest({key: config.get(key) for key in rope_keys}),
+        tokenizer=_digest(vocabulary),
+        template=_digest(tokenizer.chat_template),
+    )
+    return identity, remembered
+
+
+@dataclass(frozen=True)
+class _Stock:
+    """What transformers itself gives on the probe's samples."""
+
+    samples: list[Tensor]
+    logits: list[Tensor]
+    embed_scale: float
+
+
+@torch.no_grad()
+def _run_stock(model: PreTrainedModel) -> _Stock:
+    """Runs the probe's samples one by one through the untouched model. Raises BackboneRefused."""
+    name = type(model).__name__
+    layers = decoder_layers(model)
+    if getattr(model, "_is_stateful", False):
+        raise BackboneRefused(f"{name} keeps a recurrent state ({_mixers(model)}), which samples in a pack would share")
+    if not model._can_set_attn_implementation() or not layers:
+        raise BackboneRefused(
+            f"{name} has attention code of its own ({_mixers(model)}) instead of transformers' attention interface, so "
+            "samples in a pack could see each other"
+        )
+    generator = torch.Generator().manual_seed(0)
+    samples = [
+        torch.randint(model.config.vocab_size, (length,), generator=generator).to(model.device)
+        for length in _probe_lengths(model.config)
+    ]
+    entered: list[Tensor] = []
+    hook = layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    model.set_attn_implementation("eager")
+    logits = [model(input_ids=ids[None], use_cache=False).logits[0] for ids in samples]
+    hook.remove()
+    return _Stock(samples, logits, _embed_scale(name, model.get_input_embeddings()(samples[0]), entered[0][0]))
+
+
+def _mixers(model: nn.Module) -> str:
+    names = {type(module).__name__ for module in model.modules()}
+    return ", ".join(sorted(name for name in names if "Attention" in name or "Mixer" in name))
+
+
+def _probe_lengths(config: Any) -> tuple[int, ...]:
+    """A few tokens, something in between, and more than every window and RoPE switch that fits."""
+    edges = [getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)]
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        edges.append(parameters.get("original_max_position_embeddings"))
+    limit = min(config.max_position_embeddings, _PROBE_TOKENS)
+    longest = max([edge + 9 for edge in edges if edge and edge + 9 <= limit], default=min(limit, 40))
+    return tuple(sorted({min(5, limit), max(1, longest // 2), longest}))
+
+
+def _embed_scale(name: str, embedded_TD: Tensor, entered_TD: Tensor) -> float:
+    """The factor between the embedding module's output and what the first layer receives."""
+    scale = float((entered_TD.double() * embedded_TD.double()).sum() / embedded_TD.double().square().sum())
+    if not torch.allclose(entered_TD, embedded_TD * scale, rtol=1e-2, atol=1e-4):
+        raise BackboneRefused(f"{name} transforms its input embeddings before the first layer by more than a factor")
+    return 1.0 if torch.equal(entered_TD, embedded_TD) else scale

@@ -1,0 +1,82 @@
+"""Keys and values of running samples, one segment per sample and layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import Cache
+
+from molora.attention import Segments
+from molora.routing import current_flow
+
+
+class _Segment:
+    """A (1, G, K, d) tensor that grows along K; the buffer doubles so that appending stays cheap."""
+
+    def __init__(self, start: Tensor) -> None:
+        self.buffer = start.clone()
+        self.length = start.shape[2]
+
+    def append(self, new: Tensor) -> None:
+        length = self.length + new.shape[2]
+        if length > self.buffer.shape[2]:
+            batch, heads, _, width = self.buffer.shape
+            grown = self.buffer.new_empty(batch, heads, max(length, 2 * self.length), width)
+            grown[:, :, : self.length] = self.buffer[:, :, : self.length]
+            self.buffer = grown
+        self.buffer[:, :, self.length : length] = new
+        self.length = length
+
+    def view(self) -> Tensor:
+        return self.buffer[:, :, : self.length]
+
+
+class PackedCache(Cache):
+    """A key/value cache whose samples have their own lengths and come and go while the others run.
+
+    Stock caches hold a padded batch and so cannot hold a packed prefill. Every key is kept; windows are applied where
+    attention reads them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self._keys: dict[int, list[_Segment]] = {}
+        self._values: dict[int, list[_Segment]] = {}
+
+    def update(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Segments, Segments]:
+        """Appends each sample's new keys and values (1, G, T, d) and returns all of them, segment by segment."""
+        flow = current_flow()
+        if flow is None:
+            raise RuntimeError("PackedCache was used outside a molora forward: the pack's sample lengths are unknown")
+        return tuple(  # pyright: ignore[reportReturnType]
+            self._extend(store.setdefault(layer_idx, []), states.split(flow.lengths, dim=2))
+            for store, states in ((self._keys, key_states), (self._values, value_states))
+        )
+
+    @staticmethod
+    def _extend(segments: list[_Segment], new: Sequence[Tensor]) -> Segments:
+        if not segments:
+            segments.extend(_Segment(tensor) for tensor in new)
+        else:
+            for segment, tensor in zip(segments, new, strict=True):
+                segment.append(tensor)
+        return Segments(segment.view() for segment in segments)
+
+    def select(self, samples: Sequence[int]) -> None:
+        """Keeps only these samples, in this order."""
+        for store in (self._keys, self._values):
+            for layer, segments in store.items():
+                store[layer] = [segments[sample] for sample in samples]
+
+    def join(self, other: PackedCache) -> None:
+        """Appends the samples of another cache after this one's."""
+        for mine, theirs in ((self._keys, other._keys), (self._values, other._values)):
+            for layer, segments in theirs.items():
+                mine.setdefault(layer, []).extend(segments)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        raise RuntimeError("a packed cache has one length per sample; positions must be passed explicitly")

@@ -1,0 +1,174 @@
+"""Generation: samples of any mix decode together; each starts, crosses the RoPE switch and ends on its own.
+
+Letters: T tokens in a pack, N running samples, D backbone width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from molora.cache import PackedCache
+from molora.model import MoLoRA
+from molora.pack import Pack, Sample, collate
+from molora.seeding import seed_of
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How answers are decoded. `temperature` 0 is greedy; `top_p` keeps the likeliest tokens up to that mass."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    max_running_samples: int = 64
+
+    def __post_init__(self) -> None:
+        for name, ok in (
+            ("max_new_tokens", self.max_new_tokens >= 1),
+            ("temperature", self.temperature >= 0),
+            ("top_p", 0 < self.top_p <= 1),
+            ("max_running_samples", self.max_running_samples >= 1),
+        ):
+            if not ok:
+                raise ValueError(f"generation: {name} cannot be {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One new token of one sample. `finished` is set on its last one: "stop" (a stop token, not part of the answer) or "length"."""
+
+    id: str
+    token_id: int
+    finished: Literal["stop", "length"] | None
+
+
+@dataclass
+class _Running:
+    """A sample in the batch: everything needed to decode its next token or to prefill it again."""
+
+    id: str
+    modalities: frozenset[str]
+    prompt_TD: Tensor
+    generator: torch.Generator
+    answer: list[int] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt_TD) + len(self.answer)
+
+
+@torch.inference_mode()
+def generate(model: MoLoRA, samples: Iterable[Sample], config: GenerationConfig | None = None) -> Iterator[Step]:
+    """Decodes samples, yielding tokens as they come; samples enter as others finish.
+
+    A sample's tokens do not depend on its neighbours: sampling draws from a generator of its own, seeded by the config's
+    seed and the sample's id. Ids must be unique.
+    """
+    config = config or GenerationConfig()
+    model.eval()
+    waiting = deque(samples)
+    running: list[_Running] = []
+    cache = PackedCache()
+    while waiting or running:
+        entering = [waiting.popleft() for _ in range(min(len(waiting), config.max_running_samples - len(running)))]
+        logits: list[Tensor] = []
+        if running:
+            logits, cache = _decode(model, running, cache)
+        if entering:
+            newcomers, their_logits, their_cache = _prefill(model, entering, config)
+            running, logits = running + newcomers, logits + their_logits
+            cache.join(their_cache)
+        kept: list[int] = []
+        for index, (sample, logits_V) in enumerate(zip(running, logits, strict=True)):
+            token_id = _choose(logits_V, sample.generator, config)
+            sample.answer.append(token_id)
+            finished = None
+            if token_id in model.backbone.stop_ids:
+                finished = "stop"
+            elif len(sample.answer) == config.max_new_tokens or sample.length == model.backbone.max_tokens:
+                finished = "length"
+            yield Step(sample.id, token_id, finished)
+            if finished is None:
+                kept.append(index)
+        # Neighbours by adapter, so that routing is one slice each.
+        kept.sort(key=lambda index: model.router.order(running[index].modalities))
+        running = [running[index] for index in kept]
+        cache.select(kept)
+
+
+def _prefill(
+    model: MoLoRA, samples: Sequence[Sample], config: GenerationConfig
+) -> tuple[list[_Running], list[Tensor], PackedCache]:
+    pack = collate(samples, model.modalities, model.router.order).to(model.device)
+    cache = PackedCache()
+    embeds_TD = model.embed(pack)
+    hidden_TD = model(pack, embeds_TD=embeds_TD, cache=cache)
+    ends = torch.tensor(pack.lengths).cumsum(0) - 1
+    logits = list(model.backbone.head(hidden_TD[ends]))
+    running = [
+        _Running(id, modalities, prompt, torch.Generator().manual_seed(seed_of(config.seed, id)))
+        for id, modalities, prompt in zip(pack.ids, pack.modalities, embeds_TD.split(pack.lengths), strict=True)
+    ]
+    return running, logits, cache
+
+
+def _decode(model: MoLoRA, running: Sequence[_Running], cache: PackedCache) -> tuple[list[Tensor], PackedCache]:
+    """Feeds every sample its latest token. Those whose rotary regime changes with it are prefilled again, alone."""
+    crossing = {
+        index
+        for index, sample in enumerate(running)
+        if model.backbone.regime(sample.length) != model.backbone.regime(sample.length - 1)
+    }
+    staying = [index for index in range(len(running)) if index not in crossing]
+    cache.select(staying)
+    logits: dict[int, Tensor] = {}
+    if staying:
+        samples = [running[index] for index in staying]
+        tokens = torch.tensor([sample.answer[-1] for sample in samples], device=model.device)
+        positions = torch.tensor([sample.length - 1 for sample in samples], device=model.device)
+        pack = _continuation(samples, (1,) * len(samples), tokens)
+        hidden_ND = model(pack, embeds_TD=model.backbone.embed(tokens), position_ids_T=positions, cache=cache)
+        logits.update(zip(staying, model.backbone.head(hidden_ND), strict=True))
+    for index in sorted(crossing):
+        sample = running[index]
+        answer = torch.tensor(sample.answer, device=model.device)
+        embeds_TD = torch.cat([sample.prompt_TD, model.backbone.embed(answer)])
+        again = PackedCache()
+        pack = _continuation([sample], (sample.length,), torch.zeros(sample.length, dtype=torch.long, device=model.device))
+        hidden_TD = model(pack, embeds_TD=embeds_TD, cache=again)
+        cache.join(again)
+        logits[index] = model.backbone.head(hidden_TD[-1:])[0]
+    order = [*staying, *sorted(crossing)]
+    cache.select([order.index(index) for index in range(len(running))])
+    return [logits[index] for index in range(len(running))], cache
+
+
+def _continuation(samples: Sequence[_Running], lengths: tuple[int, ...], token_ids_T: Tensor) -> Pack:
+    """A pack whose embeddings are already known: no items, no targets."""
+    return Pack(
+        ids=tuple(sample.id for sample in samples),
+        lengths=lengths,
+        modalities=tuple(sample.modalities for sample in samples),
+        token_ids_T=token_ids_T,
+        modality_ids_T=torch.zeros_like(token_ids_T),
+        targets_T=torch.zeros_like(token_ids_T, dtype=torch.bool),
+        media={},
+    )
+
+
+def _choose(logits_V: Tensor, generator: torch.Generator, config: GenerationConfig) -> int:
+    if config.temperature == 0:
+        return int(logits_V.argmax())
+    probabilities_V = torch.softmax(logits_V.float().cpu() / config.temperature, dim=-1)
+    if config.top_p < 1:
+        ordered, ids = probabilities_V.sort(descending=True)
+        beyond = ordered.cumsum(0) - ordered >= config.top_p
+        probabilities_V[ids[beyond]] = 0
+    return int(torch.multinomial(probabilities_V, 1, generator=generator))

@@ -1,0 +1,204 @@
+"""Routed LoRA: PEFT's LoRA layers, with a forward that gives every token of a pack its own adapter.
+
+PEFT injects, initialises, names, saves and loads; only the forward is ours.
+
+Letters: T tokens in a pack, D input width, O output width, R rank.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+
+from molora.config import ConfigError
+from molora.routing import current_flow
+
+# PEFT writes a model's adapter tensors under this prefix, whatever the model.
+_PREFIX = "base_model.model."
+# Initialisations that keep the backbone's weights as they are; the others subtract the adapter from them.
+_INITIALISATIONS = (True, False, "gaussian", "orthogonal")
+_REFUSED = {
+    "bias": ("none", "trains the frozen backbone's biases"),
+    "modules_to_save": (None, "trains copies of frozen layers"),
+    "lora_bias": (False, "a bias has no routed form"),
+    "target_parameters": (None, "fused expert weights have no routed form"),
+    "trainable_token_indices": (None, "trains the frozen embedding"),
+    "layer_replication": (None, "changes the backbone"),
+}
+
+
+class RoutedLinear(LoraLinear):
+    """A frozen linear layer with several adapters, of which each slice of a pack uses the one its routing names."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x (…, T, D) to (…, T, O); tokens of a bare slice get exactly what the frozen layer gives."""
+        flow = current_flow()
+        if flow is None:
+            raise RuntimeError("a routed layer ran outside a molora forward: no routing says which adapter to use")
+        out = self.base_layer(x)
+        if flow.routing is None or all(piece.adapter not in self.lora_A for piece in flow.routing.slices):
+            return out
+        if x.shape[-2] != flow.routing.slices[-1].stop:
+            raise RuntimeError(
+                f"a routed layer received {x.shape[-2]} tokens but the pack has {flow.routing.slices[-1].stop}: "
+                "layers that regroup tokens (such as experts) cannot carry routed adapters"
+            )
+        pieces = [self._slice(x, out, *piece) for piece in flow.routing.slices]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-2)
+
+    def _slice(self, x: Tensor, out: Tensor, adapter: str | None, start: int, stop: int) -> Tensor:
+        out = out[..., start:stop, :]
+        if adapter is None or adapter not in self.lora_A:
+            return out
+        dropped = self.lora_dropout[adapter](x[..., start:stop, :])
+        low = F.linear(dropped, self.lora_A[adapter].weight.to(x.dtype)) * self.scaling[adapter]
+        b_OR = self.lora_B[adapter].weight.to(x.dtype)
+        return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), b_OR.T).view(out.shape)
+
+    def merge(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise RuntimeError("adapters of a routed model cannot be merged: each sample needs its own")
+
+    unmerge = merge
+
+    def enable_adapters(self, enabled: bool) -> None:
+        if not enabled:
+            raise RuntimeError("adapters of a routed model cannot be disabled globally: route samples to none instead")
+
+
+def lora_config(options: Mapping[str, Any], where: str) -> LoraConfig:
+    """Reads PEFT's LoraConfig options, refusing what routing cannot honour. Raises ConfigError."""
+    known = LoraConfig.__dataclass_fields__
+    for key in options:
+        if key not in known:
+            raise ConfigError(f"{where}.{key}: PEFT's LoraConfig has no such option")
+    if not options.get("target_modules"):
+        raise ConfigError(f"{where}.target_modules: missing; name the backbone's linear layers to adapt")
+    config = LoraConfig(**{**options, "task_type": "CAUSAL_LM"})
+    check_config(config, where)
+    return config
+
+
+def check_config(config: LoraConfig, where: str) -> None:
+    """Raises ConfigError for variants of LoRA that have no routed form or would change the backbone."""
+    for key, (harmless, why) in _REFUSED.items():
+        value = getattr(config, key, harmless)
+        if value != harmless and value:
+            raise ConfigError(f"{where}.{key}: {value!r} is refused: {why}")
+    if config.init_lora_weights not in _INITIALISATIONS:
+        raise ConfigError(
+            f"{where}.init_lora_weights: {config.init_lora_weights!r} is refused, since it changes the frozen weights or "
+            f"needs data; use one of {list(_INITIALISATIONS)}"
+        )
+    for name, field in LoraConfig.__dataclass_fields__.items():
+        if field.metadata.get("is_lora_variant") and getattr(config, name):
+            raise ConfigError(f"{where}.{name}: this LoRA variant has no routed form")
+
+
+def inject(model: nn.Module, name: str, config: LoraConfig, where: str) -> None:
+    """Adds adapter `name` to a frozen causal LM in place; its parameters are fp32.
+
+    Raises ConfigError when a target hits no linear layer or hits one that cannot be routed.
+    """
+    targets = config.target_modules
+    linears = [path for path, module in model.named_modules() if isinstance(_base(module), nn.Linear)]
+    suffixes = sorted({path.rsplit(".", 1)[-1] for path in linears})
+    config._register_custom_module({nn.Linear: RoutedLinear})
+    try:
+        with warnings.catch_warnings():
+            # Several adapters on one model are the point here.
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            inject_adapter_in_model(config, model, adapter_name=name)
+    except ValueError as error:
+        raise ConfigError(f"{where}.target_modules: {targets!r} hits nothing; linear layers here: {suffixes}") from error
+    hit = {path: module for path, module in model.named_modules() if name in getattr(module, "lora_A", ())}
+    if isinstance(targets, (list, set, tuple)):
+        missed = sorted(t for t in targets if not any(path == t or path.endswith(f".{t}") for path in hit))
+        if missed:
+            raise ConfigError(f"{where}.target_modules: {missed} hit no layer; linear layers here: {suffixes}")
+    head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer) and (not isinstance(module, RoutedLinear) or module is head):
+            kind = "the output head" if module is head else type(module.get_base_layer()).__name__
+            raise ConfigError(f"{where}.target_modules: {path} is {kind}, which cannot carry a routed adapter")
+    for parameter in adapter_parameters(model, name).values():
+        parameter.data = parameter.data.float()
+
+
+def _base(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, LoraLayer) else module
+
+
+def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """The adapter's parameters under PEFT's file names without the prefix: `….q_proj.lora_A.weight`."""
+    return {
+        f"{path}.{side}.weight": getattr(module, side)[name].weight
+        for path, module in model.named_modules()
+        if isinstance(module, RoutedLinear) and name in module.lora_A
+        for side in ("lora_A", "lora_B")
+    }
+
+
+def set_dropout(model: nn.Module, training: bool) -> None:
+    """Adapters' dropout is the only thing inside the backbone that knows training from evaluation."""
+    for module in model.modules():
+        if isinstance(module, RoutedLinear):
+            module.lora_dropout.train(training)
+
+
+def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The tensors of `adapter_model.safetensors` as PEFT names them."""
+    return {_PREFIX + path: p.detach() for path, p in adapter_parameters(model, name).items()}
+
+
+def adapter_json(config: LoraConfig, base_model: str) -> str:
+    """The text of `adapter_config.json`; `base_model` is the backbone's hub id or folder."""
+    values = {**config.to_dict(), "base_model_name_or_path": base_model, "inference_mode": True}
+    return json.dumps(
+        {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}, indent=2, sort_keys=True
+    )
+
+
+def read_adapter(folder: Path) -> LoraConfig:
+    """Reads `adapter_config.json`, as PEFT or molora wrote it. Raises ConfigError."""
+    where = str(folder / "adapter_config.json")
+    if not Path(where).is_file():
+        raise ConfigError(f"{where}: no such file; is {folder} an adapter folder?")
+    config = LoraConfig.from_pretrained(str(folder))
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(f"{where}: peft_type is {config.peft_type!r}, expected LORA")
+    check_config(config, where)
+    config.inference_mode = False
+    return config
+
+
+def load_adapter_tensors(model: nn.Module, name: str, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Copies saved tensors into adapter `name`. Raises ValueError listing keys that are left over, missing or misshapen."""
+    parameters = {_PREFIX + path: parameter for path, parameter in adapter_parameters(model, name).items()}
+    load_exactly(parameters, tensors, where)
+
+
+def load_exactly(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Copies `tensors` into `parameters` of the same names and shapes. Raises ValueError listing every difference."""
+    problems = [f"unexpected {key}" for key in sorted(tensors.keys() - parameters.keys())]
+    problems += [f"missing {key}" for key in sorted(parameters.keys() - tensors.keys())]
+    problems += [
+        f"{key} is {tuple(tensors[key].shape)}, expected {tuple(parameters[key].shape)}"
+        for key in sorted(parameters.keys() & tensors.keys())
+        if tensors[key].shape != parameters[key].shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise ValueError(f"{where}: the tensors do not fit: {shown}")
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            parameter.copy_(tensors[key])

@@ -1,0 +1,97 @@
+"""The contract of a modality: what a plugin implements and what an encoder promises.
+
+Letters: S frames, C encoder width, I items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+
+class MediaError(ValueError):
+    """A content part that cannot be decoded or used; the message says which part, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One item, decoded and ready for its encoder.
+
+    `num_tokens` is exact: the number of backbone positions the prompt reserves for this item, known without weights.
+    """
+
+    tensors: dict[str, Tensor]
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Encoder output of several items, packed along one axis: item i owns `lengths[i]` consecutive rows."""
+
+    frames_SC: Tensor
+    lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where pretrained encoder weights came from, precisely enough to fetch the same bytes again."""
+
+    source: str
+    revision: str
+
+
+class Encoder(nn.Module):
+    """Items of one modality to packed frames.
+
+    An encoder is batch-invariant: an item's frames do not depend on the other items of the call, so no batch statistics
+    in training. `width` is C. `origin` is set only when the weights are pretrained and can be fetched again by revision.
+    """
+
+    width: int
+    origin: Origin | None = None
+
+    def forward(self, **collated: Tensor) -> Frames:
+        """Takes what `Modality.collate` returned, moved to the encoder's device."""
+        raise NotImplementedError
+
+
+@runtime_checkable
+class Modality(Protocol):
+    """A kind of input that is not text. Weightless and picklable, so that data workers can hold one.
+
+    `config_type` is a dataclass; a recipe's `options` are read into it, and the plugin is built as
+    `Plugin(name, config)`. `part_type` is the content part it answers to, such as "image".
+    """
+
+    config_type: ClassVar[type]
+    part_type: ClassVar[str]
+    name: str
+    config: Any
+
+    def load(self, part: Mapping[str, Any]) -> Any:
+        """Decodes the media of a content part. Raises MediaError."""
+        ...
+
+    def prepare(self, item: Any, generator: torch.Generator | None = None) -> Prepared:
+        """Turns a decoded item into tensors. `generator` drives augmentation; None means none. Raises MediaError."""
+        ...
+
+    def collate(self, prepared: Sequence[Prepared]) -> dict[str, Tensor]:
+        """Joins I items into the tensors its encoder takes."""
+        ...
+
+    def build_encoder(self) -> Encoder:
+        """Makes the encoder, with pretrained weights if the config names some."""
+        ...
+
+    def projector(self, company: frozenset[str]) -> str:
+        """Names the projector for an item of a sample whose set of modalities is `company` (its own included)."""
+        ...
+
+    def projectors(self) -> tuple[str, ...]:
+        """Every name `projector` can return."""
+        ...

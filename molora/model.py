@@ -1,0 +1,189 @@
+"""MoLoRA: a frozen backbone, modalities with their encoders and projectors, adapters, and a router.
+
+Letters: T tokens in a pack, N samples, I items, S frames, C encoder width, D backbone width, K target positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from molora import lora
+from molora.backbone import Backbone
+from molora.cache import PackedCache
+from molora.loss import target_losses
+from molora.modality import Encoder, Frames, Modality
+from molora.pack import Media, Pack
+from molora.projector import Projector
+from molora.routing import Flow, Router
+from molora.seeding import seeded
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Per sample: the sum of its target losses (fp32, differentiable) and the number of its targets."""
+
+    sums_N: Tensor
+    num_targets: tuple[int, ...]
+
+
+class MoLoRA(nn.Module):
+    """A mixture-of-LoRAs multimodal model. It knows no modality by name.
+
+    `modalities` order fixes the modality ids of this process (1 + index), as in the processor.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        modalities: Mapping[str, Modality],
+        adapters: Mapping[str, LoraConfig],
+        router: Router,
+        *,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.modalities = dict(modalities)
+        self.adapters = dict(adapters)
+        self.router = router
+        encoders: dict[str, Encoder] = {}
+        projectors: dict[str, nn.ModuleDict] = {}
+        for name, modality in self.modalities.items():
+            # Keyed by name, so that adding a modality does not change how the others start.
+            with seeded(seed, "encoder", name):
+                encoders[name] = modality.build_encoder()
+            with seeded(seed, "projectors", name):
+                projectors[name] = nn.ModuleDict(
+                    {key: Projector(encoders[name].width, backbone.width) for key in modality.projectors()}
+                )
+        self.encoders = nn.ModuleDict(encoders).to(backbone.device)
+        self.projectors = nn.ModuleDict(projectors).to(backbone.device)
+        for name, config in self.adapters.items():
+            with seeded(seed, "adapter", name):
+                lora.inject(backbone.model, name, config, where=f"adapter {name!r}")
+        self.requires_grad_(False)
+        self.train(False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.device
+
+    def train(self, mode: bool = True) -> MoLoRA:
+        """Parts that train follow `mode`, and adapter dropout; the backbone and frozen encoders stay in eval."""
+        super().train(mode)
+        for encoder in self.encoders.values():
+            encoder.train(mode and any(p.requires_grad for p in encoder.parameters()))
+        lora.set_dropout(self.backbone.model, mode)
+        return self
+
+    def parts(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Everything but the backbone: part name ("encoders.<name>", "projectors.<name>", "adapters.<name>") to parameters.
+
+        Full parameter names are the part's name, a dot, and the key.
+        """
+        parts = {
+            f"{kind}.{name}": dict(module.named_parameters())
+            for kind, modules in (("encoders", self.encoders), ("projectors", self.projectors))
+            for name, module in modules.items()
+        }
+        for name in self.adapters:
+            parts[f"adapters.{name}"] = lora.adapter_parameters(self.backbone.model, name)
+        parts["router"] = dict(self.router.named_parameters())  # pyright: ignore[reportAttributeAccessIssue]
+        return {name: parameters for name, parameters in parts.items() if parameters}
+
+    def parts_of(self, modalities: frozenset[str]) -> frozenset[str]:
+        """The parts that a sample with these modalities runs through."""
+        names = {f"{kind}.{name}" for name in modalities for kind in ("encoders", "projectors")}
+        names |= {f"adapters.{name}" for name in self.router.adapters(modalities)}
+        return frozenset(names & self.parts().keys())
+
+    def trains(self, modalities: frozenset[str]) -> bool:
+        """Whether such a sample has anything to train."""
+        parts = self.parts()
+        return any(p.requires_grad for name in self.parts_of(modalities) for p in parts[name].values())
+
+    def embed(self, pack: Pack) -> Tensor:
+        """Token embeddings (T, D) with media tokens spliced in at their positions.
+
+        Raises ValueError if a projector returns another number of tokens than the prompt reserved.
+        """
+        embeds_TD = self.backbone.embed(pack.token_ids_T)
+        for index, name in enumerate(self.modalities, start=1):
+            if name in pack.media:
+                tokens_TD = self._media_tokens(name, pack.media[name]) / self.backbone.embed_scale
+                reserved = pack.modality_ids_T == index
+                if int(reserved.sum()) != len(tokens_TD):
+                    raise ValueError(
+                        f"{name}: prompts reserve {int(reserved.sum())} positions, the projector returned {len(tokens_TD)} tokens"
+                    )
+                embeds_TD = embeds_TD.masked_scatter(reserved[:, None], tokens_TD.to(embeds_TD.dtype))
+        return embeds_TD
+
+    def _media_tokens(self, name: str, media: Media) -> Tensor:
+        """The items of one modality through its encoder and each item's own projector, in reading order."""
+        encoder = self.encoders[name]
+        trains = any(p.requires_grad for p in encoder.parameters())
+        with nullcontext() if trains else torch.no_grad():
+            frames: Frames = encoder(**media.tensors)
+        if frames.lengths != media.num_tokens:
+            item = next((i for i, n in enumerate(media.num_tokens) if frames.lengths[i : i + 1] != (n,)), len(media.num_tokens))
+            raise ValueError(
+                f"{name}: item {item} of the pack reserves {media.num_tokens[item : item + 1]} tokens, its encoder returned "
+                f"{frames.lengths[item : item + 1]}; num_tokens of the plugin's `prepare` must equal what its encoder gives"
+            )
+        projectors: Any = self.projectors[name]
+        if len(set(media.projectors)) == 1:
+            return projectors[media.projectors[0]](frames.frames_SC)
+        items = frames.frames_SC.split(frames.lengths)
+        tokens: list[Tensor] = [frames.frames_SC] * len(items)
+        for key in sorted(set(media.projectors)):
+            chosen = [i for i, projector in enumerate(media.projectors) if projector == key]
+            projected = projectors[key](torch.cat([items[i] for i in chosen]))
+            for i, part in zip(chosen, projected.split([len(items[i]) for i in chosen]), strict=True):
+                tokens[i] = part
+        return torch.cat(tokens)
+
+    def forward(
+        self,
+        pack: Pack,
+        *,
+        embeds_TD: Tensor | None = None,
+        position_ids_T: Tensor | None = None,
+        cache: PackedCache | None = None,
+    ) -> Tensor:
+        """Final hidden states (T, D): embed and splice, route, run the backbone.
+
+        `embeds_TD` and `position_ids_T` replace the pack's own when a sample goes on from a cache.
+        """
+        if embeds_TD is None:
+            embeds_TD = self.embed(pack)
+        if position_ids_T is None:
+            position_ids_T = pack.position_ids_T
+        routing = self.router(pack, embeds_TD)
+        return self.backbone(embeds_TD, position_ids_T, Flow(pack.lengths, routing), cache)
+
+    def logits(self, pack: Pack) -> Tensor:
+        """Logits (T, V) at every position; for tests and small packs."""
+        return self.backbone.head(self(pack))
+
+    def losses(self, pack: Pack) -> Losses:
+        """Next-token losses on the pack's target positions."""
+        hidden_TD = self(pack)
+        starts = torch.tensor((0, *pack.lengths[:-1]), device=hidden_TD.device).cumsum(0)
+        is_target_T = pack.targets_T.clone()
+        is_target_T[starts] = False  # nothing precedes a sample's first token
+        positions_K = is_target_T.nonzero().squeeze(1)
+        losses_K = target_losses(
+            self.backbone.head, hidden_TD[positions_K - 1], pack.token_ids_T[positions_K], self.backbone.vocab_size
+        )
+        samples_K = pack.sample_ids_T[positions_K]
+        sums_N = torch.zeros(len(pack), device=hidden_TD.device).index_add(0, samples_K, losses_K)
+        counts = torch.bincount(samples_K, minlength=len(pack))
+        return Losses(sums_N, tuple(counts.tolist()))

@@ -1,0 +1,132 @@
+"""Sample and Pack: what the processor makes and what the model takes.
+
+Letters: T tokens in a pack (or a sample), N samples, I items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from molora.modality import Modality, Prepared
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prepared item of a sample, with the projector its company calls for."""
+
+    modality: str
+    projector: str
+    prepared: Prepared
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation as tensors.
+
+    `modality_ids_T` is 0 on text and 1 + the modality's index in the processor on media positions; `targets_T` is True
+    on tokens the model should learn to produce. Items are in reading order.
+    """
+
+    id: str
+    token_ids_T: Tensor
+    modality_ids_T: Tensor
+    targets_T: Tensor
+    items: tuple[Item, ...] = ()
+
+    @property
+    def modalities(self) -> frozenset[str]:
+        return frozenset(item.modality for item in self.items)
+
+    @property
+    def num_targets(self) -> int:
+        return int(self.targets_T[1:].sum())
+
+    def __len__(self) -> int:
+        return len(self.token_ids_T)
+
+
+@dataclass(frozen=True)
+class Media:
+    """The items of one modality in a pack, in reading order."""
+
+    tensors: dict[str, Tensor]
+    projectors: tuple[str, ...]
+    num_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Samples concatenated along one token axis, no padding. `lengths` are tokens per sample."""
+
+    ids: tuple[str, ...]
+    lengths: tuple[int, ...]
+    modalities: tuple[frozenset[str], ...]
+    token_ids_T: Tensor
+    modality_ids_T: Tensor
+    targets_T: Tensor
+    media: Mapping[str, Media]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def position_ids_T(self) -> Tensor:
+        """Positions restart at 0 in every sample."""
+        return torch.cat([torch.arange(n, device=self.token_ids_T.device) for n in self.lengths])
+
+    @property
+    def sample_ids_T(self) -> Tensor:
+        """Which sample a token belongs to, 0 … N-1."""
+        lengths = torch.tensor(self.lengths, device=self.token_ids_T.device)
+        return torch.repeat_interleave(torch.arange(len(self), device=lengths.device), lengths)
+
+    def to(self, device: torch.device | str) -> Pack:
+        media = {
+            name: replace(m, tensors={key: value.to(device) for key, value in m.tensors.items()})
+            for name, m in self.media.items()
+        }
+        return replace(
+            self,
+            token_ids_T=self.token_ids_T.to(device),
+            modality_ids_T=self.modality_ids_T.to(device),
+            targets_T=self.targets_T.to(device),
+            media=media,
+        )
+
+
+def collate(
+    samples: Sequence[Sample],
+    modalities: Mapping[str, Modality],
+    order: Callable[[frozenset[str]], Any] | None = None,
+) -> Pack:
+    """Concatenates samples into a pack, neighbours by `order` of their set of modalities (the router's `order`).
+
+    The sort is stable and the ids travel along, so the caller finds each sample again by its id.
+    """
+    if not samples:
+        raise ValueError("a pack needs at least one sample, got none")
+    if order is not None:
+        samples = sorted(samples, key=lambda sample: order(sample.modalities))
+    media: dict[str, Media] = {}
+    for name, modality in modalities.items():
+        items = [item for sample in samples for item in sample.items if item.modality == name]
+        if items:
+            media[name] = Media(
+                tensors=modality.collate([item.prepared for item in items]),
+                projectors=tuple(item.projector for item in items),
+                num_tokens=tuple(item.prepared.num_tokens for item in items),
+            )
+    return Pack(
+        ids=tuple(sample.id for sample in samples),
+        lengths=tuple(len(sample) for sample in samples),
+        modalities=tuple(sample.modalities for sample in samples),
+        token_ids_T=torch.cat([sample.token_ids_T for sample in samples]),
+        modality_ids_T=torch.cat([sample.modality_ids_T for sample in samples]),
+        targets_T=torch.cat([sample.targets_T for sample in samples]),
+        media=media,
+    )

@@ -1,0 +1,64 @@
+"""The default router: a table from a sample's set of modalities to the adapter it runs with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from torch import Tensor, nn
+
+from molora.routing import Routing, RoutingError
+
+
+@dataclass
+class TableConfig:
+    """`rules` maps modalities joined by "+" (any order) to an adapter, or to null for the bare backbone.
+
+    Each modality alone runs with the adapter of its own name unless a rule says otherwise. Text alone always runs on the
+    bare backbone. Sets of several modalities need a rule of their own.
+    Source of the reference's rules: Phi-4-Multimodal (arXiv 2503.01743), where image+audio runs with the vision adapter.
+    """
+
+    rules: dict[str, Optional[str]] = field(default_factory=dict)
+
+
+class TableRouter(nn.Module):
+    """Hard routing at sample scope, no parameters."""
+
+    config_type = TableConfig
+
+    def __init__(self, adapters: Sequence[str], config: TableConfig) -> None:
+        super().__init__()
+        self.table: dict[frozenset[str], str | None] = {frozenset({name}): name for name in adapters}
+        for key, adapter in config.rules.items():
+            modalities = frozenset(name.strip() for name in key.split("+") if name.strip())
+            if not modalities:
+                raise RoutingError("router rules: a rule for text alone is not possible, it runs on the bare backbone")
+            if adapter is not None and adapter not in adapters:
+                raise RoutingError(
+                    f"router rule {key!r} names adapter {adapter!r}; the adapters here are {sorted(adapters)}"
+                )
+            self.table[modalities] = adapter
+        self.table[frozenset()] = None
+
+    def adapter(self, modalities: frozenset[str]) -> str | None:
+        """The adapter for a set of modalities. Raises RoutingError if no rule covers the set."""
+        if modalities not in self.table:
+            name = "+".join(sorted(modalities))
+            known = sorted("+".join(sorted(rule)) or "text" for rule in self.table)
+            raise RoutingError(
+                f"no routing rule for a sample with modalities {name!r} (rules: {', '.join(known)}); "
+                f"add 'router.rules.{name}: <adapter or null>' to the recipe"
+            )
+        return self.table[modalities]
+
+    def order(self, modalities: frozenset[str]) -> str:
+        return self.adapter(modalities) or ""
+
+    def adapters(self, modalities: frozenset[str]) -> frozenset[str]:
+        adapter = self.adapter(modalities)
+        return frozenset() if adapter is None else frozenset({adapter})
+
+    def forward(self, pack: Any, embeds_TD: Tensor) -> Routing:
+        return Routing.by_sample(tuple(self.adapter(m) for m in pack.modalities), pack.lengths)

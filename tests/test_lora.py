@@ -1,0 +1,186 @@
+"""Routed equals PEFT: the same adapter files, sample by sample."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from molora import lora
+from molora.backbone import Backbone, Identity
+from molora.config import ConfigError
+from molora.lora import RoutedLinear, lora_config
+from molora.routing import Flow, Routing
+from molora.testing import VOCAB_SIZE, assert_close, tiny_model
+
+NOWHERE = Identity("test", "", "", "", "")
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "vision": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "o_proj", "down_proj"]},
+    "second": {"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": r".*\.(v_proj|o_proj|up_proj)"},
+}
+
+
+def build(options: dict[str, dict[str, Any]] = ADAPTERS) -> Backbone:
+    backbone = Backbone(tiny_model("llama"), NOWHERE)
+    for name, given in options.items():
+        torch.manual_seed(len(name))
+        lora.inject(backbone.model, name, lora_config({"init_lora_weights": False, **given}, name), name)
+    return backbone
+
+
+def save(backbone: Backbone, name: str, options: dict[str, Any], folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    save_file(lora.adapter_tensors(backbone.model, name), folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(lora.adapter_json(lora_config(options, name), "somewhere/llama"))
+    return folder
+
+
+def run(backbone: Backbone, samples: list[Tensor], adapters: tuple[str | None, ...]) -> tuple[Tensor, ...]:
+    lengths = tuple(map(len, samples))
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    flow = Flow(lengths, Routing.by_sample(adapters, lengths))
+    return backbone.head(backbone(backbone.embed(torch.cat(samples)), positions, flow)).split(lengths)
+
+
+def samples(count: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(VOCAB_SIZE, (5 + 3 * i,), generator=generator) for i in range(count)]
+
+
+def peft_logits(folder: Path | None, ids: Tensor) -> Tensor:
+    model: PreTrainedModel | PeftModel = tiny_model("llama")
+    if folder is not None:
+        model = PeftModel.from_pretrained(model, str(folder))
+    with torch.no_grad():
+        return model(input_ids=ids[None]).logits[0]
+
+
+def test_a_mixed_pack_gives_what_peft_gives_with_each_adapter_active(tmp_path: Path) -> None:
+    backbone = build()
+    folders: dict[str | None, Path | None] = {None: None}
+    for name, options in ADAPTERS.items():
+        folders[name] = save(backbone, name, options, tmp_path / name)
+    ids = samples(6)
+    for adapters in (
+        (None, None, "second", "second", "vision", "vision"),
+        ("vision", "second", "vision", "second", None, "vision"),
+        ("second",) * 6,
+    ):
+        for index, ours in enumerate(run(backbone, ids, adapters)):
+            assert_close(ours, peft_logits(folders[adapters[index]], ids[index]), what=f"{adapters} sample {index}")
+
+
+def test_bare_samples_are_untouched_to_the_bit() -> None:
+    ids = samples(4)
+    bare = run(Backbone(tiny_model("llama"), NOWHERE), ids, (None,) * 4)
+    mixed = run(build(), ids, (None, "vision", None, "second"))
+    assert torch.equal(mixed[0], bare[0]) and torch.equal(mixed[2], bare[2])
+    assert not torch.equal(mixed[1], bare[1]) and not torch.equal(mixed[3], bare[3])
+
+
+def test_gradients_stay_in_the_adapter_a_sample_uses() -> None:
+    backbone = build()
+    parameters = {name: lora.adapter_parameters(backbone.model, name) for name in ADAPTERS}
+    ids = samples(3)
+    run(backbone, ids, (None, "vision", "second"))[1].sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters["vision"].values())
+    assert all(p.grad is None or p.grad.abs().sum() == 0 for p in parameters["second"].values())
+
+
+@pytest.mark.parametrize(
+    ("options", "scaling", "rank"),
+    [
+        ({"r": 6, "lora_alpha": 3}, 0.5, 6),
+        ({"r": 16, "lora_alpha": 8, "use_rslora": True}, 2.0, 16),
+        ({"r": 4, "lora_alpha": 4, "rank_pattern": {"q_proj": 2}}, 2.0, 2),
+    ],
+)
+def test_rank_alpha_and_rslora_are_honoured(options: dict[str, Any], scaling: float, rank: int) -> None:
+    backbone = build({"a": {**options, "target_modules": ["q_proj"]}})
+    layer = backbone.model.model.layers[0].self_attn.q_proj
+    assert isinstance(layer, RoutedLinear)
+    assert layer.scaling["a"] == pytest.approx(scaling) and layer.lora_A["a"].weight.shape[0] == rank
+
+
+@pytest.mark.parametrize("init", [True, "gaussian", "orthogonal"])
+def test_initialisations_are_pefts(init: bool | str) -> None:
+    options = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": init}
+    backbone = build({"a": options})
+    layer = backbone.model.model.layers[0].self_attn.q_proj
+    # Both of PEFT's defaults start as no change; orthogonal starts with a product of orthogonal factors.
+    assert (layer.lora_B["a"].weight.abs().sum() == 0) == (init != "orthogonal")
+    torch.manual_seed(1)
+    from peft import get_peft_model
+
+    theirs = get_peft_model(tiny_model("llama"), lora_config(options, "a"))
+    expected = theirs.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight
+    assert torch.equal(layer.lora_A["a"].weight, expected)
+
+
+def test_dropout_follows_train_and_eval() -> None:
+    backbone = build({"a": {"r": 4, "lora_dropout": 0.5, "target_modules": ["q_proj"]}})
+    ids = samples(1)
+    lora.set_dropout(backbone.model, False)
+    first, second = run(backbone, ids, ("a",))[0], run(backbone, ids, ("a",))[0]
+    assert torch.equal(first, second)
+    lora.set_dropout(backbone.model, True)
+    assert not torch.equal(run(backbone, ids, ("a",))[0], first)
+
+
+def test_what_peft_saves_we_load(tmp_path: Path) -> None:
+    from peft import get_peft_model
+
+    options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+    get_peft_model(tiny_model("llama"), lora_config(options, "a")).save_pretrained(str(tmp_path))
+    backbone = Backbone(tiny_model("llama"), NOWHERE)
+    lora.inject(backbone.model, "theirs", lora.read_adapter(tmp_path), "theirs")
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    lora.load_adapter_tensors(backbone.model, "theirs", tensors, str(tmp_path))
+    ids = samples(1)
+    assert_close(run(backbone, ids, ("theirs",))[0], peft_logits(tmp_path, ids[0]))
+    with pytest.raises(ValueError, match="missing .*layers.0.self_attn.q_proj.lora_A"):
+        lora.load_adapter_tensors(backbone.model, "theirs", dict(list(tensors.items())[1:]), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 4}, "target_modules: missing"),
+        ({"r": 4, "target_modules": ["q_proj"], "rnak": 3}, "rnak"),
+        ({"r": 4, "target_modules": ["q_proj"], "use_dora": True}, "use_dora"),
+        ({"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"r": 4, "target_modules": ["q_proj"], "bias": "all"}, "bias"),
+        ({"r": 4, "target_modules": ["q_proj"], "init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"r": 4, "target_modules": ["quality_proj"]}, "hits nothing"),
+        ({"r": 4, "target_modules": ["q_proj", "quality_proj"]}, r"\['quality_proj'\] hit no layer"),
+        ({"r": 4, "target_modules": ["embed_tokens"]}, "embed_tokens"),
+        ({"r": 4, "target_modules": ["lm_head"]}, "output head"),
+    ],
+)
+def test_what_cannot_be_routed_is_refused_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build({"a": options})
+
+
+def test_fused_experts_are_refused() -> None:
+    backbone = Backbone(tiny_model("phimoe"), NOWHERE)
+    with pytest.raises(ConfigError, match="gate_up_proj"):
+        lora.inject(backbone.model, "a", lora_config({"r": 2, "target_modules": ["gate_up_proj"]}, "a"), "a")
+
+
+def test_merging_and_disabling_are_refused() -> None:
+    layer = build().model.model.layers[0].self_attn.q_proj
+    for forbidden in (layer.merge, layer.unmerge, lambda: layer.enable_adapters(False)):
+        with pytest.raises(RuntimeError, match="routed model"):
+            forbidden()
+
+
+def test_a_layer_outside_a_forward_says_so() -> None:
+    with pytest.raises(RuntimeError, match="outside a molora forward"):
+        build().model.model.layers[0].self_attn.q_proj(torch.zeros(1, 3, 32))
