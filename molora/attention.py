@@ -53,13 +53,17 @@ def packed_attention(
         raise RuntimeError("packed attention ran outside a molora forward: the pack's sample lengths are unknown")
     unknown = sorted(name for name, given in kwargs.items() if name not in _SETTLED and given is not None)
     if unknown:
-        raise NotImplementedError(f"{type(module).__name__} passes attention arguments molora does not honour: {unknown}")
+        raise NotImplementedError(
+            f"{type(module).__name__} passes attention arguments molora does not honour: {unknown}"
+        )
     if attention_mask is not None:
         raise NotImplementedError(f"{type(module).__name__} passes an attention mask; packed attention takes none")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise NotImplementedError(f"{type(module).__name__} asks for attention that is not causal")
     if dropout:
-        raise NotImplementedError(f"{type(module).__name__} asks for attention dropout {dropout}; the backbone is frozen")
+        raise NotImplementedError(
+            f"{type(module).__name__} asks for attention dropout {dropout}; the backbone is frozen"
+        )
 
     queries = query.split(flow.lengths, dim=2)
     keys = key if isinstance(key, Segments) else key.split(flow.lengths, dim=2)

@@ -225,6 +225,7 @@ def load_backbone(
     if tokenizer.chat_template is None:
         raise ValueError(f"backbone {folder}: its tokenizer has no chat template; add one (chat_template.jinja)")
     identity, remembered = _identify(folder, source, tokenizer)
+    transformers.logging.disable_progress_bar()  # the hub's bar for downloads has been shown; loading is quick
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype="auto" if dtype is None else getattr(torch, dtype),
@@ -246,7 +247,9 @@ def weights_hash(folder: Path) -> str:
     """
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
-        raise ValueError(f"{folder}: no .safetensors weights (molora reads no pickles); save the model with safetensors")
+        raise ValueError(
+            f"{folder}: no .safetensors weights (molora reads no pickles); save the model with safetensors"
+        )
     lines = []
     for shard in shards:
         with open(shard, "rb") as file:
@@ -281,7 +284,13 @@ def _identify(folder: Path, source: str, tokenizer: PreTrainedTokenizerBase) -> 
     memory = _memory(folder)
     remembered = read_json(memory) if memory.is_file() else {"weights": weights_hash(folder)}
     config = read_json(folder / "config.json")
-    rope_keys = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings")
+    rope_keys = (
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+        "partial_rotary_factor",
+        "original_max_position_embeddings",
+    )
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
     identity = Identity(

@@ -5,9 +5,9 @@ Letters: T tokens in a pack, N running samples, D backbone width, V vocabulary.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -64,7 +64,7 @@ class _Running:
         return len(self.prompt_TD) + len(self.answer)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(model: MoLoRA, samples: Iterable[Sample], config: GenerationConfig | None = None) -> Iterator[Step]:
     """Decodes samples, yielding tokens as they come; samples enter as others finish.
 
@@ -73,11 +73,10 @@ def generate(model: MoLoRA, samples: Iterable[Sample], config: GenerationConfig 
     """
     config = config or GenerationConfig()
     model.eval()
-    waiting = deque(samples)
+    waiting = iter(samples)
     running: list[_Running] = []
     cache = PackedCache()
-    while waiting or running:
-        entering = [waiting.popleft() for _ in range(min(len(waiting), config.max_running_samples - len(running)))]
+    while (entering := list(islice(waiting, config.max_running_samples - len(running)))) or running:
         logits: list[Tensor] = []
         if running:
             logits, cache = _decode(model, running, cache)
@@ -141,7 +140,9 @@ def _decode(model: MoLoRA, running: Sequence[_Running], cache: PackedCache) -> t
         answer = torch.tensor(sample.answer, device=model.device)
         embeds_TD = torch.cat([sample.prompt_TD, model.backbone.embed(answer)])
         again = PackedCache()
-        pack = _continuation([sample], (sample.length,), torch.zeros(sample.length, dtype=torch.long, device=model.device))
+        pack = _continuation(
+            [sample], (sample.length,), torch.zeros(sample.length, dtype=torch.long, device=model.device)
+        )
         hidden_TD = model(pack, embeds_TD=embeds_TD, cache=again)
         cache.join(again)
         logits[index] = model.backbone.head(hidden_TD[-1:])[0]

@@ -119,7 +119,9 @@ def inject(model: nn.Module, name: str, config: LoraConfig, where: str) -> None:
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             inject_adapter_in_model(config, model, adapter_name=name)
     except ValueError as error:
-        raise ConfigError(f"{where}.target_modules: {targets!r} hits nothing; linear layers here: {suffixes}") from error
+        raise ConfigError(
+            f"{where}.target_modules: {targets!r} hits nothing; linear layers here: {suffixes}"
+        ) from error
     hit = {path: module for path, module in model.named_modules() if name in getattr(module, "lora_A", ())}
     if isinstance(targets, (list, set, tuple)):
         missed = sorted(t for t in targets if not any(path == t or path.endswith(f".{t}") for path in hit))
@@ -164,7 +166,9 @@ def adapter_json(config: LoraConfig, base_model: str) -> str:
     """The text of `adapter_config.json`; `base_model` is the backbone's hub id or folder."""
     values = {**config.to_dict(), "base_model_name_or_path": base_model, "inference_mode": True}
     return json.dumps(
-        {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}, indent=2, sort_keys=True
+        {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()},
+        indent=2,
+        sort_keys=True,
     )
 
 

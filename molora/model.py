@@ -133,7 +133,9 @@ class MoLoRA(nn.Module):
         with nullcontext() if trains else torch.no_grad():
             frames: Frames = encoder(**media.tensors)
         if frames.lengths != media.num_tokens:
-            item = next((i for i, n in enumerate(media.num_tokens) if frames.lengths[i : i + 1] != (n,)), len(media.num_tokens))
+            item = next(
+                (i for i, n in enumerate(media.num_tokens) if frames.lengths[i : i + 1] != (n,)), len(media.num_tokens)
+            )
             raise ValueError(
                 f"{name}: item {item} of the pack reserves {media.num_tokens[item : item + 1]} tokens, its encoder returned "
                 f"{frames.lengths[item : item + 1]}; num_tokens of the plugin's `prepare` must equal what its encoder gives"

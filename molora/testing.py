@@ -50,7 +50,10 @@ def _family(name: str) -> tuple[str, str, dict[str, Any]]:
         "llama-dynamic": (
             "LlamaForCausalLM",
             "LlamaConfig",
-            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, "max_position_embeddings": 32},
+            {
+                "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+                "max_position_embeddings": 32,
+            },
         ),
         "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", heads),
         "gemma2": (
@@ -180,7 +183,9 @@ class Numbers:
     def load(self, part: Mapping[str, Any]) -> list[float]:
         numbers = part.get("numbers")
         if not numbers:
-            raise MediaError(f"numbers part {dict(part)!r}: no numbers; give {{'type': 'numbers', 'numbers': [1.0, …]}}")
+            raise MediaError(
+                f"numbers part {dict(part)!r}: no numbers; give {{'type': 'numbers', 'numbers': [1.0, …]}}"
+            )
         return list(numbers)
 
     def prepare(self, item: list[float], generator: torch.Generator | None = None) -> Prepared:

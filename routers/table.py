@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,7 +20,7 @@ class TableConfig:
     Source of the reference's rules: Phi-4-Multimodal (arXiv 2503.01743), where image+audio runs with the vision adapter.
     """
 
-    rules: dict[str, Optional[str]] = field(default_factory=dict)
+    rules: dict[str, str | None] = field(default_factory=dict)
 
 
 class TableRouter(nn.Module):

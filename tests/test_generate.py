@@ -40,7 +40,9 @@ def sixteen(model: MoLoRA) -> list[Sample]:
         if index % 3:
             kind = ("numbers", "letters")[index % 3 - 1]
             modality_ids[1:4] = index % 3
-            items = (Item(kind, "default", model.modalities[kind].prepare(torch.rand(3, generator=generator).tolist())),)
+            items = (
+                Item(kind, "default", model.modalities[kind].prepare(torch.rand(3, generator=generator).tolist())),
+            )
         samples.append(Sample(f"s{index}", token_ids, modality_ids, torch.zeros(length, dtype=torch.bool), items))
     return samples
 
@@ -90,7 +92,10 @@ def test_greedy_text_agrees_with_transformers(family: str) -> None:
     stock = tiny_model(family)
     for sample in sixteen(model)[0:16:3]:
         theirs = stock.generate(
-            sample.token_ids_T[None], max_new_tokens=NEW_TOKENS, do_sample=False, attention_mask=torch.ones(1, len(sample))
+            sample.token_ids_T[None],
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            attention_mask=torch.ones(1, len(sample)),
         )[0, len(sample) :].tolist()
         assert decoded(model, [sample], GenerationConfig(max_new_tokens=NEW_TOKENS))[sample.id] == theirs
 

@@ -47,13 +47,28 @@ def make_sample(model: MoLoRA, id: str, length: int, kinds: tuple[str, ...] = ()
 def twelve(model: MoLoRA) -> list[Sample]:
     """Unequal lengths around the window and the RoPE switch, every set of modalities."""
     kinds = [(), ("numbers",), ("letters",), ("numbers", "letters"), ("numbers", "numbers")]
-    edges = (9, 10, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW + 3, ROPE_SWITCH - 1, ROPE_SWITCH, ROPE_SWITCH + 1, 31, 11, 29)
+    edges = (
+        9,
+        10,
+        WINDOW - 1,
+        WINDOW,
+        WINDOW + 1,
+        2 * WINDOW + 3,
+        ROPE_SWITCH - 1,
+        ROPE_SWITCH,
+        ROPE_SWITCH + 1,
+        31,
+        11,
+        29,
+    )
     return [make_sample(model, f"sample {i}", length, kinds[i % len(kinds)]) for i, length in enumerate(edges)]
 
 
 def gradients(model: MoLoRA, loss: Tensor) -> dict[str, Tensor]:
     named = {f"{part}.{name}": p for part, parameters in model.parts().items() for name, p in parameters.items()}
-    found = torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True, materialize_grads=True)
+    found = torch.autograd.grad(
+        loss, list(named.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+    )
     return dict(zip(named, found, strict=True))
 
 
@@ -139,7 +154,11 @@ def replace_window(config: object) -> object:
 def test_activation_checkpointing_restores_routing_for_interleaved_forwards(family: str) -> None:
     model = train_everything(make_model(family))
     packs = [
-        collate([make_sample(model, "a", 20, ("numbers",)), make_sample(model, "b", 9)], model.modalities, model.router.order),
+        collate(
+            [make_sample(model, "a", 20, ("numbers",)), make_sample(model, "b", 9)],
+            model.modalities,
+            model.router.order,
+        ),
         collate([make_sample(model, "c", 31, ("letters",))], model.modalities, model.router.order),
     ]
     alone = [gradients(model, model.losses(pack).sums_N.sum()) for pack in packs]

@@ -1,0 +1,55 @@
+# `make PYTHON=python3.12 …` chooses the interpreter that the environment is made from.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# On a terminal pip shows its bars; in a log only what goes wrong. setuptools warns of every editable install.
+PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check $(if $(MAKE_TERMOUT),,--quiet) install
+
+.PHONY: help demo test check setup wheel-test clean
+
+help:  ## list the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
+
+demo: $(VENV)/demo.stamp  ## train and question a small vision model on easy-VQA; writes runs/demo/report.html
+	$(BIN)/molora demo
+
+test: $(VENV)/dev.stamp  ## run the tests
+	$(BIN)/python -m pytest
+
+check: $(VENV)/dev.stamp  ## lint, format and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+setup: $(VENV)/dev.stamp  ## everything a change needs, in .venv
+
+wheel-test: $(VENV)/made.stamp  ## install the wheel in a clean environment and use it from another folder
+	@rm -rf build  # setuptools would put modules that were deleted since into the wheel
+	@set -e; scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
+	echo "building the wheel and installing it in $$scratch (a few minutes)"; \
+	$(BIN)/python -m pip --quiet wheel --no-deps --wheel-dir "$$scratch" .; \
+	$(BIN)/python -m venv "$$scratch/venv"; \
+	"$$scratch/venv/bin/python" -m pip --quiet --disable-pip-version-check install "$$scratch"/molora-*.whl; \
+	cp tests/wheel_check.py "$$scratch"; cd "$$scratch"; venv/bin/python wheel_check.py
+
+clean:  ## remove the environment, build leftovers and caches; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is written only when its step has finished, so an interrupted one is done again and a finished one is not.
+$(VENV)/made.stamp:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
+	{ echo "molora needs Python 3.10 to 3.12, $(PYTHON) is $$($(PYTHON) -V 2>&1); try: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	@touch $@
+
+$(VENV)/demo.stamp: $(VENV)/made.stamp setup.cfg pyproject.toml
+	@echo "installing molora and its libraries into $(VENV) (about 5 GB on disk; a few minutes)"
+	$(PIP) --editable '.[demo]'
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/made.stamp setup.cfg pyproject.toml
+	@echo "installing molora with its extras and the tools into $(VENV) (about 5 GB on disk; a few minutes)"
+	$(PIP) --editable '.[audio,datasets,demo,dev,open_clip]'
+	@touch $@ $(VENV)/demo.stamp

@@ -1,0 +1,464 @@
+"""The vision modality: pictures to dynamic-HD crops, crops to frames.
+
+A picture is resized to a grid of crops, encoded crop by crop, and read row by row with a separator after each row; then
+comes the whole picture at crop size, the global view, in the same way. Every picture costs its own crops and no more.
+
+Letters: B crops, C encoder width (in `crops_BCHW`: colour channels), H and W rows and columns (of pixels in `crops`, of
+patches in `valid`, of pooled frames elsewhere), I items, S frames.
+
+Source: arXiv 2503.01743 §2.2.1; processing_phi4mm.py and modeling_phi4mm.py of microsoft/Phi-4-multimodal-instruct.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import io
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from molora.encoders.convit import Convit
+from molora.encoders.siglip import Built, Tower, TowerConfig, build_library_tower
+from molora.modality import Encoder, Frames, MediaError, Origin, Prepared
+
+SOURCES = ("path", "url", "base64", "bytes", "image", "array")
+
+# Formats that PIL decodes by itself. Its others start programs (EPS), fetch files, or are no pictures people send.
+FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+
+MAX_FILE_BYTES = 100 * 2**20
+DOWNLOAD_TIMEOUT_SECONDS = 30
+
+# Source: processing_phi4mm.py refuses a picture whose resized side is shorter.
+MIN_SIDE_PIXELS = 10
+
+# Bounds the memory of one tower call; results do not depend on it.
+CROPS_PER_CALL = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """`crop_pixels`: side of a crop, and of the global view. `max_crops`: most crops of a picture; 0: the global view
+    alone, that is, one crop and no separator before it. `pool`: patches averaged into one frame, along a side.
+    `max_pixels`: a larger picture is refused before it is decoded. `allow_urls`: whether `url` may fetch over HTTP.
+    `media_root`: a folder that relative paths start from and that no path may leave.
+
+    Source of 448, 36 and 2: the released Phi-4-multimodal processor.
+    """
+
+    crop_pixels: int = 448
+    max_crops: int = 36
+    pool: int = 2
+    max_pixels: int = 64_000_000
+    allow_urls: bool = True
+    media_root: str | None = None
+    tower: TowerConfig = field(
+        default_factory=lambda: TowerConfig(kind="transformers", name="google/siglip-so400m-patch14-384")
+    )
+
+    def __post_init__(self) -> None:
+        if self.pool < 1 or self.grid < self.pool:
+            raise ValueError(
+                f"a crop of {self.crop_pixels} pixels holds {self.grid} patches of {self.tower.stride} a side, "
+                f"which cannot be pooled by {self.pool}: raise crop_pixels or lower pool"
+            )
+        if self.tower.kind == "convit" and self.crop_pixels % self.tower.stride:
+            raise ValueError(f"crop_pixels is a multiple of 8 for a convit tower, got {self.crop_pixels}")
+        if self.max_crops < 0 or self.max_pixels < 1:
+            raise ValueError(f"max_crops is at least 0 and max_pixels 1, got {self.max_crops} and {self.max_pixels}")
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side of a crop."""
+        return self.crop_pixels // self.tower.stride
+
+    @property
+    def side(self) -> int:
+        """Frames along a side of a crop, after pooling."""
+        return -(-self.grid // self.pool)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one picture lies on its crops: `rows` x `columns` of them, filled from the top left by `height` x `width`
+    pixels, of which `valid_rows` x `valid_columns` patches count as picture and the rest as padding."""
+
+    rows: int
+    columns: int
+    height: int
+    width: int
+    valid_rows: int
+    valid_columns: int
+
+
+def lay_out(width: int, height: int, config: VisionConfig) -> Layout:
+    """Chooses the grid of crops for a picture of `width` x `height` pixels.
+
+    Raises: MediaError for a picture so long and thin that its short side would vanish.
+    """
+    crop, stride, grid = config.crop_pixels, config.tower.stride, config.grid
+    rows, columns = _crops(width, height, crop, max(config.max_crops, 1))
+    target_height, target_width = rows * crop, columns * crop
+    scale_width, scale_height = target_width / width, target_height / height
+    if scale_width < scale_height:
+        new_height, new_width = int(height * scale_width), target_width
+    else:
+        new_height, new_width = target_height, int(width * scale_height)
+    if min(new_height, new_width) < MIN_SIDE_PIXELS:
+        raise MediaError(
+            f"{width} x {height} pixels is too long and thin: resized to fit its crops it would be "
+            f"{new_width} x {new_height}, and no side may be under {MIN_SIDE_PIXELS}; cut or pad it"
+        )
+    # Where patches do not fill the crop, a sliver of picture could leave a crop without a single valid patch.
+    hidden_rows = min((target_height - new_height) // stride, grid - 1)
+    hidden_columns = min((target_width - new_width) // stride, grid - 1)
+    return Layout(rows, columns, new_height, new_width, rows * grid - hidden_rows, columns * grid - hidden_columns)
+
+
+def _crops(width: int, height: int, crop: int, limit: int) -> tuple[int, int]:
+    """Rows and columns of crops. Over the limit, the grid of the nearest aspect ratio; of grids equally near, the
+    largest that the picture fills by more than half, and of those with equally many crops, the widest."""
+    rows, columns = -(-height // crop), -(-width // crop)
+    if rows * columns <= limit:
+        return rows, columns
+    grids = sorted(
+        ((i, j) for i in range(1, limit + 1) for j in range(1, limit // i + 1)),
+        key=lambda grid: (grid[0] * grid[1], grid),
+    )
+    best, nearest = (1, 1), float("inf")
+    for i, j in grids:
+        difference = abs(width / height - i / j)
+        if difference < nearest or (difference == nearest and width * height > 0.5 * crop * crop * i * j):
+            best, nearest = (j, i), difference
+    return best
+
+
+def _useful(valid: int, crops: int, config: VisionConfig) -> int:
+    """Rows (or columns) of pooled frames that hold picture, over a row (or column) of crops."""
+    return (crops - 1) * config.side + -(-(valid - (crops - 1) * config.grid) // config.pool)
+
+
+class Vision:
+    """Pictures as a modality; content parts of type `image`."""
+
+    config_type: ClassVar[type] = VisionConfig
+    part_type: ClassVar[str] = "image"
+
+    def __init__(self, name: str, config: VisionConfig):
+        self.name = name
+        self.config = config
+
+    def load(self, part: Mapping[str, Any]) -> Image.Image:
+        """Decodes the picture of a content part to 8-bit RGB.
+
+        The part has one of `path`, `url`, `base64` (or a data URI), `bytes`, `image` (a PIL image, or any of the
+        others), `array`. Arrays are H x W or H x W x channels in numpy, channels x H x W in torch, of 1, 3 or 4
+        channels: uint8, uint16, or floats in [0, 1]. The picture is turned upright by its EXIF tag, 16-bit grey is
+        scaled to 8, transparency is put on white, and of an animation the first frame is taken. Colour profiles are
+        ignored.
+
+        Raises: MediaError that says which part, what is wrong with it, and what to do.
+        """
+        given = [key for key in SOURCES if part.get(key) is not None]
+        if len(given) != 1:
+            raise MediaError(f"an image part needs exactly one of {', '.join(SOURCES)}; it has {given or sorted(part)}")
+        key, value = given[0], part[given[0]]
+        if key == "image" and isinstance(value, str):
+            key = "url" if value.startswith(("http://", "https://", "data:")) else "path"
+        elif key == "image":
+            kinds = {bytes: "bytes", np.ndarray: "array", Tensor: "array"}
+            key = next((name for kind, name in kinds.items() if isinstance(value, kind)), key)
+        try:
+            image = getattr(self, f"_from_{key}")(value)
+            if image.width * image.height > self.config.max_pixels:
+                raise MediaError(
+                    f"{image.width} x {image.height} pixels is more than max_pixels {self.config.max_pixels}; "
+                    "make it smaller, or raise the limit if you trust it"
+                )
+            image = _rgb(image)
+            lay_out(*image.size, self.config)
+        except MediaError as error:
+            raise MediaError(f"image part, {_label(key, value)}: {error}") from error.__cause__
+        except Exception as error:  # PIL's decoders raise anything on damaged data; the reason goes into the message
+            raise MediaError(
+                f"image part, {_label(key, value)}: cannot be decoded, it is damaged or no picture "
+                f"({type(error).__name__}: {error}); check that it opens in an image viewer"
+            ) from error
+        return image
+
+    def prepare(self, item: Image.Image, generator: torch.Generator | None = None) -> Prepared:
+        """Cuts a picture into `crops_BCHW` (uint8) and `layout_4`: rows and columns of crops, then of valid patches.
+
+        The encoder makes the global view, from the same pixels. No augmentation, so `generator` is not used.
+
+        Raises: MediaError for a picture that is too long and thin.
+        """
+        crop, layout = self.config.crop_pixels, lay_out(*item.size, self.config)
+        picture = Image.new("RGB", (layout.columns * crop, layout.rows * crop), "white")
+        picture.paste(item.resize((layout.width, layout.height), Image.Resampling.BILINEAR))
+        pixels_HWC = torch.from_numpy(np.array(picture))
+        crops = pixels_HWC.view(layout.rows, crop, layout.columns, crop, 3).permute(0, 2, 4, 1, 3)
+        side = self.config.side
+        num_tokens = side * (side + 1)
+        if self.config.max_crops:
+            useful_rows = _useful(layout.valid_rows, layout.rows, self.config)
+            useful_columns = _useful(layout.valid_columns, layout.columns, self.config)
+            num_tokens += 1 + useful_rows * (useful_columns + 1)
+        tensors = {
+            "crops_BCHW": crops.reshape(-1, 3, crop, crop),
+            "layout_4": torch.tensor([layout.rows, layout.columns, layout.valid_rows, layout.valid_columns]),
+        }
+        return Prepared(tensors, num_tokens)
+
+    def collate(self, prepared: Sequence[Prepared]) -> dict[str, Tensor]:
+        """All crops in reading order, and a row of layout for each picture."""
+        return {
+            "crops_BCHW": torch.cat([item.tensors["crops_BCHW"] for item in prepared]),
+            "layout_I4": torch.stack([item.tensors["layout_4"] for item in prepared]),
+        }
+
+    def build_encoder(self) -> VisionEncoder:
+        """Makes the tower, pretrained if the config says so, with new separators.
+
+        Raises: ValueError for weights that cannot be found or do not fit the config.
+        """
+        tower = self.config.tower
+        if tower.kind == "convit":
+            built = Built(Convit(tower.convit, self.config.crop_pixels), None, tower)
+        else:
+            built = build_library_tower(tower, self.config.crop_pixels)
+        return VisionEncoder(self.config, built)
+
+    def projector(self, company: frozenset[str]) -> str:
+        return "default"
+
+    def projectors(self) -> tuple[str, ...]:
+        return ("default",)
+
+    def _from_path(self, value: Any) -> Image.Image:
+        root = self.config.media_root
+        path = Path(value) if root is None else Path(root, value)
+        if root is not None and not path.resolve().is_relative_to(Path(root).resolve()):
+            raise MediaError(f"leads out of media_root {root}; move the file inside, or change media_root")
+        try:
+            with path.open("rb") as file:
+                return self._from_bytes(file.read(MAX_FILE_BYTES + 1))
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+            raise MediaError(f"{error.strerror} ({path.absolute()}); check the path and media_root") from error
+
+    def _from_url(self, value: str) -> Image.Image:
+        if value.startswith("data:"):
+            return self._from_base64(value)
+        if not self.config.allow_urls:
+            raise MediaError("allow_urls is off; download the picture and give its path, or turn allow_urls on")
+        if not value.startswith(("http://", "https://")):
+            raise MediaError("only http, https and data URLs are fetched; for a local file give its path")
+        request = urllib.request.Request(value, headers={"User-Agent": "molora"})
+        try:
+            with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT_SECONDS) as response:
+                data = response.read(MAX_FILE_BYTES + 1)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise MediaError(f"cannot be fetched ({error}); check the address and the network") from error
+        return self._from_bytes(data)
+
+    def _from_base64(self, value: str) -> Image.Image:
+        head, comma, text = value.partition(",") if value.startswith("data:") else ("", "", value)
+        if head and not (comma and head.endswith(";base64")):
+            raise MediaError("a data URI holds a picture as data:image/...;base64,...")
+        try:
+            data = base64.b64decode("".join(text.split()), validate=True)
+        except ValueError as error:
+            raise MediaError(f"is not base64 ({error}); encode the file's bytes") from error
+        return self._from_bytes(data)
+
+    def _from_bytes(self, value: bytes) -> Image.Image:
+        if not value:
+            raise MediaError("is empty, 0 bytes; write or download it again")
+        if len(value) > MAX_FILE_BYTES:
+            raise MediaError(f"is over {MAX_FILE_BYTES} bytes; shrink it")
+        Image.init()
+        try:  # this reads the header alone: pixels are decoded once the size has been seen
+            return Image.open(io.BytesIO(value), formats=[name for name in FORMATS if name in Image.OPEN])
+        except Image.DecompressionBombError as error:
+            raise MediaError(f"{error}; make it smaller") from error
+
+    def _from_image(self, value: Any) -> Image.Image:
+        if not isinstance(value, Image.Image):
+            raise MediaError("give a PIL image, an array, bytes, a path or a URL")
+        return value
+
+    def _from_array(self, value: Any) -> Image.Image:
+        pixels = value.detach().cpu() if isinstance(value, Tensor) else np.asarray(value)
+        if isinstance(pixels, Tensor):
+            pixels = (pixels.permute(1, 2, 0) if pixels.ndim == 3 else pixels).numpy()
+        if pixels.ndim == 2:
+            pixels = pixels[..., None]
+        if pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4) or not pixels.size:
+            raise MediaError(
+                "give H x W or H x W x channels in numpy, channels x H x W in torch; 1, 3 or 4 channels, no empty side"
+            )
+        return Image.fromarray(_eight_bits(pixels).squeeze(2) if pixels.shape[2] == 1 else _eight_bits(pixels))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Any PIL image as upright 8-bit RGB on white; of an animation, the frame it stands at."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        pixels = np.asarray(image)
+        if image.mode == "I" and pixels.min() >= 0 and pixels.max() <= 0xFFFF:
+            pixels = pixels.astype(np.uint16)  # PIL holds some 16-bit pictures in 32 bits
+        image = Image.fromarray(_eight_bits(pixels))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _eight_bits(pixels: np.ndarray) -> np.ndarray:
+    """Pixels as uint8, over the whole range of their kind."""
+    if pixels.dtype == np.uint8:
+        return np.ascontiguousarray(pixels)
+    if pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2:
+        return np.round(pixels / 257.0).astype(np.uint8)
+    if pixels.dtype.kind == "f":
+        low, high = float(pixels.min()), float(pixels.max())
+        if not (low >= 0 and high <= 1):  # false for NaN too
+            raise MediaError(f"floating-point pixels lie in [0, 1], these in [{low}, {high}]; rescale them")
+        return np.round(pixels * 255.0).astype(np.uint8)
+    raise MediaError(f"pixels of type {pixels.dtype} have no agreed range; give uint8, uint16, or floats in [0, 1]")
+
+
+def _label(key: str, value: Any) -> str:
+    """Which part an error is about, without pouring its data into the message."""
+    if key == "path" or (key == "url" and not value.startswith("data:")):
+        return f"{key} {str(value)[:200]!r}"
+    if isinstance(value, (str, bytes)):
+        return f"{key} of {len(value)} {'characters' if isinstance(value, str) else 'bytes'}"
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"{key} {value.dtype} of shape {tuple(value.shape)}"
+    return f"{key} {type(value).__name__}"
+
+
+class VisionEncoder(Encoder):
+    """Crops of several pictures to packed frames, in the reference's order: crops, separator, global view.
+
+    The tower's BatchNorm, if it has any, never sees batch statistics. `blueprint` is a config that builds the same
+    modules with random weights and from nothing outside itself, for whoever loads a saved state into them.
+    """
+
+    mean_C11: Tensor
+    std_C11: Tensor
+
+    def __init__(self, config: VisionConfig, built: Built):
+        super().__init__()
+        self.config = config
+        self.blueprint = replace(config, tower=built.blueprint)
+        self.origin: Origin | None = built.origin
+        self.tower: Tower = built.tower
+        self.width = self.tower.width
+        self.row_separator_C = nn.Parameter(0.02 * torch.randn(self.width))
+        self.view_separator_C = nn.Parameter(0.02 * torch.randn(self.width))
+        self.register_buffer("mean_C11", torch.tensor(self.tower.mean)[:, None, None])
+        self.register_buffer("std_C11", torch.tensor(self.tower.std)[:, None, None])
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> VisionEncoder:
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+    def forward(self, crops_BCHW: Tensor, layout_I4: Tensor) -> Frames:  # type: ignore[override]
+        layouts = [tuple(row) for row in layout_I4.tolist()]
+        pixels_BCHW = (crops_BCHW.float() / 255 - self.mean_C11) / self.std_C11
+        grid = self.config.grid
+        whole = (grid, grid)
+        if self.tower.masks and self.config.max_crops:
+            valid = [size for layout in layouts for size in _valid_patches(layout, grid)]
+        else:
+            valid = [whole] * len(pixels_BCHW)
+
+        starts, views, view_ids, start = [], [], [], 0
+        for rows, columns, _, _ in layouts:
+            starts.append(start)
+            if rows * columns == 1 and valid[start] == whole:
+                view_ids.append(start)  # the only crop is the global view: one run serves both
+            else:
+                view_ids.append(len(pixels_BCHW) + len(views))
+                views.append(self._view(pixels_BCHW[start : start + rows * columns], rows, columns))
+            start += rows * columns
+
+        frames_BHWC = self._encode(torch.cat([pixels_BCHW, *views]), valid + [whole] * len(views))
+        items = []
+        for layout, start, view in zip(layouts, starts, view_ids, strict=True):
+            pieces = [self._read_rows(frames_BHWC[view])]
+            if self.config.max_crops:
+                separator_1C = self.view_separator_C.to(frames_BHWC.dtype)[None]
+                pieces = [self._read_rows(self._join(frames_BHWC[start:], layout)), separator_1C, *pieces]
+            items.append(torch.cat(pieces))
+        return Frames(torch.cat(items), tuple(len(item) for item in items))
+
+    def _view(self, crops_BCHW: Tensor, rows: int, columns: int) -> Tensor:
+        """The whole picture, padding included, squeezed to one crop; Source: processing_phi4mm.py (no antialiasing)."""
+        crop = self.config.crop_pixels
+        picture = crops_BCHW.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).reshape(1, 3, rows * crop, -1)
+        return F.interpolate(picture, size=(crop, crop), mode="bicubic", align_corners=False)
+
+    def _encode(self, inputs_BCHW: Tensor, valid: Sequence[tuple[int, int]]) -> Tensor:
+        """Crops to pooled frames. Padded crops run apart: whether attention is masked depends on no neighbour."""
+        grid = self.config.grid
+        padded = [i for i, size in enumerate(valid) if size != (grid, grid)]
+        full = [i for i, size in enumerate(valid) if size == (grid, grid)]
+        frames = []
+        for ids in (full, padded):
+            for start in range(0, len(ids), CROPS_PER_CALL):
+                chunk = ids[start : start + CROPS_PER_CALL]
+                valid_BHW = None
+                if ids is padded:
+                    sizes_B2 = torch.tensor([valid[i] for i in chunk], device=inputs_BCHW.device)
+                    steps = torch.arange(grid, device=inputs_BCHW.device)
+                    rows_BH, columns_BW = (steps < sizes_B2[:, :1]), (steps < sizes_B2[:, 1:])
+                    valid_BHW = rows_BH[:, :, None] & columns_BW[:, None, :]
+                frames.append(self._pool(self.tower(inputs_BCHW[chunk].to(self.row_separator_C.dtype), valid_BHW)))
+        back = torch.tensor(full + padded).argsort().to(inputs_BCHW.device)
+        return torch.cat(frames)[back]
+
+    def _pool(self, frames_BHWC: Tensor) -> Tensor:
+        missing = -frames_BHWC.shape[1] % self.config.pool
+        frames_BCHW = frames_BHWC.permute(0, 3, 1, 2)
+        if missing:
+            frames_BCHW = F.pad(frames_BCHW, (0, missing, 0, missing), mode="reflect")
+        return F.avg_pool2d(frames_BCHW, self.config.pool).permute(0, 2, 3, 1)
+
+    def _join(self, frames_BHWC: Tensor, layout: tuple[int, ...]) -> Tensor:
+        """The frames of a picture's crops as one map, cut to the rows and columns that hold picture."""
+        rows, columns, valid_rows, valid_columns = layout
+        frames = frames_BHWC[: rows * columns].unflatten(0, (rows, columns)).permute(0, 2, 1, 3, 4)
+        useful_rows = _useful(valid_rows, rows, self.config)
+        useful_columns = _useful(valid_columns, columns, self.config)
+        return frames.flatten(2, 3).flatten(0, 1)[:useful_rows, :useful_columns]
+
+    def _read_rows(self, frames_HWC: Tensor) -> Tensor:
+        """A map read row by row, with a separator after each."""
+        separators = self.row_separator_C.to(frames_HWC.dtype).expand(len(frames_HWC), 1, -1)
+        return torch.cat([frames_HWC, separators], dim=1).flatten(0, 1)
+
+
+def _valid_patches(layout: tuple[int, ...], grid: int) -> list[tuple[int, int]]:
+    """Rows and columns of valid patches of each crop, in reading order."""
+    rows, columns, valid_rows, valid_columns = layout
+    return [
+        (min(grid, valid_rows - row * grid), min(grid, valid_columns - column * grid))
+        for row in range(rows)
+        for column in range(columns)
+    ]

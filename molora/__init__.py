@@ -1,0 +1,33 @@
+"""Mixture-of-LoRAs multimodal models: a frozen language model gains senses."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from molora.assembly import RouterConfig
+    from molora.config import ConfigError
+    from molora.generate import GenerationConfig
+    from molora.loading import Answer, LoadedModel, load
+    from molora.modality import MediaError
+
+__version__ = "0.1.0"
+__all__ = ["Answer", "ConfigError", "GenerationConfig", "LoadedModel", "MediaError", "RouterConfig", "load"]
+
+_HOMES = {
+    "RouterConfig": "assembly",
+    "ConfigError": "config",
+    "GenerationConfig": "generate",
+    "Answer": "loading",
+    "LoadedModel": "loading",
+    "load": "loading",
+    "MediaError": "modality",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Importing the names only when asked for keeps `molora --help` from waiting for torch and transformers.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'molora' has no attribute {name!r}")
+    return getattr(import_module(f"molora.{_HOMES[name]}"), name)

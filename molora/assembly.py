@@ -1,0 +1,94 @@
+"""Putting a model together: from a recipe's description, from modality folders, or from a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers import PreTrainedTokenizerBase
+
+from molora.backbone import Backbone
+from molora.config import ConfigError, build
+from molora.lora import lora_config
+from molora.modality import Modality
+from molora.model import MoLoRA
+from molora.plugins import resolve
+from molora.processor import Processor
+
+
+@dataclass(kw_only=True)
+class BackboneConfig:
+    """A causal LM: a folder or a hub id. `dtype` casts its weights; by default they keep their stored dtype."""
+
+    path: str
+    dtype: str | None = None
+    revision: str | None = None
+
+
+@dataclass(kw_only=True)
+class ModalityConfig:
+    """A modality: a plugin with its options and its adapter's LoraConfig options, or a folder saved earlier (`path`)."""
+
+    plugin: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    adapter: dict[str, Any] | None = None
+    path: str | None = None
+
+
+@dataclass(kw_only=True)
+class RouterConfig:
+    """The router plugin and its options."""
+
+    plugin: str = "table"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A modality before its weights: the plugin spec it came from, the weightless plugin, and its adapter's config."""
+
+    plugin: str
+    modality: Modality
+    adapter: LoraConfig | None
+
+
+def blueprint(
+    name: str, plugin: str, options: Mapping[str, Any], adapter: Mapping[str, Any] | None, where: str
+) -> Blueprint:
+    """Resolves a plugin and reads its options. Raises ConfigError, and the plugin's own errors."""
+    modality_class: Any = resolve("modality", plugin)
+    modality = modality_class(name, build(modality_class.config_type, options, f"{where}.options"))
+    return Blueprint(plugin, modality, None if adapter is None else lora_config(adapter, f"{where}.adapter"))
+
+
+def assemble(
+    backbone: Backbone,
+    tokenizer: PreTrainedTokenizerBase,
+    blueprints: Mapping[str, Blueprint],
+    router: RouterConfig,
+    *,
+    seed: int = 0,
+) -> tuple[MoLoRA, Processor]:
+    """Builds model and processor, which share modalities, their order and the router's order of samples."""
+    part_types: dict[str, str] = {}
+    for name, plan in blueprints.items():
+        other = part_types.setdefault(plan.modality.part_type, name)
+        if other != name:
+            raise ConfigError(
+                f"modalities {other!r} and {name!r} both answer to parts of type {plan.modality.part_type!r}"
+            )
+    adapters = {name: plan.adapter for name, plan in blueprints.items() if plan.adapter is not None}
+    router_class: Any = resolve("router", router.plugin)
+    decide = router_class(list(adapters), build(router_class.config_type, router.options, "router.options"))
+    modalities = {name: plan.modality for name, plan in blueprints.items()}
+    model = MoLoRA(backbone, modalities, adapters, decide, seed=seed)
+    processor = Processor(tokenizer, modalities, decide.order, backbone.max_tokens)
+    return model, processor
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device named, else the first GPU, else the CPU."""
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -1,0 +1,205 @@
+"""What a run leaves on disk: modality folders that stand alone, the run's molora.json, and states to resume from."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from molora import lora
+from molora.assembly import Blueprint, RouterConfig, blueprint
+from molora.backbone import Identity
+from molora.config import ConfigError
+from molora.model import MoLoRA
+from molora.storage import read_json, sync, write_json, write_tensors, write_text
+
+FORMAT_VERSION = "1.0"
+
+
+def check_format(value: Mapping[str, Any], path: Path) -> None:
+    """Raises ValueError for a major format version this code does not know."""
+    version = str(value.get("format_version"))
+    if version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
+        raise ValueError(
+            f"{path}: format version {version!r}, this molora reads {FORMAT_VERSION}; upgrade molora or convert"
+        )
+
+
+def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the sorted names, dtypes, shapes and bytes of tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+# Modality folders ------------------------------------------------------------------------------------------------
+
+
+def save_modality(model: MoLoRA, name: str, plan: Blueprint, folder: Path, pristine: Mapping[str, str]) -> None:
+    """Writes a modality's folder. `modality.json` comes last and holds the hashes of the others.
+
+    The encoder is left out only if it can be fetched again: its origin is known and its tensors still have the hash they
+    had when it was built (`pristine`).
+    """
+    files: dict[str, Mapping[str, Tensor]] = {"projector.safetensors": model.projectors[name].state_dict()}
+    encoder = model.encoders[name]
+    encoder_hash = tensor_hash(encoder.state_dict())
+    origin: Any = encoder.origin
+    if origin is None or encoder_hash != pristine[name]:
+        files["encoder.safetensors"] = encoder.state_dict()
+    for file, tensors in files.items():
+        write_tensors(folder / file, tensors)
+    names = sorted(files)
+    if plan.adapter is not None:
+        write_tensors(folder / "adapter_model.safetensors", lora.adapter_tensors(model.backbone.model, name))
+        write_text(folder / "adapter_config.json", lora.adapter_json(plan.adapter, model.backbone.identity.source))
+        names += ["adapter_model.safetensors", "adapter_config.json"]
+    write_json(
+        folder / "modality.json",
+        {
+            "format_version": FORMAT_VERSION,
+            "name": name,
+            "plugin": plan.plugin,
+            "options": asdict(plan.modality.config),
+            "part_type": plan.modality.part_type,
+            "frame_width": encoder.width,
+            "backbone_width": model.backbone.width,
+            "projectors": sorted(plan.modality.projectors()),
+            "backbone": asdict(model.backbone.identity),
+            "encoder": {"hash": encoder_hash, "origin": None if origin is None else asdict(origin)},
+            "files": {file: file_hash(folder / file) for file in names},
+        },
+    )
+
+
+def read_blueprint(folder: Path, identity: Identity, name: str | None = None) -> tuple[str, Blueprint, list[str]]:
+    """Reads a modality folder's description and checks it against the backbone.
+
+    Returns the modality's name, its blueprint and warnings. Raises ConfigError or ValueError naming the file.
+    """
+    path = folder / "modality.json"
+    if not path.is_file():
+        raise ConfigError(f"{folder}: not a modality folder (no modality.json)")
+    about = read_json(path)
+    check_format(about, path)
+    warnings = identity.check(about["backbone"], str(path))
+    for file, expected in about["files"].items():
+        if not (folder / file).is_file():
+            raise ValueError(f"{folder / file}: missing, though {path} lists it; copy the whole folder")
+        if file_hash(folder / file) != expected:
+            raise ValueError(
+                f"{folder / file}: does not have the hash in {path}; it was changed, or a run was stopped while it wrote the "
+                "folder (resuming that run writes it again)"
+            )
+    name = name or about["name"]
+    plan = blueprint(name, about["plugin"], about["options"], None, str(path))
+    adapter = lora.read_adapter(folder) if "adapter_config.json" in about["files"] else None
+    return name, Blueprint(plan.plugin, plan.modality, adapter), warnings
+
+
+def load_modality(model: MoLoRA, name: str, folder: Path) -> None:
+    """Fills a modality's modules from its folder. Raises ValueError listing tensors that do not fit."""
+    about = read_json(folder / "modality.json")
+    path = folder / "projector.safetensors"
+    lora.load_exactly(model.projectors[name].state_dict(), load_file(path), str(path))
+    path = folder / "encoder.safetensors"
+    if path.name in about["files"]:
+        lora.load_exactly(model.encoders[name].state_dict(), load_file(path), str(path))
+    elif tensor_hash(model.encoders[name].state_dict()) != about["encoder"]["hash"]:
+        raise ValueError(
+            f"{folder}: its encoder comes from {about['encoder']['origin']}, whose tensors now have another hash than when "
+            "the modality was saved"
+        )
+    path = folder / "adapter_model.safetensors"
+    if path.name in about["files"]:
+        lora.load_adapter_tensors(model.backbone.model, name, load_file(path), str(path))
+
+
+# Runs ------------------------------------------------------------------------------------------------------------
+
+
+def write_run(run: Path, identity: Identity, dtype: str | None, modalities: list[str], router: RouterConfig) -> None:
+    """Writes molora.json, which makes a folder a run that `molora.load` opens."""
+    write_json(
+        run / "molora.json",
+        {
+            "format_version": FORMAT_VERSION,
+            "backbone": {**asdict(identity), "dtype": dtype},
+            "modalities": modalities,
+            "router": asdict(router),
+        },
+    )
+
+
+@dataclass(frozen=True)
+class RunAbout:
+    """What molora.json says."""
+
+    backbone: dict[str, Any]
+    modalities: list[str]
+    router: RouterConfig
+
+
+def read_run(run: Path) -> RunAbout:
+    path = run / "molora.json"
+    if not path.is_file():
+        raise ConfigError(
+            f"{run}: not a run folder (no molora.json); was its training finished or saved at least once?"
+        )
+    about = read_json(path)
+    check_format(about, path)
+    return RunAbout(about["backbone"], about["modalities"], RouterConfig(**about["router"]))
+
+
+# States ----------------------------------------------------------------------------------------------------------
+
+
+def save_state(run: Path, name: str, tensors: Mapping[str, Mapping[str, Tensor]], about: Mapping[str, Any]) -> None:
+    """Writes `state/<name>/` in one step, then removes older states: a kill at any instant leaves one whole state."""
+    root = run / "state"
+    temporary = root / f".{name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for file, values in tensors.items():
+        write_tensors(temporary / f"{file}.safetensors", values)
+    write_json(temporary / "state.json", {"format_version": FORMAT_VERSION, **about})
+    sync(temporary)
+    if (root / name).exists():
+        shutil.rmtree(root / name)
+    os.replace(temporary, root / name)
+    sync(root)
+    for other in root.iterdir():
+        if other.name != name:
+            shutil.rmtree(other)
+
+
+def latest_state(run: Path) -> Path | None:
+    """The newest whole state of a run, if it has one."""
+    states = [path for path in (run / "state").glob("step-*") if (path / "state.json").is_file()]
+    return max(states, key=lambda path: int(path.name.removeprefix("step-")), default=None)
+
+
+def read_state(state: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """A state's description and its tensors by file."""
+    about = read_json(state / "state.json")
+    check_format(about, state / "state.json")
+    return about, {path.stem: load_file(path) for path in sorted(state.glob("*.safetensors"))}

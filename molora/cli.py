@@ -1,0 +1,240 @@
+"""The command line. Libraries are imported inside the commands, so that `--help` does not wait for them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="molora",
+    help="Mixture-of-LoRAs multimodal models: train, generate, evaluate.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A run folder, or a backbone: a folder or hub id.")]
+ModalityOption = Annotated[
+    list[Path] | None, typer.Option("--modality", metavar="FOLDER", help="A modality folder; repeat.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[key=value]…", help="Settings that replace the file's.")
+]
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG.yaml")]
+
+
+# Rows of each data source on which `verify` checks the promises.
+VERIFIED_ROWS = 6
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    if debug:
+        os.environ["MOLORA_DEBUG"] = "1"
+
+
+@app.command()
+def train(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Run a recipe: writes a run folder, and goes on where it stopped."""
+    from molora.config import read
+    from molora.terminal import console
+    from molora.train import Recipe
+    from molora.train import train as run_recipe
+
+    recipe = read(Recipe, config, overrides or ())
+    run = run_recipe(recipe)
+    console.print(f"done: {run}", highlight=False)
+
+
+@app.command()
+def pretrain(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Build a small backbone from text."""
+    from molora.config import read
+    from molora.pretrain import PretrainConfig
+    from molora.pretrain import pretrain as run_pretraining
+    from molora.terminal import console, progress
+
+    with progress() as bars:
+        folder = run_pretraining(read(PretrainConfig, config, overrides or ()), bars)
+    console.print(f"done: {folder}", highlight=False)
+
+
+@app.command()
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str | None, typer.Argument(help="The question.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="A picture; repeat.")] = None,
+    audio: Annotated[list[Path] | None, typer.Option(help="A sound; repeat.")] = None,
+    part: Annotated[
+        list[str] | None, typer.Option(metavar="TYPE=PATH", help="A media part of any type; repeat.")
+    ] = None,
+    messages: Annotated[Path | None, typer.Option(metavar="IN.jsonl", help='Rows of {"id", "messages"}.')] = None,
+    output: Annotated[Path | None, typer.Option(metavar="OUT.jsonl", help="Where answers go, row by row.")] = None,
+    modality: ModalityOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    seed: int = 0,
+) -> None:
+    """Answer one question, streamed; or, with --messages and --output, a mixed batch."""
+    from molora.config import ConfigError
+    from molora.generate import GenerationConfig
+    from molora.loading import load
+
+    if (messages is None) != (output is None):
+        raise ConfigError("--messages and --output go together: rows come from one and answers go to the other")
+    parts: list[dict[str, Any]] = []
+    for type, paths in (("image", image), ("audio", audio)):
+        parts += [{"type": type, "path": str(path)} for path in paths or ()]
+    for given in part or ():
+        type, equals, path = given.partition("=")
+        if not (type and equals and path):
+            raise ConfigError(f"--part {given!r}: write it as TYPE=PATH, such as image=a.png")
+        parts.append({"type": type, "path": path})
+    if messages is None and not prompt and not parts:
+        raise ConfigError("nothing to answer: give a PROMPT, a picture, or --messages with --output")
+    loaded = load(model, modality or ())
+    config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    if messages is not None and output is not None:
+        _generate_rows(loaded, messages, output, config)
+        return
+    content = parts + ([{"type": "text", "text": prompt}] if prompt else [])
+    for piece in loaded.stream([{"role": "user", "content": content}], config):
+        print(piece, end="", flush=True)
+    print()
+
+
+def _generate_rows(loaded: Any, messages: Path, output: Path, config: Any) -> None:
+    """Answers the rows that have none yet. A half-written last line, left by a kill, is dropped and answered again."""
+    from molora.config import ConfigError
+    from molora.data import Messages, MessagesConfig
+    from molora.terminal import progress
+
+    source = Messages(MessagesConfig(path=str(messages)))
+    rows = [source[index] for index in range(len(source))]
+    if len({row["id"] for row in rows}) != len(rows):
+        raise ConfigError(f"{messages}: ids are not unique; answers could not be told apart")
+    done: set[str] = set()
+    if output.exists():
+        lines = output.read_bytes().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith(b"\n")]
+        done = {json.loads(line)["id"] for line in whole}
+        os.truncate(output, sum(map(len, whole)))
+    left = {row["id"]: row for row in rows if row["id"] not in done}
+    samples = (loaded.encode(row["messages"], id) for id, row in left.items())
+    with open(output, "a", encoding="utf-8") as file, progress() as bars:
+        bar = bars.add_task("generate", total=len(rows), completed=len(rows) - len(left), note="")
+        for answer in loaded.answers(samples, config):
+            line = {
+                "id": answer.id,
+                "messages": left[answer.id]["messages"],
+                "answer": answer.text,
+                "adapters": list(answer.adapters),
+                "prompt_tokens": answer.prompt_tokens,
+                "answer_tokens": answer.answer_tokens,
+            }
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+            bars.advance(bar)
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelArgument, config: ConfigArgument, overrides: Overrides = None, modality: ModalityOption = None
+) -> None:
+    """Answer a config's evaluations: a table, and the same as JSON in MODEL/evaluation.json or on standard output."""
+    from rich.table import Table
+
+    from molora.config import read
+    from molora.data import open_source
+    from molora.evaluate import Evaluations, judge, scores
+    from molora.loading import load
+    from molora.storage import write_json
+    from molora.terminal import console, progress
+
+    evaluations = read(Evaluations, config, overrides or ()).evaluations
+    loaded = load(model, modality or ())
+    results: dict[str, dict[str, float]] = {}
+    with progress() as bars:
+        for name, evaluation in evaluations.items():
+            source = open_source(evaluation.data, f"evaluations.{name}.data")
+            bar = bars.add_task(name, total=len(source), note="")
+            judged = judge(
+                loaded.model, loaded.processor, source, evaluation, advance=lambda bar=bar: bars.advance(bar)
+            )
+            results[name] = scores(judged)
+    table = Table("evaluation", "metric", "value")
+    for name, metrics in results.items():
+        for metric, value in metrics.items():
+            table.add_row(name, metric, f"{value:.4f}" if metric.startswith("exact_match") else f"{value:.0f}")
+    console.print(table)
+    if (Path(model) / "molora.json").is_file():
+        write_json(Path(model) / "evaluation.json", {"format_version": "1.0", "evaluations": results})
+    else:
+        print(json.dumps(results))
+
+
+@app.command()
+def demo(
+    run: Annotated[Path, typer.Option(help="The folder it writes.")] = Path("runs/demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps of everything, to see that it works.")] = False,
+) -> None:
+    """The main job end to end: make a backbone, teach it to see, ask it about pictures, write a report."""
+    from molora.demo import run_demo
+
+    run_demo(run, quick=quick)
+
+
+@app.command()
+def verify(
+    model: ModelArgument,
+    modality: ModalityOption = None,
+    messages: Annotated[
+        Path | None, typer.Option(metavar="IN.jsonl", help="Conversations with media to check on.")
+    ] = None,
+) -> None:
+    """Check the promises on this model and print a table. A run brings its own samples, from its recipe's data."""
+    from molora.config import read
+    from molora.data import SourceConfig, open_source
+    from molora.loading import load
+    from molora.train import Recipe
+    from molora.verify import verify as check
+
+    run = Path(model)
+    sources: list[SourceConfig] = []
+    if messages is not None:
+        sources = [SourceConfig(kind="messages", options={"path": str(messages)})]
+    elif (run / "config.yaml").is_file():
+        sources = [source for stage in read(Recipe, run / "config.yaml").stages for source in stage.data.values()]
+    opened = [open_source(source, "data") for source in sources]
+    rows = [source[row] for source in opened for row in range(min(len(source), VERIFIED_ROWS))]
+    raise typer.Exit(0 if check(load(model, modality or ()), rows, run if run.is_dir() else None) else 1)
+
+
+@app.command()
+def doctor() -> None:
+    """What is installed, what works, what is missing and how to get it."""
+    from molora.doctor import main as examine
+
+    raise typer.Exit(examine())
+
+
+def main() -> None:
+    """Runs the command line; a user's mistake is one paragraph on standard error and exit code 1."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app()
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if os.environ.get("MOLORA_DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)

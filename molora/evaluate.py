@@ -1,0 +1,127 @@
+"""Evaluation by generation: the model answers, the answers are compared."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from accelerate.utils import gather_object
+
+from molora.data import Source, SourceConfig
+from molora.generate import GenerationConfig, generate
+from molora.model import MoLoRA
+from molora.pack import Sample
+from molora.processor import Processor
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """Questions to answer. `without_media` leaves the media parts out, to see what the text alone gives away."""
+
+    data: SourceConfig
+    max_new_tokens: int = 16
+    max_running_samples: int = 128
+    without_media: bool = False
+
+
+@dataclass(kw_only=True)
+class Evaluations:
+    """A config of evaluations alone, for `molora eval`."""
+
+    evaluations: dict[str, EvaluationConfig]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One answered question."""
+
+    id: str
+    messages: list[dict[str, Any]]
+    expected: str
+    answer: str
+    correct: bool
+    tags: list[str] = field(default_factory=list)
+
+
+def normalise(text: str) -> str:
+    """Lower case, single spaces, no closing full stop: what exact match ignores."""
+    return re.sub(r"\s+", " ", text).strip().rstrip(".").lower()
+
+
+def exact_match(answer: str, expected: str) -> bool:
+    return normalise(answer) == normalise(expected)
+
+
+def judge(
+    model: MoLoRA,
+    processor: Processor,
+    source: Source,
+    config: EvaluationConfig,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    advance: Callable[[], None] = lambda: None,
+) -> list[Judged]:
+    """Answers this rank's share of the questions, in order. The last assistant message is the expected answer."""
+    rows: dict[str, dict[str, Any]] = {}
+
+    def prompts() -> Iterator[Sample]:
+        for index in range(rank, len(source), ranks):
+            row = question(source, index, config.without_media)
+            rows[row["id"]] = row
+            yield processor.encode(row["prompt"], row["id"], generate=True)
+
+    answers: dict[str, list[int]] = defaultdict(list)
+    decoding = GenerationConfig(max_new_tokens=config.max_new_tokens, max_running_samples=config.max_running_samples)
+    for step in generate(model, prompts(), decoding):
+        if step.finished != "stop":
+            answers[step.id].append(step.token_id)
+        if step.finished:
+            advance()
+    judged = []
+    for id, row in rows.items():
+        answer = processor.decode(answers[id]).strip()
+        judged.append(
+            Judged(id, row["prompt"], row["expected"], answer, exact_match(answer, row["expected"]), row["tags"])
+        )
+    return judged
+
+
+def question(source: Source, index: int, without_media: bool) -> dict[str, Any]:
+    """Splits a row into prompt and expected answer; the id gains the row number, so that it is unique."""
+    row = source[index]
+    *prompt, last = row["messages"]
+    if last["role"] != "assistant" or not prompt:
+        raise ValueError(f"evaluation row {index + 1}: must end with an assistant message, the expected answer")
+    if without_media:
+        prompt = [
+            m if isinstance(m["content"], str) else {**m, "content": [p for p in m["content"] if p["type"] == "text"]}
+            for m in prompt
+        ]
+    expected = last["content"]
+    if not isinstance(expected, str):
+        expected = "".join(part["text"] for part in expected if part["type"] == "text")
+    return {"id": f"{index}:{row['id']}", "prompt": prompt, "expected": expected, "tags": row.get("tags", [])}
+
+
+def scores(judged: list[Judged]) -> dict[str, float]:
+    """Exact match over all questions and over those of each tag, with the counts."""
+    by_tag: dict[str, list[bool]] = {"": [item.correct for item in judged]}
+    for item in judged:
+        for tag in item.tags:
+            by_tag.setdefault(tag, []).append(item.correct)
+    results: dict[str, float] = {}
+    for tag, correct in by_tag.items():
+        suffix = f"/{tag}" if tag else ""
+        results[f"exact_match{suffix}"] = sum(correct) / max(1, len(correct))
+        results[f"questions{suffix}"] = len(correct)
+    return results
+
+
+def gathered(judged: list[Judged]) -> list[Judged]:
+    """Every rank's answers, in the order of the questions."""
+    everyone: list[Judged] = gather_object(judged)
+    return sorted(everyone, key=lambda item: int(item.id.partition(":")[0]))

@@ -1,0 +1,127 @@
+"""Opening what was trained: a run, or a backbone with modality folders, as something that answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from molora.assembly import Blueprint, RouterConfig, assemble, pick_device
+from molora.backbone import load_backbone
+from molora.checkpoint import load_modality, read_blueprint, read_run
+from molora.config import ConfigError
+from molora.generate import GenerationConfig, generate
+from molora.messages import Message
+from molora.model import MoLoRA
+from molora.pack import Sample
+from molora.processor import Processor
+from molora.terminal import console
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished answer. `finished` is "stop" if the model ended it, "length" if a limit did."""
+
+    id: str
+    text: str
+    adapters: tuple[str, ...]
+    prompt_tokens: int
+    answer_tokens: int
+    finished: Literal["stop", "length"]
+
+
+class LoadedModel:
+    """A model with its processor. `generate` answers conversations; `stream` yields one answer as it comes."""
+
+    def __init__(self, model: MoLoRA, processor: Processor) -> None:
+        self.model = model
+        self.processor = processor
+
+    def generate(
+        self, conversations: Sequence[Message] | Sequence[Sequence[Message]], config: GenerationConfig | None = None
+    ) -> Any:
+        """The answer to a conversation as text, or to several, any mix, as a list in their order."""
+        single = bool(conversations) and isinstance(conversations[0], Mapping)
+        several: Any = [conversations] if single else conversations
+        samples = (self.encode(messages, str(index)) for index, messages in enumerate(several))
+        answers = {answer.id: answer.text for answer in self.answers(samples, config)}
+        texts = [answers[str(index)] for index in range(len(several))]
+        return texts[0] if single else texts
+
+    def encode(self, messages: Sequence[Message], id: str = "0") -> Sample:
+        """A conversation as a sample to answer."""
+        return self.processor.encode(messages, id, generate=True)
+
+    def answers(self, samples: Iterable[Sample], config: GenerationConfig | None = None) -> Iterator[Answer]:
+        """Answers in the order in which they finish. Sample ids must be unique."""
+        known: dict[str, Sample] = {}
+        tokens: dict[str, list[int]] = {}
+
+        def remembered() -> Iterator[Sample]:
+            for sample in samples:
+                known[sample.id] = sample
+                tokens[sample.id] = []
+                yield sample
+
+        for step in generate(self.model, remembered(), config):
+            if step.finished != "stop":
+                tokens[step.id].append(step.token_id)
+            if step.finished:
+                sample, answer = known.pop(step.id), tokens.pop(step.id)
+                adapters = tuple(sorted(self.model.router.adapters(sample.modalities)))
+                text = self.processor.decode(answer).strip()
+                yield Answer(step.id, text, adapters, len(sample), len(answer), step.finished)
+
+    def stream(self, messages: Sequence[Message], config: GenerationConfig | None = None) -> Iterator[str]:
+        """Pieces of the answer to one conversation, as text that is final."""
+        tokens: list[int] = []
+        shown = ""
+        for step in generate(self.model, [self.encode(messages)], config):
+            if step.finished != "stop":
+                tokens.append(step.token_id)
+            text = self.processor.decode(tokens)
+            # A character that spans several tokens shows as U+FFFD until its last one.
+            if text.startswith(shown) and (step.finished or not text.endswith("\ufffd")):
+                yield text[len(shown) :]
+                shown = text
+
+
+def load(
+    source: str | Path,
+    modalities: Sequence[str | Path] = (),
+    *,
+    router: RouterConfig | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+) -> LoadedModel:
+    """Opens a run folder, or a backbone (folder or hub id) with modality folders.
+
+    Raises ConfigError or ValueError naming the file that does not fit, BackboneRefused for a backbone that cannot run.
+    """
+    run = Path(source)
+    revision = None
+    if (run / "molora.json").is_file():
+        about = read_run(run)
+        folders = [run / "modalities" / name for name in about.modalities] + [Path(folder) for folder in modalities]
+        router = router or about.router
+        path, dtype = about.backbone["source"], dtype or about.backbone["dtype"]
+        revision = about.backbone.get("revision")
+    else:
+        path, folders = str(source), [Path(folder) for folder in modalities]
+        if run.is_dir() and not (run / "config.json").is_file():
+            raise ConfigError(f"{run}: neither a run (no molora.json) nor a backbone (no config.json)")
+    backbone, tokenizer = load_backbone(path, dtype=dtype, revision=revision, device=pick_device(device))
+    plans: dict[str, Blueprint] = {}
+    origins: dict[str, Path] = {}
+    for folder in folders:
+        name, plan, warnings = read_blueprint(folder, backbone.identity)
+        if name in plans:
+            raise ConfigError(f"{folder}: its modality {name!r} is already loaded from {origins[name]}")
+        plans[name], origins[name] = plan, folder
+        for warning in warnings:
+            console.print(f"[yellow]{warning}[/]")
+    model, processor = assemble(backbone, tokenizer, plans, router or RouterConfig())
+    for name, folder in origins.items():
+        load_modality(model, name, folder)
+    return LoadedModel(model.eval(), processor)

@@ -1,0 +1,131 @@
+"""Optimisation part by part: what trains is a list of name patterns, and no part's update depends on another's."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from molora.config import ConfigError
+from molora.model import MoLoRA
+
+
+@dataclass(kw_only=True)
+class PartConfig:
+    """How the parameters of a pattern train. Warm-up is linear; the schedule then runs to the end of the stage.
+
+    Steps are the part's own: one without a sample in a step does not move, nor does its schedule.
+    """
+
+    learning_rate: float
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    max_gradient_norm: float = 1.0
+
+
+def learning_rate(config: PartConfig, step: int, total_steps: int) -> float:
+    """The rate of step `step` (from 0) of `total_steps`."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    factor = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[config.schedule]
+    return config.learning_rate * factor
+
+
+class PartOptimizer:
+    """AdamW for the parameters of one part, with the part's own clipping, schedule and step count."""
+
+    def __init__(self, groups: list[tuple[PartConfig, dict[str, nn.Parameter]]], total_steps: int) -> None:
+        self.groups = groups
+        self.total_steps = total_steps
+        self.steps_taken = 0
+        self.optimizer = torch.optim.AdamW(
+            [
+                {
+                    "params": list(parameters.values()),
+                    "lr": config.learning_rate,
+                    "betas": (config.beta1, config.beta2),
+                    "weight_decay": config.weight_decay,
+                }
+                for config, parameters in groups
+            ]
+        )
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for _, parameters in self.groups for name, p in parameters.items()}
+
+    def step(self) -> tuple[float, float]:
+        """Clips, updates, clears the gradients; returns the gradient norm before clipping and the learning rate."""
+        parameters = list(self.parameters.values())
+        norm = nn.utils.clip_grad_norm_(parameters, min(config.max_gradient_norm for config, _ in self.groups))
+        for (config, _), group in zip(self.groups, self.optimizer.param_groups, strict=True):
+            group["lr"] = learning_rate(config, self.steps_taken, self.total_steps)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps_taken += 1
+        return float(norm), self.optimizer.param_groups[0]["lr"]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The optimiser's state by parameter name: `<name>.exp_avg`, `<name>.exp_avg_sq`, `<name>.step`."""
+        return {
+            f"{name}.{key}": value
+            for name, parameter in self.parameters.items()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+        }
+
+    def load(self, tensors: Mapping[str, Tensor], steps_taken: int) -> None:
+        self.steps_taken = steps_taken
+        for name, parameter in self.parameters.items():
+            state: dict[str, Any] = {
+                key: tensors[f"{name}.{key}"].clone()
+                for key in ("exp_avg", "exp_avg_sq", "step")
+                if f"{name}.{key}" in tensors
+            }
+            if state:
+                # AdamW keeps its step counter on the CPU.
+                self.optimizer.state[parameter] = {
+                    k: v if k == "step" else v.to(parameter.device) for k, v in state.items()
+                }
+
+
+def set_trainable(
+    model: MoLoRA, patterns: Mapping[str, PartConfig], total_steps: int, where: str
+) -> dict[str, PartOptimizer]:
+    """Makes exactly the parameters that a pattern matches trainable, and gives each part its optimiser.
+
+    A pattern is a shell pattern over full parameter names, or the beginning of one up to a dot (`adapters.vision`).
+    The first pattern that matches a parameter decides. Raises ConfigError for a pattern that matches nothing.
+    """
+    used: set[str] = set()
+    optimizers: dict[str, PartOptimizer] = {}
+    for part, parameters in model.parts().items():
+        groups: dict[str, dict[str, nn.Parameter]] = {}
+        for key, parameter in parameters.items():
+            name = f"{part}.{key}"
+            pattern = next((p for p in patterns if matches(p, name)), None)
+            parameter.requires_grad_(pattern is not None)
+            if pattern is not None:
+                groups.setdefault(pattern, {})[name] = parameter
+        used |= groups.keys()
+        if groups:
+            optimizers[part] = PartOptimizer([(patterns[p], chosen) for p, chosen in groups.items()], total_steps)
+    if idle := [pattern for pattern in patterns if pattern not in used]:
+        raise ConfigError(f"{where}: {idle} train nothing; the parts of this model are {sorted(model.parts())}")
+    return optimizers
+
+
+def matches(pattern: str, name: str) -> bool:
+    return name.startswith(f"{pattern}.") or fnmatch.fnmatchcase(name, pattern)
+
+
+def count(parameters: Iterable[Tensor]) -> int:
+    return sum(p.numel() for p in parameters)

@@ -1,0 +1,549 @@
+"""Pretraining: a small causal language model made from text, in the shape of Phi-4-mini, for the demo and for tests.
+
+The result is an ordinary transformers folder (Phi3ForCausalLM and a byte-level BPE tokenizer). Documents never see each
+other: each starts at position 0, and transformers recognises restarting positions as packed documents.
+
+Letters: B windows in a step, T tokens in a window, K predicted tokens, D width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import tokenizers
+import torch
+import transformers
+from rich.progress import Progress
+from safetensors.torch import load_file
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
+
+from molora.config import ConfigError
+from molora.loss import target_losses
+from molora.storage import read_json, sync, write_json, write_tensors
+
+FORMAT_VERSION = 1
+
+END_OF_TEXT = "<|endoftext|>"
+END_OF_TURN = "<|end|>"
+# In the order of their ids in Phi-4-mini, behind the learned vocabulary. All but the first absorb the whitespace after them.
+SPECIAL_TOKENS = (
+    END_OF_TEXT,
+    "<|assistant|>",
+    END_OF_TURN,
+    "<|user|>",
+    "<|system|>",
+    "<|tool|>",
+    "<|/tool|>",
+    "<|tool_call|>",
+    "<|/tool_call|>",
+    "<|tool_response|>",
+)
+# Phi-4-mini's format: turns back to back, no newlines; a system message may carry a `tools` string.
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{- '<|' ~ message.role ~ '|>' ~ message.content -}}"
+    "{%- if message.role == 'system' and message.tools -%}{{- '<|tool|>' ~ message.tools ~ '<|/tool|>' -}}{%- endif -%}"
+    "{{- '<|end|>' -}}"
+    "{%- endfor -%}"
+    "{{- '<|assistant|>' if add_generation_prompt else eos_token -}}"
+)
+ROLES = ("system", "user", "assistant", "tool")
+
+# Words with the character before them, numbers of up to three digits, runs of punctuation, line ends, spaces.
+# Source: a simpler relative of o200k_base's pattern (openai/tiktoken, tiktoken_ext/openai_public.py).
+WORD_PATTERN = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+_ROTATED_SHARE = 0.75
+_BETAS = (0.9, 0.95)
+# Windows that still take documents while packing; more of them waste fewer positions.
+_OPEN_WINDOWS = 16
+_WITHOUT_EFFECT_ON_RESULT = ("output", "text", "checkpoint_every_steps")
+
+Document: TypeAlias = "str | list[dict[str, str]]"
+
+
+@dataclass
+class PretrainConfig:
+    """`text` files are .txt (one document each) or .jsonl whose rows have `text`, or chat `messages`; `output` is a folder.
+
+    `vocab_size` includes the special tokens. `precision` is that of the matrix products; weights and optimiser are fp32.
+    The two position limits are LongRoPE's: the length up to which frequencies are plain, and the promised length.
+    """
+
+    output: str
+    text: list[str]
+    vocab_size: int = 2048
+    width: int = 256
+    mlp_width: int = 768
+    layers: int = 4
+    heads: int = 4
+    key_value_heads: int = 2
+    original_max_position_embeddings: int = 4096
+    max_position_embeddings: int = 131072
+    window_tokens: int = 256
+    windows_per_step: int = 16
+    steps: int = 400
+    learning_rate: float = 2e-3
+    warmup_steps: int = 40
+    weight_decay: float = 0.1
+    max_gradient_norm: float = 1.0
+    held_out_share: float = 0.02
+    precision: Literal["float32", "bfloat16"] = "float32"
+    checkpoint_every_steps: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "width", "mlp_width", "layers", "heads", "key_value_heads", "window_tokens"):
+            _require(getattr(self, name) >= 1, f"{name} {getattr(self, name)} must be at least 1")
+        for name in ("windows_per_step", "steps", "checkpoint_every_steps"):
+            _require(getattr(self, name) >= 1, f"{name} {getattr(self, name)} must be at least 1")
+        _require(
+            self.width % (8 * self.heads) == 0,
+            f"width {self.width} must be a multiple of 8 x heads ({8 * self.heads}), so that three quarters of a head can "
+            "be rotated in pairs",
+        )
+        _require(
+            self.heads % self.key_value_heads == 0,
+            f"heads {self.heads} must be a multiple of key_value_heads {self.key_value_heads}",
+        )
+        _require(
+            2 <= self.window_tokens <= self.original_max_position_embeddings <= self.max_position_embeddings,
+            f"window_tokens {self.window_tokens} (at least 2), original_max_position_embeddings "
+            f"{self.original_max_position_embeddings} and max_position_embeddings {self.max_position_embeddings} must not "
+            "decrease in this order",
+        )
+        _require(0 < self.held_out_share < 1, f"held_out_share {self.held_out_share} must lie between 0 and 1")
+        _require(self.learning_rate > 0, f"learning_rate {self.learning_rate} must be positive")
+        fewest = len(pre_tokenizers.ByteLevel.alphabet()) + len(SPECIAL_TOKENS)
+        _require(
+            self.vocab_size >= fewest,
+            f"vocab_size {self.vocab_size} must be at least {fewest}: every byte and the special tokens",
+        )
+
+
+class Batch(NamedTuple):
+    """Windows of packed documents; `predicted_BT` is True where the next token belongs to the same document."""
+
+    token_ids_BT: Tensor
+    position_ids_BT: Tensor
+    predicted_BT: Tensor
+
+
+def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Path:
+    """Makes the backbone that `config` describes and returns its folder, going on where an interrupted call stopped.
+
+    A finished folder is reused. Until then the work lies in `<output>.partial`. `pretrain.json` in the folder records the
+    config, the hash of the text, the loss of every step and the held-out perplexity.
+
+    Raises: ConfigError for text that cannot be read or is too little, and for a folder made with another config or text.
+    """
+    progress = progress or Progress(disable=True)
+    output = Path(config.output)
+    partial = output.with_name(f"{output.name}.partial")
+    made_from = {
+        "format_version": FORMAT_VERSION,
+        "config": {name: value for name, value in asdict(config).items() if name not in _WITHOUT_EFFECT_ON_RESULT},
+        "text_sha256": _hash_files(config.text),
+    }
+    if output.exists():
+        _check_same(made_from, output)
+        shutil.rmtree(partial, ignore_errors=True)  # a kill between the two last steps leaves it behind
+        return output
+    # Exact continuation needs the same arithmetic; a finished backbone does not care.
+    made_from["environment"] = _environment()
+    if partial.exists():
+        _check_same(made_from, partial)
+    else:
+        write_json(partial / "pretrain.json", made_from)
+
+    reading = progress.add_task("reading text", total=None)
+    documents = [document for path in config.text for document in _read_documents(Path(path))]
+    tokenizer = train_tokenizer(documents, config)
+    pieces = _cut(_encode(documents, tokenizer), config.window_tokens)
+    train_pieces, held_out_pieces = _hold_out(pieces, config)
+    progress.update(reading, total=1, completed=1)
+
+    model = _build_model(config, tokenizer)
+    losses = _train(model, train_pieces, config, partial / "state.safetensors", progress)
+    held_out_loss = _evaluate(model, held_out_pieces, config)
+
+    _save(model, tokenizer, partial / "backbone")
+    record = {
+        **made_from,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "train_tokens": sum(map(len, train_pieces)),
+        "losses": losses,
+        "held_out_loss": held_out_loss,
+        "held_out_perplexity": math.exp(held_out_loss),
+    }
+    write_json(partial / "backbone" / "pretrain.json", record)
+    os.rename(partial / "backbone", output)
+    sync(output.absolute().parent)
+    shutil.rmtree(partial)
+    return output
+
+
+def train_tokenizer(documents: Iterable[Document], config: PretrainConfig) -> PreTrainedTokenizerFast:
+    """Learns a byte-level BPE of exactly `config.vocab_size` tokens, with Phi-4-mini's special tokens and chat template.
+
+    Raises: ConfigError if the text does not support a vocabulary of that size.
+    """
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
+        [
+            pre_tokenizers.Split(Regex(WORD_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size - len(SPECIAL_TOKENS),
+        min_frequency=2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(itertools.chain.from_iterable(map(_contents, documents)), trainer)
+    backend.add_special_tokens(
+        [AddedToken(token, rstrip=token != END_OF_TEXT, special=True) for token in SPECIAL_TOKENS]
+    )
+    if backend.get_vocab_size() != config.vocab_size:
+        raise ConfigError(
+            f"vocab_size {config.vocab_size} is too large for {', '.join(config.text)}: pairs that occur at least twice give "
+            f"{backend.get_vocab_size()} tokens; lower vocab_size or add text"
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=config.max_position_embeddings,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def long_factors(count: int, scale: float) -> list[float]:
+    """LongRoPE's factors for samples longer than the original limit; `scale` is the promised over the original length.
+
+    They grow geometrically up to `scale` over the first 31/48 of the frequencies and stay there. At 48 and 32 this is
+    within 5 % of Phi-4-mini's searched list, but for its last two (44.2 and 47.8).
+    Source: config.json of microsoft/Phi-4-mini-instruct.
+    """
+    return [scale ** min(1.0, (48 * i) / (31 * count)) for i in range(count)]
+
+
+def _build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> Phi3ForCausalLM:
+    scale = config.max_position_embeddings / config.original_max_position_embeddings
+    num_frequencies = int(config.width // config.heads * _ROTATED_SHARE) // 2
+    end_of_turn, end_of_text = (tokenizer.vocab[token] for token in (END_OF_TURN, END_OF_TEXT))
+    phi = Phi3Config(
+        vocab_size=config.vocab_size,
+        hidden_size=config.width,
+        intermediate_size=config.mlp_width,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.key_value_heads,
+        original_max_position_embeddings=config.original_max_position_embeddings,
+        max_position_embeddings=config.max_position_embeddings,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": _ROTATED_SHARE,
+            "factor": scale,
+            "short_factor": [1.0] * num_frequencies,
+            "long_factor": long_factors(num_frequencies, scale),
+        },
+        rms_norm_eps=1e-5,
+        # At Phi-4-mini's width this is its 0.02 (0.018); a narrow model drawn with 0.02 attends too evenly to learn fast.
+        initializer_range=config.width**-0.5,
+        tie_word_embeddings=True,
+        bos_token_id=end_of_text,
+        eos_token_id=end_of_text,
+        pad_token_id=end_of_text,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = Phi3ForCausalLM(phi)
+    model.generation_config = GenerationConfig(
+        bos_token_id=end_of_text, eos_token_id=[end_of_turn, end_of_text], pad_token_id=end_of_text
+    )
+    return model
+
+
+def _train(
+    model: Phi3ForCausalLM, pieces: Sequence[Tensor], config: PretrainConfig, state_path: Path, progress: Progress
+) -> list[float]:
+    """Trains `model` in place and returns the loss of every step; continues from `state_path` if it is there."""
+    parameters = dict(model.named_parameters())
+    decayed = [parameter for parameter in parameters.values() if parameter.ndim >= 2]
+    others = [parameter for parameter in parameters.values() if parameter.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=_BETAS, fused=True)
+    losses = _load_state(state_path, parameters, optimizer) if state_path.exists() else []
+
+    task = progress.add_task("pretraining", total=config.steps, completed=len(losses))
+    model.train()
+    batches = itertools.islice(_batches(pieces, config), len(losses), config.steps)
+    for step, batch in enumerate(batches, start=len(losses)):
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * _schedule(step, config)
+        loss = _losses(model, batch, config.precision).mean()
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise ConfigError(f"the loss of step {step} is {losses[-1]}; lower learning_rate {config.learning_rate}")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % config.checkpoint_every_steps == 0:
+            _save_state(state_path, parameters, optimizer, losses)
+        progress.update(task, completed=step + 1, description=f"pretraining, loss {losses[-1]:.3f}")
+    return losses
+
+
+def _schedule(step: int, config: PretrainConfig) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - config.warmup_steps) / (config.steps - config.warmup_steps)))
+
+
+def _losses(model: Phi3ForCausalLM, batch: Batch, precision: str) -> Tensor:
+    """Negative log-likelihood of every predicted token, (K,)."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        output = model.model(batch.token_ids_BT, position_ids=batch.position_ids_BT, use_cache=False)
+        hidden_KD = output.last_hidden_state[batch.predicted_BT]
+        targets_K = batch.token_ids_BT.roll(-1, dims=1)[batch.predicted_BT]
+        return target_losses(model.lm_head, hidden_KD, targets_K, model.config.vocab_size)
+
+
+@torch.no_grad()
+def _evaluate(model: Phi3ForCausalLM, pieces: Sequence[Tensor], config: PretrainConfig) -> float:
+    model.eval()
+    windows = _pack([len(piece) for piece in pieces], range(len(pieces)), config.window_tokens)
+    losses = []
+    for start in range(0, len(windows), config.windows_per_step):
+        batch = _collate(pieces, windows[start : start + config.windows_per_step], config.window_tokens)
+        losses.append(_losses(model, batch, "float32"))
+    return float(torch.cat(losses).mean())
+
+
+def _save_state(
+    path: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, losses: list[float]
+) -> None:
+    state = {"losses": torch.tensor(losses, dtype=torch.float64)}
+    for name, parameter in parameters.items():
+        state[f"parameter.{name}"] = parameter
+        state |= {f"{key}.{name}": value for key, value in optimizer.state[parameter].items()}
+    write_tensors(path, state)
+
+
+def _load_state(path: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> list[float]:
+    """Restores what `_save_state` wrote and returns the losses so far, one per step."""
+    state = load_file(path)
+    for name, parameter in parameters.items():
+        parameter.data.copy_(state[f"parameter.{name}"])
+        optimizer.state[parameter] = {key: state[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+    return state["losses"].tolist()
+
+
+def _batches(pieces: Sequence[Tensor], config: PretrainConfig) -> Iterator[Batch]:
+    """Steps without end; every epoch packs the pieces anew in another order and leaves out what does not fill a step.
+
+    Raises: ConfigError if the text does not fill one step.
+    """
+    lengths = [len(piece) for piece in pieces]
+    for epoch in itertools.count():
+        generator = torch.Generator().manual_seed(_mix(config.seed, epoch))
+        order = torch.randperm(len(pieces), generator=generator).tolist()
+        windows = _pack(lengths, order, config.window_tokens)
+        if len(windows) < config.windows_per_step:
+            raise ConfigError(
+                f"{', '.join(config.text)}: the text fills {len(windows)} windows of {config.window_tokens} tokens, one step "
+                f"takes {config.windows_per_step}; add text or lower windows_per_step or window_tokens"
+            )
+        for start in range(0, len(windows) - config.windows_per_step + 1, config.windows_per_step):
+            yield _collate(pieces, windows[start : start + config.windows_per_step], config.window_tokens)
+
+
+def _mix(seed: int, epoch: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:6], "big")
+
+
+def _pack(lengths: Sequence[int], order: Iterable[int], window_tokens: int) -> list[list[int]]:
+    """Puts every piece whole into the fullest open window that has room for it."""
+    full: list[list[int]] = []
+    windows: list[tuple[int, list[int]]] = []  # (free positions, pieces), the fullest first
+    for piece in order:
+        length = lengths[piece]
+        at = next((i for i, (free, _) in enumerate(windows) if free >= length), None)
+        free, members = (window_tokens, []) if at is None else windows.pop(at)
+        windows.append((free - length, [*members, piece]))
+        windows.sort(key=lambda window: window[0])
+        if len(windows) > _OPEN_WINDOWS or windows[0][0] == 0:
+            full.append(windows.pop(0)[1])
+    return full + [members for _, members in windows]
+
+
+def _collate(pieces: Sequence[Tensor], windows: Sequence[Sequence[int]], window_tokens: int) -> Batch:
+    """Lays pieces end to end; the rest of a window is filled with a document that nothing is predicted in."""
+    shape = (len(windows), window_tokens)
+    token_ids_BT = torch.zeros(shape, dtype=torch.long)
+    position_ids_BT = torch.zeros(shape, dtype=torch.long)
+    predicted_BT = torch.zeros(shape, dtype=torch.bool)
+    for row, members in enumerate(windows):
+        start = 0
+        for piece in members:
+            stop = start + len(pieces[piece])
+            token_ids_BT[row, start:stop] = pieces[piece]
+            position_ids_BT[row, start:stop] = torch.arange(stop - start)
+            predicted_BT[row, start : stop - 1] = True
+            start = stop
+        position_ids_BT[row, start:] = torch.arange(window_tokens - start)
+    return Batch(token_ids_BT, position_ids_BT, predicted_BT)
+
+
+def _cut(documents: Iterable[Tensor], window_tokens: int) -> list[Tensor]:
+    """Documents as pieces of at most one window; a piece of one token predicts nothing and is left out."""
+    return [piece for document in documents for piece in document.split(window_tokens) if len(piece) > 1]
+
+
+def _hold_out(pieces: list[Tensor], config: PretrainConfig) -> tuple[list[Tensor], list[Tensor]]:
+    """Splits off the pieces that training never sees; at least one on either side."""
+    if len(pieces) < 2:
+        raise ConfigError(
+            f"{', '.join(config.text)}: {len(pieces)} piece(s) of up to {config.window_tokens} tokens cannot be split into "
+            "training and held-out text; add text or lower window_tokens"
+        )
+    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    count = min(len(pieces) - 1, max(1, round(config.held_out_share * len(pieces))))
+    return [pieces[i] for i in order[count:]], [pieces[i] for i in order[:count]]
+
+
+def _encode(documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast) -> list[Tensor]:
+    """Token ids of every document, the end-of-text token included."""
+    rendered = [
+        document + END_OF_TEXT if isinstance(document, str) else tokenizer.apply_chat_template(document, tokenize=False)
+        for document in documents
+    ]
+    encodings = tokenizer.backend_tokenizer.encode_batch_fast(rendered, add_special_tokens=False)
+    return [torch.tensor(encoding.ids) for encoding in encodings]
+
+
+def _contents(document: Document) -> list[str]:
+    return [document] if isinstance(document, str) else [message["content"] for message in document]
+
+
+def _read_documents(path: Path) -> list[Document]:
+    """Every document of a .txt or .jsonl file. Raises ConfigError naming file and row."""
+    documents: list[Document] = []
+    if path.suffix == ".txt":
+        documents.append(_check_document(_decode(path), str(path)))
+    elif path.suffix == ".jsonl":
+        for number, line in enumerate(_decode(path).split("\n"), start=1):
+            if line.strip():
+                documents.append(_check_document(_read_row(line, f"{path}, row {number}"), f"{path}, row {number}"))
+    else:
+        raise ConfigError(
+            f"{path}: text is read from .txt and .jsonl files, not from {path.suffix or 'a file without suffix'!r}"
+        )
+    if not any(content.strip() for document in documents for content in _contents(document)):
+        raise ConfigError(f"{path}: the file holds no text")
+    return documents
+
+
+def _decode(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; convert the file") from error
+
+
+def _read_row(line: str, where: str) -> Document:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where}: not JSON ({error})") from error
+    if isinstance(row, dict) and isinstance(row.get("text"), str):
+        return row["text"]
+    if not (isinstance(row, dict) and isinstance(row.get("messages"), list) and row["messages"]):
+        raise ConfigError(f"{where}: expected an object with `text` (a string) or `messages` (a list)")
+    for message in row["messages"]:
+        if not (isinstance(message, dict) and message.get("role") in ROLES and isinstance(message.get("content"), str)):
+            raise ConfigError(
+                f"{where}: a message needs a `role` ({', '.join(ROLES)}) and a `content` string, got {message!r}"
+            )
+    return row["messages"]
+
+
+def _check_document(document: Document, where: str) -> Document:
+    """Text that spells a special token would turn into one."""
+    for content in _contents(document):
+        if "<|" in content and (spelled := next((token for token in SPECIAL_TOKENS if token in content), None)):
+            raise ConfigError(f"{where}: the text spells the special token {spelled!r}; remove or rewrite it")
+    return document
+
+
+def _hash_files(paths: Sequence[str]) -> str:
+    """SHA-256 over the suffixes and bytes of the text files, in order. Raises ConfigError for one that cannot be read."""
+    if not paths:
+        raise ConfigError("text: name at least one .txt or .jsonl file")
+    digest = hashlib.sha256()
+    for path in map(Path, paths):
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"text: {path} cannot be read: {error.strerror}") from error
+        digest.update(f"{path.suffix} {len(data)} ".encode() + data)
+    return digest.hexdigest()
+
+
+def _environment() -> dict[str, Any]:
+    modules = (torch, transformers, tokenizers)
+    return {**{module.__name__: str(module.__version__) for module in modules}, "threads": torch.get_num_threads()}
+
+
+def _check_same(made_from: dict[str, Any], folder: Path) -> None:
+    """Raises ConfigError saying in what `folder` differs from a backbone made from `made_from`."""
+    path = folder / "pretrain.json"
+    if not path.is_file():
+        raise ConfigError(
+            f"{folder} exists but was not made by `molora pretrain` (no pretrain.json); choose another output"
+        )
+    found = read_json(path)
+    differences = []
+    for section, wanted in made_from.items():
+        pairs = [(section, found.get(section), wanted)]
+        if isinstance(wanted, dict):
+            there = found.get(section) or {}
+            pairs = [(key, there.get(key), wanted.get(key)) for key in sorted({*wanted, *there})]
+        differences += [f"{key} is {new!r}, there {old!r}" for key, old, new in pairs if old != new]
+    if differences:
+        raise ConfigError(
+            f"{folder} was made differently: {'; '.join(differences)}; remove the folder or choose another output"
+        )
+
+
+def _save(model: Phi3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Writes the folder that AutoModelForCausalLM and AutoTokenizer open, and waits until it is on disk."""
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for path in folder.iterdir():
+        sync(path)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)

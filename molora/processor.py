@@ -1,0 +1,133 @@
+"""The processor: messages to samples, samples to packs. Weightless and picklable, so that data workers can hold one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from molora.messages import Message, check, media_parts
+from molora.modality import MediaError, Modality, Prepared
+from molora.pack import Item, Pack, Sample, collate
+from molora.prompt import ChatTemplate
+from molora.routing import RoutingError
+
+
+class SampleTooLong(ValueError):
+    """A sample with more tokens than fit; a media span is never cut, and neither is text."""
+
+
+class Processor:
+    """Turns conversations into samples and packs for a tokenizer, modalities in their order, and a router's `order`.
+
+    `max_tokens` is the longest sample that the backbone can take.
+    Raises: ValueError if two modalities answer to one part type, or one stands under another's name.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        modalities: Mapping[str, Modality],
+        order: Callable[[frozenset[str]], Any],
+        max_tokens: int,
+    ) -> None:
+        self.part_types: dict[str, str] = {}
+        for name, modality in modalities.items():
+            if modality.name != name:
+                raise ValueError(f"modality {modality.name!r} is given under the name {name!r}; use its own")
+            if modality.part_type in ("text", *self.part_types):
+                owner = self.part_types.get(modality.part_type, "the tokenizer")
+                raise ValueError(f"both {owner} and {name} answer to parts of type {modality.part_type!r}; keep one")
+            self.part_types[modality.part_type] = name
+        self.tokenizer = tokenizer
+        self.modalities = dict(modalities)
+        self.order = order
+        self.max_tokens = max_tokens
+        self._template = ChatTemplate(tokenizer)
+        self._ids = {name: 1 + index for index, name in enumerate(self.modalities)}
+
+    def encode(
+        self, messages: Sequence[Message], id: str, *, generate: bool = False, seed: int | None = None
+    ) -> Sample:
+        """Turns one conversation into a sample; `seed` drives augmentation, None means none.
+
+        With `generate` the sample ends with the generation prompt and has no targets.
+
+        Raises: ValueError for messages that are malformed or that the chat template refuses, RoutingError for a set of
+        modalities without a rule, MediaError for media that cannot be used, SampleTooLong.
+        """
+        where = f"sample {id}"
+        check(messages, self.part_types, where)
+        media = [(place, self.part_types[part["type"]], part) for place, part in media_parts(messages)]
+        company = frozenset(modality for _, modality, _ in media)
+        try:
+            self.order(company)
+        except RoutingError as error:
+            raise RoutingError(f"{where}: {error}") from error
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        items = []
+        for place, name, part in media:
+            prepared = self._prepare(self.modalities[name], part, generator, f"{where}: {place}")
+            items.append(Item(name, self.modalities[name].projector(company), prepared))
+        lengths = [item.prepared.num_tokens for item in items]
+        prompt = self._template.encode(messages, lengths, generate=generate, where=where)
+        if len(prompt.token_ids) > self.max_tokens:
+            raise SampleTooLong(
+                f"{where}: has {len(prompt.token_ids)} tokens ({sum(lengths)} of media), but at most {self.max_tokens}"
+                " fit; shorten it or skip it"
+            )
+        modality_ids_T = torch.zeros(len(prompt.token_ids), dtype=torch.long)
+        for item, (start, stop) in zip(items, prompt.media, strict=True):
+            modality_ids_T[start:stop] = self._ids[item.modality]
+        # A template may move a message, and media are read in the order in which the tokens stand.
+        in_order = sorted(range(len(items)), key=lambda index: prompt.media[index])
+        return Sample(
+            id=id,
+            token_ids_T=torch.tensor(prompt.token_ids, dtype=torch.long),
+            modality_ids_T=modality_ids_T,
+            targets_T=torch.tensor(prompt.targets, dtype=torch.bool),
+            items=tuple(items[index] for index in in_order),
+        )
+
+    def collate(self, samples: Sequence[Sample]) -> Pack:
+        """Joins samples into one pack, in the router's order."""
+        return collate(samples, self.modalities, self.order)
+
+    def packs(self, samples: Iterable[Sample], max_tokens_per_pack: int) -> list[Pack]:
+        """Joins samples into packs of at most `max_tokens_per_pack`, filled in the router's order.
+
+        Raises: SampleTooLong for a sample that is longer than a pack may be.
+        """
+        packs: list[list[Sample]] = []
+        num_tokens = 0
+        for sample in sorted(samples, key=lambda sample: self.order(sample.modalities)):
+            if len(sample) > max_tokens_per_pack:
+                raise SampleTooLong(
+                    f"sample {sample.id}: has {len(sample)} tokens, but a pack holds at most {max_tokens_per_pack};"
+                    " allow larger packs or skip it"
+                )
+            if not packs or num_tokens + len(sample) > max_tokens_per_pack:
+                packs.append([])
+                num_tokens = 0
+            packs[-1].append(sample)
+            num_tokens += len(sample)
+        return [self.collate(members) for members in packs]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)  # type: ignore[return-value]
+
+    def _prepare(
+        self, modality: Modality, part: Mapping[str, Any], generator: torch.Generator | None, where: str
+    ) -> Prepared:
+        try:
+            prepared = modality.prepare(modality.load(part), generator)
+        except MediaError as error:
+            raise MediaError(f"{where}: {error}") from error
+        if prepared.num_tokens < 1:
+            raise MediaError(
+                f"{where}: modality {modality.name} makes {prepared.num_tokens} tokens of it, needs 1 or more"
+            )
+        return prepared

@@ -1,0 +1,462 @@
+"""Training: a recipe is a list of stages, a stage a list of what trains; every step is the same few lines."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from rich.progress import Progress
+from torch import Tensor
+
+from molora import lora
+from molora.assembly import BackboneConfig, Blueprint, ModalityConfig, RouterConfig, assemble, blueprint
+from molora.backbone import load_backbone
+from molora.checkpoint import (
+    latest_state,
+    load_modality,
+    read_blueprint,
+    read_state,
+    save_modality,
+    save_state,
+    tensor_hash,
+    write_run,
+)
+from molora.config import ConfigError, dump
+from molora.data import EncodedSamples, Skipped, SourceConfig, open_source, step_loader
+from molora.evaluate import EvaluationConfig, gathered, judge, scores
+from molora.model import MoLoRA
+from molora.optim import PartConfig, PartOptimizer, count, matches, set_trainable
+from molora.pack import Sample
+from molora.processor import Processor
+from molora.seeding import seed_of
+from molora.storage import sync, write_text
+from molora.terminal import console, progress
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; what was saved stays as it is."""
+
+
+@dataclass(kw_only=True)
+class StageConfig:
+    """What trains (name pattern to how), on what, for how long. Samples of a step are packed up to `tokens_per_pack`;
+    several packs are accumulated."""
+
+    name: str
+    train: dict[str, PartConfig]
+    data: dict[str, SourceConfig]
+    steps: int
+    samples_per_step: int
+    tokens_per_pack: int = 8192
+    too_long: Literal["error", "skip"] = "error"
+    evaluate_every_steps: int = 0
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """Everything a run is made of. `run` is the folder it writes."""
+
+    run: str
+    backbone: BackboneConfig
+    modalities: dict[str, ModalityConfig]
+    stages: list[StageConfig]
+    router: RouterConfig = field(default_factory=RouterConfig)
+    evaluations: dict[str, EvaluationConfig] = field(default_factory=dict)
+    seed: int = 0
+    save_every_steps: int = 100
+    log_every_steps: int = 1
+    data_workers: int = 0
+    activation_checkpointing: bool = False
+    device: str | None = None
+    allow_changed_environment: bool = False
+
+
+def train(recipe: Recipe, *, show: bool = True) -> Path:
+    """Runs a recipe to its end, going on from the latest state if the run has one. Returns the run folder.
+
+    Raises ConfigError for a recipe that cannot work and TrainingError when training must stop.
+    """
+    accelerator = Accelerator(cpu=recipe.device == "cpu", log_with="tensorboard", project_dir=recipe.run)
+    main = accelerator.is_main_process
+    run = Path(recipe.run)
+    model, processor, plans = build_model(recipe, accelerator.device)
+    model.backbone.activation_checkpointing = recipe.activation_checkpointing
+    pristine = {name: tensor_hash(encoder.state_dict()) for name, encoder in model.encoders.items()}
+    log = _Log(run, accelerator)
+    if main:
+        run.mkdir(parents=True, exist_ok=True)
+    if state := latest_state(run):
+        done, optimizer_tensors = _restore(model, recipe, state, log, accelerator)
+    else:
+        done, optimizer_tensors = _Progress(), {}
+        log.truncate({})
+    if main:
+        write_text(run / "config.yaml", dump(recipe))
+    accelerator.wait_for_everyone()
+    accelerator.init_trackers("tensorboard")
+    log.open()
+    with progress(shown=show and main) as bars:
+        for index in range(done.stage, len(recipe.stages)):
+            stage = recipe.stages[index]
+            optimizers = set_trainable(model, stage.train, stage.steps, f"stages.{index}.train")
+            if show and main:
+                describe(model, stage)
+            first_step = done.step if index == done.stage else 0
+            if first_step:
+                for part, optimizer in optimizers.items():
+                    optimizer.load(optimizer_tensors, done.part_steps.get(part, 0))
+            _run_stage(recipe, index, first_step, model, processor, plans, pristine, optimizers, log, accelerator, bars)
+    log.close()
+    accelerator.end_training()
+    return run
+
+
+def build_model(recipe: Recipe, device: torch.device) -> tuple[MoLoRA, Processor, dict[str, Blueprint]]:
+    """The model a recipe describes, before training, with its processor and blueprints."""
+    if not recipe.stages:
+        raise ConfigError("stages: none given; a recipe trains at least one stage")
+    backbone, tokenizer = load_backbone(
+        recipe.backbone.path, dtype=recipe.backbone.dtype, revision=recipe.backbone.revision, device=device
+    )
+    plans: dict[str, Blueprint] = {}
+    saved: dict[str, Path] = {}
+    for name, config in recipe.modalities.items():
+        where = f"modalities.{name}"
+        if (config.path is None) == (config.plugin is None):
+            raise ConfigError(f"{where}: give either plugin (to make one) or path (to load one)")
+        if config.path is not None:
+            saved[name] = Path(config.path)
+            _, plans[name], warnings = read_blueprint(saved[name], backbone.identity, name)
+            for warning in warnings:
+                console.print(f"[yellow]{warning}[/]")
+        else:
+            plans[name] = blueprint(name, str(config.plugin), config.options, config.adapter, where)
+    model, processor = assemble(backbone, tokenizer, plans, recipe.router, seed=recipe.seed)
+    for name, folder in saved.items():
+        load_modality(model, name, folder)
+    return model, processor, plans
+
+
+def describe(model: MoLoRA, stage: StageConfig) -> None:
+    """Prints what trains in a stage and what is frozen."""
+    console.print(f"[bold]{stage.name}[/]: {stage.steps} steps of {stage.samples_per_step} samples")
+    for part, parameters in model.parts().items():
+        training = count(p for p in parameters.values() if p.requires_grad)
+        word = "trains" if training else "frozen"
+        console.print(f"  {word}  {part:<24} {training or count(parameters.values()):>12,} parameters")
+    console.print(f"  frozen  {'backbone':<24} {count(_frozen(model)):>12,} parameters")
+
+
+def _frozen(model: MoLoRA) -> list[Tensor]:
+    adapters = {id(p) for name in model.adapters for p in lora.adapter_parameters(model.backbone.model, name).values()}
+    return [p for p in model.backbone.parameters() if id(p) not in adapters]
+
+
+def _run_stage(
+    recipe: Recipe,
+    index: int,
+    first_step: int,
+    model: MoLoRA,
+    processor: Processor,
+    plans: Mapping[str, Blueprint],
+    pristine: Mapping[str, str],
+    optimizers: dict[str, PartOptimizer],
+    log: _Log,
+    accelerator: Accelerator,
+    bars: Progress,
+) -> None:
+    stage = recipe.stages[index]
+    before = sum(earlier.steps for earlier in recipe.stages[:index])
+    dataset = EncodedSamples(
+        stage.data, processor, seed_of(recipe.seed, stage.name), stage.too_long == "skip", f"stages.{index}.data"
+    )
+    loader = step_loader(
+        dataset,
+        first_step=first_step,
+        steps=stage.steps,
+        samples_per_step=stage.samples_per_step,
+        rank=accelerator.process_index,
+        ranks=accelerator.num_processes,
+        workers=recipe.data_workers,
+    )
+    bar = bars.add_task(stage.name, total=stage.steps, completed=first_step, note="")
+    for step, encoded in enumerate(loader, start=first_step):
+        started = time.monotonic()
+        # Dropout is the one thing drawn from the global generator; seeding it per step needs no state to resume.
+        torch.manual_seed(seed_of(recipe.seed, stage.name, "step", step, accelerator.process_index))
+        model.train()
+        samples = [sample for sample in encoded if isinstance(sample, Sample)]
+        row = train_step(model, processor, samples, stage.tokens_per_pack, optimizers, accelerator)
+        ids = sorted(gather_object([sample.id for sample in samples]))
+        row["samples"] = len(ids)
+        row["samples_digest"] = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
+        row["skipped"] = sum(gather_object([sum(isinstance(sample, Skipped) for sample in encoded)]))
+        row["seconds"] = time.monotonic() - started
+        if (step + 1) % recipe.log_every_steps == 0:
+            log.write({"stage": stage.name, "step": before + step + 1, **row})
+        finished = step + 1 == stage.steps
+        if finished or (stage.evaluate_every_steps and (step + 1) % stage.evaluate_every_steps == 0):
+            for name, evaluation in recipe.evaluations.items():
+                results = _evaluate(model, processor, evaluation, name, accelerator, bars)
+                log.write(
+                    {"stage": stage.name, "step": before + step + 1, **{f"{name}/{k}": v for k, v in results.items()}}
+                )
+        if finished or (step + 1) % recipe.save_every_steps == 0:
+            position = _Progress(index + 1, 0) if finished else _Progress(index, step + 1)
+            position.part_steps = {part: optimizer.steps_taken for part, optimizer in optimizers.items()}
+            _save(recipe, before + step + 1, position, model, plans, pristine, optimizers, log, accelerator)
+        losses = ", ".join(f"{key[5:]} {value:.3f}" for key, value in row.items() if key.startswith("loss/"))
+        bars.update(bar, advance=1, note=losses)
+
+
+def train_step(
+    model: MoLoRA,
+    processor: Processor,
+    samples: Sequence[Sample],
+    tokens_per_pack: int,
+    optimizers: Mapping[str, PartOptimizer],
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """One update from this rank's samples of a global step; returns the step's metrics, the same on every rank.
+
+    Each sample's loss is divided by the global target tokens of its group (its set of modalities), and each part is
+    reduced, clipped and stepped on its own, so nothing shared couples modalities that train together.
+    """
+    targets: dict[frozenset[str], int] = {}
+    for counted in gather_object([{sample.modalities: 0 for sample in samples}]):
+        targets.update(counted)
+    for sample in samples:
+        targets[sample.modalities] += sample.num_targets
+    groups = sorted(targets, key=sorted)
+    totals = accelerator.reduce(torch.tensor([float(targets[g]) for g in groups], device=model.device), "sum")
+    targets = {group: int(total) for group, total in zip(groups, totals.tolist(), strict=True)}  # pyright: ignore
+    sums = dict.fromkeys(groups, 0.0)
+    for trains in (False, True):
+        chosen = [sample for sample in samples if model.trains(sample.modalities) == trains]
+        for pack in processor.packs(chosen, tokens_per_pack):
+            pack = pack.to(model.device)
+            with nullcontext() if trains else torch.no_grad():
+                losses = model.losses(pack)
+                shares_N = torch.tensor([1 / max(1, targets[m]) for m in pack.modalities], device=model.device)
+                loss = (losses.sums_N * shares_N).sum()
+            if trains and loss.isfinite():
+                loss.backward()
+            for modalities, value in zip(pack.modalities, losses.sums_N.tolist(), strict=True):
+                sums[modalities] += value
+    reduced = accelerator.reduce(
+        torch.tensor([sums[g] for g in groups], device=model.device, dtype=torch.float64), "sum"
+    )
+    means = {g: value / max(1, targets[g]) for g, value in zip(groups, reduced.tolist(), strict=True)}  # pyright: ignore
+    if not all(math.isfinite(mean) for mean in means.values()):
+        ids = ", ".join(sample.id for sample in samples[:4])
+        shown = {"+".join(sorted(g)) or "text": mean for g, mean in means.items()}
+        raise TrainingError(
+            f"the loss is not finite ({shown}); stopped before the optimiser. The step's samples: {ids}, …"
+        )
+    row: dict[str, Any] = {}
+    for group, mean in means.items():
+        name = "+".join(sorted(group)) or "text"
+        row[f"loss/{name}"], row[f"targets/{name}"] = mean, targets[group]
+    present = frozenset().union(*(model.parts_of(group) for group in groups if targets[group]))
+    for part, optimizer in optimizers.items():
+        if part in present:
+            _reduce_gradients(optimizer, accelerator)
+            row[f"gradient_norm/{part}"], row[f"learning_rate/{part}"] = optimizer.step()
+    return row
+
+
+def _reduce_gradients(optimizer: PartOptimizer, accelerator: Accelerator) -> None:
+    """Sums a part's gradients over ranks in one flat tensor; a rank without the part contributes zeros."""
+    parameters = list(optimizer.parameters.values())
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if accelerator.num_processes == 1:
+        return
+    flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+    summed: Any = accelerator.reduce(flat, "sum")
+    for parameter, gradient in zip(parameters, summed.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = gradient.view_as(parameter)
+
+
+def _evaluate(
+    model: MoLoRA, processor: Processor, config: EvaluationConfig, name: str, accelerator: Accelerator, bars: Progress
+) -> dict[str, float]:
+    source = open_source(config.data, f"evaluations.{name}.data")
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    bar = bars.add_task(name, total=len(range(rank, len(source), ranks)), note="")
+    judged = judge(model, processor, source, config, rank=rank, ranks=ranks, advance=lambda: bars.advance(bar))
+    bars.remove_task(bar)
+    return scores(gathered(judged))
+
+
+# Saving and resuming ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Progress:
+    """Where a run stands: the stage, the steps of it that are done, and the updates each part has taken in it."""
+
+    stage: int = 0
+    step: int = 0
+    part_steps: dict[str, int] = field(default_factory=dict)
+
+
+def environment(model: MoLoRA, accelerator: Accelerator) -> dict[str, Any]:
+    """What must stay the same for a resumed run to equal one that was never stopped."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": accelerator.device.type,
+        "dtype": str(model.backbone.model.dtype),
+        "threads": torch.get_num_threads(),
+        "ranks": accelerator.num_processes,
+    }
+
+
+def _save(
+    recipe: Recipe,
+    step: int,
+    position: _Progress,
+    model: MoLoRA,
+    plans: Mapping[str, Blueprint],
+    pristine: Mapping[str, str],
+    optimizers: Mapping[str, PartOptimizer],
+    log: _Log,
+    accelerator: Accelerator,
+) -> None:
+    run = Path(recipe.run)
+    if accelerator.is_main_process:
+        save_state(
+            run,
+            f"step-{step}",
+            {
+                "weights": _trained(model, recipe, position),
+                "optimizer": {k: v for optimizer in optimizers.values() for k, v in optimizer.tensors().items()},
+                "random": {"torch": torch.get_rng_state()},
+            },
+            {
+                **asdict(position),
+                "recipe": asdict(recipe),
+                "backbone": asdict(model.backbone.identity),
+                "environment": environment(model, accelerator),
+                "logs": log.lengths(),
+            },
+        )
+        for name, plan in plans.items():
+            save_modality(model, name, plan, run / "modalities" / name, pristine)
+        write_run(run, model.backbone.identity, recipe.backbone.dtype, list(plans), recipe.router)
+    accelerator.wait_for_everyone()
+
+
+def _trained(model: MoLoRA, recipe: Recipe, position: _Progress) -> dict[str, Tensor]:
+    """Every weight that a stage up to this position trains; the others are as the recipe built them."""
+    patterns = [pattern for stage in recipe.stages[: position.stage + 1] for pattern in stage.train]
+    return {
+        f"{part}.{key}": parameter
+        for part, parameters in model.parts().items()
+        for key, parameter in parameters.items()
+        if any(matches(pattern, f"{part}.{key}") for pattern in patterns)
+    }
+
+
+def _restore(
+    model: MoLoRA, recipe: Recipe, state: Path, log: _Log, accelerator: Accelerator
+) -> tuple[_Progress, dict[str, Tensor]]:
+    """Puts a saved state back; returns where it stands and the optimiser's tensors.
+
+    Raises ConfigError naming what differs from the run that saved it.
+    """
+    about, tensors = read_state(state)
+    model.backbone.identity.check(about["backbone"], str(state))
+    position = _Progress(about["stage"], about["step"], about["part_steps"])
+    begun = position.stage + (position.step > 0)
+    changed = _changes(about["recipe"], json.loads(json.dumps(asdict(recipe))), begun)
+    if changed:
+        raise ConfigError(
+            f"{recipe.run}: this run was begun with other settings: {'; '.join(changed)}. Give the recipe another run folder, "
+            "or restore the settings to go on"
+        )
+    then, now = about["environment"], environment(model, accelerator)
+    different = [f"{key} {then.get(key)!r} then, {now[key]!r} now" for key in now if now[key] != then.get(key)]
+    if different and not recipe.allow_changed_environment:
+        raise ConfigError(
+            f"{recipe.run}: resuming exactly needs the environment it was saved in ({'; '.join(different)}); set "
+            "allow_changed_environment=true to go on all the same"
+        )
+    lora.load_exactly(_trained(model, recipe, position), tensors["weights"], str(state))
+    log.truncate(about["logs"])
+    return position, tensors["optimizer"]
+
+
+def _changes(then: dict[str, Any], now: dict[str, Any], begun: int) -> list[str]:
+    """Settings that must not change once a run has begun; stages not yet begun may."""
+    before = {key: then[key] for key in ("seed", "modalities", "router")}
+    after = {key: now[key] for key in before}
+    for index in range(begun):
+        before[f"stages.{index}"], after[f"stages.{index}"] = (
+            then["stages"][index],
+            (now["stages"] + [None] * begun)[index],
+        )
+    return [f"{key} was {before[key]!r:.200}, is {after[key]!r:.200}" for key in before if before[key] != after[key]]
+
+
+class _Log:
+    """metrics.jsonl and TensorBoard events; both can be cut back to where a state was saved."""
+
+    def __init__(self, run: Path, accelerator: Accelerator) -> None:
+        self.run = run
+        self.accelerator = accelerator
+        self.file: Any = None
+
+    def open(self) -> None:
+        if self.accelerator.is_main_process:
+            self.file = open(self.run / "metrics.jsonl", "a", encoding="utf-8")
+
+    def write(self, row: dict[str, Any]) -> None:
+        if self.file is not None:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+            numbers = {key: value for key, value in row.items() if isinstance(value, (int, float)) and key != "step"}
+            self.accelerator.log(numbers, step=row["step"])
+
+    def lengths(self) -> dict[str, int]:
+        """Bytes of every log file, safely on disk."""
+        if self.file is not None:
+            os.fsync(self.file.fileno())
+            self.accelerator.get_tracker("tensorboard", unwrap=True).flush()
+        return {str(path.relative_to(self.run)): path.stat().st_size for path in self._paths()}
+
+    def truncate(self, lengths: Mapping[str, int]) -> None:
+        """Forgets what was logged after a state was saved, so that no step is logged twice."""
+        if not self.accelerator.is_main_process:
+            return
+        for path in self._paths():
+            length = lengths.get(str(path.relative_to(self.run)), 0)
+            if length == 0:
+                path.unlink()
+            else:
+                os.truncate(path, length)
+                sync(path)
+
+    def _paths(self) -> list[Path]:
+        events = sorted((self.run / "tensorboard").rglob("events.*"))
+        return [path for path in [self.run / "metrics.jsonl", *events] if path.is_file()]
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()

@@ -1,0 +1,341 @@
+"""Training resumes exactly after a kill at any instant, and does not depend on how it is spread over processes."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from molora.config import ConfigError, build, dump
+from molora.storage import read_json
+from molora.testing import save_backbone
+from molora.train import Recipe, TrainingError, train
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["molora.train", "molora.testing"])
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny backbone and a few rows of text, numbers and letters."""
+    folder = tmp_path_factory.mktemp("train")
+    save_backbone(folder / "backbone")
+    generator = random.Random(0)
+    with open(folder / "rows.jsonl", "w", encoding="utf-8") as file:
+        for index in range(40):
+            numbers = [round(generator.random(), 2) for _ in range(generator.randint(1, 4))]
+            content: list[dict[str, Any]] = [{"type": "text", "text": f"question {index}"}]
+            if index % 3 == 0:
+                content.insert(0, {"type": "numbers", "numbers": numbers})
+            if index % 4 == 0:
+                content.insert(0, {"type": "letters", "letters": "abc"[: 1 + index % 3]})
+            messages = [{"role": "user", "content": content}, {"role": "assistant", "content": str(max(numbers))}]
+            file.write(
+                json.dumps({"id": f"row {index}", "messages": messages, "tags": ["even"[: index % 2 * 4] or "odd"]})
+                + "\n"
+            )
+    return folder
+
+
+def recipe(home: Path, run: Path, **changes: Any) -> Recipe:
+    rows = {"rows": {"kind": "messages", "options": {"path": str(home / "rows.jsonl")}}}
+    adapter = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": ["qkv_proj", "down_proj"]}
+    values = {
+        "run": str(run),
+        "backbone": {"path": str(home / "backbone")},
+        "modalities": {
+            "numbers": {"plugin": "molora.testing:Numbers", "adapter": adapter},
+            "letters": {"plugin": "molora.testing:Letters", "adapter": adapter},
+        },
+        "router": {"options": {"rules": {"numbers+letters": "numbers"}}},
+        "stages": [
+            {
+                "name": "align",
+                "train": {
+                    "encoders": {"learning_rate": 1e-2},
+                    "projectors": {"learning_rate": 1e-2, "warmup_steps": 2},
+                },
+                "data": rows,
+                "steps": 5,
+                "samples_per_step": 6,
+            },
+            {
+                "name": "tune",
+                "train": {"adapters.*": {"learning_rate": 1e-2}, "projectors.numbers": {"learning_rate": 1e-3}},
+                "data": rows,
+                "steps": 7,
+                "samples_per_step": 6,
+                "tokens_per_pack": 120,
+                "evaluate_every_steps": 3,
+            },
+        ],
+        "evaluations": {"rows": {"data": {**rows["rows"], "limit": 4}, "max_new_tokens": 2}},
+        "save_every_steps": 2,
+        "device": "cpu",
+        **changes,
+    }
+    return build(Recipe, values, "test recipe")
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """Everything that must be equal to the bit: final state, exported files and every metric but the times."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (state,) = (run / "state").iterdir()
+    about = {key: value for key, value in read_json(state / "state.json").items() if key not in ("logs", "recipe")}
+    return {
+        "rows": [{key: value for key, value in row.items() if key != "seconds"} for row in rows],
+        "state": about,
+        "tensors": {
+            p.name: {k: v.tolist() for k, v in load_file(p).items()} for p in sorted(state.glob("*.safetensors"))
+        },
+        "files": {
+            str(p.relative_to(run)): p.read_bytes() for p in sorted((run / "modalities").rglob("*")) if p.is_file()
+        },
+    }
+
+
+def run_alone(recipe: Recipe, die_at_replace: int | None) -> None:
+    """In a process of its own: trains, and with `die_at_replace` kills itself at that rename of a file."""
+    torch.set_num_threads(1)
+    if die_at_replace is not None:
+        replace: Callable[..., None] = os.replace
+        count = 0
+
+        def dying_replace(*args: Any) -> None:
+            nonlocal count
+            count += 1
+            if count == die_at_replace:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(*args)
+
+        os.replace = dying_replace
+    train(recipe, show=False)
+
+
+def spawn(recipe: Recipe, die_at_replace: int | None = None) -> Any:
+    process = FORKS.Process(target=run_alone, args=(recipe, die_at_replace))
+    process.start()
+    return process
+
+
+def test_a_run_killed_at_twenty_moments_ends_like_one_that_was_not(home: Path, tmp_path: Path) -> None:
+    started = time.monotonic()
+    straight = spawn(recipe(home, tmp_path / "straight"))
+    straight.join()
+    assert straight.exitcode == 0
+    took = time.monotonic() - started
+
+    killed = recipe(home, tmp_path / "killed")
+    moments = random.Random(7)
+    # Ten kills in the middle of saves, ten at any time, in turn.
+    kills = 0
+    for attempt in range(200):
+        in_a_save = attempt % 2 == 0
+        process = spawn(killed, moments.randint(1, 30) if in_a_save else None)
+        process.join(None if in_a_save else moments.uniform(0.3, 0.8) * took)
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+        kills += process.exitcode == -signal.SIGKILL
+        if kills == 20:
+            break
+        if process.exitcode == 0:  # it finished: begin again, so that there is something left to kill
+            assert outcome(tmp_path / "killed") == outcome(tmp_path / "straight")
+            subprocess.run(["rm", "-r", tmp_path / "killed"], check=True)
+    assert kills == 20
+    last = spawn(killed)
+    last.join()
+    assert last.exitcode == 0
+    ours, expected = outcome(tmp_path / "killed"), outcome(tmp_path / "straight")
+    steps = [(row["step"], "rows/exact_match" in row) for row in ours["rows"]]
+    assert len(steps) == len(set(steps)), "a step was logged twice"
+    for key in expected:
+        assert ours[key] == expected[key], f"{key} differ after {kills} kills"
+
+
+def test_a_finished_run_does_nothing_more(home: Path, tmp_path: Path) -> None:
+    train(recipe(home, tmp_path / "run"), show=False)
+    before = outcome(tmp_path / "run")
+    train(recipe(home, tmp_path / "run"), show=False)
+    assert outcome(tmp_path / "run") == before
+
+
+def test_what_does_not_train_stays_as_it_is(home: Path, tmp_path: Path) -> None:
+    values = asdict(recipe(home, tmp_path / "run"))
+    values["stages"] = values["stages"][1:]
+    train(build(Recipe, values, "test"), show=False)
+    frozen = build(Recipe, {**values, "run": str(tmp_path / "other")}, "test")
+    frozen.stages[0].steps = 1
+    frozen.stages[0].train = {"adapters.letters": next(iter(frozen.stages[0].train.values()))}
+    train(frozen, show=False)
+    first, second = tmp_path / "run" / "modalities", tmp_path / "other" / "modalities"
+    for name in ("encoder.safetensors",):
+        assert (first / "numbers" / name).read_bytes() == (second / "numbers" / name).read_bytes()
+    for name in ("adapter_model.safetensors", "projector.safetensors"):
+        assert (first / "numbers" / name).read_bytes() != (second / "numbers" / name).read_bytes()
+
+
+def two_processes(recipe_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
+    command = [sys.executable, "-m", *launcher, "-m", "molora", "train", str(recipe_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_processes_train_like_one(home: Path, tmp_path: Path) -> None:
+    adapter = {"r": 4, "lora_alpha": 8, "target_modules": ["qkv_proj", "down_proj"]}
+    modality = {"plugin": "molora.testing:Numbers", "adapter": adapter}
+    rows = {"rows": {"kind": "messages", "options": {"path": str(home / "rows.jsonl")}}}
+    letters = {**modality, "plugin": "molora.testing:Letters"}
+    # Two samples a step: a rank often has text alone, or none of a modality that the other rank has.
+    stage = {
+        "name": "tune",
+        "train": {name: {"learning_rate": 3e-3} for name in ("encoders", "projectors", "adapters")},
+        "data": rows,
+        "steps": 100,
+        "samples_per_step": 2,
+    }
+    changes = {
+        "modalities": {"numbers": modality, "letters": letters},
+        "stages": [stage],
+        "evaluations": {},
+        "save_every_steps": 50,
+    }
+    one, two = recipe(home, tmp_path / "one", **changes), recipe(home, tmp_path / "two", **changes)
+    train(one, show=False)
+    (tmp_path / "two.yaml").write_text(dump(two))
+    two_processes(tmp_path / "two.yaml")
+    ours, theirs = outcome(tmp_path / "two")["rows"], outcome(tmp_path / "one")["rows"]
+    assert len(ours) == len(theirs) == 100
+    alone = 0
+    for row, expected in zip(ours, theirs, strict=True):
+        assert row["samples_digest"] == expected["samples_digest"]
+        losses = {key: value for key, value in expected.items() if key.startswith("loss/")}
+        alone += len(losses) > 1 and "loss/text" in losses
+        assert {key for key in row if key.startswith("loss/")} == losses.keys()
+        for key, value in losses.items():
+            assert abs(row[key] - value) <= 1e-5 * max(1.0, abs(value)), f"step {row['step']}: {key}"
+    assert alone > 10, "in no step did one rank see text alone"
+
+
+def test_modalities_trained_together_get_the_updates_they_get_alone(home: Path, tmp_path: Path) -> None:
+    # A sample that holds both couples them by its content; all others must not.
+    lines = (home / "rows.jsonl").read_text().splitlines()
+    apart = [line for line in lines if not ('"numbers"' in line and '"letters"' in line)]
+    assert len(apart) < len(lines)
+    (tmp_path / "apart.jsonl").write_text("\n".join(apart))
+    rows = {"rows": {"kind": "messages", "options": {"path": str(tmp_path / "apart.jsonl")}}}
+    adapter = {"r": 4, "lora_alpha": 8, "target_modules": ["qkv_proj"]}
+    modalities = {
+        "numbers": {"plugin": "molora.testing:Numbers", "adapter": adapter},
+        "letters": {"plugin": "molora.testing:Letters", "adapter": adapter},
+    }
+
+    def trained(name: str, parts: list[str]) -> Path:
+        stage = {
+            "name": "tune",
+            "train": {
+                f"{kind}.{part}": {"learning_rate": 3e-3}
+                for kind in ("encoders", "projectors", "adapters")
+                for part in parts
+            },
+            "data": rows,
+            "steps": 30,
+            "samples_per_step": 8,
+        }
+        changes = {"modalities": modalities, "stages": [stage], "evaluations": {}, "save_every_steps": 30}
+        train(recipe(home, tmp_path / name, **changes), show=False)
+        return tmp_path / name / "modalities"
+
+    both, only = trained("both", ["numbers", "letters"]), trained("only", ["letters"])
+    ours = load_file(both / "letters" / "adapter_model.safetensors")
+    expected = load_file(only / "letters" / "adapter_model.safetensors")
+    for name, tensor in expected.items():
+        assert torch.allclose(ours[name], tensor, atol=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stages": []}, "stages: none given"),
+        ({"modalities": {"numbers": {}}}, "modalities.numbers: give either plugin"),
+    ],
+)
+def test_recipes_that_cannot_work_are_refused(
+    home: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(recipe(home, tmp_path / "run", **changes), show=False)
+
+
+def test_a_pattern_that_trains_nothing_is_refused(home: Path, tmp_path: Path) -> None:
+    config = recipe(home, tmp_path / "run")
+    config.stages[0].train = {"encoder.numbers": config.stages[0].train["encoders"]}
+    with pytest.raises(ConfigError, match=r"stages.0.train: \['encoder.numbers'\] train nothing; the parts"):
+        train(config, show=False)
+
+
+def test_a_changed_recipe_does_not_go_on(home: Path, tmp_path: Path) -> None:
+    train(recipe(home, tmp_path / "run"), show=False)
+    with pytest.raises(ConfigError, match="begun with other settings: seed was 0, is 1"):
+        train(recipe(home, tmp_path / "run", seed=1), show=False)
+    before = outcome(tmp_path / "run")
+    changed = recipe(home, tmp_path / "run")
+    changed.stages[0].samples_per_step = 7
+    with pytest.raises(ConfigError, match="stages.0 was"):
+        train(changed, show=False)
+    assert outcome(tmp_path / "run") == before
+
+
+def test_another_environment_does_not_go_on_unless_told(home: Path, tmp_path: Path) -> None:
+    config = recipe(home, tmp_path / "run")
+    train(config, show=False)
+    (state,) = (tmp_path / "run" / "state").iterdir()
+    about = read_json(state / "state.json")
+    about["environment"]["threads"] = 64
+    (state / "state.json").write_text(json.dumps(about))
+    with pytest.raises(ConfigError, match="threads 64 then, 1 now"):
+        train(config, show=False)
+    config.allow_changed_environment = True
+    train(config, show=False)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_optimiser(home: Path, tmp_path: Path) -> None:
+    config = recipe(home, tmp_path / "run")
+    config.stages[0].train["projectors"].learning_rate = float("inf")
+    with pytest.raises(TrainingError, match="not finite"):
+        train(config, show=False)
+
+
+def test_samples_too_long_are_errors_or_counted(home: Path, tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "x" * 400}, {"role": "assistant", "content": "y"}]}
+    (tmp_path / "long.jsonl").write_text(
+        "\n".join([(home / "rows.jsonl").read_text().splitlines()[0], json.dumps(row)])
+    )
+    config = recipe(home, tmp_path / "run", evaluations={})
+    config.stages = config.stages[:1]
+    config.stages[0].data["rows"].options["path"] = str(tmp_path / "long.jsonl")
+    with pytest.raises(ValueError, match=r"sample rows/1@0: has \d+ tokens .*at most 256 fit"):
+        train(config, show=False)
+    config.stages[0].too_long = "skip"
+    train(config, show=False)
+    rows = outcome(tmp_path / "run")["rows"]
+    assert sum(r["skipped"] for r in rows) == 15 and all(r["samples"] + r["skipped"] == 6 for r in rows)
