@@ -30,7 +30,7 @@ class BackboneConfig:
 
 @dataclass(kw_only=True)
 class ModalityConfig:
-    """A modality: a plugin with its options and its adapter's LoraConfig options, or a folder saved earlier (`path`)."""
+    """A modality: a plugin with its options and its adapter's LoraConfig options, or a saved folder (`path`)."""
 
     plugin: str | None = None
     options: dict[str, Any] = field(default_factory=dict)

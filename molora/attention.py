@@ -1,7 +1,7 @@
 """The one attention function: packed samples that never see each other, in training, prefill and decode alike.
 
-`register` makes it known to transformers' attention interface under `NAME`; it reads the samples' query lengths from the flow.
-Keys come either packed like the queries (no cache) or as `Segments`, one tensor per sample (from `PackedCache`).
+`register` makes it known to transformers' attention interface under `NAME`. The samples' query lengths come from the
+flow, keys either packed like the queries (no cache) or as `Segments`, one tensor per sample (from `PackedCache`).
 
 Letters: T query tokens in a pack, H query heads, G key/value heads, Q queries and K keys of one sample, d head width.
 """

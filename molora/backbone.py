@@ -53,9 +53,9 @@ class Identity:
         for key, what in (("weights", "backbone weights"), ("rope", "RoPE configuration"), ("tokenizer", "tokenizer")):
             if other[key] != getattr(self, key):
                 raise ValueError(
-                    f"{where}: trained with another {what} ({key} hash {other[key][:12]}, source {other['source']!r}) than "
-                    f"the one given ({getattr(self, key)[:12]}, source {self.source!r}); load it on the backbone it was "
-                    "trained on"
+                    f"{where}: trained with another {what} ({key} hash {other[key][:12]}, source {other['source']!r}) "
+                    f"than the one given ({getattr(self, key)[:12]}, source {self.source!r}); load it on the backbone "
+                    "it was trained on"
                 )
         if other["template"] != self.template:
             return [f"{where}: trained with another chat template; answers may suffer"]
@@ -79,7 +79,9 @@ class Backbone(nn.Module):
         self.activation_checkpointing = False
         for layer in decoder_layers(model):
             layer.forward = self._checkpointed(layer.forward)
-        self.probe = self._compare(stock) if probe is None else probe
+        self.probe = probe or {}
+        if stock is not None:
+            self.probe = self._compare(stock)
         self.embed_scale: float = self.probe["embed_scale"]
 
     @property
@@ -138,7 +140,9 @@ class Backbone(nn.Module):
 
     def head(self, hidden_KD: Tensor) -> Tensor:
         """Logits (K, V)."""
-        logits = self.model.get_output_embeddings()(hidden_KD)
+        head = self.model.get_output_embeddings()
+        assert head is not None, "a causal LM has a head"
+        logits = head(hidden_KD)
         # What the classes of Cohere, Granite and Gemma do after their head; the probe finds any other habit.
         if scale := getattr(self.config, "logit_scale", None):
             logits = logits * scale
@@ -230,7 +234,7 @@ def load_backbone(
         folder,
         dtype="auto" if dtype is None else getattr(torch, dtype),
         attn_implementation="eager",  # some released configs name flash attention, which may not be installed
-    ).to(device)
+    ).to(device)  # pyright: ignore[reportArgumentType]
     key = f"{transformers.__version__} {torch.__version__} {model.dtype} {torch.device(device).type}"
     probes = remembered.setdefault("probes", {})
     backbone = Backbone(model, identity, probe=probes.get(key))

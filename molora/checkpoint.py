@@ -57,8 +57,8 @@ def file_hash(path: Path) -> str:
 def save_modality(model: MoLoRA, name: str, plan: Blueprint, folder: Path, pristine: Mapping[str, str]) -> None:
     """Writes a modality's folder. `modality.json` comes last and holds the hashes of the others.
 
-    The encoder is left out only if it can be fetched again: its origin is known and its tensors still have the hash they
-    had when it was built (`pristine`).
+    The encoder is left out only if it can be fetched again: its origin is known, and its tensors still have the hash
+    that they had when it was built (`pristine`).
     """
     files: dict[str, Mapping[str, Tensor]] = {"projector.safetensors": model.projectors[name].state_dict()}
     encoder = model.encoders[name]
@@ -107,13 +107,13 @@ def read_blueprint(folder: Path, identity: Identity, name: str | None = None) ->
             raise ValueError(f"{folder / file}: missing, though {path} lists it; copy the whole folder")
         if file_hash(folder / file) != expected:
             raise ValueError(
-                f"{folder / file}: does not have the hash in {path}; it was changed, or a run was stopped while it wrote the "
-                "folder (resuming that run writes it again)"
+                f"{folder / file}: does not have the hash in {path}; it was changed, or a run was stopped while "
+                "writing the folder (resuming that run writes it again)"
             )
-    name = name or about["name"]
-    plan = blueprint(name, about["plugin"], about["options"], None, str(path))
+    called: str = name or about["name"]
+    plan = blueprint(called, about["plugin"], about["options"], None, str(path))
     adapter = lora.read_adapter(folder) if "adapter_config.json" in about["files"] else None
-    return name, Blueprint(plan.plugin, plan.modality, adapter), warnings
+    return called, Blueprint(plan.plugin, plan.modality, adapter), warnings
 
 
 def load_modality(model: MoLoRA, name: str, folder: Path) -> None:
@@ -126,8 +126,8 @@ def load_modality(model: MoLoRA, name: str, folder: Path) -> None:
         lora.load_exactly(model.encoders[name].state_dict(), load_file(path), str(path))
     elif tensor_hash(model.encoders[name].state_dict()) != about["encoder"]["hash"]:
         raise ValueError(
-            f"{folder}: its encoder comes from {about['encoder']['origin']}, whose tensors now have another hash than when "
-            "the modality was saved"
+            f"{folder}: its encoder comes from {about['encoder']['origin']}, whose tensors now have another hash than "
+            "when the modality was saved"
         )
     path = folder / "adapter_model.safetensors"
     if path.name in about["files"]:

@@ -43,7 +43,8 @@ def read(cls: type[T], path: str | Path, overrides: Iterable[str] = ()) -> T:
             raise ConfigError(f"{where}: write it as key=value, such as stages.0.learning_rate=1e-4")
         try:
             # Only the value goes through OmegaConf's YAML, so that `stages.0` is an index and not a mapping's key.
-            value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value{override[len(key) :]}"]))["value"]  # type: ignore[index]
+            given: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value{override[len(key) :]}"]))
+            value = given["value"]
             OmegaConf.update(config, key, value, merge=isinstance(value, dict), force_add=True)
         except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
             raise ConfigError(f"{where}: {_first_line(error)}") from error

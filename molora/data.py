@@ -6,7 +6,7 @@ Because the order needs no state, training resumes anywhere and any rank or work
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -295,7 +295,7 @@ class _Steps:
 
 def step_loader(
     dataset: EncodedSamples, *, first_step: int, steps: int, samples_per_step: int, rank: int, ranks: int, workers: int
-) -> DataLoader[list[Sample | Skipped]]:
+) -> Iterable[list[Sample | Skipped]]:
     """Yields this rank's samples of each step from `first_step` on."""
     return DataLoader(
         dataset,

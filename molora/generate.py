@@ -42,7 +42,10 @@ class GenerationConfig:
 
 @dataclass(frozen=True)
 class Step:
-    """One new token of one sample. `finished` is set on its last one: "stop" (a stop token, not part of the answer) or "length"."""
+    """One new token of one sample.
+
+    `finished` is set on its last one: "stop" (a stop token, not part of the answer) or "length".
+    """
 
     id: str
     token_id: int
@@ -68,8 +71,8 @@ class _Running:
 def generate(model: MoLoRA, samples: Iterable[Sample], config: GenerationConfig | None = None) -> Iterator[Step]:
     """Decodes samples, yielding tokens as they come; samples enter as others finish.
 
-    A sample's tokens do not depend on its neighbours: sampling draws from a generator of its own, seeded by the config's
-    seed and the sample's id. Ids must be unique.
+    A sample's tokens do not depend on its neighbours: it draws from a generator of its own, seeded by the config's seed
+    and the sample's id. Ids must be unique.
     """
     config = config or GenerationConfig()
     model.eval()

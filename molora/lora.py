@@ -46,7 +46,7 @@ class RoutedLinear(LoraLinear):
         if flow is None:
             raise RuntimeError("a routed layer ran outside a molora forward: no routing says which adapter to use")
         out = self.base_layer(x)
-        if flow.routing is None or all(piece.adapter not in self.lora_A for piece in flow.routing.slices):
+        if flow.routing is None or {piece.adapter for piece in flow.routing.slices}.isdisjoint(self.lora_A):
             return out
         if x.shape[-2] != flow.routing.slices[-1].stop:
             raise RuntimeError(
@@ -61,8 +61,10 @@ class RoutedLinear(LoraLinear):
         if adapter is None or adapter not in self.lora_A:
             return out
         dropped = self.lora_dropout[adapter](x[..., start:stop, :])
-        low = F.linear(dropped, self.lora_A[adapter].weight.to(x.dtype)) * self.scaling[adapter]
-        b_OR = self.lora_B[adapter].weight.to(x.dtype)
+        a: Any = self.lora_A[adapter]
+        b: Any = self.lora_B[adapter]
+        low = F.linear(dropped, a.weight.to(x.dtype)) * self.scaling[adapter]
+        b_OR = b.weight.to(x.dtype)
         return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), b_OR.T).view(out.shape)
 
     def merge(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -96,8 +98,8 @@ def check_config(config: LoraConfig, where: str) -> None:
             raise ConfigError(f"{where}.{key}: {value!r} is refused: {why}")
     if config.init_lora_weights not in _INITIALISATIONS:
         raise ConfigError(
-            f"{where}.init_lora_weights: {config.init_lora_weights!r} is refused, since it changes the frozen weights or "
-            f"needs data; use one of {list(_INITIALISATIONS)}"
+            f"{where}.init_lora_weights: {config.init_lora_weights!r} is refused, since it changes the frozen weights "
+            f"or needs data; use one of {list(_INITIALISATIONS)}"
         )
     for name, field in LoraConfig.__dataclass_fields__.items():
         if field.metadata.get("is_lora_variant") and getattr(config, name):
@@ -186,7 +188,7 @@ def read_adapter(folder: Path) -> LoraConfig:
 
 
 def load_adapter_tensors(model: nn.Module, name: str, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Copies saved tensors into adapter `name`. Raises ValueError listing keys that are left over, missing or misshapen."""
+    """Copies saved tensors into adapter `name`. Raises ValueError listing every tensor that does not fit."""
     parameters = {_PREFIX + path: parameter for path, parameter in adapter_parameters(model, name).items()}
     load_exactly(parameters, tensors, where)
 

@@ -47,8 +47,9 @@ class Origin:
 class Encoder(nn.Module):
     """Items of one modality to packed frames.
 
-    An encoder is batch-invariant: an item's frames do not depend on the other items of the call, so no batch statistics
-    in training. `width` is C. `origin` is set only when the weights are pretrained and can be fetched again by revision.
+    An encoder is batch-invariant: an item's frames do not depend on the other items of the call, so it uses no batch
+    statistics in training. `width` is C. `origin` is set only when the weights are pretrained and can be fetched again
+    by revision.
     """
 
     width: int

@@ -1,6 +1,6 @@
 """MoLoRA: a frozen backbone, modalities with their encoders and projectors, adapters, and a router.
 
-Letters: T tokens in a pack, N samples, I items, S frames, C encoder width, D backbone width, K target positions, V vocabulary.
+Letters: T tokens in a pack, N samples, S frames, C encoder width, D backbone width, K target positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -84,9 +84,10 @@ class MoLoRA(nn.Module):
         return self
 
     def parts(self) -> dict[str, dict[str, nn.Parameter]]:
-        """Everything but the backbone: part name ("encoders.<name>", "projectors.<name>", "adapters.<name>") to parameters.
+        """The parameters of everything but the backbone, by part.
 
-        Full parameter names are the part's name, a dot, and the key.
+        Parts are "encoders.<name>", "projectors.<name>", "adapters.<name>" and "router"; those without parameters are
+        left out. A parameter's full name is the part's name, a dot, and its key.
         """
         parts = {
             f"{kind}.{name}": dict(module.named_parameters())
@@ -121,7 +122,8 @@ class MoLoRA(nn.Module):
                 reserved = pack.modality_ids_T == index
                 if int(reserved.sum()) != len(tokens_TD):
                     raise ValueError(
-                        f"{name}: prompts reserve {int(reserved.sum())} positions, the projector returned {len(tokens_TD)} tokens"
+                        f"{name}: prompts reserve {int(reserved.sum())} positions, the projector returned "
+                        f"{len(tokens_TD)} tokens"
                     )
                 embeds_TD = embeds_TD.masked_scatter(reserved[:, None], tokens_TD.to(embeds_TD.dtype))
         return embeds_TD
@@ -137,8 +139,9 @@ class MoLoRA(nn.Module):
                 (i for i, n in enumerate(media.num_tokens) if frames.lengths[i : i + 1] != (n,)), len(media.num_tokens)
             )
             raise ValueError(
-                f"{name}: item {item} of the pack reserves {media.num_tokens[item : item + 1]} tokens, its encoder returned "
-                f"{frames.lengths[item : item + 1]}; num_tokens of the plugin's `prepare` must equal what its encoder gives"
+                f"{name}: item {item} of the pack reserves {media.num_tokens[item : item + 1]} tokens, its encoder "
+                f"returned {frames.lengths[item : item + 1]}; num_tokens of the plugin's `prepare` must equal what its "
+                "encoder gives"
             )
         projectors: Any = self.projectors[name]
         if len(set(media.projectors)) == 1:

@@ -1,7 +1,8 @@
 """Pretraining: a small causal language model made from text, in the shape of Phi-4-mini, for the demo and for tests.
 
-The result is an ordinary transformers folder (Phi3ForCausalLM and a byte-level BPE tokenizer). Documents never see each
-other: each starts at position 0, and transformers recognises restarting positions as packed documents.
+The result is an ordinary transformers folder (Phi3ForCausalLM and a byte-level BPE tokenizer). Every token of plain text
+is learned, of a conversation the assistant's turns, as everywhere else. Documents never see each other: each starts at
+position 0, and transformers recognises restarting positions as packed documents.
 
 Letters: B windows in a step, T tokens in a window, K predicted tokens, D width.
 """
@@ -28,15 +29,17 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from torch import Tensor
 from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
+from molora.checkpoint import FORMAT_VERSION, check_format
 from molora.config import ConfigError
 from molora.loss import target_losses
+from molora.messages import Message, check, parts
+from molora.prompt import ChatTemplate
+from molora.seeding import seeded
 from molora.storage import read_json, sync, write_json, write_tensors
-
-FORMAT_VERSION = 1
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TURN = "<|end|>"
-# In the order of their ids in Phi-4-mini, behind the learned vocabulary. All but the first absorb the whitespace after them.
+# In the order of their ids in Phi-4-mini, behind the learned vocabulary. All but the first absorb following whitespace.
 SPECIAL_TOKENS = (
     END_OF_TEXT,
     "<|assistant|>",
@@ -58,7 +61,6 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{{- '<|assistant|>' if add_generation_prompt else eos_token -}}"
 )
-ROLES = ("system", "user", "assistant", "tool")
 
 # Words with the character before them, numbers of up to three digits, runs of punctuation, line ends, spaces.
 # Source: a simpler relative of o200k_base's pattern (openai/tiktoken, tiktoken_ext/openai_public.py).
@@ -70,14 +72,15 @@ _BETAS = (0.9, 0.95)
 _OPEN_WINDOWS = 16
 _WITHOUT_EFFECT_ON_RESULT = ("output", "text", "checkpoint_every_steps")
 
-Document: TypeAlias = "str | list[dict[str, str]]"
+Document: TypeAlias = "str | list[Message]"
 
 
 @dataclass
 class PretrainConfig:
-    """`text` files are .txt (one document each) or .jsonl whose rows have `text`, or chat `messages`; `output` is a folder.
+    """What a backbone is made from and how.
 
-    `vocab_size` includes the special tokens. `precision` is that of the matrix products; weights and optimiser are fp32.
+    `text` are .txt files (one document each) or .jsonl files whose rows have `text` or `messages`; `output` a folder.
+    `vocab_size` includes the special tokens. `precision` is that of matrix products; weights and optimiser are fp32.
     The two position limits are LongRoPE's: the length up to which frequencies are plain, and the promised length.
     """
 
@@ -110,8 +113,8 @@ class PretrainConfig:
             _require(getattr(self, name) >= 1, f"{name} {getattr(self, name)} must be at least 1")
         _require(
             self.width % (8 * self.heads) == 0,
-            f"width {self.width} must be a multiple of 8 x heads ({8 * self.heads}), so that three quarters of a head can "
-            "be rotated in pairs",
+            f"width {self.width} must be a multiple of 8 x heads ({8 * self.heads}), so that three quarters of a head "
+            "can be rotated in pairs",
         )
         _require(
             self.heads % self.key_value_heads == 0,
@@ -120,8 +123,8 @@ class PretrainConfig:
         _require(
             2 <= self.window_tokens <= self.original_max_position_embeddings <= self.max_position_embeddings,
             f"window_tokens {self.window_tokens} (at least 2), original_max_position_embeddings "
-            f"{self.original_max_position_embeddings} and max_position_embeddings {self.max_position_embeddings} must not "
-            "decrease in this order",
+            f"{self.original_max_position_embeddings} and max_position_embeddings {self.max_position_embeddings} must "
+            "not decrease in this order",
         )
         _require(0 < self.held_out_share < 1, f"held_out_share {self.held_out_share} must lie between 0 and 1")
         _require(self.learning_rate > 0, f"learning_rate {self.learning_rate} must be positive")
@@ -132,8 +135,18 @@ class PretrainConfig:
         )
 
 
+class Piece(NamedTuple):
+    """A document, or a part of one, that fits into a window; targets are the tokens to be learned."""
+
+    token_ids: Tensor
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
 class Batch(NamedTuple):
-    """Windows of packed documents; `predicted_BT` is True where the next token belongs to the same document."""
+    """Windows of packed documents; `predicted_BT` is True where the next token is a target of the same document."""
 
     token_ids_BT: Tensor
     position_ids_BT: Tensor
@@ -143,10 +156,10 @@ class Batch(NamedTuple):
 def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Path:
     """Makes the backbone that `config` describes and returns its folder, going on where an interrupted call stopped.
 
-    A finished folder is reused. Until then the work lies in `<output>.partial`. `pretrain.json` in the folder records the
-    config, the hash of the text, the loss of every step and the held-out perplexity.
+    A finished folder is reused. Until then the work lies in `<output>.partial`. `pretrain.json` in the folder records
+    the config, the hash of the text, the loss of every step and the held-out loss and perplexity.
 
-    Raises: ConfigError for text that cannot be read or is too little, and for a folder made with another config or text.
+    Raises: ConfigError for text that cannot be read or is too little, and for a folder made otherwise than asked.
     """
     progress = progress or Progress(disable=True)
     output = Path(config.output)
@@ -167,11 +180,10 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Path:
     else:
         write_json(partial / "pretrain.json", made_from)
 
-    reading = progress.add_task("reading text", total=None)
+    reading = progress.add_task("reading text", total=None, note="")
     documents = [document for path in config.text for document in _read_documents(Path(path))]
-    tokenizer = train_tokenizer(documents, config)
-    pieces = _cut(_encode(documents, tokenizer), config.window_tokens)
-    train_pieces, held_out_pieces = _hold_out(pieces, config)
+    tokenizer = train_tokenizer((document for _, document in documents), config)
+    train_pieces, held_out_pieces = _hold_out(_cut(documents, tokenizer, config.window_tokens), config)
     progress.update(reading, total=1, completed=1)
 
     model = _build_model(config, tokenizer)
@@ -182,7 +194,7 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Path:
     record = {
         **made_from,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "train_tokens": sum(map(len, train_pieces)),
+        "tokens": sum(map(len, train_pieces)),
         "losses": losses,
         "held_out_loss": held_out_loss,
         "held_out_perplexity": math.exp(held_out_loss),
@@ -195,7 +207,7 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Path:
 
 
 def train_tokenizer(documents: Iterable[Document], config: PretrainConfig) -> PreTrainedTokenizerFast:
-    """Learns a byte-level BPE of exactly `config.vocab_size` tokens, with Phi-4-mini's special tokens and chat template.
+    """Learns a byte-level BPE of exactly `config.vocab_size` tokens; special tokens and template are Phi-4-mini's.
 
     Raises: ConfigError if the text does not support a vocabulary of that size.
     """
@@ -219,8 +231,8 @@ def train_tokenizer(documents: Iterable[Document], config: PretrainConfig) -> Pr
     )
     if backend.get_vocab_size() != config.vocab_size:
         raise ConfigError(
-            f"vocab_size {config.vocab_size} is too large for {', '.join(config.text)}: pairs that occur at least twice give "
-            f"{backend.get_vocab_size()} tokens; lower vocab_size or add text"
+            f"vocab_size {config.vocab_size} is too large for {', '.join(config.text)}: pairs that occur twice or more "
+            f"give {backend.get_vocab_size()} tokens; lower vocab_size or add text"
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -265,15 +277,14 @@ def _build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> 
             "long_factor": long_factors(num_frequencies, scale),
         },
         rms_norm_eps=1e-5,
-        # At Phi-4-mini's width this is its 0.02 (0.018); a narrow model drawn with 0.02 attends too evenly to learn fast.
+        # Near Phi-4-mini's 0.02 at its width; a narrow model drawn with 0.02 attends too evenly to learn fast.
         initializer_range=config.width**-0.5,
         tie_word_embeddings=True,
         bos_token_id=end_of_text,
         eos_token_id=end_of_text,
         pad_token_id=end_of_text,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with seeded(config.seed, "weights"):
         model = Phi3ForCausalLM(phi)
     model.generation_config = GenerationConfig(
         bos_token_id=end_of_text, eos_token_id=[end_of_turn, end_of_text], pad_token_id=end_of_text
@@ -282,7 +293,7 @@ def _build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> 
 
 
 def _train(
-    model: Phi3ForCausalLM, pieces: Sequence[Tensor], config: PretrainConfig, state_path: Path, progress: Progress
+    model: Phi3ForCausalLM, pieces: Sequence[Piece], config: PretrainConfig, state_path: Path, progress: Progress
 ) -> list[float]:
     """Trains `model` in place and returns the loss of every step; continues from `state_path` if it is there."""
     parameters = dict(model.named_parameters())
@@ -292,7 +303,7 @@ def _train(
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=_BETAS, fused=True)
     losses = _load_state(state_path, parameters, optimizer) if state_path.exists() else []
 
-    task = progress.add_task("pretraining", total=config.steps, completed=len(losses))
+    task = progress.add_task("pretraining", total=config.steps, completed=len(losses), note="")
     model.train()
     batches = itertools.islice(_batches(pieces, config), len(losses), config.steps)
     for step, batch in enumerate(batches, start=len(losses)):
@@ -308,7 +319,7 @@ def _train(
         optimizer.zero_grad()
         if (step + 1) % config.checkpoint_every_steps == 0:
             _save_state(state_path, parameters, optimizer, losses)
-        progress.update(task, completed=step + 1, description=f"pretraining, loss {losses[-1]:.3f}")
+        progress.update(task, completed=step + 1, note=f"loss {losses[-1]:.3f}")
     return losses
 
 
@@ -329,7 +340,7 @@ def _losses(model: Phi3ForCausalLM, batch: Batch, precision: str) -> Tensor:
 
 
 @torch.no_grad()
-def _evaluate(model: Phi3ForCausalLM, pieces: Sequence[Tensor], config: PretrainConfig) -> float:
+def _evaluate(model: Phi3ForCausalLM, pieces: Sequence[Piece], config: PretrainConfig) -> float:
     model.eval()
     windows = _pack([len(piece) for piece in pieces], range(len(pieces)), config.window_tokens)
     losses = []
@@ -358,27 +369,23 @@ def _load_state(path: Path, parameters: dict[str, torch.nn.Parameter], optimizer
     return state["losses"].tolist()
 
 
-def _batches(pieces: Sequence[Tensor], config: PretrainConfig) -> Iterator[Batch]:
+def _batches(pieces: Sequence[Piece], config: PretrainConfig) -> Iterator[Batch]:
     """Steps without end; every epoch packs the pieces anew in another order and leaves out what does not fill a step.
 
     Raises: ConfigError if the text does not fill one step.
     """
     lengths = [len(piece) for piece in pieces]
     for epoch in itertools.count():
-        generator = torch.Generator().manual_seed(_mix(config.seed, epoch))
-        order = torch.randperm(len(pieces), generator=generator).tolist()
+        with seeded(config.seed, "epoch", epoch):
+            order = torch.randperm(len(pieces)).tolist()
         windows = _pack(lengths, order, config.window_tokens)
         if len(windows) < config.windows_per_step:
             raise ConfigError(
-                f"{', '.join(config.text)}: the text fills {len(windows)} windows of {config.window_tokens} tokens, one step "
-                f"takes {config.windows_per_step}; add text or lower windows_per_step or window_tokens"
+                f"{', '.join(config.text)}: the text fills {len(windows)} windows of {config.window_tokens} tokens, a "
+                f"step takes {config.windows_per_step}; add text or lower windows_per_step or window_tokens"
             )
         for start in range(0, len(windows) - config.windows_per_step + 1, config.windows_per_step):
             yield _collate(pieces, windows[start : start + config.windows_per_step], config.window_tokens)
-
-
-def _mix(seed: int, epoch: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:6], "big")
 
 
 def _pack(lengths: Sequence[int], order: Iterable[int], window_tokens: int) -> list[list[int]]:
@@ -396,7 +403,7 @@ def _pack(lengths: Sequence[int], order: Iterable[int], window_tokens: int) -> l
     return full + [members for _, members in windows]
 
 
-def _collate(pieces: Sequence[Tensor], windows: Sequence[Sequence[int]], window_tokens: int) -> Batch:
+def _collate(pieces: Sequence[Piece], windows: Sequence[Sequence[int]], window_tokens: int) -> Batch:
     """Lays pieces end to end; the rest of a window is filled with a document that nothing is predicted in."""
     shape = (len(windows), window_tokens)
     token_ids_BT = torch.zeros(shape, dtype=torch.long)
@@ -404,70 +411,68 @@ def _collate(pieces: Sequence[Tensor], windows: Sequence[Sequence[int]], window_
     predicted_BT = torch.zeros(shape, dtype=torch.bool)
     for row, members in enumerate(windows):
         start = 0
-        for piece in members:
-            stop = start + len(pieces[piece])
-            token_ids_BT[row, start:stop] = pieces[piece]
+        for piece in (pieces[member] for member in members):
+            stop = start + len(piece)
+            token_ids_BT[row, start:stop] = piece.token_ids
             position_ids_BT[row, start:stop] = torch.arange(stop - start)
-            predicted_BT[row, start : stop - 1] = True
+            predicted_BT[row, start : stop - 1] = piece.targets[1:]
             start = stop
         position_ids_BT[row, start:] = torch.arange(window_tokens - start)
     return Batch(token_ids_BT, position_ids_BT, predicted_BT)
 
 
-def _cut(documents: Iterable[Tensor], window_tokens: int) -> list[Tensor]:
-    """Documents as pieces of at most one window; a piece of one token predicts nothing and is left out."""
-    return [piece for document in documents for piece in document.split(window_tokens) if len(piece) > 1]
+def _cut(
+    documents: Iterable[tuple[str, Document]], tokenizer: PreTrainedTokenizerFast, window_tokens: int
+) -> list[Piece]:
+    """Tokenises documents and cuts them into pieces of at most one window, those without a target left out."""
+    template = ChatTemplate(tokenizer)
+    pieces = []
+    for where, document in documents:
+        if isinstance(document, str):
+            token_ids = torch.tensor([*tokenizer.encode(document, split_special_tokens=True), tokenizer.eos_token_id])
+            targets = torch.ones_like(token_ids, dtype=torch.bool)
+        else:
+            prompt = template.encode(document, where=where)
+            token_ids, targets = torch.tensor(prompt.token_ids), torch.tensor(prompt.targets)
+        pieces += map(Piece, token_ids.split(window_tokens), targets.split(window_tokens))
+    return [piece for piece in pieces if piece.targets[1:].any()]
 
 
-def _hold_out(pieces: list[Tensor], config: PretrainConfig) -> tuple[list[Tensor], list[Tensor]]:
+def _hold_out(pieces: list[Piece], config: PretrainConfig) -> tuple[list[Piece], list[Piece]]:
     """Splits off the pieces that training never sees; at least one on either side."""
     if len(pieces) < 2:
         raise ConfigError(
-            f"{', '.join(config.text)}: {len(pieces)} piece(s) of up to {config.window_tokens} tokens cannot be split into "
-            "training and held-out text; add text or lower window_tokens"
+            f"{', '.join(config.text)}: {len(pieces)} piece(s) of up to {config.window_tokens} tokens cannot be split "
+            "into training and held-out text; add text or lower window_tokens"
         )
-    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    with seeded(config.seed, "held out"):
+        order = torch.randperm(len(pieces)).tolist()
     count = min(len(pieces) - 1, max(1, round(config.held_out_share * len(pieces))))
     return [pieces[i] for i in order[count:]], [pieces[i] for i in order[:count]]
 
 
-def _encode(documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast) -> list[Tensor]:
-    """Token ids of every document, the end-of-text token included."""
-    rendered = [
-        document + END_OF_TEXT if isinstance(document, str) else tokenizer.apply_chat_template(document, tokenize=False)
-        for document in documents
-    ]
-    encodings = tokenizer.backend_tokenizer.encode_batch_fast(rendered, add_special_tokens=False)
-    return [torch.tensor(encoding.ids) for encoding in encodings]
-
-
 def _contents(document: Document) -> list[str]:
-    return [document] if isinstance(document, str) else [message["content"] for message in document]
+    if isinstance(document, str):
+        return [document]
+    return [part["text"] for message in document for part in parts(message)]
 
 
-def _read_documents(path: Path) -> list[Document]:
-    """Every document of a .txt or .jsonl file. Raises ConfigError naming file and row."""
-    documents: list[Document] = []
-    if path.suffix == ".txt":
-        documents.append(_check_document(_decode(path), str(path)))
-    elif path.suffix == ".jsonl":
-        for number, line in enumerate(_decode(path).split("\n"), start=1):
-            if line.strip():
-                documents.append(_check_document(_read_row(line, f"{path}, row {number}"), f"{path}, row {number}"))
-    else:
-        raise ConfigError(
-            f"{path}: text is read from .txt and .jsonl files, not from {path.suffix or 'a file without suffix'!r}"
-        )
-    if not any(content.strip() for document in documents for content in _contents(document)):
-        raise ConfigError(f"{path}: the file holds no text")
-    return documents
-
-
-def _decode(path: Path) -> str:
+def _read_documents(path: Path) -> Iterator[tuple[str, Document]]:
+    """The documents of a .txt or .jsonl file, each with words that say where it is. Raises ConfigError."""
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; convert the file") from error
+        raise ConfigError(f"text: {path}: not UTF-8 at byte {error.start}; convert the file") from error
+    if not text.strip():
+        raise ConfigError(f"text: {path}: the file is empty")
+    if path.suffix == ".txt":
+        yield str(path), text
+    elif path.suffix == ".jsonl":
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                yield f"{path}, row {number}", _read_row(line, f"{path}, row {number}")
+    else:
+        raise ConfigError(f"text: {path}: text is read from .txt and .jsonl files, not from {path.suffix!r}")
 
 
 def _read_row(line: str, where: str) -> Document:
@@ -477,26 +482,14 @@ def _read_row(line: str, where: str) -> Document:
         raise ConfigError(f"{where}: not JSON ({error})") from error
     if isinstance(row, dict) and isinstance(row.get("text"), str):
         return row["text"]
-    if not (isinstance(row, dict) and isinstance(row.get("messages"), list) and row["messages"]):
+    if not (isinstance(row, dict) and "messages" in row):
         raise ConfigError(f"{where}: expected an object with `text` (a string) or `messages` (a list)")
-    for message in row["messages"]:
-        if not (isinstance(message, dict) and message.get("role") in ROLES and isinstance(message.get("content"), str)):
-            raise ConfigError(
-                f"{where}: a message needs a `role` ({', '.join(ROLES)}) and a `content` string, got {message!r}"
-            )
+    check(row["messages"], {}, where)
     return row["messages"]
 
 
-def _check_document(document: Document, where: str) -> Document:
-    """Text that spells a special token would turn into one."""
-    for content in _contents(document):
-        if "<|" in content and (spelled := next((token for token in SPECIAL_TOKENS if token in content), None)):
-            raise ConfigError(f"{where}: the text spells the special token {spelled!r}; remove or rewrite it")
-    return document
-
-
 def _hash_files(paths: Sequence[str]) -> str:
-    """SHA-256 over the suffixes and bytes of the text files, in order. Raises ConfigError for one that cannot be read."""
+    """SHA-256 over the suffixes and bytes of the text files, in order. Raises ConfigError for an unreadable one."""
     if not paths:
         raise ConfigError("text: name at least one .txt or .jsonl file")
     digest = hashlib.sha256()
@@ -522,6 +515,7 @@ def _check_same(made_from: dict[str, Any], folder: Path) -> None:
             f"{folder} exists but was not made by `molora pretrain` (no pretrain.json); choose another output"
         )
     found = read_json(path)
+    check_format(found, path)
     differences = []
     for section, wanted in made_from.items():
         pairs = [(section, found.get(section), wanted)]

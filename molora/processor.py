@@ -117,7 +117,8 @@ class Processor:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)  # type: ignore[return-value]
+        text: Any = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
 
     def _prepare(
         self, modality: Modality, part: Mapping[str, Any], generator: torch.Generator | None, where: str

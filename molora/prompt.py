@@ -165,7 +165,8 @@ class ChatTemplate:
     def _render(self, roles: Sequence[str], contents: Sequence[str], generate: bool, where: str) -> str:
         messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)  # type: ignore[return-value]
+            text: Any = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+            return text
         except jinja2.TemplateError as error:
             raise ValueError(f"{where}: the chat template refuses roles {', '.join(roles)}: {error}") from error
 

@@ -59,8 +59,8 @@ class SampleRotary(nn.Module):
     @property
     def stretch(self) -> float:
         """How far beyond the trained context dynamic frequencies reach; 1 for other kinds."""
-        rope_type, parameters = self.rotary.rope_type, self.rotary.config.rope_parameters  # pyright: ignore
-        return float(parameters["factor"]) if rope_type == "dynamic" else 1.0  # pyright: ignore
+        rope_type, parameters = self._settings(None)
+        return float(parameters["factor"]) if rope_type == "dynamic" else 1.0
 
     def _settings(self, layer_type: str | None) -> tuple[str, dict[str, Any]]:
         rope_type: Any = self.rotary.rope_type

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -50,7 +50,13 @@ class Routing:
 
 
 class Router(Protocol):
-    """Decides adapters; an `nn.Module`, called once per forward. Built as `Plugin(adapters, config)`."""
+    """Decides adapters; an `nn.Module`, called once per forward.
+
+    `config_type` is a dataclass; a recipe's `router.options` are read into it, and the plugin is built as
+    `Plugin(adapters, config)` with the names of the adapters there are.
+    """
+
+    config_type: ClassVar[type]
 
     def order(self, modalities: frozenset[str]) -> str:
         """The key by which samples are ordered in a pack. Raises RoutingError for a set without a rule."""

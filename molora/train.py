@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import torch
 import transformers
@@ -67,7 +67,10 @@ class StageConfig:
 
 @dataclass(kw_only=True)
 class Recipe:
-    """Everything a run is made of. `run` is the folder it writes."""
+    """Everything a run is made of.
+
+    `run` is the folder it writes; `data_root` is for the recipe's own paths: `${data_root}/…`.
+    """
 
     run: str
     backbone: BackboneConfig
@@ -75,6 +78,7 @@ class Recipe:
     stages: list[StageConfig]
     router: RouterConfig = field(default_factory=RouterConfig)
     evaluations: dict[str, EvaluationConfig] = field(default_factory=dict)
+    data_root: str | None = None
     seed: int = 0
     save_every_steps: int = 100
     log_every_steps: int = 1
@@ -241,8 +245,8 @@ def train_step(
     for sample in samples:
         targets[sample.modalities] += sample.num_targets
     groups = sorted(targets, key=sorted)
-    totals = accelerator.reduce(torch.tensor([float(targets[g]) for g in groups], device=model.device), "sum")
-    targets = {group: int(total) for group, total in zip(groups, totals.tolist(), strict=True)}  # pyright: ignore
+    totals: Any = accelerator.reduce(torch.tensor([float(targets[g]) for g in groups], device=model.device), "sum")
+    targets = {group: int(total) for group, total in zip(groups, totals.tolist(), strict=True)}
     sums = dict.fromkeys(groups, 0.0)
     for trains in (False, True):
         chosen = [sample for sample in samples if model.trains(sample.modalities) == trains]
@@ -256,10 +260,10 @@ def train_step(
                 loss.backward()
             for modalities, value in zip(pack.modalities, losses.sums_N.tolist(), strict=True):
                 sums[modalities] += value
-    reduced = accelerator.reduce(
+    reduced: Any = accelerator.reduce(
         torch.tensor([sums[g] for g in groups], device=model.device, dtype=torch.float64), "sum"
     )
-    means = {g: value / max(1, targets[g]) for g, value in zip(groups, reduced.tolist(), strict=True)}  # pyright: ignore
+    means = {g: value / max(1, targets[g]) for g, value in zip(groups, reduced.tolist(), strict=True)}
     if not all(math.isfinite(mean) for mean in means.values()):
         ids = ", ".join(sample.id for sample in samples[:4])
         shown = {"+".join(sorted(g)) or "text": mean for g, mean in means.items()}
@@ -388,8 +392,8 @@ def _restore(
     changed = _changes(about["recipe"], json.loads(json.dumps(asdict(recipe))), begun)
     if changed:
         raise ConfigError(
-            f"{recipe.run}: this run was begun with other settings: {'; '.join(changed)}. Give the recipe another run folder, "
-            "or restore the settings to go on"
+            f"{recipe.run}: this run was begun with other settings: {'; '.join(changed)}. Give the recipe another run "
+            "folder, or restore the settings to go on"
         )
     then, now = about["environment"], environment(model, accelerator)
     different = [f"{key} {then.get(key)!r} then, {now[key]!r} now" for key in now if now[key] != then.get(key)]
@@ -421,11 +425,11 @@ class _Log:
     def __init__(self, run: Path, accelerator: Accelerator) -> None:
         self.run = run
         self.accelerator = accelerator
-        self.file: Any = None
+        self.file: TextIO | None = None
 
     def open(self) -> None:
         if self.accelerator.is_main_process:
-            self.file = open(self.run / "metrics.jsonl", "a", encoding="utf-8")
+            self.file = open(self.run / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (`close` closes it)
 
     def write(self, row: dict[str, Any]) -> None:
         if self.file is not None:
@@ -438,7 +442,8 @@ class _Log:
         """Bytes of every log file, safely on disk."""
         if self.file is not None:
             os.fsync(self.file.fileno())
-            self.accelerator.get_tracker("tensorboard", unwrap=True).flush()
+            writer: Any = self.accelerator.get_tracker("tensorboard", unwrap=True)
+            writer.flush()
         return {str(path.relative_to(self.run)): path.stat().st_size for path in self._paths()}
 
     def truncate(self, lengths: Mapping[str, int]) -> None:

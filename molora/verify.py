@@ -69,7 +69,7 @@ def _checks(model: MoLoRA, samples: list[Sample], folder: Path | None) -> Iterat
     source = Path(model.backbone.identity.source)
     tolerance = _TOLERANCE[model.backbone.model.dtype]
     stock = AutoModelForCausalLM.from_pretrained(source, dtype=model.backbone.model.dtype, attn_implementation="sdpa")
-    stock = stock.to(model.device).eval()
+    stock = stock.to(model.device).eval()  # pyright: ignore[reportArgumentType]
 
     if source.is_dir():
         yield Check(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -15,9 +15,9 @@ from molora.routing import Routing, RoutingError
 class TableConfig:
     """`rules` maps modalities joined by "+" (any order) to an adapter, or to null for the bare backbone.
 
-    Each modality alone runs with the adapter of its own name unless a rule says otherwise. Text alone always runs on the
-    bare backbone. Sets of several modalities need a rule of their own.
-    Source of the reference's rules: Phi-4-Multimodal (arXiv 2503.01743), where image+audio runs with the vision adapter.
+    Each modality alone runs with the adapter of its own name unless a rule says otherwise. Text alone always runs on
+    the bare backbone. Sets of several modalities need a rule of their own.
+    Source: Phi-4-Multimodal (arXiv 2503.01743), where image+audio runs with the vision adapter.
     """
 
     rules: dict[str, str | None] = field(default_factory=dict)
@@ -26,7 +26,7 @@ class TableConfig:
 class TableRouter(nn.Module):
     """Hard routing at sample scope, no parameters."""
 
-    config_type = TableConfig
+    config_type: ClassVar[type] = TableConfig
 
     def __init__(self, adapters: Sequence[str], config: TableConfig) -> None:
         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -89,7 +90,7 @@ def test_packed_decoding_equals_full_forwards(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "phi3", "phi4-mini", "smollm3"])
 def test_greedy_text_agrees_with_transformers(family: str) -> None:
     model = make_model(family)
-    stock = tiny_model(family)
+    stock: Any = tiny_model(family)
     for sample in sixteen(model)[0:16:3]:
         theirs = stock.generate(
             sample.token_ids_T[None],

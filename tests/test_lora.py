@@ -105,7 +105,7 @@ def test_rank_alpha_and_rslora_are_honoured(options: dict[str, Any], scaling: fl
     backbone = build({"a": {**options, "target_modules": ["q_proj"]}})
     layer = backbone.model.model.layers[0].self_attn.q_proj
     assert isinstance(layer, RoutedLinear)
-    assert layer.scaling["a"] == pytest.approx(scaling) and layer.lora_A["a"].weight.shape[0] == rank
+    assert layer.scaling["a"] == pytest.approx(scaling) and layer.lora_A["a"].get_parameter("weight").shape[0] == rank
 
 
 @pytest.mark.parametrize("init", [True, "gaussian", "orthogonal"])
@@ -119,7 +119,7 @@ def test_initialisations_are_pefts(init: bool | str) -> None:
     from peft import get_peft_model
 
     theirs = get_peft_model(tiny_model("llama"), lora_config(options, "a"))
-    expected = theirs.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight
+    expected = theirs.get_parameter("base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight")
     assert torch.equal(layer.lora_A["a"].weight, expected)
 
 

@@ -12,12 +12,14 @@ from molora.backbone import Backbone, BackboneRefused, Identity
 from molora.lora import lora_config
 from molora.model import MoLoRA
 from molora.pack import Item, Sample, collate
+from molora.projector import Projector
 from molora.routers.table import TableConfig, TableRouter
 from molora.testing import ROPE_SWITCH, VOCAB_SIZE, WINDOW, Letters, Numbers, NumbersConfig, assert_close, tiny_model
 
 NOWHERE = Identity("test", "", "", "", "")
 FAMILIES = (
-    "llama", "llama-dynamic", "qwen3", "gemma2", "gemma3", "phi3", "phi4-mini", "smollm3", "phimoe", "gpt-oss", "granite",
+    "llama", "llama-dynamic", "qwen3", "gemma2", "gemma3", "phi3", "phi4-mini", "smollm3", "phimoe", "gpt-oss",
+    "granite",
 )  # fmt: skip
 
 
@@ -187,7 +189,7 @@ def test_a_projector_may_depend_on_the_company() -> None:
     assert numbers.projector(frozenset({"numbers", "letters"})) == "beside"
     model = make_model("llama")
     model.modalities["numbers"] = numbers
-    model.projectors["numbers"].add_module("beside", type(model.projectors["numbers"]["default"])(8, 32))  # pyright: ignore
+    model.projectors["numbers"].add_module("beside", Projector(8, 32))
     mixed = [make_sample(model, "a", 14, ("numbers", "letters")), make_sample(model, "b", 9, ("numbers",))]
     pack = collate(mixed, model.modalities, model.router.order)
     assert set(pack.media["numbers"].projectors) == {"default", "beside"}

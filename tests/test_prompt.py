@@ -124,7 +124,8 @@ def finish(backend: Tokenizer, template: str, specials: Mapping[str, bool]) -> P
 
 def reference_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **more: Any) -> list[int]:
     plain = [{"role": message["role"], "content": message["content"]} for message in messages]
-    return tokenizer.apply_chat_template(plain, return_dict=False, **more)  # type: ignore[return-value]
+    ids: Any = tokenizer.apply_chat_template(plain, return_dict=False, **more)
+    return ids
 
 
 def expected(dialect: str, messages: list[dict[str, Any]]) -> list[tuple[str, bool]]:

@@ -77,7 +77,7 @@ def test_the_references_token_counts(width, height, limit, tokens):
 
 @pytest.mark.parametrize("limit", [1, 2, 5, 16, 36])
 def test_crops_and_masks_are_those_of_transformers_port(limit):
-    """Sizes small enough to be quick, over every shape: the grid, the resized size, the padding, the mask, the refusals."""
+    """Over every shape, small enough to be quick: the grid, the resized size, the padding, the mask, the refusals."""
     config = VisionConfig(crop_pixels=56, max_crops=limit, tower=SCRATCH)
     processor = Phi4MultimodalImageProcessor()
     sizes = np.exp(np.random.default_rng(limit).uniform(0, np.log(900), (400, 2))).astype(int)
@@ -101,7 +101,7 @@ def test_crops_and_masks_are_those_of_transformers_port(limit):
 def reference_picture(image: Image.Image, crop: int, config: VisionConfig) -> Tensor:
     """The padded, normalised picture as torchvision makes it."""
     layout = lay_out(*image.size, config)
-    resized = tv.resize(image, [layout.height, layout.width], antialias=True)
+    resized: Any = tv.resize(image, [layout.height, layout.width], antialias=True)  # type: ignore[arg-type]
     padding = [0, 0, layout.columns * crop - layout.width, layout.rows * crop - layout.height]
     padded = tv.to_image(tv.pad(resized, padding, fill=255))
     return tv.normalize(tv.to_dtype(padded, torch.float32, scale=True), [0.5] * 3, [0.5] * 3)
@@ -455,8 +455,9 @@ def test_odd_pictures_become_upright_rgb(kind, tmp_path):
     path.write_bytes(data())
     image = small().load({"type": "image", "path": str(path)})
     assert (image.mode, image.size) == ("RGB", size)
-    assert np.abs(np.subtract(image.getpixel((0, 0)), first)).max() <= 2
-    assert np.abs(np.subtract(image.getpixel((size[0] - 1, size[1] - 1)), last)).max() <= 2
+    pixels_HWC = np.asarray(image).astype(int)
+    assert np.abs(pixels_HWC[0, 0] - first).max() <= 2
+    assert np.abs(pixels_HWC[-1, -1] - last).max() <= 2
     assert small().prepare(image).num_tokens > 0
 
 
@@ -492,7 +493,7 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     "flipped bytes": (lambda: saved(noise(80, 80), "PNG").replace(b"IDAT", b"IDAT\xff\xff"), "damaged or no picture"),
     "text": (lambda: b"not a picture at all\n" * 50, "damaged or no picture"),
     "sound": (sound, "damaged or no picture"),
-    "postscript": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "damaged or no picture"),
+    "postscript": (lambda: saved(half_red(), "EPS"), "no picture .UnidentifiedImageError"),  # PIL would run Ghostscript
     "svg": (lambda: b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', "damaged or no picture"),
     "bomb": (header_of_a_bomb, "10000000000 pixels"),
     "over max_pixels": (
@@ -500,7 +501,7 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "long and thin": (lambda: saved(Image.new("RGB", (2000, 2)), "PNG"), "2000 x 2 pixels is too long and thin"),
     "32 bits": (lambda: saved(Image.new("I", (9, 9), 70000), "TIFF"), "int32 have no agreed range"),
-    "floats out of range": (lambda: saved(Image.new("F", (9, 9), 3.0), "TIFF"), r"lie in \[0, 1\], these in \[3.0, 3.0\]"),
+    "floats out of range": (lambda: saved(Image.new("F", (9, 9), 3.0), "TIFF"), r"these in \[3.0, 3.0\]"),
 }  # fmt: skip
 
 
@@ -550,8 +551,9 @@ def test_every_way_to_give_a_picture(tmp_path):
     parts: list[dict[str, Any]] = [
         {"path": str(path)}, {"path": path}, {"bytes": data}, {"image": image}, {"image": str(path)}, {"image": data},
         {"base64": text}, {"base64": text[:40] + "\n" + text[40:]}, {"base64": f"data:image/png;base64,{text}"},
-        {"url": f"data:image/png;base64,{text}"}, {"image": f"data:image/png;base64,{text}"}, {"image": image, "path": None},
-        {"image": image.convert("RGBA")}, {"array": pixels}, {"image": pixels}, {"array": pixels / 255},
+        {"url": f"data:image/png;base64,{text}"}, {"image": f"data:image/png;base64,{text}"},
+        {"image": image, "path": None}, {"image": image.convert("RGBA")},
+        {"array": pixels}, {"image": pixels}, {"array": pixels / 255},
         {"array": (pixels / 255).astype(np.float32)}, {"array": pixels.astype(np.uint16) * 257}, {"array": tensor},
         {"image": tensor}, {"array": tensor / 255}, {"array": np.dstack([pixels, np.full((40, 20), 255, np.uint8)])},
     ]  # fmt: skip
