@@ -6,10 +6,10 @@ The batch: 2 pictures of 545 frames with 48 text tokens each, 6 text samples of 
 The backbone: a random Llama of 12 layers, width 768, 32k vocabulary. Pictures enter as precomputed encoder frames, so
 that the time is that of projector, backbone, adapter, loss and optimiser. A step is forward, backward and AdamW.
 
-molora's side is `molora.train.train_step`, packing included. The peer's is what is usually written with these libraries:
-samples padded to the longest (once, outside the step), projected frames scattered into `inputs_embeds`, sdpa, one adapter
-from `get_peft_model` for all samples, the loss from `labels`. Both train the adapter and the projector on a frozen base,
-from the same initial weights.
+molora's side is `molora.train.train_step`, packing included. The peer's is what is usually written with these
+libraries: samples padded to the longest (once, outside the step), projected frames scattered into `inputs_embeds`,
+sdpa, one adapter from `get_peft_model` for all samples, the loss from `labels`. Both train the adapter and the
+projector on a frozen base, from the same initial weights.
 
 Letters: N samples, T tokens of the longest sample, S frames, C frame width, D backbone width.
 """
@@ -118,9 +118,9 @@ def make_backbone(device: str, dtype: torch.dtype) -> PreTrainedModel:
         num_key_value_heads=4,
         tie_word_embeddings=False,
     )
-    model: PreTrainedModel = LlamaForCausalLM(config).to(dtype=dtype).to(device)  # pyright: ignore[reportArgumentType]
+    model: Any = LlamaForCausalLM(config)
     model.set_attn_implementation("sdpa")
-    return model.eval()
+    return model.to(device, dtype).eval()
 
 
 def make_samples() -> list[Sample]:

@@ -115,7 +115,7 @@ class Built(NamedTuple):
 
     tower: Tower
     origin: Origin | None
-    blueprint: TowerConfig
+    scratch: TowerConfig
 
 
 def build_library_tower(config: TowerConfig, crop_pixels: int) -> Built:
@@ -347,23 +347,27 @@ def _timm_trunk(
     # timm stops checking keys when the number of classes differs from the weights', so we never let it differ.
     classes = {"num_classes": arguments["num_classes"]} if "num_classes" in arguments else {}
     overlay = {**about, **classes, **({} if state is None else {"state_dict": state})}
+    registered = timm.models.get_pretrained_cfg(architecture)
+    fixed = about.get("fixed_input_size", registered is not None and registered.fixed_input_size)
+    # Built at the size of the crops, so that a position table is resampled once or, if it fits, not at all.
+    size = {"img_size": crop_pixels} if fixed else {}
     try:
         model: Any = timm.create_model(
-            architecture, pretrained=state is not None, pretrained_cfg_overlay=overlay, **arguments
+            architecture, pretrained=state is not None, pretrained_cfg_overlay=overlay, **{**size, **arguments}
         )
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"tower {name}: timm cannot build or load {architecture!r}: {error}") from error
     model.pretrained_cfg.pop("state_dict", None)
     if hasattr(model, "set_input_size"):
         model.set_input_size(img_size=(crop_pixels, crop_pixels))
-    blueprint = _from_scratch(config, kind="timm", name=architecture, arguments=dict(arguments))
+    scratch = _from_scratch(config, kind="timm", name=architecture, arguments=dict(arguments))
     if not _is_patch_transformer(model):
-        return Built(FeatureTower(model, config.layer, crop_pixels, name), origin, blueprint)
+        return Built(FeatureTower(model, config.layer, crop_pixels, name), origin, scratch)
     blocks = model.blocks[: _kept(config.layer, len(model.blocks), name)]
     enter = nn.Sequential(model.pos_drop, model.norm_pre)
     tower = PatchTower(model.patch_embed.proj, model.pos_embed[0], enter, blocks, model.patch_embed.grid_size[0])
     tower.mean, tower.std = _colours(model.pretrained_cfg)
-    return Built(tower, origin, blueprint)
+    return Built(tower, origin, scratch)
 
 
 def _is_patch_transformer(model: Any) -> bool:

@@ -297,26 +297,27 @@ class Vision:
         return value
 
     def _from_array(self, value: Any) -> Image.Image:
-        pixels = value.detach().cpu() if isinstance(value, Tensor) else np.asarray(value)
-        if isinstance(pixels, Tensor):
-            pixels = (pixels.permute(1, 2, 0) if pixels.ndim == 3 else pixels).numpy()
+        if isinstance(value, Tensor):
+            value = value.detach().cpu().float() if value.is_floating_point() else value.cpu()  # numpy has no bfloat16
+            value = value.movedim(0, -1) if value.ndim == 3 else value
+        pixels = np.asarray(value)
         if pixels.ndim == 2:
             pixels = pixels[..., None]
         if pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4) or not pixels.size:
             raise MediaError(
                 "give H x W or H x W x channels in numpy, channels x H x W in torch; 1, 3 or 4 channels, no empty side"
             )
-        return Image.fromarray(_eight_bits(pixels).squeeze(2) if pixels.shape[2] == 1 else _eight_bits(pixels))
+        pixels = _eight_bits(pixels)
+        return Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
     """Any PIL image as upright 8-bit RGB on white; of an animation, the frame it stands at."""
+    sixteen = image.mode == "I" and image.format in ("PNG", "PPM")  # 16 bits in the file, 32 in PIL
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         pixels = np.asarray(image)
-        if image.mode == "I" and pixels.min() >= 0 and pixels.max() <= 0xFFFF:
-            pixels = pixels.astype(np.uint16)  # PIL holds some 16-bit pictures in 32 bits
-        image = Image.fromarray(_eight_bits(pixels))
+        image = Image.fromarray(_eight_bits(pixels.astype(np.uint16) if sixteen else pixels))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -351,8 +352,7 @@ def _label(key: str, value: Any) -> str:
 class VisionEncoder(Encoder):
     """Crops of several pictures to packed frames, in the reference's order: crops, separator, global view.
 
-    The tower's BatchNorm, if it has any, never sees batch statistics. `blueprint` is a config that builds the same
-    modules with random weights and from nothing outside itself, for whoever loads a saved state into them.
+    The tower's BatchNorm, if it has any, never sees batch statistics.
     """
 
     mean_C11: Tensor
@@ -361,8 +361,8 @@ class VisionEncoder(Encoder):
     def __init__(self, config: VisionConfig, built: Built):
         super().__init__()
         self.config = config
-        self.blueprint = replace(config, tower=built.blueprint)
         self.origin: Origin | None = built.origin
+        self._scratch = built.scratch
         self.tower: Tower = built.tower
         self.width = self.tower.width
         self.row_separator_C = nn.Parameter(0.02 * torch.randn(self.width))
@@ -407,6 +407,14 @@ class VisionEncoder(Encoder):
                 pieces = [self._read_rows(self._join(frames_BHWC[start:], layout)), separator_1C, *pieces]
             items.append(torch.cat(pieces))
         return Frames(torch.cat(items), tuple(len(item) for item in items))
+
+    def saved_config(self, with_weights: bool) -> VisionConfig:
+        """The config to save with this encoder. With its weights beside it, one that builds the same modules from
+        scratch, without the hub or any file; else the one it was built from, pinned to the commit of its origin."""
+        if with_weights:
+            return replace(self.config, tower=self._scratch)
+        revision = self.config.tower.revision if self.origin is None else self.origin.revision
+        return replace(self.config, tower=replace(self.config.tower, revision=revision))
 
     def _view(self, crops_BCHW: Tensor, rows: int, columns: int) -> Tensor:
         """The whole picture, padding included, squeezed to one crop; Source: processing_phi4mm.py (no antialiasing)."""

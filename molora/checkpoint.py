@@ -64,7 +64,8 @@ def save_modality(model: MoLoRA, name: str, plan: Blueprint, folder: Path, prist
     encoder = model.encoders[name]
     encoder_hash = tensor_hash(encoder.state_dict())
     origin: Any = encoder.origin
-    if origin is None or encoder_hash != pristine[name]:
+    with_weights = origin is None or encoder_hash != pristine[name]
+    if with_weights:
         files["encoder.safetensors"] = encoder.state_dict()
     for file, tensors in files.items():
         write_tensors(folder / file, tensors)
@@ -79,7 +80,7 @@ def save_modality(model: MoLoRA, name: str, plan: Blueprint, folder: Path, prist
             "format_version": FORMAT_VERSION,
             "name": name,
             "plugin": plan.plugin,
-            "options": asdict(plan.modality.config),
+            "options": asdict(encoder.saved_config(with_weights) or plan.modality.config),
             "part_type": plan.modality.part_type,
             "frame_width": encoder.width,
             "backbone_width": model.backbone.width,
@@ -138,12 +139,16 @@ def load_modality(model: MoLoRA, name: str, folder: Path) -> None:
 
 
 def write_run(run: Path, identity: Identity, dtype: str | None, modalities: list[str], router: RouterConfig) -> None:
-    """Writes molora.json, which makes a folder a run that `molora.load` opens."""
+    """Writes molora.json, which makes a folder a run that `molora.load` opens.
+
+    A backbone folder is named by its path from the run, so that the two can be moved together.
+    """
+    folder = os.path.relpath(identity.source, run) if Path(identity.source).is_dir() else None
     write_json(
         run / "molora.json",
         {
             "format_version": FORMAT_VERSION,
-            "backbone": {**asdict(identity), "dtype": dtype},
+            "backbone": {**asdict(identity), "folder": folder, "dtype": dtype},
             "modalities": modalities,
             "router": asdict(router),
         },

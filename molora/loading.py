@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,18 +101,18 @@ def load(
     Raises ConfigError or ValueError naming the file that does not fit, BackboneRefused for a backbone that cannot run.
     """
     run = Path(source)
-    revision = None
     if (run / "molora.json").is_file():
         about = read_run(run)
         folders = [run / "modalities" / name for name in about.modalities] + [Path(folder) for folder in modalities]
         router = router or about.router
-        path, dtype = about.backbone["source"], dtype or about.backbone["dtype"]
-        revision = about.backbone.get("revision")
+        folder = about.backbone["folder"]
+        path = about.backbone["source"] if folder is None else os.path.normpath(run / folder)
+        dtype = dtype or about.backbone["dtype"]
     else:
         path, folders = str(source), [Path(folder) for folder in modalities]
         if run.is_dir() and not (run / "config.json").is_file():
             raise ConfigError(f"{run}: neither a run (no molora.json) nor a backbone (no config.json)")
-    backbone, tokenizer = load_backbone(path, dtype=dtype, revision=revision, device=pick_device(device))
+    backbone, tokenizer = load_backbone(path, dtype=dtype, device=pick_device(device))
     plans: dict[str, Blueprint] = {}
     origins: dict[str, Path] = {}
     for folder in folders:

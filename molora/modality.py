@@ -59,6 +59,14 @@ class Encoder(nn.Module):
         """Takes what `Modality.collate` returned, moved to the encoder's device."""
         raise NotImplementedError
 
+    def saved_config(self, with_weights: bool) -> Any:
+        """The modality's config to save with this encoder; None for the one it was built from.
+
+        With its weights saved beside it, the config should build the same modules from nothing outside itself; without
+        them, it should name exactly the weights of `origin`.
+        """
+        return None
+
 
 @runtime_checkable
 class Modality(Protocol):

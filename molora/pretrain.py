@@ -1,8 +1,8 @@
 """Pretraining: a small causal language model made from text, in the shape of Phi-4-mini, for the demo and for tests.
 
-The result is an ordinary transformers folder (Phi3ForCausalLM and a byte-level BPE tokenizer). Every token of plain text
-is learned, of a conversation the assistant's turns, as everywhere else. Documents never see each other: each starts at
-position 0, and transformers recognises restarting positions as packed documents.
+The result is an ordinary transformers folder (Phi3ForCausalLM and a byte-level BPE tokenizer). Of plain text every
+token is learned, of a conversation the assistant's turns, as everywhere else. Documents never see each other: each
+starts at position 0, and transformers recognises restarting positions as packed documents.
 
 Letters: B windows in a step, T tokens in a window, K predicted tokens, D width.
 """
@@ -164,6 +164,7 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Path:
     progress = progress or Progress(disable=True)
     output = Path(config.output)
     partial = output.with_name(f"{output.name}.partial")
+    state = partial / "state.safetensors"
     made_from = {
         "format_version": FORMAT_VERSION,
         "config": {name: value for name, value in asdict(config).items() if name not in _WITHOUT_EFFECT_ON_RESULT},
@@ -173,21 +174,20 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Path:
         _check_same(made_from, output)
         shutil.rmtree(partial, ignore_errors=True)  # a kill between the two last steps leaves it behind
         return output
-    # Exact continuation needs the same arithmetic; a finished backbone does not care.
+    # Going on exactly needs the same arithmetic; a finished backbone does not care.
     made_from["environment"] = _environment()
-    if partial.exists():
+    if state.exists():
         _check_same(made_from, partial)
-    else:
-        write_json(partial / "pretrain.json", made_from)
 
-    reading = progress.add_task("reading text", total=None, note="")
     documents = [document for path in config.text for document in _read_documents(Path(path))]
     tokenizer = train_tokenizer((document for _, document in documents), config)
-    train_pieces, held_out_pieces = _hold_out(_cut(documents, tokenizer, config.window_tokens), config)
-    progress.update(reading, total=1, completed=1)
+    bar = progress.add_task("tokenising", total=len(documents), note="")
+    pieces = _cut(progress.track(documents, task_id=bar), tokenizer, config.window_tokens)
+    train_pieces, held_out_pieces = _hold_out(pieces, config)
 
     model = _build_model(config, tokenizer)
-    losses = _train(model, train_pieces, config, partial / "state.safetensors", progress)
+    write_json(partial / "pretrain.json", made_from)
+    losses = _train(model, train_pieces, config, state, progress)
     held_out_loss = _evaluate(model, held_out_pieces, config)
 
     _save(model, tokenizer, partial / "backbone")

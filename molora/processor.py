@@ -117,8 +117,7 @@ class Processor:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
-        text: Any = self.tokenizer.decode(list(ids), skip_special_tokens=True)
-        return text
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)  # pyright: ignore[reportReturnType]
 
     def _prepare(
         self, modality: Modality, part: Mapping[str, Any], generator: torch.Generator | None, where: str

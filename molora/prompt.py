@@ -165,8 +165,9 @@ class ChatTemplate:
     def _render(self, roles: Sequence[str], contents: Sequence[str], generate: bool, where: str) -> str:
         messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
         try:
-            text: Any = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
-            return text
+            return self.tokenizer.apply_chat_template(  # pyright: ignore[reportReturnType]
+                messages, tokenize=False, add_generation_prompt=generate
+            )
         except jinja2.TemplateError as error:
             raise ValueError(f"{where}: the chat template refuses roles {', '.join(roles)}: {error}") from error
 

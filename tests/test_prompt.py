@@ -124,8 +124,7 @@ def finish(backend: Tokenizer, template: str, specials: Mapping[str, bool]) -> P
 
 def reference_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **more: Any) -> list[int]:
     plain = [{"role": message["role"], "content": message["content"]} for message in messages]
-    ids: Any = tokenizer.apply_chat_template(plain, return_dict=False, **more)
-    return ids
+    return tokenizer.apply_chat_template(plain, return_dict=False, **more)  # pyright: ignore[reportReturnType]
 
 
 def expected(dialect: str, messages: list[dict[str, Any]]) -> list[tuple[str, bool]]:

@@ -15,8 +15,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.models import generate_default_cfgs, register_model
-from timm.models.vision_transformer import VisionTransformer
+from timm.models import generate_default_cfgs, register_model, vision_transformer
 from torch import Tensor
 from transformers import SiglipConfig, SiglipVisionConfig, SiglipVisionModel
 
@@ -43,7 +42,7 @@ def tiny_siglip(pretrained: bool = False, **arguments: Any) -> Any:
         "patch_size": PATCH, "embed_dim": 32, "depth": 3, "num_heads": 2, "mlp_ratio": 1.5, "class_token": False,
         "global_pool": "map", "act_layer": "gelu_tanh",
     }  # fmt: skip
-    return timm.models.build_model_with_cfg(VisionTransformer, "tiny_siglip", pretrained, **{**sizes, **arguments})
+    return vision_transformer._create_vision_transformer("tiny_siglip", pretrained, **{**sizes, **arguments})
 
 
 # timm files a model under the module it is in, which pytest's importlib mode does not always list.
@@ -299,11 +298,11 @@ def test_local_weights_have_no_origin(folders):
 
 
 @pytest.mark.parametrize("kind", BACKENDS)
-def test_the_blueprint_takes_the_weights_without_the_files(folders, kind):
+def test_the_scratch_config_takes_the_weights_without_the_files(folders, kind):
     built = build_library_tower(TowerConfig(kind=kind, path=str(folders[kind])), CROP)
-    assert not built.blueprint.pretrained and built.blueprint.path is None
-    again = build_library_tower(built.blueprint, CROP)
-    assert again.blueprint == built.blueprint
+    assert not built.scratch.pretrained and built.scratch.path is None
+    again = build_library_tower(built.scratch, CROP)
+    assert again.scratch == built.scratch
     assert not torch.equal(again.tower.eval()(crops()), built.tower.eval()(crops()))
     again.tower.load_state_dict(built.tower.state_dict())
     assert torch.equal(again.tower(crops()), built.tower(crops()))
@@ -323,6 +322,15 @@ def test_another_crop_size_resamples_the_positions_alike(folders, pixels):
     assert frames[0].shape == (2, pixels // PATCH, pixels // PATCH, 32)
     for other in frames[1:]:
         torch.testing.assert_close(other, frames[0], rtol=0, atol=1e-5)
+
+
+def test_a_table_that_fits_the_crops_is_not_resampled(siglip, tmp_path):
+    """Weights tuned at another size than the architecture's own: a detour through the own size would cost."""
+    state = to_timm(siglip.state_dict())
+    state["pos_embed"] = torch.randn(1, 36, 32, generator=torch.Generator().manual_seed(0))
+    save_file(state, tmp_path / "tuned.safetensors")
+    tower: Any = build("timm", 84, name="tiny_siglip", path=str(tmp_path / "tuned.safetensors"))
+    assert torch.equal(tower.table_NC, state["pos_embed"][0])
 
 
 @pytest.mark.parametrize("kind", BACKENDS)
@@ -445,7 +453,7 @@ def test_any_timm_model_gives_its_own_feature_map(name):
     features = theirs.forward_intermediates(crops(2, 64), intermediates_only=True)[-2]
     assert ours.grid == 4 and ours.mean == theirs.default_cfg["mean"]
     torch.testing.assert_close(ours(crops(2, 64)), features.permute(0, 2, 3, 1), rtol=0, atol=1e-5)
-    again = build_library_tower(built.blueprint, 64).tower.eval()
+    again = build_library_tower(built.scratch, 64).tower.eval()
     again.load_state_dict(ours.state_dict())
     assert torch.equal(again(crops(2, 64)), ours(crops(2, 64)))
 

@@ -11,10 +11,12 @@ import threading
 import wave
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
@@ -23,12 +25,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as tv
+from transformers import SiglipVisionConfig, SiglipVisionModel
 from transformers.models.phi4_multimodal.image_processing_phi4_multimodal import Phi4MultimodalImageProcessor
 
 from molora.config import ConfigError, build, dump
 from molora.encoders.siglip import ConvitConfig, TowerConfig
 from molora.encoders.vision import MAX_FILE_BYTES, Vision, VisionConfig, lay_out
-from molora.modality import MediaError, Modality
+from molora.modality import MediaError, Modality, Origin
 
 SCRATCH = TowerConfig(
     kind="transformers",
@@ -311,13 +314,33 @@ def test_a_towers_own_colours_are_used():
     assert encoder.origin is None
 
 
-def test_the_blueprint_rebuilds_the_encoder_for_a_saved_state():
+def test_the_saved_config_rebuilds_the_encoder_for_a_saved_state():
     modality = vision(**KINDS["conv net"])
     encoder = modality.build_encoder().eval()
-    again = Vision("vision", encoder.blueprint).build_encoder().eval()
+    assert encoder.saved_config(with_weights=False) == modality.config
+    again = Vision("vision", encoder.saved_config(with_weights=True)).build_encoder().eval()
     again.load_state_dict(encoder.state_dict())
     collated = modality.collate([modality.prepare(noise(64, 64))])
     assert torch.equal(encoder(**collated).frames_SC, again(**collated).frames_SC)
+
+
+def test_an_encoder_from_the_hub_knows_its_commit_and_a_saved_one_needs_no_hub(tmp_path, monkeypatch):
+    config = SiglipVisionConfig(**SCRATCH.arguments, image_size=56, patch_size=14)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--someone--tiny"
+    SiglipVisionModel(config).save_pretrained(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    modality = small(tower=TowerConfig(kind="transformers", name="someone/tiny"))
+    encoder = modality.build_encoder()
+    assert encoder.origin == Origin("someone/tiny", commit)
+    assert encoder.saved_config(with_weights=False).tower == replace(modality.config.tower, revision=commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "nothing"))
+    again = Vision("vision", encoder.saved_config(with_weights=True)).build_encoder()
+    assert again.origin is None
+    again.load_state_dict(encoder.state_dict())
 
 
 # --- The plugin
@@ -441,6 +464,7 @@ ODD: dict[str, tuple[Callable[[], bytes], tuple[int, int], Any, Any]] = {
     "colour key": (lambda: saved(half_red(), "PNG", transparency=RED), (20, 40), WHITE, WHITE),
     "16 bits": (lambda: saved(sixteen_bits(), "PNG"), (20, 40), grey(0), WHITE),
     "16 bits tiff": (lambda: saved(sixteen_bits(), "TIFF"), (20, 40), grey(0), WHITE),
+    "16 bits ppm": (lambda: b"P5 20 40 65535\n" + b"\x80\x80" * 799 + b"\xff\xff", (20, 40), grey(128), WHITE),
     "float tiff": (lambda: saved(Image.new("F", (20, 40), 0.5), "TIFF"), (20, 40), grey(128), grey(128)),
     "exif upside down": (lambda: saved(half_red(), "PNG", exif=exif(3)), (20, 40), WHITE, RED),
     "exif lying": (lambda: saved(half_red(), "PNG", exif=exif(6)), (40, 20), RED, WHITE),
@@ -500,7 +524,7 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: saved(Image.new("1", (400, 300)), "PNG"), "400 x 300 pixels is more than max_pixels 100000",
     ),
     "long and thin": (lambda: saved(Image.new("RGB", (2000, 2)), "PNG"), "2000 x 2 pixels is too long and thin"),
-    "32 bits": (lambda: saved(Image.new("I", (9, 9), 70000), "TIFF"), "int32 have no agreed range"),
+    "32 bits": (lambda: saved(Image.new("I", (9, 9), 200), "TIFF"), "int32 have no agreed range"),
     "floats out of range": (lambda: saved(Image.new("F", (9, 9), 3.0), "TIFF"), r"these in \[3.0, 3.0\]"),
 }  # fmt: skip
 
@@ -555,7 +579,8 @@ def test_every_way_to_give_a_picture(tmp_path):
         {"image": image, "path": None}, {"image": image.convert("RGBA")},
         {"array": pixels}, {"image": pixels}, {"array": pixels / 255},
         {"array": (pixels / 255).astype(np.float32)}, {"array": pixels.astype(np.uint16) * 257}, {"array": tensor},
-        {"image": tensor}, {"array": tensor / 255}, {"array": np.dstack([pixels, np.full((40, 20), 255, np.uint8)])},
+        {"image": tensor}, {"array": tensor / 255}, {"array": (tensor / 255).bfloat16()},
+        {"array": np.dstack([pixels, np.full((40, 20), 255, np.uint8)])},
     ]  # fmt: skip
     for part in parts:
         loaded = small().load({"type": "image", **part})

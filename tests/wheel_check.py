@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 
@@ -37,7 +39,45 @@ def the_command_helps() -> None:
         assert "train" in shown.stdout, f"{call} does not list `train`:\n{shown.stdout}"
 
 
+def it_trains_and_answers() -> None:
+    """A tiny backbone made here, a recipe of two steps, and an answer from the run it writes."""
+    import molora
+    from molora.testing import save_backbone
+
+    with tempfile.TemporaryDirectory() as name:
+        home = Path(name)
+        save_backbone(home / "backbone")
+        question = {
+            "role": "user",
+            "content": [{"type": "numbers", "numbers": [1.0, 2.0]}, {"type": "text", "text": "?"}],
+        }
+        row = {"messages": [question, {"role": "assistant", "content": "3"}]}
+        (home / "rows.jsonl").write_text(json.dumps(row))
+        adapter = {"r": 2, "lora_alpha": 4, "target_modules": ["qkv_proj"]}
+        recipe = {
+            "run": "run",
+            "backbone": {"path": "backbone"},
+            "modalities": {"numbers": {"plugin": "molora.testing:Numbers", "adapter": adapter}},
+            "stages": [
+                {
+                    "name": "tune",
+                    "train": {"adapters": {"learning_rate": 1e-3}, "projectors": {"learning_rate": 1e-3}},
+                    "data": {"rows": {"kind": "messages", "options": {"path": "rows.jsonl"}}},
+                    "steps": 2,
+                    "samples_per_step": 2,
+                }
+            ],
+        }
+        (home / "recipe.yaml").write_text(json.dumps(recipe))
+        command = Path(sys.executable).with_name("molora")
+        for call in (["train", "recipe.yaml"], ["generate", "run", "hello", "--max-new-tokens", "3"]):
+            done = subprocess.run([command, *call], cwd=home, capture_output=True, text=True)
+            assert done.returncode == 0, f"{call} exits {done.returncode}:\n{done.stderr}"
+        answer = molora.load(home / "run").generate([question], molora.GenerationConfig(max_new_tokens=3))
+        assert isinstance(answer, str)
+
+
 if __name__ == "__main__":
-    for check in (only_molora_was_added, it_imports_from_site_packages, the_command_helps):
+    for check in (only_molora_was_added, it_imports_from_site_packages, the_command_helps, it_trains_and_answers):
         check()
         print(f"ok: {check.__name__.replace('_', ' ')}", flush=True)
