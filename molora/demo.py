@@ -62,7 +62,7 @@ def run_demo(run: Path, *, quick: bool = False) -> Path:
 
 
 def backbone_config(run: Path, quick: bool) -> PretrainConfig:
-    """A decoder of Phi-4-mini's shape, pretrained on English and on reading practice made from the training questions."""
+    """A decoder of Phi-4-mini's shape, pretrained on English and on reading practice from the training questions."""
     return PretrainConfig(
         output=str(run / "backbone"),
         text=[str(path) for path in _write_text(run / "text")],
@@ -80,7 +80,7 @@ def backbone_config(run: Path, quick: bool) -> PretrainConfig:
 
 
 def _write_text(folder: Path) -> list[Path]:
-    """English from the language reference inside every Python, and questions of the training split about worded pictures."""
+    """English from the language reference inside every Python, and training questions about pictures put into words."""
     from pydoc_data.topics import topics
 
     english, reading = folder / "english.txt", folder / "reading.jsonl"
@@ -212,8 +212,9 @@ def _report(run: Path, loaded: LoadedModel, judged: dict[str, list[Judged]], clo
     return Report(
         title="molora demo: questions about pictures",
         summary=(
-            "A small language model was pretrained on text and frozen. A vision encoder, a projector and a LoRA adapter then "
-            "learned from easy-VQA's training pictures. The figures are exact matches on its whole test split."
+            "A small language model was pretrained on English and on questions about pictures put into words, then frozen. "
+            "A vision encoder, a projector and a LoRA adapter then learned from easy-VQA's training pictures. The figures "
+            "are exact matches on its whole test split."
         ),
         metrics=metrics,
         goals={("with the picture", "exact match"): 0.90, ("with the picture", "not yes/no"): 0.85},

@@ -532,6 +532,7 @@ def _check_same(made_from: dict[str, Any], folder: Path) -> None:
 def _save(model: Phi3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Writes the folder that AutoModelForCausalLM and AutoTokenizer open, and waits until it is on disk."""
     shutil.rmtree(folder, ignore_errors=True)
+    transformers.logging.disable_progress_bar()  # writing is quick, and a display of ours may be on the screen
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for path in folder.iterdir():

@@ -1,0 +1,62 @@
+"""The demo end to end in a few steps, and the data it is made from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from molora.demo import run_demo
+from molora.easy_vqa import COLOURS, SHAPES, EasyVQA, EasyVQAConfig, descriptions, read_split
+
+pytest.importorskip("easy_vqa")
+
+
+def test_the_quick_demo_runs_reports_and_reuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "demo"
+    report = run_demo(run, quick=True)
+    html = report.read_text()
+    assert html.count("<img") >= 24 and "without the picture" in html and "<svg" in html
+    figures = json.loads((run / "report.json").read_text())
+    assert figures["metrics"]["with the picture"]["questions"] == 40
+    told = capsys.readouterr().out
+    assert "frozen  backbone" in told and "exact match" in told
+
+    kept = {p: p.stat().st_mtime_ns for p in run.rglob("*.safetensors")}
+    answers = (run / "evaluations/with-the-picture.json").stat().st_mtime_ns
+    run_demo(run, quick=True)
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*.safetensors")} == kept
+    assert (run / "evaluations/with-the-picture.json").stat().st_mtime_ns == answers
+
+
+def test_descriptions_agree_with_every_answer() -> None:
+    for split, pictures in (("train", 4000), ("test", 1000)):
+        questions, paths = read_split(split)
+        told = descriptions(questions)
+        assert len(paths) == pictures and len(told) > 0.85 * pictures
+        for question, answer, image in questions:
+            if image in told:
+                colour, shape = told[image]
+                if answer in COLOURS:
+                    assert answer == colour, (question, image)
+                elif answer in SHAPES:
+                    assert answer == shape, (question, image)
+                else:
+                    words = set(question.rstrip("?").split())
+                    asked = (words & {*COLOURS, *SHAPES}).pop()
+                    present = asked in told[image]
+                    negated = bool(words & {"no", "not"})
+                    assert (answer == "yes") == (present != negated), (question, image)
+
+
+def test_rows_are_conversations_about_pictures() -> None:
+    questions = EasyVQA(EasyVQAConfig(split="test"))
+    assert len(questions) == 9673
+    row = questions[0]
+    picture, text = row["messages"][0]["content"]
+    assert picture["type"] == "image" and Path(picture["path"]).is_file()
+    assert text["text"] == "what is the red shape?" and row["messages"][1]["content"] == "triangle"
+    assert row["tags"] == ["open"]
+    captions = EasyVQA(EasyVQAConfig(split="train", task="captions"))
+    assert captions[0]["messages"][1]["content"].startswith("a ")

@@ -1,0 +1,36 @@
+"""Answers compared, and scores by tag."""
+
+from __future__ import annotations
+
+import pytest
+
+from molora.evaluate import Judged, exact_match, question, scores
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "same"),
+    [("Yes.", "yes", True), (" a  red\ncircle ", "a red circle", True), ("yes", "no", False), ("", "yes", False)],
+)
+def test_exact_match_ignores_case_spaces_and_a_full_stop(answer: str, expected: str, same: bool) -> None:
+    assert exact_match(answer, expected) == same
+
+
+def test_scores_count_by_tag() -> None:
+    judged = [Judged(str(i), [], "x", "x", i < 3, ["a"] if i % 2 else ["a", "b"]) for i in range(4)]
+    assert scores(judged) == {
+        "exact_match": 0.75,
+        "questions": 4,
+        "exact_match/a": 0.75,
+        "questions/a": 4,
+        "exact_match/b": 1.0,
+        "questions/b": 2,
+    }
+
+
+def test_a_question_without_media_keeps_its_text() -> None:
+    picture, text = {"type": "image", "path": "x.png"}, {"type": "text", "text": "what?"}
+    row = {"id": "r", "messages": [{"role": "user", "content": [picture, text]}, {"role": "assistant", "content": "x"}]}
+    assert question([row], 0, without_media=True)["prompt"] == [{"role": "user", "content": [text]}]
+    assert question([row], 0, without_media=False)["prompt"][0]["content"] == [picture, text]
+    with pytest.raises(ValueError, match="row 1: must end with an assistant message"):
+        question([{"id": "r", "messages": row["messages"][:1]}], 0, without_media=False)
