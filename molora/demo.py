@@ -212,9 +212,9 @@ def _report(run: Path, loaded: LoadedModel, judged: dict[str, list[Judged]], clo
     return Report(
         title="molora demo: questions about pictures",
         summary=(
-            "A small language model was pretrained on English and on questions about pictures put into words, then frozen. "
-            "A vision encoder, a projector and a LoRA adapter then learned from easy-VQA's training pictures. The figures "
-            "are exact matches on its whole test split."
+            "A small language model was pretrained on English and on questions about pictures put into words, then "
+            "frozen. A vision encoder, a projector and a LoRA adapter then learned from easy-VQA's training pictures. "
+            "The figures are exact matches on its whole test split."
         ),
         metrics=metrics,
         goals={("with the picture", "exact match"): 0.90, ("with the picture", "not yes/no"): 0.85},

@@ -5,20 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from rich.progress import Progress
 from torch import Tensor
 
 from molora import lora
@@ -37,12 +35,13 @@ from molora.checkpoint import (
 from molora.config import ConfigError, dump
 from molora.data import EncodedSamples, Skipped, SourceConfig, open_source, step_loader
 from molora.evaluate import EvaluationConfig, gathered, judge, scores
+from molora.metrics import MetricsLog
 from molora.model import MoLoRA
 from molora.optim import PartConfig, PartOptimizer, count, matches, set_trainable
 from molora.pack import Sample
 from molora.processor import Processor
 from molora.seeding import seed_of
-from molora.storage import sync, write_text
+from molora.storage import write_text
 from molora.terminal import console, progress
 
 
@@ -94,38 +93,13 @@ def train(recipe: Recipe, *, show: bool = True) -> Path:
     Raises ConfigError for a recipe that cannot work and TrainingError when training must stop.
     """
     accelerator = Accelerator(cpu=recipe.device == "cpu", log_with="tensorboard", project_dir=recipe.run)
-    main = accelerator.is_main_process
-    run = Path(recipe.run)
-    model, processor, plans = build_model(recipe, accelerator.device)
-    model.backbone.activation_checkpointing = recipe.activation_checkpointing
-    pristine = {name: tensor_hash(encoder.state_dict()) for name, encoder in model.encoders.items()}
-    log = _Log(run, accelerator)
-    if main:
-        run.mkdir(parents=True, exist_ok=True)
-    if state := latest_state(run):
-        done, optimizer_tensors = _restore(model, recipe, state, log, accelerator)
-    else:
-        done, optimizer_tensors = _Progress(), {}
-        log.truncate({})
-    if main:
-        write_text(run / "config.yaml", dump(recipe))
-    accelerator.wait_for_everyone()
-    accelerator.init_trackers("tensorboard")
-    log.open()
-    with progress(shown=show and main) as bars:
-        for index in range(done.stage, len(recipe.stages)):
-            stage = recipe.stages[index]
-            optimizers = set_trainable(model, stage.train, stage.steps, f"stages.{index}.train")
-            if show and main:
-                describe(model, stage)
-            first_step = done.step if index == done.stage else 0
-            if first_step:
-                for part, optimizer in optimizers.items():
-                    optimizer.load(optimizer_tensors, done.part_steps.get(part, 0))
-            _run_stage(recipe, index, first_step, model, processor, plans, pristine, optimizers, log, accelerator, bars)
-    log.close()
-    accelerator.end_training()
-    return run
+    run = _Run(recipe, accelerator, show and accelerator.is_main_process)
+    run.begin()
+    with run.bars:
+        for index in range(run.position.stage, len(recipe.stages)):
+            run.run_stage(index)
+    run.log.close()
+    return run.folder
 
 
 def build_model(recipe: Recipe, device: torch.device) -> tuple[MoLoRA, Processor, dict[str, Blueprint]]:
@@ -167,63 +141,6 @@ def describe(model: MoLoRA, stage: StageConfig) -> None:
 def _frozen(model: MoLoRA) -> list[Tensor]:
     adapters = {id(p) for name in model.adapters for p in lora.adapter_parameters(model.backbone.model, name).values()}
     return [p for p in model.backbone.parameters() if id(p) not in adapters]
-
-
-def _run_stage(
-    recipe: Recipe,
-    index: int,
-    first_step: int,
-    model: MoLoRA,
-    processor: Processor,
-    plans: Mapping[str, Blueprint],
-    pristine: Mapping[str, str],
-    optimizers: dict[str, PartOptimizer],
-    log: _Log,
-    accelerator: Accelerator,
-    bars: Progress,
-) -> None:
-    stage = recipe.stages[index]
-    before = sum(earlier.steps for earlier in recipe.stages[:index])
-    dataset = EncodedSamples(
-        stage.data, processor, seed_of(recipe.seed, stage.name), stage.too_long == "skip", f"stages.{index}.data"
-    )
-    loader = step_loader(
-        dataset,
-        first_step=first_step,
-        steps=stage.steps,
-        samples_per_step=stage.samples_per_step,
-        rank=accelerator.process_index,
-        ranks=accelerator.num_processes,
-        workers=recipe.data_workers,
-    )
-    bar = bars.add_task(stage.name, total=stage.steps, completed=first_step, note="")
-    for step, encoded in enumerate(loader, start=first_step):
-        started = time.monotonic()
-        # Dropout is the one thing drawn from the global generator; seeding it per step needs no state to resume.
-        torch.manual_seed(seed_of(recipe.seed, stage.name, "step", step, accelerator.process_index))
-        model.train()
-        samples = [sample for sample in encoded if isinstance(sample, Sample)]
-        row = train_step(model, processor, samples, stage.tokens_per_pack, optimizers, accelerator)
-        ids = sorted(gather_object([sample.id for sample in samples]))
-        row["samples"] = len(ids)
-        row["samples_digest"] = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
-        row["skipped"] = sum(gather_object([sum(isinstance(sample, Skipped) for sample in encoded)]))
-        row["seconds"] = time.monotonic() - started
-        if (step + 1) % recipe.log_every_steps == 0:
-            log.write({"stage": stage.name, "step": before + step + 1, **row})
-        finished = step + 1 == stage.steps
-        if finished or (stage.evaluate_every_steps and (step + 1) % stage.evaluate_every_steps == 0):
-            for name, evaluation in recipe.evaluations.items():
-                results = _evaluate(model, processor, evaluation, name, accelerator, bars)
-                log.write(
-                    {"stage": stage.name, "step": before + step + 1, **{f"{name}/{k}": v for k, v in results.items()}}
-                )
-        if finished or (step + 1) % recipe.save_every_steps == 0:
-            position = _Progress(index + 1, 0) if finished else _Progress(index, step + 1)
-            position.part_steps = {part: optimizer.steps_taken for part, optimizer in optimizers.items()}
-            _save(recipe, before + step + 1, position, model, plans, pristine, optimizers, log, accelerator)
-        losses = ", ".join(f"{key[5:]} {value:.3f}" for key, value in row.items() if key.startswith("loss/"))
-        bars.update(bar, advance=1, note=losses)
 
 
 def train_step(
@@ -296,22 +213,8 @@ def _reduce_gradients(optimizer: PartOptimizer, accelerator: Accelerator) -> Non
         parameter.grad = gradient.view_as(parameter)
 
 
-def _evaluate(
-    model: MoLoRA, processor: Processor, config: EvaluationConfig, name: str, accelerator: Accelerator, bars: Progress
-) -> dict[str, float]:
-    source = open_source(config.data, f"evaluations.{name}.data")
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-    bar = bars.add_task(name, total=len(range(rank, len(source), ranks)), note="")
-    judged = judge(model, processor, source, config, rank=rank, ranks=ranks, advance=lambda: bars.advance(bar))
-    bars.remove_task(bar)
-    return scores(gathered(judged))
-
-
-# Saving and resuming ---------------------------------------------------------------------------------------------
-
-
 @dataclass
-class _Progress:
+class _Position:
     """Where a run stands: the stage, the steps of it that are done, and the updates each part has taken in it."""
 
     stage: int = 0
@@ -332,79 +235,158 @@ def environment(model: MoLoRA, accelerator: Accelerator) -> dict[str, Any]:
     }
 
 
-def _save(
-    recipe: Recipe,
-    step: int,
-    position: _Progress,
-    model: MoLoRA,
-    plans: Mapping[str, Blueprint],
-    pristine: Mapping[str, str],
-    optimizers: Mapping[str, PartOptimizer],
-    log: _Log,
-    accelerator: Accelerator,
-) -> None:
-    run = Path(recipe.run)
-    if accelerator.is_main_process:
-        save_state(
-            run,
-            f"step-{step}",
-            {
-                "weights": _trained(model, recipe, position),
-                "optimizer": {k: v for optimizer in optimizers.values() for k, v in optimizer.tensors().items()},
-                "random": {"torch": torch.get_rng_state()},
-            },
-            {
-                **asdict(position),
-                "recipe": asdict(recipe),
-                "backbone": asdict(model.backbone.identity),
-                "environment": environment(model, accelerator),
-                "logs": log.lengths(),
-            },
+class _Run:
+    """A recipe in progress: the model, where it stands, and what it leaves on disk."""
+
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, show: bool) -> None:
+        self.recipe = recipe
+        self.accelerator = accelerator
+        self.show = show
+        self.folder = Path(recipe.run)
+        self.model, self.processor, self.plans = build_model(recipe, accelerator.device)
+        self.model.backbone.activation_checkpointing = recipe.activation_checkpointing
+        self.pristine = {name: tensor_hash(encoder.state_dict()) for name, encoder in self.model.encoders.items()}
+        self.log = MetricsLog(self.folder, accelerator)
+        self.bars = progress(shown=show)
+        self.position = _Position()
+        self.optimizers: dict[str, PartOptimizer] = {}
+        self.optimizer_tensors: dict[str, Tensor] = {}
+
+    def begin(self) -> None:
+        """Opens the run folder and puts the latest state back, if there is one."""
+        state = latest_state(self.folder)
+        if state:
+            self._restore(state)
+        else:
+            self.log.truncate({})
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(self.folder / "config.yaml", dump(self.recipe))
+            if state:  # a kill may have come between the state and the folders made from it
+                self._export()
+        self.accelerator.wait_for_everyone()
+        self.log.open()
+
+    def run_stage(self, index: int) -> None:
+        """Trains a stage from where the run stands to the stage's end."""
+        stage = self.recipe.stages[index]
+        first_step = self.position.step
+        self.optimizers = set_trainable(self.model, stage.train, stage.steps, f"stages.{index}.train")
+        for part, optimizer in self.optimizers.items() if first_step else ():
+            optimizer.load(self.optimizer_tensors, self.position.part_steps.get(part, 0))
+        if self.show:
+            describe(self.model, stage)
+        where, seed = f"stages.{index}.data", seed_of(self.recipe.seed, stage.name)
+        loader = step_loader(
+            EncodedSamples(stage.data, self.processor, seed, stage.too_long == "skip", where),
+            first_step=first_step,
+            steps=stage.steps,
+            samples_per_step=stage.samples_per_step,
+            rank=self.accelerator.process_index,
+            ranks=self.accelerator.num_processes,
+            workers=self.recipe.data_workers,
         )
-        for name, plan in plans.items():
-            save_modality(model, name, plan, run / "modalities" / name, pristine)
-        write_run(run, model.backbone.identity, recipe.backbone.dtype, list(plans), recipe.router)
-    accelerator.wait_for_everyone()
+        bar = self.bars.add_task(stage.name, total=stage.steps, completed=first_step, note="")
+        for step, encoded in enumerate(loader, start=first_step):
+            row = self._step(stage, step, encoded)
+            losses = ", ".join(f"{key[5:]} {value:.3f}" for key, value in row.items() if key.startswith("loss/"))
+            self.bars.update(bar, advance=1, note=losses)
+            finished = step + 1 == stage.steps
+            about = {"stage": stage.name, "step": sum(s.steps for s in self.recipe.stages[:index]) + step + 1}
+            if (step + 1) % self.recipe.log_every_steps == 0:
+                self.log.write({**about, **row})
+            if finished or (stage.evaluate_every_steps and (step + 1) % stage.evaluate_every_steps == 0):
+                for name, evaluation in self.recipe.evaluations.items():
+                    self.log.write({**about, **self._evaluate(name, evaluation)})
+            self.position = _Position(index + 1) if finished else _Position(index, step + 1)
+            if finished or (step + 1) % self.recipe.save_every_steps == 0:
+                self._save(about["step"])
 
+    def _step(self, stage: StageConfig, step: int, encoded: Sequence[Sample | Skipped]) -> dict[str, Any]:
+        started = time.monotonic()
+        # Dropout is the one thing drawn from the global generator; seeding it per step needs no state to resume.
+        torch.manual_seed(seed_of(self.recipe.seed, stage.name, "step", step, self.accelerator.process_index))
+        self.model.train()
+        samples = [sample for sample in encoded if isinstance(sample, Sample)]
+        row = train_step(self.model, self.processor, samples, stage.tokens_per_pack, self.optimizers, self.accelerator)
+        ids = sorted(gather_object([sample.id for sample in samples]))
+        row["samples"] = len(ids)
+        row["samples_digest"] = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
+        row["skipped"] = sum(gather_object([len(encoded) - len(samples)]))
+        row["seconds"] = time.monotonic() - started
+        return row
 
-def _trained(model: MoLoRA, recipe: Recipe, position: _Progress) -> dict[str, Tensor]:
-    """Every weight that a stage up to this position trains; the others are as the recipe built them."""
-    patterns = [pattern for stage in recipe.stages[: position.stage + 1] for pattern in stage.train]
-    return {
-        f"{part}.{key}": parameter
-        for part, parameters in model.parts().items()
-        for key, parameter in parameters.items()
-        if any(matches(pattern, f"{part}.{key}") for pattern in patterns)
-    }
-
-
-def _restore(
-    model: MoLoRA, recipe: Recipe, state: Path, log: _Log, accelerator: Accelerator
-) -> tuple[_Progress, dict[str, Tensor]]:
-    """Puts a saved state back; returns where it stands and the optimiser's tensors.
-
-    Raises ConfigError naming what differs from the run that saved it.
-    """
-    about, tensors = read_state(state)
-    model.backbone.identity.check(about["backbone"], str(state))
-    position = _Progress(about["stage"], about["step"], about["part_steps"])
-    begun = position.stage + (position.step > 0)
-    changed = _changes(about["recipe"], json.loads(json.dumps(asdict(recipe))), begun)
-    if changed:
-        raise ConfigError(
-            f"{recipe.run}: this run was begun with other settings: {'; '.join(changed)}. Give the recipe another run "
-            "folder, or restore the settings to go on"
+    def _evaluate(self, name: str, config: EvaluationConfig) -> dict[str, float]:
+        source = open_source(config.data, f"evaluations.{name}.data")
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        bar = self.bars.add_task(name, total=len(range(rank, len(source), ranks)), note="")
+        judged = judge(
+            self.model, self.processor, source, config, rank=rank, ranks=ranks, advance=lambda: self.bars.advance(bar)
         )
-    then, now = about["environment"], environment(model, accelerator)
-    different = [f"{key} {then.get(key)!r} then, {now[key]!r} now" for key in now if now[key] != then.get(key)]
-    if different and not recipe.allow_changed_environment:
-        raise ConfigError(
-            f"{recipe.run}: resuming exactly needs the environment it was saved in ({'; '.join(different)}); set "
-            "allow_changed_environment=true to go on all the same"
-        )
-    lora.load_exactly(_trained(model, recipe, position), tensors["weights"], str(state))
-    log.truncate(about["logs"])
-    return position, tensors["optimizer"]
+        self.bars.remove_task(bar)
+        return {f"{name}/{key}": value for key, value in scores(gathered(judged)).items()}
+
+    def _save(self, step: int) -> None:
+        self.position.part_steps = {part: optimizer.steps_taken for part, optimizer in self.optimizers.items()}
+        if self.accelerator.is_main_process:
+            save_state(
+                self.folder,
+                f"step-{step}",
+                {
+                    "weights": self._trained(),
+                    "optimizer": {k: v for o in self.optimizers.values() for k, v in o.tensors().items()},
+                    "random": {"torch": torch.get_rng_state()},
+                },
+                {
+                    **asdict(self.position),
+                    "recipe": asdict(self.recipe),
+                    "backbone": asdict(self.model.backbone.identity),
+                    "environment": environment(self.model, self.accelerator),
+                    "logs": self.log.lengths(),
+                },
+            )
+            self._export()
+        self.accelerator.wait_for_everyone()
+
+    def _export(self) -> None:
+        """Writes the modality folders and what makes the folder a run."""
+        for name, plan in self.plans.items():
+            save_modality(self.model, name, plan, self.folder / "modalities" / name, self.pristine)
+        identity, recipe = self.model.backbone.identity, self.recipe
+        write_run(self.folder, identity, recipe.backbone.dtype, list(self.plans), recipe.router)
+
+    def _trained(self) -> dict[str, Tensor]:
+        """Every weight that a stage up to the run's position trains; the others are as the recipe built them."""
+        patterns = [pattern for stage in self.recipe.stages[: self.position.stage + 1] for pattern in stage.train]
+        return {
+            f"{part}.{key}": parameter
+            for part, parameters in self.model.parts().items()
+            for key, parameter in parameters.items()
+            if any(matches(pattern, f"{part}.{key}") for pattern in patterns)
+        }
+
+    def _restore(self, state: Path) -> None:
+        """Puts a saved state back. Raises ConfigError naming what differs from the run that saved it."""
+        about, tensors = read_state(state)
+        self.model.backbone.identity.check(about["backbone"], str(state))
+        self.position = _Position(about["stage"], about["step"], about["part_steps"])
+        begun = self.position.stage + (self.position.step > 0)
+        changed = _changes(about["recipe"], json.loads(json.dumps(asdict(self.recipe))), begun)
+        if changed:
+            raise ConfigError(
+                f"{self.folder}: this run was begun with other settings: {'; '.join(changed)}. Give the recipe another "
+                "run folder, or restore the settings to go on"
+            )
+        then, now = about["environment"], environment(self.model, self.accelerator)
+        different = [f"{key} {then.get(key)!r} then, {now[key]!r} now" for key in now if now[key] != then.get(key)]
+        if different and not self.recipe.allow_changed_environment:
+            raise ConfigError(
+                f"{self.folder}: resuming exactly needs the environment it was saved in ({'; '.join(different)}); set "
+                "allow_changed_environment=true to go on all the same"
+            )
+        lora.load_exactly(self._trained(), tensors["weights"], str(state))
+        self.optimizer_tensors = tensors["optimizer"]
+        self.log.truncate(about["logs"])
 
 
 def _changes(then: dict[str, Any], now: dict[str, Any], begun: int) -> list[str]:
@@ -417,51 +399,3 @@ def _changes(then: dict[str, Any], now: dict[str, Any], begun: int) -> list[str]
             (now["stages"] + [None] * begun)[index],
         )
     return [f"{key} was {before[key]!r:.200}, is {after[key]!r:.200}" for key in before if before[key] != after[key]]
-
-
-class _Log:
-    """metrics.jsonl and TensorBoard events; both can be cut back to where a state was saved."""
-
-    def __init__(self, run: Path, accelerator: Accelerator) -> None:
-        self.run = run
-        self.accelerator = accelerator
-        self.file: TextIO | None = None
-
-    def open(self) -> None:
-        if self.accelerator.is_main_process:
-            self.file = open(self.run / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (`close` closes it)
-
-    def write(self, row: dict[str, Any]) -> None:
-        if self.file is not None:
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
-            numbers = {key: value for key, value in row.items() if isinstance(value, (int, float)) and key != "step"}
-            self.accelerator.log(numbers, step=row["step"])
-
-    def lengths(self) -> dict[str, int]:
-        """Bytes of every log file, safely on disk."""
-        if self.file is not None:
-            os.fsync(self.file.fileno())
-            writer: Any = self.accelerator.get_tracker("tensorboard", unwrap=True)
-            writer.flush()
-        return {str(path.relative_to(self.run)): path.stat().st_size for path in self._paths()}
-
-    def truncate(self, lengths: Mapping[str, int]) -> None:
-        """Forgets what was logged after a state was saved, so that no step is logged twice."""
-        if not self.accelerator.is_main_process:
-            return
-        for path in self._paths():
-            length = lengths.get(str(path.relative_to(self.run)), 0)
-            if length == 0:
-                path.unlink()
-            else:
-                os.truncate(path, length)
-                sync(path)
-
-    def _paths(self) -> list[Path]:
-        events = sorted((self.run / "tensorboard").rglob("events.*"))
-        return [path for path in [self.run / "metrics.jsonl", *events] if path.is_file()]
-
-    def close(self) -> None:
-        if self.file is not None:
-            self.file.close()

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 # A file may import files of its own tier and of those before it.
 TIERS = {
     "leaves": "config modality plugins routing seeding storage terminal",
-    "parts": "attention cache data lora loss messages pack processor projector prompt rotary",
+    "parts": "attention cache data lora loss messages metrics pack processor projector prompt rotary",
     "backbone": "backbone",
     "model": "model",
     "assembly": "assembly",

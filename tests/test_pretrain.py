@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3ForCausalLM
 
 from molora import pretrain as module
 from molora.config import ConfigError, build
+from molora.messages import Message
 from molora.pretrain import SPECIAL_TOKENS, Piece, PretrainConfig, long_factors, pretrain
 
-WORDS = "the cat sat on a mat and looked at the big red moon over 1234 quiet hills".split()
-CHAT = [{"role": "user", "content": "what is red?"}, {"role": "assistant", "content": "the moon"}]
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "big", "red", "moon", "over", "1234", "hills"]
+CHAT: list[Message] = [{"role": "user", "content": "what is red?"}, {"role": "assistant", "content": "the moon"}]
 
 
 def write_text(folder: Path) -> list[str]:
@@ -326,7 +327,7 @@ def test_a_config_that_cannot_work_is_refused(tmp_path, change, message):
         ("rows.jsonl", b'{"messages": [{"role": "robot", "content": "a"}]}', "row 1: message 0: role 'robot'"),
         ("rows.jsonl", b'{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "no modality answers"),
         ("short.txt", b"a b", "cannot be split into training and held-out text"),
-        ("short.txt", b"cat and dog " * 30, r"the text fills \d windows of 32 tokens, a step takes 4"),
+        ("short.txt", b"cat and dog " * 9, r"the text fills \d windows of 32 tokens, a step takes 4"),
     ],
 )
 def test_text_that_cannot_be_used_is_one_clear_error(tmp_path, name, content, message):

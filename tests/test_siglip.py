@@ -14,7 +14,7 @@ import huggingface_hub.constants
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.models import generate_default_cfgs, register_model, vision_transformer
 from torch import Tensor
 from transformers import SiglipConfig, SiglipVisionConfig, SiglipVisionModel
@@ -248,6 +248,15 @@ def test_a_file_of_weights_loads(folders, siglip, tmp_path, kind, suffix):
     save_file(state, path) if suffix == "safetensors" else torch.save({"state_dict": state}, path)
     ours = build(kind, path=str(path), **options)
     assert torch.equal(ours(crops()), build(kind, path=str(folders[kind]))(crops()))
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_half_precision_weights_are_trained_in_single(folders, tmp_path, kind):
+    for file in folders[kind].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = next(tmp_path.glob("*.safetensors"))
+    save_file({key: value.half() for key, value in load_file(weights).items()}, weights)
+    assert {weight.dtype for weight in build(kind, path=str(tmp_path)).parameters()} == {torch.float32}
 
 
 def snapshot(cache: Path, repository: str, files: Path, commit: str) -> None:
