@@ -165,8 +165,9 @@ def train_step(
     totals: Any = accelerator.reduce(torch.tensor([float(targets[g]) for g in groups], device=model.device), "sum")
     targets = {group: int(total) for group, total in zip(groups, totals.tolist(), strict=True)}
     sums = dict.fromkeys(groups, 0.0)
+    trained = {group: model.trains(group) for group in groups}
     for trains in (False, True):
-        chosen = [sample for sample in samples if model.trains(sample.modalities) == trains]
+        chosen = [sample for sample in samples if trained[sample.modalities] == trains]
         for pack in processor.packs(chosen, tokens_per_pack):
             pack = pack.to(model.device)
             with nullcontext() if trains else torch.no_grad():

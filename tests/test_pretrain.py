@@ -15,11 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3ForCausalLM
 
 from molora import pretrain as module
 from molora.config import ConfigError, build
-from molora.messages import Message
 from molora.pretrain import SPECIAL_TOKENS, Piece, PretrainConfig, long_factors, pretrain
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "big", "red", "moon", "over", "1234", "hills"]
-CHAT: list[Message] = [{"role": "user", "content": "what is red?"}, {"role": "assistant", "content": "the moon"}]
+CHAT = [{"role": "user", "content": "what is red?"}, {"role": "assistant", "content": "the moon"}]
 
 
 def write_text(folder: Path) -> list[str]:
@@ -160,7 +159,7 @@ def test_conversations_learn_what_the_assistant_says(tmp_path):
     config = tiny(tmp_path)
     documents = [text for path in config.text for _, text in module._read_documents(Path(path))]
     tokenizer = module.train_tokenizer(documents, config)
-    (piece,) = module._cut([("here", CHAT)], tokenizer, 32)
+    (piece,) = module._cut([("here", [*CHAT])], tokenizer, 32)
     assert piece.token_ids.tolist() == tokenizer.apply_chat_template(CHAT, return_dict=False)
     assert tokenizer.decode(piece.token_ids[piece.targets]) == "the moon<|end|><|endoftext|>"
 
