@@ -61,7 +61,7 @@ def save_modality(model: MoLoRA, name: str, plan: Blueprint, folder: Path, prist
     that they had when it was built (`pristine`).
     """
     files: dict[str, Mapping[str, Tensor]] = {"projector.safetensors": model.projectors[name].state_dict()}
-    encoder = model.encoders[name]
+    encoder: Any = model.encoders[name]
     encoder_hash = tensor_hash(encoder.state_dict())
     origin: Any = encoder.origin
     with_weights = origin is None or encoder_hash != pristine[name]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from molora.evaluate import Judged, exact_match, question, scores
@@ -27,10 +29,18 @@ def test_scores_count_by_tag() -> None:
     }
 
 
+def rows(several: list[dict[str, Any]]) -> Any:
+    """A list is source enough."""
+    return several
+
+
 def test_a_question_without_media_keeps_its_text() -> None:
     picture, text = {"type": "image", "path": "x.png"}, {"type": "text", "text": "what?"}
-    row = {"id": "r", "messages": [{"role": "user", "content": [picture, text]}, {"role": "assistant", "content": "x"}]}
-    assert question([row], 0, without_media=True)["prompt"] == [{"role": "user", "content": [text]}]
-    assert question([row], 0, without_media=False)["prompt"][0]["content"] == [picture, text]
+    row: dict[str, Any] = {
+        "id": "r",
+        "messages": [{"role": "user", "content": [picture, text]}, {"role": "assistant", "content": "x"}],
+    }
+    assert question(rows([row]), 0, without_media=True)["prompt"] == [{"role": "user", "content": [text]}]
+    assert question(rows([row]), 0, without_media=False)["prompt"][0]["content"] == [picture, text]
     with pytest.raises(ValueError, match="row 1: must end with an assistant message"):
-        question([{"id": "r", "messages": row["messages"][:1]}], 0, without_media=False)
+        question(rows([{"id": "r", "messages": row["messages"][:1]}]), 0, without_media=False)
