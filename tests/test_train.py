@@ -18,12 +18,14 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from molora.config import ConfigError, build, dump
+from molora.optim import PartConfig, set_trainable
 from molora.storage import read_json
 from molora.testing import save_backbone
-from molora.train import Recipe, TrainingError, train
+from molora.train import Recipe, TrainingError, build_model, train, train_step
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["molora.train", "molora.testing"])
@@ -270,6 +272,33 @@ def test_modalities_trained_together_get_the_updates_they_get_alone(home: Path, 
     expected = load_file(only / "letters" / "adapter_model.safetensors")
     for name, tensor in expected.items():
         assert torch.allclose(ours[name], tensor, atol=1e-5), name
+
+
+def test_a_step_gives_a_modality_the_update_it_gets_without_the_others(home: Path, tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    rows = [json.loads(line) for line in (home / "rows.jsonl").read_text().splitlines()]
+    outcomes = []
+    for together in (True, False):
+        config = recipe(home, tmp_path / "run")
+        model, processor, _ = build_model(config, torch.device("cpu"))
+        patterns = {"encoders": PartConfig(learning_rate=1e-3), "projectors": PartConfig(learning_rate=1e-3)}
+        optimizers = set_trainable(model, patterns, 10, "test")
+        samples = [processor.encode(row["messages"], row["id"]) for row in rows]
+        letters = frozenset({"letters"})
+        chosen = [s for s in samples if s.modalities == letters or (together and "letters" not in s.modalities)]
+        assert {s.modalities == letters for s in chosen} == ({True, False} if together else {True})
+        row = train_step(model, processor, chosen, 4096, optimizers, accelerator)
+        outcomes.append((row, {n: p.clone() for n, p in model.projectors["letters"].named_parameters()}))
+    (ours, weights), (expected, expected_weights) = outcomes
+    for key in (
+        "loss/letters",
+        "targets/letters",
+        "gradient_norm/projectors.letters",
+        "gradient_norm/encoders.letters",
+    ):
+        assert ours[key] == pytest.approx(expected[key], rel=1e-5), key
+    for name, weight in weights.items():
+        assert torch.allclose(weight, expected_weights[name], atol=1e-6), name
 
 
 @pytest.mark.parametrize(
