@@ -87,17 +87,17 @@ class PretrainConfig:
     output: str
     text: list[str]
     vocab_size: int = 2048
-    width: int = 256
-    mlp_width: int = 768
+    width: int = 192
+    mlp_width: int = 512
     layers: int = 4
-    heads: int = 4
+    heads: int = 6
     key_value_heads: int = 2
     original_max_position_embeddings: int = 4096
     max_position_embeddings: int = 131072
-    window_tokens: int = 256
-    windows_per_step: int = 16
-    steps: int = 400
-    learning_rate: float = 2e-3
+    window_tokens: int = 128
+    windows_per_step: int = 8
+    steps: int = 600
+    learning_rate: float = 1.5e-3
     warmup_steps: int = 40
     weight_decay: float = 0.1
     max_gradient_norm: float = 1.0

@@ -87,7 +87,7 @@ def test_packed_decoding_equals_full_forwards(family: str) -> None:
         assert decoded(model, samples, config) == expected
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "phi3", "phi4-mini", "smollm3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "phi3", "phi4-mini", "smollm3", "phimoe"])
 def test_greedy_text_agrees_with_transformers(family: str) -> None:
     model = make_model(family)
     stock: Any = tiny_model(family)
