@@ -214,7 +214,7 @@ def agreement(ours: Molora, peer: Peer) -> str:
     our_loss.backward()
     peer_loss.backward()
     parts = ours.model.parts()
-    mine = [p for part in ("adapters.vision", "projectors.vision") for p in parts[part].values()]
+    mine = [p for part in ("adapters.vision", "projectors.vision.default") for p in parts[part].values()]
     theirs = peer.optimizer.param_groups[0]["params"]
     worst = max(float((a.grad - b.grad).abs().max() / b.grad.abs().max()) for a, b in zip(mine, theirs, strict=True))
     for parameter in (*mine, *theirs):

@@ -3,4 +3,4 @@
 if __name__ != "molora.encoders":
     raise ImportError(f"import 'molora.encoders', not {__name__!r}: one file under two names is two modules")
 
-MODALITIES = {"vision": "molora.encoders.vision:Vision"}
+MODALITIES = {"audio": "molora.encoders.audio:Audio", "vision": "molora.encoders.vision:Vision"}

@@ -11,13 +11,9 @@ Source: arXiv 2503.01743 §2.2.1; processing_phi4mm.py and modeling_phi4mm.py of
 
 from __future__ import annotations
 
-import base64
-import http.client
 import io
-import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,16 +23,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from molora.encoders.convit import Convit
+from molora.encoders.media import Sources
 from molora.encoders.siglip import Built, Tower, TowerConfig, build_library_tower
 from molora.modality import Encoder, Frames, MediaError, Origin, Prepared
-
-SOURCES = ("path", "url", "base64", "bytes", "image", "array")
 
 # Formats that PIL decodes by itself. Its others start programs (EPS), fetch files, or are no pictures people send.
 FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 
 MAX_FILE_BYTES = 100 * 2**20
-DOWNLOAD_TIMEOUT_SECONDS = 30
 
 # Source: processing_phi4mm.py refuses a picture whose resized side is shorter.
 MIN_SIDE_PIXELS = 10
@@ -156,6 +150,14 @@ class Vision:
     def __init__(self, name: str, config: VisionConfig):
         self.name = name
         self.config = config
+        self.sources = Sources(
+            part_type=self.part_type,
+            noun="picture",
+            keys=("path", "url", "base64", "bytes", "image", "array"),
+            max_file_bytes=MAX_FILE_BYTES,
+            allow_urls=config.allow_urls,
+            media_root=config.media_root,
+        )
 
     def load(self, part: Mapping[str, Any]) -> Image.Image:
         """Decodes the picture of a content part to 8-bit RGB.
@@ -168,31 +170,24 @@ class Vision:
 
         Raises: MediaError that says which part, what is wrong with it, and what to do.
         """
-        given = [key for key in SOURCES if part.get(key) is not None]
-        if len(given) != 1:
-            raise MediaError(f"an image part needs exactly one of {', '.join(SOURCES)}; it has {given or sorted(part)}")
-        key, value = given[0], part[given[0]]
-        if key == "image" and isinstance(value, str):
-            key = "url" if value.startswith(("http://", "https://", "data:")) else "path"
-        elif key == "image":
-            kinds = {bytes: "bytes", np.ndarray: "array", Tensor: "array"}
-            key = next((name for kind, name in kinds.items() if isinstance(value, kind)), key)
-        try:
-            image = getattr(self, f"_from_{key}")(value)
-            if image.width * image.height > self.config.max_pixels:
+        key, value = self.sources.choose(part)
+        with self.sources.named(key, value):
+            try:
+                image = self._open(key, value)
+                if image.width * image.height > self.config.max_pixels:
+                    raise MediaError(
+                        f"{image.width} x {image.height} pixels is more than max_pixels {self.config.max_pixels}; "
+                        "make it smaller, or raise the limit if you trust it"
+                    )
+                image = _rgb(image)
+                lay_out(*image.size, self.config)
+            except MediaError:
+                raise
+            except Exception as error:  # PIL's decoders raise anything on damaged data
                 raise MediaError(
-                    f"{image.width} x {image.height} pixels is more than max_pixels {self.config.max_pixels}; "
-                    "make it smaller, or raise the limit if you trust it"
-                )
-            image = _rgb(image)
-            lay_out(*image.size, self.config)
-        except MediaError as error:
-            raise MediaError(f"image part, {_label(key, value)}: {error}") from error.__cause__
-        except Exception as error:  # PIL's decoders raise anything on damaged data; the reason goes into the message
-            raise MediaError(
-                f"image part, {_label(key, value)}: cannot be decoded, it is damaged or no picture "
-                f"({type(error).__name__}: {error}); check that it opens in an image viewer"
-            ) from error
+                    f"cannot be decoded, it is damaged or no picture ({type(error).__name__}: {error}); "
+                    "check that it opens in an image viewer"
+                ) from error
         return image
 
     def prepare(self, item: Image.Image, generator: torch.Generator | None = None) -> Prepared:
@@ -244,57 +239,19 @@ class Vision:
     def projectors(self) -> tuple[str, ...]:
         return ("default",)
 
-    def _from_path(self, value: Any) -> Image.Image:
-        root = self.config.media_root
-        path = Path(value) if root is None else Path(root, value)
-        if root is not None and not path.resolve().is_relative_to(Path(root).resolve()):
-            raise MediaError(f"leads out of media_root {root}; move the file inside, or change media_root")
-        try:
-            with path.open("rb") as file:
-                return self._from_bytes(file.read(MAX_FILE_BYTES + 1))
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
-            raise MediaError(f"{error.strerror} ({path.absolute()}); check the path and media_root") from error
-
-    def _from_url(self, value: str) -> Image.Image:
-        if value.startswith("data:"):
-            return self._from_base64(value)
-        if not self.config.allow_urls:
-            raise MediaError("allow_urls is off; download the picture and give its path, or turn allow_urls on")
-        if not value.startswith(("http://", "https://")):
-            raise MediaError("only http, https and data URLs are fetched; for a local file give its path")
-        request = urllib.request.Request(value, headers={"User-Agent": "molora"})
-        try:
-            with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT_SECONDS) as response:
-                data = response.read(MAX_FILE_BYTES + 1)
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise MediaError(f"cannot be fetched ({error}); check the address and the network") from error
-        return self._from_bytes(data)
-
-    def _from_base64(self, value: str) -> Image.Image:
-        head, comma, text = value.partition(",") if value.startswith("data:") else ("", "", value)
-        if head and not (comma and head.endswith(";base64")):
-            raise MediaError("a data URI holds a picture as data:image/...;base64,...")
-        try:
-            data = base64.b64decode("".join(text.split()), validate=True)
-        except ValueError as error:
-            raise MediaError(f"is not base64 ({error}); encode the file's bytes") from error
-        return self._from_bytes(data)
-
-    def _from_bytes(self, value: bytes) -> Image.Image:
-        if not value:
-            raise MediaError("is empty, 0 bytes; write or download it again")
-        if len(value) > MAX_FILE_BYTES:
-            raise MediaError(f"is over {MAX_FILE_BYTES} bytes; shrink it")
+    def _open(self, key: str, value: Any) -> Image.Image:
+        if key == "array":
+            return self._from_array(value)
+        if key == "image":
+            if not isinstance(value, Image.Image):
+                raise MediaError("give a PIL image, an array, bytes, a path or a URL")
+            return value
+        data = self.sources.read(key, value)
         Image.init()
         try:  # this reads the header alone: pixels are decoded once the size has been seen
-            return Image.open(io.BytesIO(value), formats=[name for name in FORMATS if name in Image.OPEN])
+            return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
         except Image.DecompressionBombError as error:
             raise MediaError(f"{error}; make it smaller") from error
-
-    def _from_image(self, value: Any) -> Image.Image:
-        if not isinstance(value, Image.Image):
-            raise MediaError("give a PIL image, an array, bytes, a path or a URL")
-        return value
 
     def _from_array(self, value: Any) -> Image.Image:
         if isinstance(value, Tensor):
@@ -336,17 +293,6 @@ def _eight_bits(pixels: np.ndarray) -> np.ndarray:
             raise MediaError(f"floating-point pixels lie in [0, 1], these in [{low}, {high}]; rescale them")
         return np.round(pixels * 255.0).astype(np.uint8)
     raise MediaError(f"pixels of type {pixels.dtype} have no agreed range; give uint8, uint16, or floats in [0, 1]")
-
-
-def _label(key: str, value: Any) -> str:
-    """Which part an error is about, without pouring its data into the message."""
-    if key == "path" or (key == "url" and not value.startswith("data:")):
-        return f"{key} {str(value)[:200]!r}"
-    if isinstance(value, (str, bytes)):
-        return f"{key} of {len(value)} {'characters' if isinstance(value, str) else 'bytes'}"
-    if hasattr(value, "dtype") and hasattr(value, "shape"):
-        return f"{key} {value.dtype} of shape {tuple(value.shape)}"
-    return f"{key} {type(value).__name__}"
 
 
 class VisionEncoder(Encoder):

@@ -168,11 +168,11 @@ def evaluate(
             judged = judge(
                 loaded.model, loaded.processor, source, evaluation, advance=lambda bar=bar: bars.advance(bar)
             )
-            results[name] = scores(judged)
+            results[name] = scores(judged, evaluation)
     table = Table("evaluation", "metric", "value")
     for name, metrics in results.items():
         for metric, value in metrics.items():
-            table.add_row(name, metric, f"{value:.4f}" if metric.startswith("exact_match") else f"{value:.0f}")
+            table.add_row(name, metric, f"{value:.0f}" if metric.startswith("questions") else f"{value:.4f}")
     console.print(table)
     if (Path(model) / "molora.json").is_file():
         write_json(Path(model) / "evaluation.json", {"format_version": "1.0", "evaluations": results})

@@ -181,6 +181,7 @@ SOURCES: dict[str, str] = {
     "messages": "molora.data:Messages",
     "table": "molora.data:Table",
     "easy_vqa": "molora.easy_vqa:EasyVQA",
+    "spoken_easy_vqa": "molora.easy_vqa:SpokenEasyVQA",
 }
 
 

@@ -1,4 +1,4 @@
-"""easy-VQA as a data source: 5,000 drawn pictures of one shape each, 48,248 questions with 13 answers.
+"""easy-VQA as data sources: 5,000 drawn pictures of one shape each, 48,248 questions, written or spoken, 13 answers.
 
 Source: PyPI package `easy-vqa` 1.0 (github.com/vzhou842/easy-VQA, MIT), which carries the pictures.
 """
@@ -6,11 +6,16 @@ Source: PyPI package `easy-vqa` 1.0 (github.com/vzhou842/easy-VQA, MIT), which c
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
+
+from molora.seeding import seed_of
+from molora.speech import HELD_OUT_VOICES, TRAINING_VOICES, clip, draw_utterance
 
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 CAPTION_QUESTION = "describe the picture."
+TRANSCRIPT_QUESTION = "transcribe the audio."
 
 
 @dataclass(kw_only=True)
@@ -47,6 +52,62 @@ class EasyVQA:
         content = [{"type": "image", "path": self.paths[image]}, {"type": "text", "text": question}]
         messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
         return {"id": f"{row}", "messages": messages, "tags": [tag]}
+
+
+@dataclass(kw_only=True)
+class SpokenEasyVQAConfig:
+    """`transcripts`: a clip and the question that it says; `questions`: a picture and a clip, and the answer.
+
+    Every question of the dataset is spoken `takes` times, each in a voice, speed and pitch of its own, and with
+    `acoustics` in noise and rooms. The test split has voices that the train split never uses. `folder` keeps the clips.
+    """
+
+    split: Literal["train", "test"]
+    task: Literal["transcripts", "questions"]
+    folder: str
+    takes: int = 30
+    acoustics: bool = False
+
+
+class SpokenEasyVQA:
+    """Rows of one clip each. As in Phi-4-Multimodal's training, vision-speech data are vision questions spoken.
+
+    Questions are tagged as those of `EasyVQA`. Clips are made when a row is first read. Needs the `demo` extra.
+    Source: arXiv 2503.01743 §4.
+    """
+
+    config_type = SpokenEasyVQAConfig
+
+    def __init__(self, config: SpokenEasyVQAConfig) -> None:
+        self.config = config
+        self.voices = TRAINING_VOICES if config.split == "train" else HELD_OUT_VOICES
+        self.rows: list[tuple[list[dict[str, str]], str, int, str, list[str]]] = []
+        if config.task == "transcripts":
+            asking = {"type": "text", "text": TRANSCRIPT_QUESTION}
+            for text in sorted({question for question, _, _ in read_split(config.split)[0]}):
+                self.rows += [([asking], text, take, text, []) for take in range(config.takes)]
+        else:
+            written = EasyVQA(EasyVQAConfig(split=config.split))
+            for index in range(len(written)):
+                prompt, answer = written[index]["messages"]
+                picture, question = prompt["content"]
+                take = seed_of("take", index) % config.takes
+                self.rows.append(([picture], question["text"], take, answer["content"], written[index]["tags"]))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        config = self.config
+        others, text, take, answer, tags = self.rows[row]
+        utterance = draw_utterance(text, self.voices, config.acoustics, config.split, text, take)
+        spoken = {"type": "audio", "path": str(clip(utterance, Path(config.folder))), "transcript": text}
+        pictures, texts = ([part for part in others if (part["type"] == "text") == text] for text in (False, True))
+        messages = [
+            {"role": "user", "content": [*pictures, spoken, *texts]},
+            {"role": "assistant", "content": answer},
+        ]
+        return {"id": f"{row}", "messages": messages, "tags": tags}
 
 
 def caption(colour: str, shape: str) -> str:

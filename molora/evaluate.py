@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +19,14 @@ from molora.processor import Processor
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
-    """Questions to answer. `without_media` leaves the media parts out, to see what the text alone gives away."""
+    """Questions to answer. `without_media` leaves the media parts out, to see what the text alone gives away;
+    `word_errors` adds the word error rate, for transcripts."""
 
     data: SourceConfig
     max_new_tokens: int = 16
     max_running_samples: int = 128
     without_media: bool = False
+    word_errors: bool = False
 
 
 @dataclass(kw_only=True)
@@ -107,18 +109,33 @@ def question(source: Source, index: int, without_media: bool) -> dict[str, Any]:
     return {"id": f"{index}:{row['id']}", "prompt": prompt, "expected": expected, "tags": row.get("tags", [])}
 
 
-def scores(judged: list[Judged]) -> dict[str, float]:
-    """Exact match over all questions and over those of each tag, with the counts."""
-    by_tag: dict[str, list[bool]] = {"": [item.correct for item in judged]}
+def scores(judged: list[Judged], config: EvaluationConfig) -> dict[str, float]:
+    """Rates over all questions and over those of each tag, with the counts."""
+    by_tag: dict[str, list[Judged]] = {"": judged}
     for item in judged:
         for tag in item.tags:
-            by_tag.setdefault(tag, []).append(item.correct)
+            by_tag.setdefault(tag, []).append(item)
     results: dict[str, float] = {}
-    for tag, correct in by_tag.items():
+    for tag, items in by_tag.items():
         suffix = f"/{tag}" if tag else ""
-        results[f"exact_match{suffix}"] = sum(correct) / max(1, len(correct))
-        results[f"questions{suffix}"] = len(correct)
+        results[f"exact_match{suffix}"] = sum(item.correct for item in items) / max(1, len(items))
+        if config.word_errors:
+            results[f"word_error_rate{suffix}"] = word_error_rate(items)
+        results[f"questions{suffix}"] = len(items)
     return results
+
+
+def word_error_rate(judged: Sequence[Judged]) -> float:
+    """Wrong, missing and added words for each expected one, by jiwer, after Whisper's basic normalisation (lower case,
+    no punctuation). Raises ImportError without the `audio` extra."""
+    try:
+        import jiwer
+    except ImportError as error:
+        raise ImportError("word error rates need jiwer: pip install 'molora[audio]'") from error
+    from transformers.models.whisper.english_normalizer import BasicTextNormalizer
+
+    plain = BasicTextNormalizer()
+    return jiwer.wer([plain(item.expected).strip() for item in judged], [plain(item.answer).strip() for item in judged])
 
 
 def gathered(judged: list[Judged]) -> list[Judged]:

@@ -86,14 +86,13 @@ class MoLoRA(nn.Module):
     def parts(self) -> dict[str, dict[str, nn.Parameter]]:
         """The parameters of everything but the backbone, by part.
 
-        Parts are "encoders.<name>", "projectors.<name>", "adapters.<name>" and "router"; those without parameters are
-        left out. A parameter's full name is the part's name, a dot, and its key.
+        Parts are "encoders.<name>", "projectors.<name>.<projector>", "adapters.<name>" and "router"; those without
+        parameters are left out. A parameter's full name is the part's name, a dot, and its key.
         """
-        parts = {
-            f"{kind}.{name}": dict(module.named_parameters())
-            for kind, modules in (("encoders", self.encoders), ("projectors", self.projectors))
-            for name, module in modules.items()
-        }
+        parts = {f"encoders.{name}": dict(encoder.named_parameters()) for name, encoder in self.encoders.items()}
+        for name, projectors in self.projectors.items():
+            for key, projector in projectors.named_children():
+                parts[f"projectors.{name}.{key}"] = dict(projector.named_parameters())
         for name in self.adapters:
             parts[f"adapters.{name}"] = lora.adapter_parameters(self.backbone.model, name)
         parts["router"] = dict(self.router.named_parameters())  # pyright: ignore[reportAttributeAccessIssue]
@@ -101,7 +100,8 @@ class MoLoRA(nn.Module):
 
     def parts_of(self, modalities: frozenset[str]) -> frozenset[str]:
         """The parts that a sample with these modalities runs through."""
-        names = {f"{kind}.{name}" for name in modalities for kind in ("encoders", "projectors")}
+        names = {f"encoders.{name}" for name in modalities}
+        names |= {f"projectors.{name}.{self.modalities[name].projector(modalities)}" for name in modalities}
         names |= {f"adapters.{name}" for name in self.router.adapters(modalities)}
         return frozenset(names & self.parts().keys())
 
@@ -133,7 +133,7 @@ class MoLoRA(nn.Module):
         encoder = self.encoders[name]
         trains = any(p.requires_grad for p in encoder.parameters())
         with nullcontext() if trains else torch.no_grad():
-            frames: Frames = encoder(**media.tensors)
+            frames: Frames = media.frames or encoder(**media.tensors)
         if frames.lengths != media.num_tokens:
             item = next(
                 (i for i, n in enumerate(media.num_tokens) if frames.lengths[i : i + 1] != (n,)), len(media.num_tokens)

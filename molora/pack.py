@@ -1,6 +1,6 @@
 """Sample and Pack: what the processor makes and what the model takes.
 
-Letters: T tokens in a pack (or a sample), N samples, I items.
+Letters: T tokens in a pack (or a sample), N samples, I items, S frames, C encoder width.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molora.modality import Modality, Prepared
+from molora.modality import Frames, Modality, Prepared
 
 
 @dataclass(frozen=True)
 class Item:
-    """One prepared item of a sample, with the projector its company calls for."""
+    """One prepared item of a sample, with the projector its company calls for; and its frames, if they are known."""
 
     modality: str
     projector: str
     prepared: Prepared
+    frames_SC: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class Media:
-    """The items of one modality in a pack, in reading order."""
+    """The items of one modality in a pack, in reading order: what their encoder takes, or the frames it gave before."""
 
     tensors: dict[str, Tensor]
     projectors: tuple[str, ...]
     num_tokens: tuple[int, ...]
+    frames: Frames | None = None
+
+    def to(self, device: torch.device | str) -> Media:
+        tensors = {key: value.to(device) for key, value in self.tensors.items()}
+        frames = self.frames and replace(self.frames, frames_SC=self.frames.frames_SC.to(device))
+        return replace(self, tensors=tensors, frames=frames)
 
 
 @dataclass(frozen=True)
@@ -86,16 +93,12 @@ class Pack:
         return torch.repeat_interleave(torch.arange(len(self), device=lengths.device), lengths)
 
     def to(self, device: torch.device | str) -> Pack:
-        media = {
-            name: replace(m, tensors={key: value.to(device) for key, value in m.tensors.items()})
-            for name, m in self.media.items()
-        }
         return replace(
             self,
             token_ids_T=self.token_ids_T.to(device),
             modality_ids_T=self.modality_ids_T.to(device),
             targets_T=self.targets_T.to(device),
-            media=media,
+            media={name: media.to(device) for name, media in self.media.items()},
         )
 
 
@@ -116,10 +119,13 @@ def collate(
     for name, modality in modalities.items():
         items = [item for sample in samples for item in sample.items if item.modality == name]
         if items:
+            known = [item.frames_SC for item in items if item.frames_SC is not None]
+            whole = len(known) == len(items)
             media[name] = Media(
-                tensors=modality.collate([item.prepared for item in items]),
+                tensors={} if whole else modality.collate([item.prepared for item in items]),
                 projectors=tuple(item.projector for item in items),
                 num_tokens=tuple(item.prepared.num_tokens for item in items),
+                frames=Frames(torch.cat(known), tuple(len(frames_SC) for frames_SC in known)) if whole else None,
             )
     return Pack(
         ids=tuple(sample.id for sample in samples),

@@ -35,6 +35,7 @@ from molora.checkpoint import (
 from molora.config import ConfigError, dump
 from molora.data import EncodedSamples, Skipped, SourceConfig, open_source, step_loader
 from molora.evaluate import EvaluationConfig, gathered, judge, scores
+from molora.features import FeatureCache
 from molora.metrics import MetricsLog
 from molora.model import MoLoRA
 from molora.optim import PartConfig, PartOptimizer, count, matches, set_trainable
@@ -52,7 +53,7 @@ class TrainingError(RuntimeError):
 @dataclass(kw_only=True)
 class StageConfig:
     """What trains (name pattern to how), on what, for how long. Samples of a step are packed up to `tokens_per_pack`;
-    several packs are accumulated."""
+    several packs are accumulated. `start_from` maps a part that trains to the part whose weights it begins with."""
 
     name: str
     train: dict[str, PartConfig]
@@ -62,13 +63,15 @@ class StageConfig:
     tokens_per_pack: int = 8192
     too_long: Literal["error", "skip"] = "error"
     evaluate_every_steps: int = 0
+    start_from: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
 class Recipe:
     """Everything a run is made of.
 
-    `run` is the folder it writes; `data_root` is for the recipe's own paths: `${data_root}/…`.
+    `run` is the folder it writes; `data_root` is for the recipe's own paths: `${data_root}/…`. `feature_cache` is a
+    folder that keeps the frames of frozen encoders, for later epochs and other runs.
     """
 
     run: str
@@ -83,6 +86,7 @@ class Recipe:
     log_every_steps: int = 1
     data_workers: int = 0
     activation_checkpointing: bool = False
+    feature_cache: str | None = None
     device: str | None = None
     allow_changed_environment: bool = False
 
@@ -136,6 +140,22 @@ def describe(model: MoLoRA, stage: StageConfig) -> None:
         word = "trains" if training else "frozen"
         console.print(f"  {word}  {part:<24} {training or count(parameters.values()):>12,} parameters")
     console.print(f"  frozen  {'backbone':<24} {count(_frozen(model)):>12,} parameters")
+
+
+def copy_parts(model: MoLoRA, start_from: Mapping[str, str], where: str) -> None:
+    """Gives parts the weights of others. Raises ConfigError for parts that are not there, differ or do not train."""
+    parts = model.parts()
+    for target, source in start_from.items():
+        if unknown := {target, source} - parts.keys():
+            raise ConfigError(f"{where}: no part {sorted(unknown)}; the parts of this model are {sorted(parts)}")
+        shapes = [{key: tuple(p.shape) for key, p in parts[part].items()} for part in (target, source)]
+        if shapes[0] != shapes[1]:
+            raise ConfigError(f"{where}: {target} cannot start from {source}: {shapes[0]} and {shapes[1]} differ")
+        if not all(p.requires_grad for p in parts[target].values()):
+            raise ConfigError(f"{where}: {target} does not train in this stage, so nothing may change it")
+        with torch.no_grad():
+            for key, parameter in parts[target].items():
+                parameter.copy_(parts[source][key])
 
 
 def _frozen(model: MoLoRA) -> list[Tensor]:
@@ -252,6 +272,7 @@ class _Run:
         self.position = _Position()
         self.optimizers: dict[str, PartOptimizer] = {}
         self.optimizer_tensors: dict[str, Tensor] = {}
+        self.features: FeatureCache | None = None
 
     def begin(self) -> None:
         """Opens the run folder and puts the latest state back, if there is one."""
@@ -273,8 +294,12 @@ class _Run:
         stage = self.recipe.stages[index]
         first_step = self.position.step
         self.optimizers = set_trainable(self.model, stage.train, stage.steps, f"stages.{index}.train")
+        if not first_step:
+            copy_parts(self.model, stage.start_from, f"stages.{index}.start_from")
         for part, optimizer in self.optimizers.items() if first_step else ():
             optimizer.load(self.optimizer_tensors, self.position.part_steps.get(part, 0))
+        if self.recipe.feature_cache is not None:
+            self.features = FeatureCache(Path(self.recipe.feature_cache), self.model)
         if self.show:
             describe(self.model, stage)
         where, seed = f"stages.{index}.data", seed_of(self.recipe.seed, stage.name)
@@ -309,6 +334,8 @@ class _Run:
         torch.manual_seed(seed_of(self.recipe.seed, stage.name, "step", step, self.accelerator.process_index))
         self.model.train()
         samples = [sample for sample in encoded if isinstance(sample, Sample)]
+        if self.features is not None:
+            samples = self.features.fill(samples)
         row = train_step(self.model, self.processor, samples, stage.tokens_per_pack, self.optimizers, self.accelerator)
         ids = sorted(gather_object([sample.id for sample in samples]))
         row["samples"] = len(ids)
@@ -325,7 +352,7 @@ class _Run:
             self.model, self.processor, source, config, rank=rank, ranks=ranks, advance=lambda: self.bars.advance(bar)
         )
         self.bars.remove_task(bar)
-        return {f"{name}/{key}": value for key, value in scores(gathered(judged)).items()}
+        return {f"{name}/{key}": value for key, value in scores(gathered(judged), config).items()}
 
     def _save(self, step: int) -> None:
         self.position.part_steps = {part: optimizer.steps_taken for part, optimizer in self.optimizers.items()}

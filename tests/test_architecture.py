@@ -21,11 +21,11 @@ ROOT = Path(__file__).parents[1]
 # A file may import files of its own tier and of those before it.
 TIERS = {
     "leaves": "config modality plugins routing seeding storage terminal",
-    "parts": "attention cache data lora loss messages metrics pack processor projector prompt rotary",
+    "parts": "attention cache data lora loss messages metrics pack processor projector prompt rotary speech",
     "backbone": "backbone",
     "model": "model",
     "assembly": "assembly",
-    "around": "checkpoint easy_vqa evaluate generate optim",
+    "around": "checkpoint easy_vqa evaluate features generate optim",
     "runs": "loading pretrain report testing train verify",
     "acts": "demo doctor",
     "top": "__init__ __main__ cli",
@@ -40,7 +40,17 @@ PLUGIN_MAY_IMPORT = {
 }
 
 # Optional or slow to import, so imported where they are used.
-LAZY = ("datasets", "easy_vqa", "matplotlib", "open_clip", "soundfile", "torch.utils.tensorboard", "torchaudio")
+LAZY = (
+    "datasets",
+    "easy_vqa",
+    "espeakng_loader",
+    "jiwer",
+    "matplotlib",
+    "open_clip",
+    "soundfile",
+    "torch.utils.tensorboard",
+    "torchaudio",
+)
 
 # Installed because something else needs them to work for us.
 NEEDED_UNSEEN = {
@@ -48,7 +58,13 @@ NEEDED_UNSEEN = {
     "tensorboard": "torch.utils.tensorboard writes with it",
     "torchvision": "timm imports it, and it must match torch",
 }
-IMPORTED_AS = {"easy-vqa": "easy_vqa", "open_clip_torch": "open_clip", "pillow": "PIL", "pyyaml": "yaml"}
+IMPORTED_AS = {
+    "easy-vqa": "easy_vqa",
+    "espeakng-loader": "espeakng_loader",
+    "open_clip_torch": "open_clip",
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+}
 
 # Calls that make a constant; anything else at the top of a module is work at import.
 CONSTANT_MAKERS = (

@@ -11,25 +11,26 @@ from molora.demo import run_demo
 from molora.easy_vqa import COLOURS, SHAPES, EasyVQA, EasyVQAConfig, descriptions, read_split
 
 pytest.importorskip("easy_vqa")
+pytest.importorskip("espeakng_loader")
 
 
 def test_the_quick_demo_runs_reports_and_reuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "demo"
     report = run_demo(run, quick=True)
     html = report.read_text()
-    assert html.count("<img") >= 20 and "without the picture" in html and "<svg" in html
+    assert html.count("<img") >= 20 and html.count("<audio") >= 20 and "no picture" in html and "<svg" in html
     figures = json.loads((run / "report.json").read_text())
-    assert figures["metrics"]["with the picture"]["questions"] == 40
+    assert figures["metrics"]["spoken question"]["questions"] == 40
     told = capsys.readouterr().out
-    assert "frozen  backbone" in told and "exact match" in told
+    assert "frozen  backbone" in told and "exact match" in told and "bare backbone" in told
 
     kept = {p: p.read_bytes() for p in run.rglob("*.safetensors")}
     rows = (run / "metrics.jsonl").read_text()
-    answers = (run / "evaluations/with-the-picture.json").stat().st_mtime_ns
+    answers = (run / "evaluations/spoken-question.json").stat().st_mtime_ns
     run_demo(run, quick=True)
     assert {p: p.read_bytes() for p in run.rglob("*.safetensors")} == kept
     assert (run / "metrics.jsonl").read_text() == rows
-    assert (run / "evaluations/with-the-picture.json").stat().st_mtime_ns == answers
+    assert (run / "evaluations/spoken-question.json").stat().st_mtime_ns == answers
 
 
 def test_descriptions_agree_with_every_answer() -> None:

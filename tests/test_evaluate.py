@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from molora.evaluate import Judged, exact_match, question, scores
+from molora.data import SourceConfig
+from molora.evaluate import EvaluationConfig, Judged, exact_match, question, scores, word_error_rate
 
 
 @pytest.mark.parametrize(
@@ -19,7 +20,7 @@ def test_exact_match_ignores_case_spaces_and_a_full_stop(answer: str, expected: 
 
 def test_scores_count_by_tag() -> None:
     judged = [Judged(str(i), [], "x", "x", i < 3, ["a"] if i % 2 else ["a", "b"]) for i in range(4)]
-    assert scores(judged) == {
+    assert scores(judged, EvaluationConfig(data=SourceConfig(kind="messages"))) == {
         "exact_match": 0.75,
         "questions": 4,
         "exact_match/a": 0.75,
@@ -44,3 +45,9 @@ def test_a_question_without_media_keeps_its_text() -> None:
     assert question(rows([row]), 0, without_media=False)["prompt"][0]["content"] == [picture, text]
     with pytest.raises(ValueError, match="row 1: must end with an assistant message"):
         question(rows([{"id": "r", "messages": row["messages"][:1]}]), 0, without_media=False)
+
+
+def test_word_errors_are_counted_over_all_answers_without_punctuation() -> None:
+    pairs = [("what is the red shape?", "What is the red shape"), ("is there a circle?", "is there circle"), ("no", "")]
+    judged = [Judged(str(i), [], expected, answer, False) for i, (expected, answer) in enumerate(pairs)]
+    assert word_error_rate(judged) == pytest.approx(2 / 10)

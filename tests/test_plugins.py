@@ -93,7 +93,7 @@ def test_two_owners_of_a_name_are_an_error_that_names_both(install) -> None:
 
 
 def test_an_unknown_name_says_what_there_is_and_what_is_near() -> None:
-    with pytest.raises(ConfigError, match="no modality is called 'vison'; did you mean 'vision'\\? there is vision"):
+    with pytest.raises(ConfigError, match="is called 'vison'; did you mean 'vision'\\? there is audio, vision"):
         resolve("modality", "vison")
     with pytest.raises(ConfigError, match="no router is called 'quantum'; there is table"):
         resolve("router", "quantum")

@@ -293,7 +293,7 @@ def test_a_step_gives_a_modality_the_update_it_gets_without_the_others(home: Pat
     for key in (
         "loss/letters",
         "targets/letters",
-        "gradient_norm/projectors.letters",
+        "gradient_norm/projectors.letters.default",
         "gradient_norm/encoders.letters",
     ):
         assert ours[key] == pytest.approx(expected[key], rel=1e-5), key

@@ -1,0 +1,138 @@
+"""The audio modality: clips to features, features to frames.
+
+Letters: L samples, S frames of features, M features of a frame, I items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from molora.encoders.conformer import Conformer, ConformerConfig, num_encoded
+from molora.encoders.logmel import log_mel, num_frames
+from molora.encoders.sound import SAMPLE_RATE_HZ, load_sound, resample
+from molora.encoders.torchaudio_conformer import TorchaudioConformer
+from molora.modality import Encoder, Frames, Prepared
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """What training does to clips; evaluation never does.
+
+    `speeds`: one is drawn for a clip, which is then played that much faster. SpecAugment sets `time_masks` stretches of
+    up to `time_mask_frames` frames and `bin_masks` bands of up to `bin_mask_bins` bins to the clip's mean.
+    Source: arXiv 1904.08779 (SpecAugment); Ko et al., Interspeech 2015 (speed perturbation by 0.9, 1.0 and 1.1).
+    """
+
+    speeds: list[float] = field(default_factory=list)
+    time_masks: int = 0
+    time_mask_frames: int = 40
+    bin_masks: int = 0
+    bin_mask_bins: int = 15
+
+    def __post_init__(self) -> None:
+        if any(not 0.5 <= speed <= 2 for speed in self.speeds):
+            raise ValueError(f"augment.speeds lie between 0.5 and 2, got {list(self.speeds)}")
+        if min(self.time_masks, self.time_mask_frames, self.bin_masks, self.bin_mask_bins) < 0:
+            raise ValueError(f"augment: numbers and widths of masks are at least 0, got {self}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerConfig:
+    """Which encoder: `conformer` is the reference's, `torchaudio` has torchaudio's blocks after the same subsampling.
+    Both start from scratch, with the sizes in `conformer`."""
+
+    kind: Literal["conformer", "torchaudio"] = "conformer"
+    conformer: ConformerConfig = field(default_factory=ConformerConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioConfig:
+    """`beside` maps a modality to the projector for clips that share their sample with it; others take `default`. The
+    first entry that applies decides. `max_seconds`: a longer clip is refused before it is decoded. `allow_urls`:
+    whether `url` may fetch over HTTP. `media_root`: a folder that relative paths start from and that none may leave.
+
+    Source of `beside`: Phi-4-Multimodal (arXiv 2503.01743) has a second audio projector beside a picture. Source of
+    half an hour: its model card.
+    """
+
+    tower: TowerConfig = field(default_factory=TowerConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    beside: dict[str, str] = field(default_factory=dict)
+    max_seconds: float = 1800.0
+    allow_urls: bool = True
+    media_root: str | None = None
+
+
+class Audio:
+    """Clips as a modality; content parts of type `audio`."""
+
+    config_type: ClassVar[type] = AudioConfig
+    part_type: ClassVar[str] = "audio"
+
+    def __init__(self, name: str, config: AudioConfig) -> None:
+        self.name = name
+        self.config = config
+
+    def load(self, part: Mapping[str, Any]) -> Tensor:
+        """Decodes the clip of a content part to a mono waveform (L,) in fp32 at 16 kHz; see `load_sound`."""
+        config = self.config
+        return load_sound(
+            part, allow_urls=config.allow_urls, media_root=config.media_root, max_seconds=config.max_seconds
+        )
+
+    def prepare(self, item: Tensor, generator: torch.Generator | None = None) -> Prepared:
+        """Turns a waveform into log-mel features, augmented if there is a `generator`."""
+        augment = self.config.augment
+        if generator is not None and augment.speeds:
+            speed = augment.speeds[int(torch.randint(len(augment.speeds), (), generator=generator))]
+            item = resample(item, round(SAMPLE_RATE_HZ * speed))
+        features_SM = log_mel([item])
+        if generator is not None:
+            features_SM = spec_augment(features_SM, augment, generator)
+        return Prepared({"features_SM": features_SM}, num_encoded(num_frames(len(item))))
+
+    def collate(self, prepared: Sequence[Prepared]) -> dict[str, Tensor]:
+        """All frames of features in order, and the number of each clip."""
+        features = [item.tensors["features_SM"] for item in prepared]
+        return {"features_SM": torch.cat(features), "lengths_I": torch.tensor([len(clip_SM) for clip_SM in features])}
+
+    def build_encoder(self) -> ConformerEncoder:
+        return ConformerEncoder(self.config.tower)
+
+    def projector(self, company: frozenset[str]) -> str:
+        return next((name for modality, name in self.config.beside.items() if modality in company), "default")
+
+    def projectors(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(("default", *self.config.beside.values())))
+
+
+def spec_augment(features_SM: Tensor, config: AugmentConfig, generator: torch.Generator) -> Tensor:
+    """Hides stretches of time and bands of bins behind the clip's mean."""
+    features_SM, mean = features_SM.clone(), features_SM.mean()
+    for masks, widest, axis in (
+        (config.time_masks, config.time_mask_frames, 0),
+        (config.bin_masks, config.bin_mask_bins, 1),
+    ):
+        length = features_SM.shape[axis]
+        for _ in range(masks):
+            width = int(torch.randint(min(widest, length) + 1, (), generator=generator))
+            start = int(torch.randint(length - width + 1, (), generator=generator))
+            features_SM.narrow(axis, start, width).fill_(mean)
+    return features_SM
+
+
+class ConformerEncoder(Encoder):
+    """A Conformer that starts from scratch."""
+
+    def __init__(self, config: TowerConfig) -> None:
+        super().__init__()
+        self.conformer = {"conformer": Conformer, "torchaudio": TorchaudioConformer}[config.kind](config.conformer)
+        self.width = config.conformer.width
+
+    def forward(self, features_SM: Tensor, lengths_I: Tensor) -> Frames:  # type: ignore[override]
+        return self.conformer(features_SM, lengths_I.tolist())

@@ -1,0 +1,77 @@
+"""Frames of frozen encoders, kept on disk: an item is encoded once, however many epochs see it.
+
+Letters: S frames, C encoder width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from molora.checkpoint import tensor_hash
+from molora.model import MoLoRA
+from molora.pack import Item, Sample
+
+
+class FeatureCache:
+    """The frames of every item of a modality whose encoder is frozen, one safetensors file each.
+
+    A file's name is a hash of the encoder's weights, the modality's options and the prepared item, so a folder can be
+    shared by runs and never gives stale frames. Items that are missing are encoded one at a time: frames are then the
+    same bits whichever samples they came with, and a run is the same whether it found them or made them.
+    """
+
+    def __init__(self, folder: Path, model: MoLoRA) -> None:
+        self.folder = folder
+        self.model = model
+        self._keys: dict[str, str] = {}
+        for name, encoder in model.encoders.items():
+            if not any(p.requires_grad for p in encoder.parameters()):
+                about: Any = [type(encoder).__qualname__, tensor_hash(encoder.state_dict())]
+                about.append(asdict(model.modalities[name].config))
+                self._keys[name] = json.dumps(about, sort_keys=True, default=str)
+
+    def fill(self, samples: Sequence[Sample]) -> list[Sample]:
+        """The same samples, with the frames of items whose encoder is frozen."""
+        return [replace(sample, items=tuple(map(self._filled, sample.items))) for sample in samples]
+
+    def _filled(self, item: Item) -> Item:
+        if item.modality not in self._keys:
+            return item
+        key = _hash(self._keys[item.modality], item.prepared.tensors)
+        path = self.folder / item.modality / key[:2] / f"{key}.safetensors"
+        if not path.is_file():
+            _write(path, {"frames_SC": self._encoded(item)})
+        return replace(item, frames_SC=load_file(path)["frames_SC"])
+
+    @torch.no_grad()
+    def _encoded(self, item: Item) -> Tensor:
+        tensors = self.model.modalities[item.modality].collate([item.prepared])
+        tensors = {name: tensor.to(self.model.device) for name, tensor in tensors.items()}
+        return self.model.encoders[item.modality](**tensors).frames_SC
+
+
+def _hash(about: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.blake2b(about.encode(), digest_size=20)
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    """In one step, so that a kill leaves no half a file; not synced, as a lost file is only made again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+    os.replace(temporary, path)

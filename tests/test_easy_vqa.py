@@ -1,0 +1,50 @@
+"""Spoken easy-VQA: rows, voices by split, and clips that are kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from molora.data import SourceConfig, open_source
+from molora.easy_vqa import SpokenEasyVQA, SpokenEasyVQAConfig
+
+pytest.importorskip("easy_vqa")
+pytest.importorskip("espeakng_loader")
+soundfile = pytest.importorskip("soundfile")
+
+
+def test_transcripts_are_the_questions_that_are_spoken(tmp_path: Path) -> None:
+    options = {"split": "test", "task": "transcripts", "folder": str(tmp_path), "takes": 2}
+    source = open_source(SourceConfig(kind="spoken_easy_vqa", options=options), "here")
+    assert len(source) == 2 * 107
+    rows = [source[row] for row in (0, 1, 213)]
+    for row in rows:
+        audio, text = row["messages"][0]["content"]
+        assert text["text"] == "transcribe the audio." and row["messages"][1]["content"].endswith("?")
+        assert soundfile.info(audio["path"]).duration > 0.5
+    first, second, last = (row["messages"][1]["content"] for row in rows)
+    assert first == second != last
+    assert len(list(tmp_path.iterdir())) == 3, "two takes of one text are two clips"
+    assert source[0] == rows[0] and len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_spoken_question_has_the_picture_and_the_answer_of_the_written_one(tmp_path: Path) -> None:
+    options = {"split": "train"}
+    written = open_source(SourceConfig(kind="easy_vqa", options=options), "here")
+    spoken = SpokenEasyVQA(SpokenEasyVQAConfig(split="train", task="questions", folder=str(tmp_path), takes=3))
+    assert len(written) == len(spoken)
+    for row in (0, 12_345):
+        picture, text = written[row]["messages"][0]["content"]
+        own_picture, audio = spoken[row]["messages"][0]["content"]
+        assert own_picture == picture and audio["type"] == "audio"
+        assert spoken.rows[row][1] == text["text"] and spoken.rows[row][2] in range(3)
+        assert spoken[row]["messages"][1] == written[row]["messages"][1] and spoken[row]["tags"] == written[row]["tags"]
+
+
+def test_the_splits_share_no_voice(tmp_path: Path) -> None:
+    def voices(split: str) -> set[str]:
+        config = SpokenEasyVQAConfig(split=split, task="transcripts", folder=str(tmp_path))  # type: ignore[arg-type]
+        return {voice.partition("+")[2] for voice in SpokenEasyVQA(config).voices}
+
+    assert not voices("train") & voices("test")
