@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 from transformers import Phi4MultimodalConfig, Phi4MultimodalForCausalLM
 
+from molora.assembly import Blueprint
 from molora.backbone import Backbone, Identity
+from molora.checkpoint import save_modality
 from molora.config import build
 from molora.encoders.audio import Audio, AudioConfig
 from molora.encoders.vision import Vision, VisionConfig
 from molora.generate import GenerationConfig, generate
 from molora.lora import lora_config
 from molora.model import MoLoRA
+from molora.optim import PartConfig, set_trainable
 from molora.pack import Sample, collate
 from molora.processor import Processor
 from molora.routers.table import TableConfig, TableRouter
 from molora.testing import assert_close, byte_tokenizer, tiny_model
+from molora.train import train_step
 
 pytest.importorskip("torchaudio")
 
@@ -31,8 +37,7 @@ KINDS = ("text", "image", "audio", "image+audio", "two images", "audio twice", "
 TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 
 
-@pytest.fixture(scope="module")
-def model() -> MoLoRA:
+def make_model() -> MoLoRA:
     convit = {"kind": "convit", "pretrained": False, "convit": {"width": 16, "depth": 1, "heads": 2}}
     vision = build(VisionConfig, {"crop_pixels": 16, "max_crops": 2, "pool": 1, "tower": convit}, "vision")
     audio = build(AudioConfig, {"tower": {"conformer": TOWER}, "beside": {"vision": "vision"}}, "audio")
@@ -41,7 +46,12 @@ def model() -> MoLoRA:
     adapters = {name: lora_config(options, name) for name in ("audio", "vision")}
     router = TableRouter(list(adapters), TableConfig(rules={"audio+vision": "vision"}))
     backbone = Backbone(tiny_model("phi4-mini"), Identity("test", "", "", "", ""))
-    model = MoLoRA(backbone, {"audio": Audio("audio", audio), "vision": Vision("vision", vision)}, adapters, router)
+    return MoLoRA(backbone, {"audio": Audio("audio", audio), "vision": Vision("vision", vision)}, adapters, router)
+
+
+@pytest.fixture(scope="module")
+def model() -> MoLoRA:
+    model = make_model()
     for parameters in model.parts().values():
         for parameter in parameters.values():
             parameter.requires_grad_(True)
@@ -144,6 +154,57 @@ def test_answers_are_those_that_each_sample_has_alone(model: MoLoRA, processor: 
         assert answers([sample], 1)[sample.id] == together[sample.id], sample.id
 
 
+# Interference ----------------------------------------------------------------------------------------------------
+
+STEPS = 200
+
+
+def trained(patterns: tuple[str, ...], kinds: tuple[str, ...], model: MoLoRA | None = None) -> MoLoRA:
+    """A model after 200 steps on samples of these kinds; sample i is the same whatever the kinds."""
+    model = model or make_model()
+    processor = Processor(byte_tokenizer(), model.modalities, model.router.order, model.backbone.max_tokens)
+    optimizers = set_trainable(model, {p: PartConfig(learning_rate=1e-3) for p in patterns}, STEPS, "here")
+    accelerator = Accelerator(cpu=True)
+    samples = [processor.encode(conversation(KINDS[i % 8], i), f"{i}") for i in range(32)]
+    for step in range(STEPS):
+        shown = [samples[(4 * step + i) % 32] for i in range(8)]
+        model.train()
+        train_step(model, processor, [s for s in shown if KINDS[int(s.id) % 8] in kinds], 4096, optimizers, accelerator)
+    return model.eval()
+
+
+def test_training_audio_beside_pictures_leaves_pictures_and_text_as_they_were(tmp_path: Path):
+    """200 steps with pictures in the same packs: the vision files and every logit without sound keep their bits."""
+    model = make_model()
+    processor = Processor(byte_tokenizer(), model.modalities, model.router.order, model.backbone.max_tokens)
+    silent = processor.collate([s for s in thirty_two(processor) if "audio" not in s.modalities])
+    config = model.adapters["vision"]
+    plan = Blueprint("vision", model.modalities["vision"], config)
+
+    def state(name: str) -> tuple[Tensor, dict[str, bytes]]:
+        save_modality(model, "vision", plan, tmp_path / name, {})
+        with torch.no_grad():
+            return model.logits(silent), {p.name: p.read_bytes() for p in sorted((tmp_path / name).iterdir())}
+
+    before = state("before")
+    moving = {name: p.clone() for name, p in model.encoders["audio"].named_parameters()}
+    trained(("encoders.audio", "projectors.audio", "adapters.audio"), KINDS, model)
+    after = state("after")
+    assert torch.equal(before[0], after[0]) and before[1] == after[1] and len(before[1]) == 5
+    assert any(not torch.equal(moving[name], p) for name, p in model.encoders["audio"].named_parameters())
+
+
+def test_training_together_gives_each_modality_the_weights_it_gets_alone():
+    sounds, pictures = ("audio", "audio twice"), ("image", "two images")
+    names = {m: (f"encoders.{m}", f"projectors.{m}.default", f"adapters.{m}") for m in ("audio", "vision")}
+    together = trained((*names["audio"], *names["vision"]), ("text", *sounds, *pictures)).parts()
+    for modality, kinds in (("audio", sounds), ("vision", pictures)):
+        apart = trained(names[modality], kinds).parts()
+        for part in names[modality]:
+            for key, parameter in apart[part].items():
+                assert_close(together[part][key], parameter, 1e-5, f"{part}.{key}")
+
+
 # What transformers does instead -----------------------------------------------------------------------------------
 
 IMAGE, AUDIO, PAD = 90, 91, 92
@@ -188,7 +249,8 @@ def phi4mm() -> Phi4MultimodalForCausalLM:
         vision_config=vision,
         audio_config=sound,
     )
-    config.vision_config._attn_implementation = "eager"
+    towers: Any = config.vision_config
+    towers._attn_implementation = "eager"
     return Phi4MultimodalForCausalLM(config).eval()
 
 
