@@ -10,7 +10,7 @@ PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check $(
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
 
-demo: $(VENV)/demo.stamp  ## train and question a small vision model on easy-VQA; writes runs/demo/report.html
+demo: $(VENV)/demo.stamp  ## teach a small model to see and to hear, and question it; writes runs/demo/report.html
 	$(BIN)/molora demo
 
 test: $(VENV)/dev.stamp  ## run the tests

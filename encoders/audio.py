@@ -6,7 +6,7 @@ Letters: L samples, S frames of features, M features of a frame, I items.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from molora.encoders.conformer import Conformer, ConformerConfig, num_encoded
 from molora.encoders.logmel import log_mel, num_frames
-from molora.encoders.sound import SAMPLE_RATE_HZ, load_sound, resample
+from molora.encoders.sound import MIN_SAMPLES, SAMPLE_RATE_HZ, load_sound, resample
 from molora.encoders.torchaudio_conformer import TorchaudioConformer
+from molora.encoders.whisper import PretrainedConfig, PretrainedEar
 from molora.modality import Encoder, Frames, Prepared
 
 
@@ -43,11 +44,16 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TowerConfig:
-    """Which encoder: `conformer` is the reference's, `torchaudio` has torchaudio's blocks after the same subsampling.
-    Both start from scratch, with the sizes in `conformer`."""
+    """Which encoder: `conformer` is the reference's, `torchaudio` has torchaudio's blocks after the same subsampling;
+    both start from scratch, with the sizes in `conformer`. `pretrained` is described in its own section."""
 
-    kind: Literal["conformer", "torchaudio"] = "conformer"
+    kind: Literal["conformer", "torchaudio", "pretrained"] = "conformer"
     conformer: ConformerConfig = field(default_factory=ConformerConfig)
+    pretrained: PretrainedConfig | None = None
+
+    def __post_init__(self) -> None:
+        if (self.kind == "pretrained") != (self.pretrained is not None):
+            raise ValueError(f"tower: kind {self.kind!r} and section `pretrained` do not fit; kind pretrained has it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +83,7 @@ class Audio:
     def __init__(self, name: str, config: AudioConfig) -> None:
         self.name = name
         self.config = config
+        self.ear = None if config.tower.pretrained is None else PretrainedEar(config.tower.pretrained)
 
     def load(self, part: Mapping[str, Any]) -> Tensor:
         """Decodes the clip of a content part to a mono waveform (L,) in fp32 at 16 kHz; see `load_sound`."""
@@ -86,22 +93,31 @@ class Audio:
         )
 
     def prepare(self, item: Tensor, generator: torch.Generator | None = None) -> Prepared:
-        """Turns a waveform into log-mel features, augmented if there is a `generator`."""
-        augment = self.config.augment
-        if generator is not None and augment.speeds:
-            speed = augment.speeds[int(torch.randint(len(augment.speeds), (), generator=generator))]
-            item = resample(item, round(SAMPLE_RATE_HZ * speed))
-        features_SM = log_mel([item])
-        if generator is not None:
-            features_SM = spec_augment(features_SM, augment, generator)
-        return Prepared({"features_SM": features_SM}, num_encoded(num_frames(len(item))))
+        """Turns a waveform into the features of its encoder, augmented if there is a `generator`."""
+        config = self.config.augment
+        if generator is not None and config.speeds:
+            speed = config.speeds[int(torch.randint(len(config.speeds), (), generator=generator))]
+            faster = resample(item, round(SAMPLE_RATE_HZ * speed))
+            item = faster if len(faster) >= MIN_SAMPLES else item
+
+        def augment(features_SM: Tensor) -> Tensor:
+            return features_SM if generator is None else spec_augment(features_SM, config, generator)
+
+        if self.ear is not None:
+            return self.ear.prepare(item, augment)
+        return Prepared({"features_SM": augment(log_mel([item]))}, num_encoded(num_frames(len(item))))
 
     def collate(self, prepared: Sequence[Prepared]) -> dict[str, Tensor]:
-        """All frames of features in order, and the number of each clip."""
+        """All frames of features in order, and what says where clips begin."""
+        if self.ear is not None:
+            return self.ear.collate(prepared)
         features = [item.tensors["features_SM"] for item in prepared]
         return {"features_SM": torch.cat(features), "lengths_I": torch.tensor([len(clip_SM) for clip_SM in features])}
 
-    def build_encoder(self) -> ConformerEncoder:
+    def build_encoder(self) -> Encoder:
+        """Makes the encoder. Raises ValueError for pretrained weights that cannot be found or do not fit."""
+        if self.ear is not None:
+            return PretrainedAudioEncoder(self.config, self.ear.build_encoder())
         return ConformerEncoder(self.config.tower)
 
     def projector(self, company: frozenset[str]) -> str:
@@ -124,6 +140,22 @@ def spec_augment(features_SM: Tensor, config: AugmentConfig, generator: torch.Ge
             start = int(torch.randint(length - width + 1, (), generator=generator))
             features_SM.narrow(axis, start, width).fill_(mean)
     return features_SM
+
+
+class PretrainedAudioEncoder(Encoder):
+    """A pretrained encoder, saved with the options of this modality."""
+
+    def __init__(self, config: AudioConfig, network: Encoder) -> None:
+        super().__init__()
+        self.config, self.network = config, network
+        self.width, self.origin = network.width, network.origin
+
+    def forward(self, **collated: Tensor) -> Frames:
+        return self.network(**collated)
+
+    def saved_config(self, with_weights: bool) -> AudioConfig:
+        tower = replace(self.config.tower, pretrained=self.network.saved_config(with_weights))
+        return replace(self.config, tower=tower)
 
 
 class ConformerEncoder(Encoder):

@@ -188,15 +188,20 @@ class PretrainedEncoder(Encoder):
         return F.avg_pool1d(frames_SC.T[None], self.config.pool, ceil_mode=True)[0].T
 
 
+class _Classes(NamedTuple):
+    """The classes of transformers that make a network's sizes, its features, and itself."""
+
+    sizes: Any
+    extractor: Any
+    model: Any
+
+
 class _Network:
     """A network without its weights: its sizes, how it hears, and how its weights are stored.
 
     `arguments` and `sound` are all that tells it from another of its kind; `sizes` has only the blocks that are kept.
     """
 
-    config_class: ClassVar[str]
-    extractor_class: ClassVar[str]
-    model_class: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
     size_keys: ClassVar[tuple[str, ...]]
     sound_keys: ClassVar[tuple[str, ...]]
@@ -210,16 +215,16 @@ class _Network:
     window_steps: int
 
     def __init__(self, arguments: dict[str, Any], sound: dict[str, Any], layer: int | None) -> None:
-        import transformers
         from huggingface_hub.errors import StrictDataclassError
 
-        _check_keys("arguments", self.config_class, arguments, self.size_keys)
-        _check_keys("features", self.extractor_class, sound, self.sound_keys)
+        classes = self.classes()
+        _check_keys("arguments", classes.sizes, arguments, self.size_keys)
+        _check_keys("features", classes.extractor, sound, self.sound_keys)
         try:
-            self.sizes: Any = getattr(transformers, self.config_class)(**arguments, **self.fixed)
+            self.sizes: Any = classes.sizes(**arguments, **self.fixed)
         except StrictDataclassError as error:
-            raise ValueError(f"arguments: {self.config_class} refuses them: {error}") from error
-        self.extractor: Any = getattr(transformers, self.extractor_class)(**sound)
+            raise ValueError(f"arguments: {classes.sizes.__name__} refuses them: {error}") from error
+        self.extractor: Any = classes.extractor(**sound)
         self.arguments = {key: getattr(self.sizes, key) for key in self.size_keys}
         self.sound = {key: getattr(self.extractor, key) for key in self.sound_keys}
         self.layer = layer
@@ -232,6 +237,11 @@ class _Network:
         if width % heads:
             raise ValueError(f"arguments: a width of {width} is not a multiple of {heads} attention heads")
         self._check()
+
+    @classmethod
+    def classes(cls) -> _Classes:
+        """What it is made of in transformers."""
+        raise NotImplementedError
 
     def _check(self) -> None:
         """Raises ValueError if sizes and features do not go together."""
@@ -251,29 +261,26 @@ class _Network:
 
     def build(self) -> nn.Module:
         """The network with random weights."""
-        import transformers
-
-        return self._finish(getattr(transformers, self.model_class)(self.sizes))
+        return self._finish(self.classes().model(self.sizes))
 
     def load(self, folder: Path) -> nn.Module:
         """The network with the weights of a folder, in fp32. Raises ValueError if some are missing or do not fit."""
-        import transformers
-
         kept = getattr(self.sizes, self.depth_key)
         unused = (*self.unused, *(f"{self.blocks}{index}." for index in range(kept, self.depth)))
         state = _read_weights(folder, self.prefixes, unused)
-        try:
-            model, report = getattr(transformers, self.model_class).from_pretrained(
-                None, config=self.sizes, state_dict=state, dtype=torch.float32, output_loading_info=True
-            )
-        except RuntimeError as error:
-            raise ValueError(f"{folder}: weights of another shape: {error}") from error
-        missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-        if missing or unexpected:
-            raise ValueError(
-                f"{folder}: not the weights of this {self.model_class}: "
-                f"{len(missing)} missing (such as {missing[:3]}), {len(unexpected)} unexpected (such as {unexpected[:3]})"
-            )
+        model, report = self.classes().model.from_pretrained(
+            None,
+            config=self.sizes,
+            state_dict=state,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # so that the report names them
+            output_loading_info=True,
+        )
+        kinds = {"missing": "missing_keys", "unexpected": "unexpected_keys", "of another shape": "mismatched_keys"}
+        found = {kind: sorted(report[keys]) for kind, keys in kinds.items()}
+        if any(found.values()):
+            counts = ", ".join(f"{len(keys)} {kind} (such as {keys[:3]})" for kind, keys in found.items() if keys)
+            raise ValueError(f"{folder}: not the weights of this network: {counts}")
         return self._finish(model)
 
     def _finish(self, model: Any) -> nn.Module:
@@ -285,9 +292,6 @@ class _Network:
 
 
 class _Whisper(_Network):
-    config_class = "WhisperConfig"
-    extractor_class = "WhisperFeatureExtractor"
-    model_class = "WhisperEncoder"
     model_types = ("whisper",)
     size_keys = (
         *("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "activation_function"),
@@ -296,6 +300,13 @@ class _Whisper(_Network):
     sound_keys = ("feature_size", "hop_length", "chunk_length", "n_fft")
     depth_key = "encoder_layers"
     prefixes = ("model.encoder.", "encoder.", "")
+
+    @classmethod
+    def classes(cls) -> _Classes:
+        from transformers import WhisperConfig, WhisperFeatureExtractor
+        from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+        return _Classes(WhisperConfig, WhisperFeatureExtractor, WhisperEncoder)
 
     def _check(self) -> None:
         extractor, positions = self.extractor, self.sizes.max_source_positions
@@ -333,9 +344,6 @@ class _Whisper(_Network):
 class _Wav2Vec2Bert(_Network):
     """Convolutions that some fine-tuned checkpoints have behind the network, to shorten it, are left out."""
 
-    config_class = "Wav2Vec2BertConfig"
-    extractor_class = "SeamlessM4TFeatureExtractor"
-    model_class = "Wav2Vec2BertModel"
     model_types = ("wav2vec2-bert",)
     size_keys = (
         *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
@@ -355,6 +363,12 @@ class _Wav2Vec2Bert(_Network):
     HOP_SAMPLES: ClassVar[int] = 160
     # The learned distances take width x frames^2 numbers a block.
     WINDOW_SECONDS: ClassVar[int] = 20
+
+    @classmethod
+    def classes(cls) -> _Classes:
+        from transformers import SeamlessM4TFeatureExtractor, Wav2Vec2BertConfig, Wav2Vec2BertModel
+
+        return _Classes(Wav2Vec2BertConfig, SeamlessM4TFeatureExtractor, Wav2Vec2BertModel)
 
     def _check(self) -> None:
         stride = self.extractor.stride
@@ -376,9 +390,6 @@ class _Wav2Vec2Bert(_Network):
 
 
 class _Parakeet(_Network):
-    config_class = "ParakeetEncoderConfig"
-    extractor_class = "ParakeetFeatureExtractor"
-    model_class = "ParakeetEncoder"
     model_types = ("parakeet_ctc", "parakeet_rnnt", "parakeet_tdt", "parakeet_encoder")
     size_keys = (
         *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
@@ -389,6 +400,12 @@ class _Parakeet(_Network):
     prefixes = ("encoder.", "")
 
     WINDOW_SECONDS: ClassVar[int] = 40
+
+    @classmethod
+    def classes(cls) -> _Classes:
+        from transformers import ParakeetEncoder, ParakeetEncoderConfig, ParakeetFeatureExtractor
+
+        return _Classes(ParakeetEncoderConfig, ParakeetFeatureExtractor, ParakeetEncoder)
 
     def _check(self) -> None:
         factor, bins = self.sizes.subsampling_factor, self.sizes.num_mel_bins
@@ -421,12 +438,12 @@ class _Known(NamedTuple):
     origin: Origin | None
 
 
-def _check_keys(what: str, owner: str, given: dict[str, Any], known: Sequence[str]) -> None:
+def _check_keys(what: str, owner: type, given: dict[str, Any], known: Sequence[str]) -> None:
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
-            raise ValueError(f"{what}: {owner} takes no {key!r} here; {hint}")
+            raise ValueError(f"{what}: {owner.__name__} takes no {key!r} here; {hint}")
 
 
 def _check_bins(reads: int, made: int) -> None:
@@ -467,12 +484,12 @@ def _read_sizes(folder: Path, kind: type[_Network]) -> tuple[dict[str, Any], dic
     found = found.get("encoder_config", found)
     if (found.get("subsampling_conv_kernel_size", 3), found.get("subsampling_conv_stride", 2)) != (3, 2):
         raise ValueError(f"{folder / 'config.json'}: only a subsampling with kernel 3 and stride 2 can be counted")
-    sound = _read_sound(folder)
-    made_by = sound.get("feature_extractor_type", kind.extractor_class)
-    if made_by != kind.extractor_class or sound.get("sampling_rate", SAMPLE_RATE_HZ) != SAMPLE_RATE_HZ:
+    sound, extractor = _read_sound(folder), kind.classes().extractor.__name__
+    made_by = sound.get("feature_extractor_type", extractor)
+    if made_by != extractor or sound.get("sampling_rate", SAMPLE_RATE_HZ) != SAMPLE_RATE_HZ:
         raise ValueError(
             f"{folder}: its features are made by {made_by} at {sound.get('sampling_rate')} Hz, "
-            f"expected {kind.extractor_class} at {SAMPLE_RATE_HZ} Hz"
+            f"expected {extractor} at {SAMPLE_RATE_HZ} Hz"
         )
     return (
         {key: found[key] for key in kind.size_keys if key in found},

@@ -185,7 +185,7 @@ def demo(
     run: Annotated[Path, typer.Option(help="The folder it writes.")] = Path("runs/demo"),
     quick: Annotated[bool, typer.Option("--quick", help="A few steps of everything, to see that it works.")] = False,
 ) -> None:
-    """The main job end to end: make a backbone, teach it to see, ask it about pictures, write a report."""
+    """The main job end to end: make a backbone, teach it to see and to hear, ask it questions, write a report."""
     from molora.demo import run_demo
 
     run_demo(run, quick=quick)

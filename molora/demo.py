@@ -217,27 +217,28 @@ def audio_recipe(run: Path, backbone: Path, clips: Path, quick: bool) -> Recipe:
             StageConfig(
                 name="alignment",
                 train={
-                    "encoders.audio": PartConfig(learning_rate=2e-3, warmup_steps=50),
-                    "projectors.audio.default": PartConfig(learning_rate=2e-3, warmup_steps=50),
+                    "encoders.audio": PartConfig(learning_rate=1.5e-3, warmup_steps=50),
+                    "projectors.audio.default": PartConfig(learning_rate=1.5e-3, warmup_steps=50),
                 },
                 data={"transcripts": transcripts},
-                steps=5 if quick else 450,
+                steps=5 if quick else 600,
                 samples_per_step=64,
-                evaluate_every_steps=150,
+                evaluate_every_steps=200,
             ),
             StageConfig(
                 name="post-training",
                 train={
-                    "projectors.audio.default": PartConfig(learning_rate=5e-4),
-                    "adapters.audio": PartConfig(learning_rate=5e-4, warmup_steps=20),
+                    "projectors.audio.default": PartConfig(learning_rate=1e-3, warmup_steps=20),
+                    "adapters.audio": PartConfig(learning_rate=1e-3, warmup_steps=20),
                 },
                 data={"transcripts": transcripts},
-                steps=5 if quick else 100,
+                steps=5 if quick else 150,
                 samples_per_step=64,
             ),
         ],
         evaluations={"held out voices": EvaluationConfig(data=curve, max_new_tokens=24, word_errors=True)},
         save_every_steps=50,
+        data_workers=1,
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from molora.seeding import seed_of
 from molora.speech import HELD_OUT_VOICES, TRAINING_VOICES, clip, draw_utterance
@@ -68,6 +68,10 @@ class SpokenEasyVQAConfig:
     takes: int = 30
     acoustics: bool = False
 
+    def __post_init__(self) -> None:
+        if self.takes < 1:
+            raise ValueError(f"takes is at least 1, got {self.takes}")
+
 
 class SpokenEasyVQA:
     """Rows of one clip each. As in Phi-4-Multimodal's training, vision-speech data are vision questions spoken.
@@ -81,33 +85,39 @@ class SpokenEasyVQA:
     def __init__(self, config: SpokenEasyVQAConfig) -> None:
         self.config = config
         self.voices = TRAINING_VOICES if config.split == "train" else HELD_OUT_VOICES
-        self.rows: list[tuple[list[dict[str, str]], str, int, str, list[str]]] = []
+        written = EasyVQA(EasyVQAConfig(split=config.split))
         if config.task == "transcripts":
-            asking = {"type": "text", "text": TRANSCRIPT_QUESTION}
-            for text in sorted({question for question, _, _ in read_split(config.split)[0]}):
-                self.rows += [([asking], text, take, text, []) for take in range(config.takes)]
+            texts = sorted({question for question, _, _, _ in written.rows})
+            self.rows = [_Spoken(text, take, None, text, []) for text in texts for take in range(config.takes)]
         else:
-            written = EasyVQA(EasyVQAConfig(split=config.split))
-            for index in range(len(written)):
-                prompt, answer = written[index]["messages"]
-                picture, question = prompt["content"]
-                take = seed_of("take", index) % config.takes
-                self.rows.append(([picture], question["text"], take, answer["content"], written[index]["tags"]))
+            self.rows = [
+                _Spoken(question, seed_of("take", index) % config.takes, written.paths[image], answer, [tag])
+                for index, (question, answer, image, tag) in enumerate(written.rows)
+            ]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        config = self.config
-        others, text, take, answer, tags = self.rows[row]
-        utterance = draw_utterance(text, self.voices, config.acoustics, config.split, text, take)
-        spoken = {"type": "audio", "path": str(clip(utterance, Path(config.folder))), "transcript": text}
-        pictures, texts = ([part for part in others if (part["type"] == "text") == text] for text in (False, True))
-        messages = [
-            {"role": "user", "content": [*pictures, spoken, *texts]},
-            {"role": "assistant", "content": answer},
-        ]
-        return {"id": f"{row}", "messages": messages, "tags": tags}
+        config, about = self.config, self.rows[row]
+        utterance = draw_utterance(about.text, self.voices, config.acoustics, config.split, about.text, about.take)
+        content = [{"type": "audio", "path": str(clip(utterance, Path(config.folder))), "transcript": about.text}]
+        if about.picture is None:
+            content.append({"type": "text", "text": TRANSCRIPT_QUESTION})
+        else:
+            content.insert(0, {"type": "image", "path": about.picture})
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": about.answer}]
+        return {"id": f"{row}", "messages": messages, "tags": about.tags}
+
+
+class _Spoken(NamedTuple):
+    """What a row says, in which take, about which picture (None: the row asks for a transcript), and its answer."""
+
+    text: str
+    take: int
+    picture: str | None
+    answer: str
+    tags: list[str]
 
 
 def caption(colour: str, shape: str) -> str:

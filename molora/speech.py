@@ -12,9 +12,13 @@ import _ctypes
 import ctypes
 import hashlib
 import json
+import os
 import random
+import threading
+import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,19 +26,29 @@ from typing import Any
 import numpy as np
 
 from molora.seeding import seed_of
-from molora.storage import write_atomically
+from molora.storage import sync
 
 _ACCENTS = ("en", "en-us", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029", "en-us-nyc")
 _TRAINING_TIMBRES = (
-    *("m1", "m2", "m3", "m4", "m5", "m7", "f1", "f2", "f4"),
-    *("Andy", "Annie", "Denis", "Alex", "Mike", "linda", "ed", "adam"),
+    *("m1", "m2", "m3", "m4", "m5", "m6", "m7", "f1", "f2", "f4"),
+    *("Andy", "Annie", "Denis", "Alex", "Mike", "linda", "ed"),
 )
-_HELD_OUT_TIMBRES = ("m6", "m8", "f3", "f5", "Michael", "steph")
+_HELD_OUT_TIMBRES = ("quincy", "m8", "f3", "f5", "Michael", "steph")
 
 TRAINING_VOICES = tuple(f"{accent}+{timbre}" for timbre in _TRAINING_TIMBRES for accent in _ACCENTS)
 HELD_OUT_VOICES = tuple(f"{accent}+{timbre}" for timbre in _HELD_OUT_TIMBRES for accent in _ACCENTS)
 
 _PEAK = 0.7
+
+# Below lies half the power of pink noise that starts at 1 Hz, where nothing is heard.
+_LOWEST_NOISE_HZ = 50
+
+# In the names of clips, so that a change of what follows espeak makes new ones.
+_ACOUSTICS_VERSION = 2
+
+# espeak's own limits; beyond them it says something else than was asked for.
+_WORDS_PER_MINUTE = (80, 450)
+_PITCHES = (0, 99)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +67,10 @@ class Utterance:
     def __post_init__(self) -> None:
         if not self.text.strip():
             raise ValueError("an utterance needs a text to speak, this one is empty")
+        limited = {"words_per_minute": _WORDS_PER_MINUTE, "pitch": _PITCHES}
+        for name, (least, most) in limited.items():
+            if not least <= (value := getattr(self, name)) <= most:
+                raise ValueError(f"{name} lies between {least} and {most}, got {value}")
 
 
 def draw_utterance(text: str, voices: Sequence[str], acoustics: bool, *key: int | str) -> Utterance:
@@ -71,8 +89,13 @@ def draw_utterance(text: str, voices: Sequence[str], acoustics: bool, *key: int 
 
 
 def clip(utterance: Utterance, folder: Path) -> Path:
-    """The utterance as a FLAC file in `folder`, made unless it is there. Raises ImportError without the extra."""
-    about = json.dumps({**asdict(utterance), "espeak": version("espeakng-loader")}, sort_keys=True)
+    """The utterance as a FLAC file in `folder`, made unless it is there; any number of workers may ask for it at once.
+
+    Raises: ImportError without the extra; ValueError as `speak` does.
+    """
+    about = json.dumps(
+        {**asdict(utterance), "espeak": _espeak_version(), "acoustics": _ACOUSTICS_VERSION}, sort_keys=True
+    )
     path = folder / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.flac"
     if not path.is_file():
         try:
@@ -80,23 +103,44 @@ def clip(utterance: Utterance, folder: Path) -> Path:
         except ImportError as error:
             raise ImportError("writing clips needs soundfile: pip install 'molora[demo]'") from error
         wave_L, rate_hz = speak(utterance)
-        write_atomically(path, lambda temporary: soundfile.write(temporary, wave_L, rate_hz, format="FLAC"))
+        folder.mkdir(parents=True, exist_ok=True)
+        # A name for each writer: workers that make the same clip must not write into one file, nor rename it twice.
+        temporary = folder / f".{path.name}.{uuid.uuid4().hex}.tmp"
+        soundfile.write(temporary, wave_L, rate_hz, format="FLAC")
+        sync(temporary)
+        os.replace(temporary, path)
     return path
 
 
 def speak(utterance: Utterance) -> tuple[np.ndarray, int]:
-    """The utterance as a mono waveform (L,) in fp32 with a peak of 0.7, and its sample rate in hertz."""
-    espeak = _Espeak()
-    try:
-        wave_L = espeak.speak(utterance.text, utterance.voice, utterance.words_per_minute, utterance.pitch)
-    finally:
-        espeak.close()
+    """The utterance as a mono waveform (L,) in fp32 with a peak of 0.7, and its sample rate in hertz.
+
+    Raises: ImportError without the extra; ValueError for a voice that espeak does not have and for a text of which
+    nothing can be heard; OSError if espeak cannot start.
+    """
+    with _turn():
+        espeak = _Espeak()
+        try:
+            wave_L = espeak.speak(utterance.text, utterance.voice, utterance.words_per_minute, utterance.pitch)
+        finally:
+            espeak.close()
     generator = np.random.default_rng(utterance.seed)
     if utterance.reverberation_seconds is not None:
         wave_L = _reverberate(wave_L, utterance.reverberation_seconds, espeak.rate_hz, generator)
     if utterance.noise_decibels is not None:
-        wave_L = wave_L + _noise_like(wave_L, utterance.noise_decibels, generator)
+        wave_L = wave_L + _noise_like(wave_L, utterance.noise_decibels, espeak.rate_hz, generator)
     return (wave_L * (_PEAK / np.abs(wave_L).max())).astype(np.float32), espeak.rate_hz
+
+
+@cache
+def _espeak_version() -> str:
+    return version("espeakng-loader")  # which parses a file: too slow to be asked for every clip
+
+
+@cache
+def _turn() -> threading.Lock:
+    """espeak-ng is one for the whole process, so threads speak one after the other."""
+    return threading.Lock()
 
 
 def _reverberate(wave_L: np.ndarray, seconds: float, rate_hz: int, generator: np.random.Generator) -> np.ndarray:
@@ -106,13 +150,15 @@ def _reverberate(wave_L: np.ndarray, seconds: float, rate_hz: int, generator: np
     response_L = echo_L / np.sqrt(3 * np.square(echo_L).sum())
     response_L[0] = 1.0
     length = len(wave_L) + num_samples - 1
-    return np.fft.irfft(np.fft.rfft(wave_L, length) * np.fft.rfft(response_L, length), length)
+    fast = 1 << (length - 1).bit_length()  # a length that is prime takes several times as long
+    return np.fft.irfft(np.fft.rfft(wave_L, fast) * np.fft.rfft(response_L, fast), fast)[:length]
 
 
-def _noise_like(wave_L: np.ndarray, decibels: float, generator: np.random.Generator) -> np.ndarray:
-    """Pink noise that is `decibels` weaker than the speech."""
+def _noise_like(wave_L: np.ndarray, decibels: float, rate_hz: int, generator: np.random.Generator) -> np.ndarray:
+    """Pink noise that is `decibels` weaker than the speech, from 50 Hz up."""
     spectrum_K = np.fft.rfft(generator.standard_normal(len(wave_L)))
-    spectrum_K /= np.sqrt(np.maximum(np.arange(len(spectrum_K)), 1))
+    hertz_K = np.fft.rfftfreq(len(wave_L), 1 / rate_hz)
+    spectrum_K *= (hertz_K >= _LOWEST_NOISE_HZ) / np.sqrt(np.maximum(hertz_K, _LOWEST_NOISE_HZ))
     noise_L = np.fft.irfft(spectrum_K, len(wave_L))
     return noise_L * np.sqrt(np.square(wave_L).mean() / np.square(noise_L).mean()) * 10 ** (-decibels / 20)
 
@@ -125,6 +171,7 @@ class _Espeak:
     """
 
     _SYNCHRONOUS, _RATE, _PITCH, _UTF8, _CHARACTERS = 2, 1, 3, 1, 1
+    _DO_NOT_EXIT = 0x8000  # else a failed start ends the whole process
 
     def __init__(self) -> None:
         try:
@@ -132,10 +179,15 @@ class _Espeak:
         except ImportError as error:
             raise ImportError("speaking needs espeak-ng: pip install 'molora[demo]'") from error
         self._library: Any = ctypes.CDLL(espeakng_loader.get_library_path())
-        data = str(espeakng_loader.get_data_path()).encode()
-        self.rate_hz: int = self._library.espeak_Initialize(self._SYNCHRONOUS, 0, data, 0)
+        self._data = Path(espeakng_loader.get_data_path())
+        path = os.fsencode(self._data)
+        self.rate_hz: int = self._library.espeak_Initialize(self._SYNCHRONOUS, 0, path, self._DO_NOT_EXIT)
         if self.rate_hz <= 0:
-            raise OSError(f"espeak-ng cannot start (error {self.rate_hz}); reinstall espeakng-loader")
+            _ctypes.dlclose(self._library._handle)
+            raise OSError(
+                f"espeak-ng cannot start with its data in {self._data}: reinstall espeakng-loader; if that path is "
+                f"longer than 150 characters (it has {len(path)}), in an environment with a shorter one"
+            )
         self._chunks: list[bytes] = []
         kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
         self._callback = kind(self._receive)  # kept, or ctypes would free what espeak calls
@@ -153,16 +205,19 @@ class _Espeak:
     def speak(self, text: str, voice: str, words_per_minute: int, pitch: int) -> np.ndarray:
         """Speech as float64 in [-1, 1]. Raises ValueError for a voice that espeak does not have."""
         library = self._library
-        if library.espeak_SetVoiceByName(voice.encode()):
+        timbre = voice.partition("+")[2]  # espeak passes over one that it does not have
+        known = not timbre or (self._data / "voices" / "!v" / timbre).is_file()
+        if not known or library.espeak_SetVoiceByName(voice.encode()):
             raise ValueError(f"espeak-ng has no voice {voice!r}")
         self._call(library.espeak_SetParameter, self._RATE, words_per_minute, 0)
         self._call(library.espeak_SetParameter, self._PITCH, pitch, 0)
         library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # else the clock seeds it
         said = text.encode() + b"\0"
         self._call(library.espeak_Synth, said, len(said), 0, self._CHARACTERS, 0, self._UTF8, None, None)
-        if not self._chunks:
+        wave_L = np.frombuffer(b"".join(self._chunks), np.int16)
+        if not wave_L.any():
             raise ValueError(f"espeak-ng says nothing for {text!r}")
-        return np.frombuffer(b"".join(self._chunks), np.int16) / 32768
+        return wave_L / 32768
 
     @staticmethod
     def _call(function: Any, *arguments: Any) -> None:

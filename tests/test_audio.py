@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,11 @@ def test_augmentation_comes_from_the_generator_alone_and_not_at_all_without():
     assert {len(features_SM) for features_SM in drawn} == {89, 98, 109}
 
 
+def test_the_shortest_clip_survives_being_sped_up():
+    modality = audio(augment={"speeds": [1.1]})
+    assert modality.prepare(clip(400), torch.Generator().manual_seed(0)).num_tokens == 1
+
+
 def test_masks_hide_no_more_than_they_may_behind_the_mean():
     features_SM = torch.rand(200, 80)
     config = AugmentConfig(time_masks=2, time_mask_frames=10, bin_masks=1, bin_mask_bins=5)
@@ -89,12 +95,30 @@ def test_it_travels_to_data_workers():
     assert modality.prepare(clip(800)).num_tokens == 1
 
 
+@torch.no_grad()
+def test_a_pretrained_encoder_is_an_encoder_like_any_other():
+    sizes = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16}
+    pretrained = {"architecture": "whisper", "pretrained": False, "arguments": sizes, "pool": 4}
+    modality = audio(tower={"kind": "pretrained", "pretrained": pretrained}, augment={"speeds": [0.9]})
+    encoder = modality.build_encoder().eval()
+    prepared = [modality.prepare(clip(16_000)), modality.prepare(clip(16_000), torch.Generator().manual_seed(0))]
+    assert [item.num_tokens for item in prepared] == [13, 14]
+    assert encoder(**modality.collate(prepared)).lengths == (13, 14)
+    saved = encoder.saved_config(with_weights=True)
+    assert isinstance(saved, AudioConfig) and saved.augment == modality.config.augment
+    again = Audio("audio", build(AudioConfig, asdict(saved), "saved")).build_encoder().eval()
+    again.load_state_dict(encoder.state_dict())
+    batch = modality.collate(prepared)
+    assert torch.equal(again(**batch).frames_SC, encoder(**batch).frames_SC)
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
         ({"augment": {"speeds": [0.1]}}, "speeds lie between 0.5 and 2"),
         ({"augment": {"time_masks": -1}}, "at least 0"),
         ({"tower": {"kind": "ear"}}, "kind"),
+        ({"tower": {"kind": "pretrained"}}, "kind pretrained has it"),
         ({"tower": {"conformer": {"width": 33}}}, "width is a multiple of heads"),
     ],
 )

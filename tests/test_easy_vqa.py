@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from molora.config import ConfigError
 from molora.data import SourceConfig, open_source
 from molora.easy_vqa import SpokenEasyVQA, SpokenEasyVQAConfig
 
@@ -38,8 +39,14 @@ def test_a_spoken_question_has_the_picture_and_the_answer_of_the_written_one(tmp
         picture, text = written[row]["messages"][0]["content"]
         own_picture, audio = spoken[row]["messages"][0]["content"]
         assert own_picture == picture and audio["type"] == "audio"
-        assert spoken.rows[row][1] == text["text"] and spoken.rows[row][2] in range(3)
+        assert spoken.rows[row].text == audio["transcript"] == text["text"] and spoken.rows[row].take in range(3)
         assert spoken[row]["messages"][1] == written[row]["messages"][1] and spoken[row]["tags"] == written[row]["tags"]
+
+
+def test_no_takes_are_refused() -> None:
+    options = {"split": "test", "task": "questions", "folder": "clips", "takes": 0}
+    with pytest.raises(ConfigError, match="takes is at least 1, got 0"):
+        open_source(SourceConfig(kind="spoken_easy_vqa", options=options), "here")
 
 
 def test_the_splits_share_no_voice(tmp_path: Path) -> None:
