@@ -14,6 +14,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from molora.assembly import BackboneConfig, ModalityConfig, RouterConfig
 from molora.checkpoint import file_hash
@@ -383,9 +384,18 @@ def _report(
             (TRANSCRIPT, "words right"): 0.90,
         },
         examples=examples,
-        history=[row for name in ("vision", "audio", ".") for row in read_history(run / name / "metrics.jsonl")],
+        history=_history(run),
         facts=facts,
     )
+
+
+def _history(run: Path) -> list[dict[str, Any]]:
+    """The rows of the three runs as those of one: each goes on counting where the one before it ended."""
+    rows: list[dict[str, Any]] = []
+    for folder in (run / "vision", run / "audio", run):
+        before = rows[-1]["step"] if rows else 0
+        rows += [{**row, "step": before + row["step"]} for row in read_history(folder / "metrics.jsonl")]
+    return rows
 
 
 def _example(item: Judged, loaded: LoadedModel) -> Example:
