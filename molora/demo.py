@@ -43,7 +43,7 @@ _PHRASES = (
 )
 _ENGLISH_CHARACTERS = 60_000
 _CAPTIONS_READ = 2
-_TEXTS_REPEATED = 12_000
+_TEXTS_REPEATED = 6_000
 _TAKES = 30
 _HELD_OUT_TAKES = 8
 _SHOWN_EXAMPLES = 10
@@ -100,8 +100,8 @@ def backbone_config(run: Path, quick: bool) -> PretrainConfig:
         key_value_heads=2,
         window_tokens=128,
         windows_per_step=8,
-        steps=10 if quick else 450,
-        learning_rate=1.5e-3,
+        steps=10 if quick else 900,
+        learning_rate=1e-3,
     )
 
 
