@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import re
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from molora.encoders.hub import check_keys, fetch, read_json, weight_files
 from molora.modality import Origin
 
 Colour = tuple[float, float, float]
@@ -221,12 +221,13 @@ def _transformers(config: TowerConfig, crop_pixels: int) -> Built:
     source, origin = _source(config, config.name)
     folder = source if source is not None and source.is_dir() else None
     if folder is None:
-        _check_arguments(config.arguments, [item.name for item in dataclasses.fields(SiglipVisionConfig)])
+        known = [item.name for item in dataclasses.fields(SiglipVisionConfig)]
+        check_keys("tower arguments", "SiglipVisionConfig", config.arguments, known)
         sizes: Any = SiglipVisionConfig(**{"image_size": crop_pixels, "patch_size": config.stride, **config.arguments})
     elif config.arguments:
         raise ValueError(f"tower {name}: its folder describes the architecture; leave out arguments")
     else:
-        found = _read_json(folder, "config.json")
+        found = read_json(folder / "config.json")
         if found.get("model_type") not in ("siglip", "siglip_vision_model"):
             raise ValueError(f"tower {name}: holds a {found.get('model_type')} model; kind transformers takes siglip")
         sizes = SiglipVisionConfig.from_dict(found.get("vision_config", found))
@@ -240,15 +241,15 @@ def _transformers(config: TowerConfig, crop_pixels: int) -> Built:
     model.post_layernorm = nn.Identity()
     if weights is not None:
         dropped = "".join(rf"|encoder\.layers\.{index}\." for index in range(blocks, depth))
-        known = r"text_model\.|head\.|post_layernorm\.|logit_scale$|logit_bias$|embeddings\.position_ids$" + dropped
+        unused = r"text_model\.|head\.|post_layernorm\.|logit_scale$|logit_bias$|embeddings\.position_ids$" + dropped
         state = {key.removeprefix("vision_model."): value for key, value in _read(weights).items()}
-        _load(model, state, re.compile(known), str(weights))
+        _load(model, state, re.compile(unused), str(weights))
 
     grid = crop_pixels // model.config.patch_size
     table_NC = _resample(model.embeddings.position_embedding.weight, grid)
     tower = PatchTower(model.embeddings.patch_embedding, table_NC, nn.Identity(), model.encoder.layers, grid)
     if folder is not None and (folder / "preprocessor_config.json").is_file():
-        about = _read_json(folder, "preprocessor_config.json")
+        about = read_json(folder / "preprocessor_config.json")
         tower.mean, tower.std = _colours({"mean": about.get("image_mean", HALF), "std": about.get("image_std", HALF)})
     keys = ("hidden_size", "intermediate_size", "num_attention_heads", "hidden_act", "layer_norm_eps")
     arguments = {key: getattr(sizes, key) for key in keys} | {"num_hidden_layers": depth}
@@ -272,7 +273,7 @@ def _timm(config: TowerConfig, crop_pixels: int) -> Built:
     if source is None or source.is_file():
         state = _read(source) if source is not None and config.pretrained else None
         return _timm_trunk(config, crop_pixels, name, config.arguments, {}, state, origin)
-    found = _read_json(source, "config.json")
+    found = read_json(source / "config.json")
     if "architecture" not in found:
         raise ValueError(f"{source / 'config.json'}: names no timm 'architecture'; this is no folder that timm saved")
     fields = {item.name for item in dataclasses.fields(timm.models.PretrainedCfg)} - {"source"}
@@ -288,7 +289,7 @@ def _open_clip(config: TowerConfig, crop_pixels: int) -> Built:
     source, origin = _source(config, repository)
     about: dict[str, Any] = {}
     if source is not None and source.is_dir():
-        found = _read_json(source, "open_clip_config.json")
+        found = read_json(source / "open_clip_config.json")
         vision = found["model_cfg"]["vision_cfg"]
         about = {key: found["preprocess_cfg"][key] for key in ("mean", "std") if key in found.get("preprocess_cfg", {})}
     else:
@@ -384,14 +385,6 @@ def _is_patch_transformer(model: Any) -> bool:
     )
 
 
-def _check_arguments(arguments: dict[str, Any], known: list[str]) -> None:
-    for key in arguments:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
-            raise ValueError(f"tower arguments: SiglipVisionConfig has no {key!r}; {hint}")
-
-
 def _kept(layer: int, depth: int, name: str) -> int:
     """How many blocks a tower needs so that `layer` is its last."""
     if not -depth <= layer:
@@ -433,18 +426,7 @@ def _source(config: TowerConfig, repository: str | None) -> tuple[Path | None, O
         return path, None
     if repository is None:
         return None, None
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    wanted = ["*.json", "*.safetensors"] if config.pretrained else ["*.json"]
-    try:
-        folder = Path(snapshot_download(repository, revision=config.revision, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
-        raise ValueError(
-            f"tower {repository} (revision {config.revision or 'main'}) cannot be fetched from the Hugging Face hub: "
-            f"{error}; check the name, the network and the login, or give a local folder in path"
-        ) from error
-    return folder, Origin(repository, folder.name)
+    return fetch(repository, config.revision, ["*.json", "*.safetensors"] if config.pretrained else ["*.json"])
 
 
 def _read(source: Path) -> dict[str, Tensor]:
@@ -456,21 +438,8 @@ def _read(source: Path) -> dict[str, Tensor]:
             return load_file(source)
         state = torch.load(source, map_location="cpu", weights_only=True)
         return state.get("state_dict", state)
-    index = source / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        files = [name for name in ("model.safetensors", "open_clip_model.safetensors") if (source / name).is_file()][:1]
-    if not files:
-        raise ValueError(f"{source}: no model.safetensors in this folder; name another file of weights in path")
-    return {key: value for name in files for key, value in load_file(source / name).items()}
-
-
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
-    try:
-        return json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder / name}: cannot be read ({error}); is the folder the right library's?") from error
+    files = weight_files(source, ("model.safetensors", "open_clip_model.safetensors"))
+    return {key: value for file in files for key, value in load_file(file).items()}
 
 
 def _load(model: nn.Module, state: dict[str, Tensor], unused: re.Pattern[str], where: str) -> None:

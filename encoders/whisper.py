@@ -10,8 +10,6 @@ I clips, N windows.
 
 from __future__ import annotations
 
-import difflib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from molora.encoders.hub import check_keys, fetch, read_json, weight_files
 from molora.modality import Encoder, Frames, Origin, Prepared
 
 SAMPLE_RATE_HZ = 16_000
@@ -218,8 +217,8 @@ class _Network:
         from huggingface_hub.errors import StrictDataclassError
 
         classes = self.classes()
-        _check_keys("arguments", classes.sizes, arguments, self.size_keys)
-        _check_keys("features", classes.extractor, sound, self.sound_keys)
+        check_keys("arguments", classes.sizes.__name__, arguments, self.size_keys)
+        check_keys("features", classes.extractor.__name__, sound, self.sound_keys)
         try:
             self.sizes: Any = classes.sizes(**arguments, **self.fixed)
         except StrictDataclassError as error:
@@ -438,14 +437,6 @@ class _Known(NamedTuple):
     origin: Origin | None
 
 
-def _check_keys(what: str, owner: type, given: dict[str, Any], known: Sequence[str]) -> None:
-    for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
-            raise ValueError(f"{what}: {owner.__name__} takes no {key!r} here; {hint}")
-
-
 def _check_bins(reads: int, made: int) -> None:
     if reads != made:
         raise ValueError(f"the network reads {reads} features a step, its feature extractor makes {made}")
@@ -459,23 +450,12 @@ def _fetch(config: PretrainedConfig, weights: Sequence[str]) -> tuple[Path, Orig
             raise ValueError(f"path {folder}: no such folder; give the folder that transformers saved")
         return folder, None
     assert config.name is not None
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        wanted = [*_DESCRIPTIONS, *weights]
-        folder = Path(snapshot_download(config.name, revision=config.revision, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
-        raise ValueError(
-            f"{config.name} (revision {config.revision or 'main'}) cannot be fetched from the Hugging Face hub: "
-            f"{error}; check the name, the network and the login, or give a local folder in path"
-        ) from error
-    return folder, Origin(config.name, folder.name)
+    return fetch(config.name, config.revision, [*_DESCRIPTIONS, *weights])
 
 
 def _read_sizes(folder: Path, kind: type[_Network]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a folder says of its network and of its feature extractor, reduced to what matters to the encoder."""
-    found = _read_json(folder / "config.json")
+    found = read_json(folder / "config.json")
     if found.get("model_type") not in kind.model_types:
         raise ValueError(
             f"{folder / 'config.json'}: holds a {found.get('model_type')} model, "
@@ -500,25 +480,20 @@ def _read_sizes(folder: Path, kind: type[_Network]) -> tuple[dict[str, Any], dic
 def _read_sound(folder: Path) -> dict[str, Any]:
     """The feature extractor's description: in a file of its own, or in that of the processor it belongs to."""
     if (folder / "processor_config.json").is_file():
-        found = _read_json(folder / "processor_config.json")
+        found = read_json(folder / "processor_config.json")
         if "feature_extractor" in found:
             return found["feature_extractor"]
-    return _read_json(folder / "preprocessor_config.json")
+    return read_json(folder / "preprocessor_config.json")
 
 
 def _read_weights(folder: Path, prefixes: Sequence[str], unused: tuple[str, ...]) -> dict[str, Tensor]:
     """The encoder's tensors in a folder, under the encoder's own names; others are not read."""
     from safetensors import safe_open
 
-    index = folder / "model.safetensors.index.json"
-    names = sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    for name in names:
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder}: no {name} in this folder; save the model with transformers, as safetensors")
     where: dict[str, Path] = {}
-    for name in names:
-        with safe_open(folder / name, "pt") as file:
-            where |= dict.fromkeys(file.keys(), folder / name)
+    for path in weight_files(folder):
+        with safe_open(path, "pt") as file:
+            where |= dict.fromkeys(file.keys(), path)
     prefix = next(prefix for prefix in prefixes if any(key.startswith(prefix) for key in where) or not prefix)
     state: dict[str, Tensor] = {}
     for path in dict.fromkeys(where.values()):
@@ -527,10 +502,3 @@ def _read_weights(folder: Path, prefixes: Sequence[str], unused: tuple[str, ...]
                 if key.startswith(prefix) and not key.removeprefix(prefix).startswith(unused):
                     state[key.removeprefix(prefix)] = file.get_tensor(key)
     return state
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); is it a folder that transformers saved?") from error

@@ -6,6 +6,7 @@ Letters: T tokens in a pack, K positions, D backbone width, V vocabulary.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import struct
@@ -77,6 +78,9 @@ class Backbone(nn.Module):
         model.set_attn_implementation(attention.NAME)
         self.rotary = wrap_rotary(model)
         self.activation_checkpointing = False
+        # Renamed in transformers 5.24, which Python 3.10 does not get.
+        parameters = inspect.signature(decoder(model).forward).parameters
+        self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
         for layer in decoder_layers(model):
             layer.forward = self._checkpointed(layer.forward)
         self.probe = probe or {}
@@ -133,8 +137,8 @@ class Backbone(nn.Module):
             output = decoder(self.model)(
                 inputs_embeds=embeds_TD[None],
                 position_ids=position_ids_T[None],
-                past_key_values=cache,
                 use_cache=cache is not None,
+                **{self._cache_argument: cache},
             )
         return output.last_hidden_state[0]
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 from molora.checkpoint import tensor_hash
 from molora.model import MoLoRA
 from molora.pack import Item, Sample
+from molora.storage import write_shared
 
 
 class FeatureCache:
@@ -47,10 +47,12 @@ class FeatureCache:
     def _filled(self, item: Item) -> Item:
         if item.modality not in self._keys:
             return item
-        key = _hash(self._keys[item.modality], item.prepared.tensors)
+        about = self._keys[item.modality] + tensor_hash(item.prepared.tensors)
+        key = hashlib.sha256(about.encode()).hexdigest()[:40]
         path = self.folder / item.modality / key[:2] / f"{key}.safetensors"
         if not path.is_file():
-            _write(path, {"frames_SC": self._encoded(item)})
+            frames_SC = self._encoded(item).cpu().contiguous()
+            write_shared(path, lambda temporary: save_file({"frames_SC": frames_SC}, temporary))
         return replace(item, frames_SC=load_file(path)["frames_SC"])
 
     @torch.no_grad()
@@ -58,20 +60,3 @@ class FeatureCache:
         tensors = self.model.modalities[item.modality].collate([item.prepared])
         tensors = {name: tensor.to(self.model.device) for name, tensor in tensors.items()}
         return self.model.encoders[item.modality](**tensors).frames_SC
-
-
-def _hash(about: str, tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.blake2b(about.encode(), digest_size=20)
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    """In one step, so that a kill leaves no half a file; not synced, as a lost file is only made again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-    os.replace(temporary, path)

@@ -15,7 +15,6 @@ import json
 import os
 import random
 import threading
-import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -26,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from molora.seeding import seed_of
-from molora.storage import sync
+from molora.storage import write_shared
 
 _ACCENTS = ("en", "en-us", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029", "en-us-nyc")
 _TRAINING_TIMBRES = (
@@ -103,12 +102,7 @@ def clip(utterance: Utterance, folder: Path) -> Path:
         except ImportError as error:
             raise ImportError("writing clips needs soundfile: pip install 'molora[demo]'") from error
         wave_L, rate_hz = speak(utterance)
-        folder.mkdir(parents=True, exist_ok=True)
-        # A name for each writer: workers that make the same clip must not write into one file, nor rename it twice.
-        temporary = folder / f".{path.name}.{uuid.uuid4().hex}.tmp"
-        soundfile.write(temporary, wave_L, rate_hz, format="FLAC")
-        sync(temporary)
-        os.replace(temporary, path)
+        write_shared(path, lambda temporary: soundfile.write(temporary, wave_L, rate_hz, format="FLAC"))
     return path
 
 

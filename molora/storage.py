@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,16 @@ from torch import Tensor
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write(temporary path)`, then makes the result appear at `path` in one step."""
+    _write(path, path.with_name(f".{path.name}.tmp"), write)
+
+
+def write_shared(path: Path, write: Callable[[Path], object]) -> None:
+    """The same for a file that several processes may make at once, each under a temporary name of its own."""
+    _write(path, path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp"), write)
+
+
+def _write(path: Path, temporary: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
     write(temporary)
     sync(temporary)
     os.replace(temporary, path)

@@ -291,7 +291,7 @@ def test_a_hub_name_loads_from_the_cache_and_knows_its_commit(folders, tmp_path,
         assert built.origin is not None
         assert (built.origin.source, built.origin.revision) == (repository, commit)
         assert torch.equal(built.tower.eval()(crops()), build(kind, path=str(folders[kind]))(crops()))
-    with pytest.raises(ValueError, match=f"tower {repository} .revision v2. cannot be fetched"):
+    with pytest.raises(ValueError, match=f"{repository} .revision v2. cannot be fetched"):
         build(kind, name=name, revision="v2")
 
 
@@ -415,7 +415,11 @@ SCRATCH: dict[str, Any] = {"pretrained": False}
             "grid of 2 frames a side, patch_pixels 14 promises 4",
         ),
         ("timm", {"name": "test_vit", **SCRATCH}, "test_vit cannot take crops of 56 pixels: .*divisible"),
-        ("transformers", {"arguments": {"hiden_size": 1}, **SCRATCH}, "no 'hiden_size'; did you mean 'hidden_size'"),
+        (
+            "transformers",
+            {"arguments": {"hiden_size": 1}, **SCRATCH},
+            "no 'hiden_size' here; did you mean 'hidden_size'",
+        ),
         (
             "transformers",
             {"arguments": {**SIZES, "patch_size": 7}, **SCRATCH},

@@ -1,0 +1,62 @@
+"""Files of pretrained encoders: fetched from the Hugging Face hub, and read as their libraries wrote them."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from molora.modality import Origin
+
+
+def fetch(repository: str, revision: str | None, wanted: Sequence[str]) -> tuple[Path, Origin]:
+    """The files of a repository whose names match a pattern in `wanted`, as a folder, and the commit they are of.
+
+    Raises: ValueError if the hub has no such repository or cannot be reached and the files were not fetched before.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(wanted)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"{repository} (revision {revision or 'main'}) cannot be fetched from the Hugging Face hub: "
+            f"{error}; check the name, the network and the login, or give a local folder in path"
+        ) from error
+    return folder, Origin(repository, folder.name)
+
+
+def weight_files(folder: Path, names: Sequence[str] = ("model.safetensors",)) -> list[Path]:
+    """The safetensors files of a folder: those of its index, else the first of `names` that is there.
+
+    Raises: ValueError if one is missing.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    else:
+        files = [folder / next((name for name in names if (folder / name).is_file()), names[0])]
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{folder}: no {file.name} in this folder; weights are read from safetensors files")
+    return files
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ValueError if the file is missing or no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); is the folder the right library's?") from error
+
+
+def check_keys(what: str, owner: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Raises ValueError, with the nearest name that there is, for a key that `owner` does not take."""
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
+            raise ValueError(f"{what}: {owner} takes no {key!r} here; {hint}")
