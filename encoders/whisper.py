@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from molora.encoders.hub import check_keys, fetch, read_json, weight_files
+from molora.encoders.sound import SAMPLE_RATE_HZ
 from molora.modality import Encoder, Frames, Origin, Prepared
-
-SAMPLE_RATE_HZ = 16_000
 
 # Bounds the memory of one call: it takes as much as this many whole windows.
 _WINDOWS_PER_CALL = 4

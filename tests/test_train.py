@@ -322,6 +322,38 @@ def test_a_pattern_that_trains_nothing_is_refused(home: Path, tmp_path: Path) ->
         train(config, show=False)
 
 
+def test_a_part_starts_from_another(home: Path, tmp_path: Path) -> None:
+    config = recipe(home, tmp_path / "run", evaluations={})
+    config.stages = config.stages[:1]
+    config.stages[0].steps = 1
+    config.stages[0].train = {"projectors.letters": PartConfig(learning_rate=1e-12)}
+    config.stages[0].start_from = {"projectors.letters.default": "projectors.numbers.default"}
+    train(config, show=False)
+    started, source = (
+        load_file(tmp_path / "run" / "modalities" / name / "projector.safetensors") for name in ("letters", "numbers")
+    )
+    assert started.keys() == source.keys()
+    for key, weight in started.items():
+        assert torch.allclose(weight, source[key], atol=1e-9), key
+
+
+@pytest.mark.parametrize(
+    ("start_from", "message"),
+    [
+        ({"projectors.letters": "projectors.numbers.default"}, r"no part \['projectors.letters'\]; the parts of this"),
+        ({"projectors.letters.default": "encoders.numbers"}, "cannot start from encoders.numbers: .* differ"),
+        ({"adapters.letters": "adapters.numbers"}, "adapters.letters does not train in this stage"),
+    ],
+)
+def test_a_part_starts_from_one_like_it_and_trains(
+    home: Path, tmp_path: Path, start_from: dict[str, str], message: str
+) -> None:
+    config = recipe(home, tmp_path / "run")
+    config.stages[0].start_from = start_from
+    with pytest.raises(ConfigError, match=f"stages.0.start_from: .*{message}"):
+        train(config, show=False)
+
+
 def test_a_changed_recipe_does_not_go_on(home: Path, tmp_path: Path) -> None:
     train(recipe(home, tmp_path / "run"), show=False)
     with pytest.raises(ConfigError, match="begun with other settings: seed was 0, is 1"):
