@@ -126,6 +126,16 @@ class Audio:
     def projectors(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(("default", *self.config.beside.values())))
 
+    def examples(self) -> list[dict[str, Any]]:
+        """A short hum, a rising one and a long hiss."""
+        seconds = [torch.arange(int(n * SAMPLE_RATE_HZ)) / SAMPLE_RATE_HZ for n in (0.3, 1.37)]
+        hum, rise = (0.3 * torch.sin(2 * torch.pi * 220 * s * (1 + k * s)) for k, s in enumerate(seconds))
+        hiss = 0.1 * torch.randn(int(2.5 * SAMPLE_RATE_HZ), generator=torch.Generator().manual_seed(0))
+        return [
+            {"type": self.part_type, "array": wave.numpy(), "sampling_rate": SAMPLE_RATE_HZ}
+            for wave in (hum, rise, hiss)
+        ]
+
 
 def spec_augment(features_SM: Tensor, config: AugmentConfig, generator: torch.Generator) -> Tensor:
     """Hides stretches of time and bands of bins behind the clip's mean."""

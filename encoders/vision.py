@@ -239,6 +239,13 @@ class Vision:
     def projectors(self) -> tuple[str, ...]:
         return ("default",)
 
+    def examples(self) -> list[dict[str, Any]]:
+        """Coloured noise: a square of one crop, a wide picture and a tall one."""
+        draw = np.random.default_rng(0)
+        side = self.config.crop_pixels
+        shapes = ((side, side, 3), (side, 2 * side - 3, 3), (2 * side + 5, side, 3))
+        return [{"type": self.part_type, "array": draw.integers(0, 256, shape, dtype=np.uint8)} for shape in shapes]
+
     def _open(self, key: str, value: Any) -> Image.Image:
         if key == "array":
             return self._from_array(value)

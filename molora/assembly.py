@@ -40,10 +40,11 @@ class ModalityConfig:
 
 @dataclass(kw_only=True)
 class RouterConfig:
-    """The router plugin and its options."""
+    """The router plugin and its options; or the run (`path`) whose router it is, with what that has learned."""
 
     plugin: str = "table"
     options: dict[str, Any] = field(default_factory=dict)
+    path: str | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ def assemble(
             )
     adapters = {name: plan.adapter for name, plan in blueprints.items() if plan.adapter is not None}
     router_class: Any = resolve("router", router.plugin)
-    decide = router_class(list(adapters), build(router_class.config_type, router.options, "router.options"))
+    options = build(router_class.config_type, router.options, "router.options")
+    decide = router_class(list(adapters), options, backbone.width)
     modalities = {name: plan.modality for name, plan in blueprints.items()}
     model = MoLoRA(backbone, modalities, adapters, decide, seed=seed)
     processor = Processor(tokenizer, modalities, decide.order, backbone.max_tokens)

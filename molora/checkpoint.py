@@ -22,6 +22,7 @@ from molora.model import MoLoRA
 from molora.storage import read_json, sync, write_json, write_tensors, write_text
 
 FORMAT_VERSION = "1.0"
+_ROUTER = "router.safetensors"
 
 
 def check_format(value: Mapping[str, Any], path: Path) -> None:
@@ -138,19 +139,22 @@ def load_modality(model: MoLoRA, name: str, folder: Path) -> None:
 # Runs ------------------------------------------------------------------------------------------------------------
 
 
-def write_run(run: Path, identity: Identity, dtype: str | None, modalities: list[str], router: RouterConfig) -> None:
-    """Writes molora.json, which makes a folder a run that `molora.load` opens.
+def write_run(run: Path, model: MoLoRA, dtype: str | None, router: RouterConfig) -> None:
+    """Writes molora.json, which makes a folder a run that `molora.load` opens, and what the router has learned.
 
     A backbone folder is named by its path from the run, so that the two can be moved together.
     """
+    identity = model.backbone.identity
     folder = os.path.relpath(identity.source, run) if Path(identity.source).is_dir() else None
+    if learned := model.router_tensors():
+        write_tensors(run / _ROUTER, learned)
     write_json(
         run / "molora.json",
         {
             "format_version": FORMAT_VERSION,
             "backbone": {**asdict(identity), "folder": folder, "dtype": dtype},
-            "modalities": modalities,
-            "router": asdict(router),
+            "modalities": list(model.modalities),
+            "router": {"plugin": router.plugin, "options": router.options},
         },
     )
 
@@ -173,6 +177,12 @@ def read_run(run: Path) -> RunAbout:
     about = read_json(path)
     check_format(about, path)
     return RunAbout(about["backbone"], about["modalities"], RouterConfig(**about["router"]))
+
+
+def load_router(model: MoLoRA, run: Path) -> None:
+    """Gives the router what the router of a run had learned, if it learns. Raises ValueError for what does not fit."""
+    if own := model.router_tensors():
+        lora.load_exactly(own, load_file(run / _ROUTER), str(run / _ROUTER))
 
 
 # States ----------------------------------------------------------------------------------------------------------

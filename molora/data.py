@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -17,12 +17,18 @@ from torch.utils.data import DataLoader, Dataset
 from molora.config import ConfigError, build
 from molora.messages import from_llava, from_openai, from_sharegpt
 from molora.pack import Sample
+from molora.plugins import resolve
 from molora.processor import Processor, SampleTooLong
 from molora.seeding import seed_of
 
 
 class Source(Protocol):
-    """Conversations by row. A row is {"id", "messages"} and may have "tags", a list of names to report metrics by."""
+    """Conversations by row; built as `Plugin(config)`, with a recipe's options read into `config_type`.
+
+    A row is {"id", "messages"} and may have "tags", a list of names to report metrics by.
+    """
+
+    config_type: ClassVar[type]
 
     def __len__(self) -> int: ...
 
@@ -177,25 +183,16 @@ def _rooted(messages: list[dict[str, Any]], root: Path) -> list[dict[str, Any]]:
     return messages
 
 
-SOURCES: dict[str, str] = {
-    "messages": "molora.data:Messages",
-    "table": "molora.data:Table",
-    "easy_vqa": "molora.easy_vqa:EasyVQA",
-    "spoken_easy_vqa": "molora.easy_vqa:SpokenEasyVQA",
-}
-
-
 def open_source(config: SourceConfig, where: str) -> Source:
-    """Opens a source by kind. Raises ConfigError."""
-    if config.kind not in SOURCES:
-        raise ConfigError(f"{where}.kind: no data source {config.kind!r}; there are {sorted(SOURCES)}")
-    module, _, name = SOURCES[config.kind].partition(":")
-    source_class = getattr(__import__(module, fromlist=[name]), name)
+    """Opens a source by its kind, a built-in name or a plugin's. Raises ConfigError."""
+    source_class: Any = resolve("source", config.kind)
     source: Source = source_class(build(source_class.config_type, config.options, f"{where}.options"))
     return source if config.limit is None else _First(source, config.limit)
 
 
 class _First:
+    config_type = SourceConfig
+
     def __init__(self, source: Source, limit: int) -> None:
         self.source = source
         self.limit = min(limit, len(source))

@@ -58,6 +58,7 @@ class _Running:
 
     id: str
     modalities: frozenset[str]
+    gates: Tensor | None
     prompt_TD: Tensor
     generator: torch.Generator
     answer: list[int] = field(default_factory=list)
@@ -111,12 +112,15 @@ def _prefill(
     pack = collate(samples, model.modalities, model.router.order).to(model.device)
     cache = PackedCache()
     embeds_TD = model.embed(pack)
-    hidden_TD = model(pack, embeds_TD=embeds_TD, cache=cache)
+    routing = model.router(pack, embeds_TD)
+    hidden_TD = model(pack, embeds_TD=embeds_TD, routing=routing, cache=cache)
     ends = torch.tensor(pack.lengths).cumsum(0) - 1
     logits = list(model.backbone.head(hidden_TD[ends]))
+    gates = routing.gates or (None,) * len(pack)
+    prompts = embeds_TD.split(pack.lengths)
     running = [
-        _Running(id, modalities, prompt, torch.Generator().manual_seed(seed_of(config.seed, id)))
-        for id, modalities, prompt in zip(pack.ids, pack.modalities, embeds_TD.split(pack.lengths), strict=True)
+        _Running(id, modalities, gate, prompt, torch.Generator().manual_seed(seed_of(config.seed, id)))
+        for id, modalities, gate, prompt in zip(pack.ids, pack.modalities, gates, prompts, strict=True)
     ]
     return running, logits, cache
 
@@ -164,6 +168,7 @@ def _continuation(samples: Sequence[_Running], lengths: tuple[int, ...], token_i
         modality_ids_T=torch.zeros_like(token_ids_T),
         targets_T=torch.zeros_like(token_ids_T, dtype=torch.bool),
         media={},
+        gates=tuple(sample.gates for sample in samples),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from molora.assembly import Blueprint, RouterConfig, assemble, pick_device
 from molora.backbone import load_backbone
-from molora.checkpoint import load_modality, read_blueprint, read_run
+from molora.checkpoint import load_modality, load_router, read_blueprint, read_run
 from molora.config import ConfigError
 from molora.generate import GenerationConfig, generate
 from molora.messages import Message
@@ -101,6 +101,7 @@ def load(
     Raises ConfigError or ValueError naming the file that does not fit, BackboneRefused for a backbone that cannot run.
     """
     run = Path(source)
+    own_router = router is None
     if (run / "molora.json").is_file():
         about = read_run(run)
         folders = [run / "modalities" / name for name in about.modalities] + [Path(folder) for folder in modalities]
@@ -125,4 +126,6 @@ def load(
     model, processor = assemble(backbone, tokenizer, plans, router or RouterConfig())
     for name, folder in origins.items():
         load_modality(model, name, folder)
+    if own_router and (run / "molora.json").is_file():
+        load_router(model, run)
     return LoadedModel(model.eval(), processor)

@@ -2,7 +2,7 @@
 
 PEFT injects, initialises, names, saves and loads; only the forward is ours.
 
-Letters: T tokens in a pack, D input width, O output width, R rank.
+Letters: T tokens in a pack or slice, D input width, O output width, R rank, E adapters.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _REFUSED = {
 
 
 class RoutedLinear(LoraLinear):
-    """A frozen linear layer with several adapters, of which each slice of a pack uses the one its routing names."""
+    """A frozen linear layer with several adapters, of which each slice of a pack uses those its routing names."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (…, T, D) to (…, T, O); tokens of a bare slice get exactly what the frozen layer gives."""
@@ -46,26 +46,39 @@ class RoutedLinear(LoraLinear):
         if flow is None:
             raise RuntimeError("a routed layer ran outside a molora forward: no routing says which adapter to use")
         out = self.base_layer(x)
-        if flow.routing is None or {piece.adapter for piece in flow.routing.slices}.isdisjoint(self.lora_A):
+        routing = flow.routing
+        if routing is None or not any(name in self.lora_A for piece in routing.slices for name in piece.adapters):
             return out
-        if x.shape[-2] != flow.routing.slices[-1].stop:
+        if x.shape[-2] != routing.slices[-1].stop:
             raise RuntimeError(
-                f"a routed layer received {x.shape[-2]} tokens but the pack has {flow.routing.slices[-1].stop}: "
+                f"a routed layer received {x.shape[-2]} tokens but the pack has {routing.slices[-1].stop}: "
                 "layers that regroup tokens (such as experts) cannot carry routed adapters"
             )
-        pieces = [self._slice(x, out, *piece) for piece in flow.routing.slices]
+        pieces = [self._slice(x, out, *piece) for piece in routing.slices]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-2)
 
-    def _slice(self, x: Tensor, out: Tensor, adapter: str | None, start: int, stop: int) -> Tensor:
+    def _slice(
+        self, x: Tensor, out: Tensor, adapters: tuple[str, ...], start: int, stop: int, weights_TE: Tensor | None
+    ) -> Tensor:
+        """The frozen layer's output for a slice, plus its adapters: one LoRA of all their ranks, gated unit by unit."""
         out = out[..., start:stop, :]
-        if adapter is None or adapter not in self.lora_A:
+        here = [index for index, name in enumerate(adapters) if name in self.lora_A]
+        if not here:
             return out
-        dropped = self.lora_dropout[adapter](x[..., start:stop, :])
-        a: Any = self.lora_A[adapter]
-        b: Any = self.lora_B[adapter]
-        low = F.linear(dropped, a.weight.to(x.dtype)) * self.scaling[adapter]
-        b_OR = b.weight.to(x.dtype)
+        lows, ups = [], []
+        for index in here:
+            name = adapters[index]
+            a, b = self._weights(name, x.dtype)
+            low = F.linear(self.lora_dropout[name](x[..., start:stop, :]), a) * self.scaling[name]
+            lows.append(low if weights_TE is None else low * weights_TE[:, index, None].to(x.dtype))
+            ups.append(b)
+        low, b_OR = (lows[0], ups[0]) if len(here) == 1 else (torch.cat(lows, dim=-1), torch.cat(ups, dim=1))
         return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), b_OR.T).view(out.shape)
+
+    def _weights(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        a: Any = self.lora_A[name]
+        b: Any = self.lora_B[name]
+        return a.weight.to(dtype), b.weight.to(dtype)
 
     def merge(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise RuntimeError("adapters of a routed model cannot be merged: each sample needs its own")

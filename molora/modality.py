@@ -104,3 +104,10 @@ class Modality(Protocol):
     def projectors(self) -> tuple[str, ...]:
         """Every name `projector` can return."""
         ...
+
+    def examples(self) -> list[dict[str, Any]]:
+        """A few content parts that `load` takes, the same every time, of different sizes, made without files or network.
+
+        With them `molora modality check` and `molora verify` can try the plugin.
+        """
+        ...

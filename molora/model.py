@@ -21,16 +21,19 @@ from molora.loss import target_losses
 from molora.modality import Encoder, Frames, Modality
 from molora.pack import Media, Pack
 from molora.projector import Projector
-from molora.routing import Flow, Router
+from molora.routing import Flow, Router, Routing
 from molora.seeding import seeded
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Per sample: the sum of its target losses (fp32, differentiable) and the number of its targets."""
+    """Per sample: the sum of its target losses (fp32, differentiable), the number of its targets, the routing that it
+    ran with, and what the router adds to its mean loss."""
 
     sums_N: Tensor
     num_targets: tuple[int, ...]
+    routing: Routing
+    router_N: Tensor
 
 
 class MoLoRA(nn.Module):
@@ -98,11 +101,16 @@ class MoLoRA(nn.Module):
         parts["router"] = dict(self.router.named_parameters())  # pyright: ignore[reportAttributeAccessIssue]
         return {name: parameters for name, parameters in parts.items() if parameters}
 
+    def router_tensors(self) -> dict[str, Tensor]:
+        """What the router has learned; empty for one that does not learn."""
+        return self.router.state_dict()  # pyright: ignore[reportAttributeAccessIssue]
+
     def parts_of(self, modalities: frozenset[str]) -> frozenset[str]:
         """The parts that a sample with these modalities runs through."""
         names = {f"encoders.{name}" for name in modalities}
         names |= {f"projectors.{name}.{self.modalities[name].projector(modalities)}" for name in modalities}
         names |= {f"adapters.{name}" for name in self.router.adapters(modalities)}
+        names |= {"router"} if self.router.learns(modalities) else set()
         return frozenset(names & self.parts().keys())
 
     def trains(self, modalities: frozenset[str]) -> bool:
@@ -161,17 +169,20 @@ class MoLoRA(nn.Module):
         *,
         embeds_TD: Tensor | None = None,
         position_ids_T: Tensor | None = None,
+        routing: Routing | None = None,
         cache: PackedCache | None = None,
     ) -> Tensor:
         """Final hidden states (T, D): embed and splice, route, run the backbone.
 
-        `embeds_TD` and `position_ids_T` replace the pack's own when a sample goes on from a cache.
+        `embeds_TD` and `position_ids_T` replace the pack's own when a sample goes on from a cache; `routing` is given
+        by callers that want to know it.
         """
         if embeds_TD is None:
             embeds_TD = self.embed(pack)
         if position_ids_T is None:
             position_ids_T = pack.position_ids_T
-        routing = self.router(pack, embeds_TD)
+        if routing is None:
+            routing = self.router(pack, embeds_TD)
         return self.backbone(embeds_TD, position_ids_T, Flow(pack.lengths, routing), cache)
 
     def logits(self, pack: Pack) -> Tensor:
@@ -180,7 +191,9 @@ class MoLoRA(nn.Module):
 
     def losses(self, pack: Pack) -> Losses:
         """Next-token losses on the pack's target positions."""
-        hidden_TD = self(pack)
+        embeds_TD = self.embed(pack)
+        routing = self.router(pack, embeds_TD)
+        hidden_TD = self(pack, embeds_TD=embeds_TD, routing=routing)
         starts = torch.tensor((0, *pack.lengths[:-1]), device=hidden_TD.device).cumsum(0)
         is_target_T = pack.targets_T.clone()
         is_target_T[starts] = False  # nothing precedes a sample's first token
@@ -191,4 +204,5 @@ class MoLoRA(nn.Module):
         samples_K = pack.sample_ids_T[positions_K]
         sums_N = torch.zeros(len(pack), device=hidden_TD.device).index_add(0, samples_K, losses_K)
         counts = torch.bincount(samples_K, minlength=len(pack))
-        return Losses(sums_N, tuple(counts.tolist()))
+        router_N = torch.zeros_like(sums_N) if routing.losses_N is None else routing.losses_N
+        return Losses(sums_N, tuple(counts.tolist()), routing, router_N)

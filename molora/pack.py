@@ -68,7 +68,10 @@ class Media:
 
 @dataclass(frozen=True)
 class Pack:
-    """Samples concatenated along one token axis, no padding. `lengths` are tokens per sample."""
+    """Samples concatenated along one token axis, no padding. `lengths` are tokens per sample.
+
+    `gates` are what the router decided for each sample before, if they go on from a cache.
+    """
 
     ids: tuple[str, ...]
     lengths: tuple[int, ...]
@@ -77,6 +80,7 @@ class Pack:
     modality_ids_T: Tensor
     targets_T: Tensor
     media: Mapping[str, Media]
+    gates: tuple[Tensor | None, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)

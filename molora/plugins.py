@@ -1,7 +1,7 @@
 """Plugins: from a name in a config to the class that it means.
 
 A spec is a built-in name, `package.module:Class`, `path/to/file.py:Class`, or a name that an installed package declares
-in the entry-point group `molora.modalities` or `molora.routers`.
+in the entry-point group `molora.modalities`, `molora.routers` or `molora.sources`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,26 @@ from typing import Literal, NamedTuple
 
 from molora.config import ConfigError
 
-Kind = Literal["modality", "router"]
+Kind = Literal["modality", "router", "source"]
 
-_GROUPS = {"modality": "molora.modalities", "router": "molora.routers"}
+_GROUPS = {"modality": "molora.modalities", "router": "molora.routers", "source": "molora.sources"}
 
-# What a class must have to keep the contract of molora.modality or molora.routing (`name` and `config` are instances').
+_SOURCES = {
+    "messages": "molora.data:Messages",
+    "table": "molora.data:Table",
+    "easy_vqa": "molora.easy_vqa:EasyVQA",
+    "spoken_easy_vqa": "molora.easy_vqa:SpokenEasyVQA",
+}
+
+# What a class must have to keep the contract of molora.modality, molora.routing or molora.data (`name` and `config` are
+# instances').
 _MEMBERS = {
-    "modality": ("config_type", "part_type", "load", "prepare", "collate", "build_encoder", "projector", "projectors"),
-    "router": ("config_type", "order", "adapters", "forward"),
+    "modality": (
+        *("config_type", "part_type", "load", "prepare", "collate", "build_encoder", "projector", "projectors"),
+        "examples",
+    ),
+    "router": ("config_type", "order", "adapters", "learns", "forward"),
+    "source": ("config_type", "__len__", "__getitem__"),
 }
 
 
@@ -41,8 +53,10 @@ def available(kind: Kind) -> list[Plugin]:
     """Every plugin of a kind that has a name, built-in ones first."""
     if kind == "modality":
         from molora.encoders import MODALITIES as built_in
-    else:
+    elif kind == "router":
         from molora.routers import ROUTERS as built_in
+    else:
+        built_in = _SOURCES
     installed = (
         Plugin(entry.name, entry.dist.name if entry.dist else "an installed package", entry.value)
         for entry in entry_points(group=_GROUPS[kind])

@@ -1,15 +1,16 @@
 """Routing: which adapter each token of a pack runs with, and how that reaches the layers.
 
-Letters: T tokens in a pack, D backbone width.
+Letters: T tokens in a pack or slice, N samples, D backbone width, E adapters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+from itertools import groupby
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -21,39 +22,63 @@ class RoutingError(ValueError):
     """A set of modalities without a rule, or a rule that names an unknown adapter."""
 
 
-class Slice(NamedTuple):
-    """Tokens `start:stop` of a pack run with `adapter`; None is the bare backbone."""
+def modality_set(key: str, where: str) -> frozenset[str]:
+    """The set that "audio+vision" means. Raises RoutingError for one without modalities."""
+    modalities = frozenset(name.strip() for name in key.split("+") if name.strip())
+    if not modalities:
+        raise RoutingError(f"router {where}: a rule for text alone is not possible, it runs on the bare backbone")
+    return modalities
 
-    adapter: str | None
+
+class Slice(NamedTuple):
+    """Tokens `start:stop` of a pack run with the sum of `adapters`; none is the bare backbone.
+
+    `weights_TE` says how much of each adapter each token takes; None is all of every one.
+    """
+
+    adapters: tuple[str, ...]
     start: int
     stop: int
+    weights_TE: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Routing:
-    """One decision for one pack: slices in order that cover every token once."""
+    """One decision for one pack: slices in order that cover every token once.
+
+    `gates` are, sample by sample, what a router of scope `sample` decided and wants to be told again when the sample
+    goes on from a cache. `losses_N` is what a router that learns adds to the mean loss of every sample.
+    """
 
     slices: tuple[Slice, ...]
+    gates: tuple[Tensor | None, ...] | None = None
+    losses_N: Tensor | None = None
 
     @classmethod
-    def by_sample(cls, adapters: tuple[str | None, ...], lengths: tuple[int, ...]) -> Routing:
-        """Hard routing at sample scope; neighbours with the same adapter share a slice."""
-        slices: list[Slice] = []
-        start = 0
-        for adapter, length in zip(adapters, lengths, strict=True):
-            if slices and slices[-1].adapter == adapter:
-                slices[-1] = Slice(adapter, slices[-1].start, start + length)
-            else:
-                slices.append(Slice(adapter, start, start + length))
-            start += length
-        return cls(tuple(slices))
+    def by_sample(cls, adapters: Sequence[tuple[str, ...]], lengths: Sequence[int]) -> Routing:
+        """Hard routing at sample scope; neighbours with the same adapters share a slice."""
+        return cls(tuple(Slice(chosen, start, stop) for chosen, start, stop, _ in runs(adapters, lengths)))
+
+
+K = TypeVar("K")
+
+
+def runs(keys: Sequence[K], lengths: Sequence[int]) -> Iterator[tuple[K, int, int, slice]]:
+    """Neighbouring samples of equal key: the key, their tokens' start and stop, and which samples they are."""
+    start = first = 0
+    for key, group in groupby(keys):
+        after = first + len(list(group))
+        stop = start + sum(lengths[first:after])
+        yield key, start, stop, slice(first, after)
+        start, first = stop, after
 
 
 class Router(Protocol):
     """Decides adapters; an `nn.Module`, called once per forward.
 
     `config_type` is a dataclass; a recipe's `router.options` are read into it, and the plugin is built as
-    `Plugin(adapters, config)` with the names of the adapters there are.
+    `Plugin(adapters, config, width)` with the names of the adapters there are and the backbone's width D.
+    Text alone runs on the bare backbone, whatever the router.
     """
 
     config_type: ClassVar[type]
@@ -66,6 +91,10 @@ class Router(Protocol):
         """Every adapter a sample with these modalities can run with."""
         ...
 
+    def learns(self, modalities: frozenset[str]) -> bool:
+        """Whether such a sample runs through the router's own parameters."""
+        ...
+
     def __call__(self, pack: Pack, embeds_TD: Tensor) -> Routing: ...
 
 
@@ -73,7 +102,7 @@ class Router(Protocol):
 class Flow:
     """What the layers need to know about the pack in flight. Immutable: recomputation restores the same object.
 
-    `lengths` are the query tokens of each sample; `adapter slices` come with `routing` (None: bare backbone).
+    `lengths` are the query tokens of each sample; the adapters come with `routing` (None: bare backbone).
     """
 
     lengths: tuple[int, ...]

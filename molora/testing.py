@@ -206,6 +206,9 @@ class Numbers:
     def projectors(self) -> tuple[str, ...]:
         return ("beside", "default") if self.config.projector_beside else ("default",)
 
+    def examples(self) -> list[dict[str, Any]]:
+        return [{"type": "numbers", "numbers": numbers} for numbers in ([0.5], [1.0, -2.0, 0.25], [0.0] * 5)]
+
 
 class Letters(Numbers):
     """The same under another part type, to have a second modality."""
@@ -217,6 +220,9 @@ class Letters(Numbers):
         if not letters:
             raise MediaError(f"letters part {dict(part)!r}: no letters; give {{'type': 'letters', 'letters': 'abc'}}")
         return [float(ord(letter) - ord("a")) / 26 for letter in letters]
+
+    def examples(self) -> list[dict[str, Any]]:
+        return [{"type": "letters", "letters": letters} for letters in ("a", "sense", "zebra")]
 
 
 class _NumbersEncoder(Encoder):

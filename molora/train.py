@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import platform
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -25,7 +27,9 @@ from molora.backbone import load_backbone
 from molora.checkpoint import (
     latest_state,
     load_modality,
+    load_router,
     read_blueprint,
+    read_run,
     read_state,
     save_modality,
     save_state,
@@ -39,8 +43,9 @@ from molora.features import FeatureCache
 from molora.metrics import MetricsLog
 from molora.model import MoLoRA
 from molora.optim import PartConfig, PartOptimizer, count, matches, set_trainable
-from molora.pack import Sample
+from molora.pack import Pack, Sample
 from molora.processor import Processor
+from molora.routing import Routing
 from molora.seeding import seed_of
 from molora.storage import write_text
 from molora.terminal import console, progress
@@ -126,10 +131,22 @@ def build_model(recipe: Recipe, device: torch.device) -> tuple[MoLoRA, Processor
                 console.print(f"[yellow]{warning}[/]")
         else:
             plans[name] = blueprint(name, str(config.plugin), config.options, config.adapter, where)
-    model, processor = assemble(backbone, tokenizer, plans, recipe.router, seed=recipe.seed)
+    model, processor = assemble(backbone, tokenizer, plans, router_config(recipe), seed=recipe.seed)
     for name, folder in saved.items():
         load_modality(model, name, folder)
+    if recipe.router.path is not None:
+        load_router(model, Path(recipe.router.path))
     return model, processor, plans
+
+
+def router_config(recipe: Recipe) -> RouterConfig:
+    """The router's plugin and options, the recipe's own or those of the run it names."""
+    router = recipe.router
+    if router.path is None:
+        return router
+    if router != RouterConfig(path=router.path):
+        raise ConfigError(f"router: path {router.path!r} brings plugin and options with it; leave them out")
+    return read_run(Path(router.path)).router
 
 
 def describe(model: MoLoRA, stage: StageConfig) -> None:
@@ -185,6 +202,7 @@ def train_step(
     totals: Any = accelerator.reduce(torch.tensor([float(targets[g]) for g in groups], device=model.device), "sum")
     targets = {group: int(total) for group, total in zip(groups, totals.tolist(), strict=True)}
     sums = dict.fromkeys(groups, 0.0)
+    shares: list[tuple[str, dict[str, float]]] = []
     trained = {group: model.trains(group) for group in groups}
     for trains in (False, True):
         chosen = [sample for sample in samples if trained[sample.modalities] == trains]
@@ -193,11 +211,13 @@ def train_step(
             with nullcontext() if trains else torch.no_grad():
                 losses = model.losses(pack)
                 shares_N = torch.tensor([1 / max(1, targets[m]) for m in pack.modalities], device=model.device)
-                loss = (losses.sums_N * shares_N).sum()
+                counts_N = torch.tensor(losses.num_targets, device=model.device)
+                loss = ((losses.sums_N + losses.router_N * counts_N) * shares_N).sum()
             if trains and loss.isfinite():
                 loss.backward()
             for modalities, value in zip(pack.modalities, losses.sums_N.tolist(), strict=True):
                 sums[modalities] += value
+            shares += routed_shares(pack, losses.routing)
     reduced: Any = accelerator.reduce(
         torch.tensor([sums[g] for g in groups], device=model.device, dtype=torch.float64), "sum"
     )
@@ -212,12 +232,32 @@ def train_step(
     for group, mean in means.items():
         name = "+".join(sorted(group)) or "text"
         row[f"loss/{name}"], row[f"targets/{name}"] = mean, targets[group]
+    shares = gather_object(shares)
+    samples_of = Counter(name for name, _ in shares)
+    for name, taken in shares:
+        for adapter, share in taken.items():
+            key = f"routing/{name}/{adapter}"
+            row[key] = row.get(key, 0.0) + share / samples_of[name]
     present = frozenset().union(*(model.parts_of(group) for group in groups if targets[group]))
     for part, optimizer in optimizers.items():
         if part in present:
             _reduce_gradients(optimizer, accelerator)
             row[f"gradient_norm/{part}"], row[f"learning_rate/{part}"] = optimizer.step()
     return row
+
+
+def routed_shares(pack: Pack, routing: Routing) -> list[tuple[str, dict[str, float]]]:
+    """For each sample that a router gave weights: its modalities, and the mean weight of each adapter that it took."""
+    shares = []
+    ends = list(itertools.accumulate(pack.lengths))
+    for piece in routing.slices:
+        if piece.weights_TE is not None:
+            inside = [n for n, end in enumerate(ends) if piece.start < end <= piece.stop]
+            weights = piece.weights_TE.detach().split([pack.lengths[n] for n in inside])
+            for n, weights_TE in zip(inside, weights, strict=True):
+                means = weights_TE.mean(0).tolist()
+                shares.append(("+".join(sorted(pack.modalities[n])), dict(zip(piece.adapters, means, strict=True))))
+    return shares
 
 
 def _reduce_gradients(optimizer: PartOptimizer, accelerator: Accelerator) -> None:
@@ -380,8 +420,7 @@ class _Run:
         """Writes the modality folders and what makes the folder a run."""
         for name, plan in self.plans.items():
             save_modality(self.model, name, plan, self.folder / "modalities" / name, self.pristine)
-        identity, recipe = self.model.backbone.identity, self.recipe
-        write_run(self.folder, identity, recipe.backbone.dtype, list(self.plans), recipe.router)
+        write_run(self.folder, self.model, self.recipe.backbone.dtype, router_config(self.recipe))
 
     def _trained(self) -> dict[str, Tensor]:
         """Every weight that a stage up to the run's position trains; the others are as the recipe built them."""

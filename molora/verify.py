@@ -140,7 +140,7 @@ def _difference(ours: Tensor, reference: Tensor) -> float:
 
 def _bare_logits(model: MoLoRA, pack: Pack) -> Tensor:
     """The pack with every sample on the bare backbone."""
-    flow = Flow(pack.lengths, Routing.by_sample((None,) * len(pack), pack.lengths))
+    flow = Flow(pack.lengths, Routing.by_sample([()] * len(pack), pack.lengths))
     return model.backbone.head(model.backbone(model.embed(pack), pack.position_ids_T, flow))
 
 

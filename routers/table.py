@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from molora.routing import Routing, RoutingError
+from molora.routing import Routing, RoutingError, modality_set
 
 
 @dataclass
@@ -28,13 +28,11 @@ class TableRouter(nn.Module):
 
     config_type: ClassVar[type] = TableConfig
 
-    def __init__(self, adapters: Sequence[str], config: TableConfig) -> None:
+    def __init__(self, adapters: Sequence[str], config: TableConfig, width: int = 0) -> None:
         super().__init__()
         self.table: dict[frozenset[str], str | None] = {frozenset({name}): name for name in adapters}
         for key, adapter in config.rules.items():
-            modalities = frozenset(name.strip() for name in key.split("+") if name.strip())
-            if not modalities:
-                raise RoutingError("router rules: a rule for text alone is not possible, it runs on the bare backbone")
+            modalities = modality_set(key, "rules")
             if adapter is not None and adapter not in adapters:
                 raise RoutingError(
                     f"router rule {key!r} names adapter {adapter!r}; the adapters here are {sorted(adapters)}"
@@ -60,5 +58,8 @@ class TableRouter(nn.Module):
         adapter = self.adapter(modalities)
         return frozenset() if adapter is None else frozenset({adapter})
 
+    def learns(self, modalities: frozenset[str]) -> bool:
+        return False
+
     def forward(self, pack: Any, embeds_TD: Tensor) -> Routing:
-        return Routing.by_sample(tuple(self.adapter(m) for m in pack.modalities), pack.lengths)
+        return Routing.by_sample([tuple(self.adapters(m)) for m in pack.modalities], pack.lengths)

@@ -59,6 +59,12 @@ class KeywordTransformer:
     def projectors(self) -> tuple[str, ...]:
         return ("default",)
 
+    def examples(self) -> list[dict[str, Any]]:
+        hiss = torch.randn(2 * SAMPLES, generator=torch.Generator().manual_seed(0)).numpy() / 10
+        return [
+            {"type": "audio", "array": hiss[:count], "sampling_rate": 16_000} for count in (4_000, SAMPLES, 2 * SAMPLES)
+        ]
+
 
 class KeywordBlock(nn.Module):
     def __init__(self) -> None:

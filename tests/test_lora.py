@@ -44,7 +44,7 @@ def save(backbone: Backbone, name: str, options: dict[str, Any], folder: Path) -
 def run(backbone: Backbone, samples: list[Tensor], adapters: tuple[str | None, ...]) -> tuple[Tensor, ...]:
     lengths = tuple(map(len, samples))
     positions = torch.cat([torch.arange(n) for n in lengths])
-    flow = Flow(lengths, Routing.by_sample(adapters, lengths))
+    flow = Flow(lengths, Routing.by_sample([() if name is None else (name,) for name in adapters], lengths))
     return backbone.head(backbone(backbone.embed(torch.cat(samples)), positions, flow)).split(lengths)
 
 

@@ -114,7 +114,7 @@ def test_logits_are_those_that_each_sample_has_alone(model: MoLoRA, processor: P
     for sample in samples:
         assert_close(packed[sample.id], model.logits(alone(model, sample)), what=f"sample {sample.id}")
     routing = model.router(pack, torch.empty(0))
-    assert [piece.adapter for piece in routing.slices] == [None, "audio", "vision"], "an adapter is one slice"
+    assert [piece.adapters for piece in routing.slices] == [(), ("audio",), ("vision",)], "an adapter is one slice"
 
 
 def test_gradients_are_those_that_each_sample_has_alone(model: MoLoRA, processor: Processor):

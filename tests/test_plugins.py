@@ -30,6 +30,7 @@ class Depth:
     def build_encoder(self): ...
     def projector(self, company): return "default"
     def projectors(self): return ("default",)
+    def examples(self): return []
 
 class Half:
     config_type = DepthConfig

@@ -148,7 +148,7 @@ def test_1_frozen_text_alone_equals_transformers_to_the_bit(
 
 def test_1_frozen_text_in_a_pack_equals_the_bare_pack_to_the_bit(loaded: LoadedModel, samples: list[Sample]) -> None:
     model, pack = loaded.model, loaded.processor.collate(samples)
-    flow = Flow(pack.lengths, Routing.by_sample((None,) * len(pack), pack.lengths))
+    flow = Flow(pack.lengths, Routing.by_sample([()] * len(pack), pack.lengths))
     with torch.no_grad():
         bare = model.backbone.head(model.backbone(model.embed(pack), pack.position_ids_T, flow)).split(pack.lengths)
     packed = packed_logits(loaded, samples)

@@ -1,0 +1,68 @@
+"""A sample runs with the adapters of all its modalities at once, each as much as its weight says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from molora.routing import Routing, RoutingError, Slice, modality_set, runs
+
+
+@dataclass
+class SumConfig:
+    """`weights` maps modalities joined by "+" (any order) to how much of which adapter they run with, such as
+    {"audio+vision": {"vision": 1.0, "audio": 0.5}}. Without an entry a set runs with all of its own adapters, in full.
+    """
+
+    weights: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+class SumRouter(nn.Module):
+    """Weighted sums of adapters at sample scope, no parameters."""
+
+    config_type: ClassVar[type] = SumConfig
+
+    def __init__(self, adapters: Sequence[str], config: SumConfig, width: int) -> None:
+        super().__init__()
+        self.known = frozenset(adapters)
+        self.rules = {modality_set(key, "weights"): weights for key, weights in config.weights.items()}
+        for key, weights in config.weights.items():
+            if unknown := weights.keys() - self.known:
+                raise RoutingError(
+                    f"router weights {key!r} name {sorted(unknown)}; the adapters here are {sorted(adapters)}"
+                )
+
+    def weights(self, modalities: frozenset[str]) -> Mapping[str, float]:
+        """Adapter to weight, without those that weigh nothing. Raises RoutingError for modalities without any adapter
+        and without an entry."""
+        found = self.rules.get(modalities)
+        if found is None:
+            found = dict.fromkeys(sorted(modalities & self.known), 1.0)
+            if modalities and not found:
+                name = "+".join(sorted(modalities))
+                raise RoutingError(f"no adapter for a sample with modalities {name!r}; add 'router.weights.{name}'")
+        return {name: weight for name, weight in sorted(found.items()) if weight}
+
+    def order(self, modalities: frozenset[str]) -> str:
+        return "+".join(f"{weight:g} {name}" for name, weight in self.weights(modalities).items())
+
+    def adapters(self, modalities: frozenset[str]) -> frozenset[str]:
+        return frozenset(self.weights(modalities))
+
+    def learns(self, modalities: frozenset[str]) -> bool:
+        return False
+
+    def forward(self, pack: Any, embeds_TD: Tensor) -> Routing:
+        slices = []
+        for modalities, start, stop, _ in runs(pack.modalities, pack.lengths):
+            weights = self.weights(modalities)
+            whole = all(weight == 1 for weight in weights.values())
+            weights_E = None if whole else torch.tensor(list(weights.values()), device=embeds_TD.device)
+            slices.append(
+                Slice(tuple(weights), start, stop, None if weights_E is None else weights_E.expand(stop - start, -1))
+            )
+        return Routing(tuple(slices))
