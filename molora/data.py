@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -23,12 +23,10 @@ from molora.seeding import seed_of
 
 
 class Source(Protocol):
-    """Conversations by row; built as `Plugin(config)`, with a recipe's options read into `config_type`.
+    """Conversations by row; built as `Plugin(config)`, with a recipe's options read into its `config_type`.
 
     A row is {"id", "messages"} and may have "tags", a list of names to report metrics by.
     """
-
-    config_type: ClassVar[type]
 
     def __len__(self) -> int: ...
 
@@ -191,8 +189,6 @@ def open_source(config: SourceConfig, where: str) -> Source:
 
 
 class _First:
-    config_type = SourceConfig
-
     def __init__(self, source: Source, limit: int) -> None:
         self.source = source
         self.limit = min(limit, len(source))

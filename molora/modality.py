@@ -106,7 +106,7 @@ class Modality(Protocol):
         ...
 
     def examples(self) -> list[dict[str, Any]]:
-        """A few content parts that `load` takes, the same every time, of different sizes, made without files or network.
+        """A few content parts that `load` takes, the same every time, of different sizes, without files or network.
 
         With them `molora modality check` and `molora verify` can try the plugin.
         """

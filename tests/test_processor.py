@@ -56,6 +56,9 @@ class Fingers:
     def projectors(self) -> tuple[str, ...]:
         return ("alone", "accompanied")
 
+    def examples(self) -> list[dict[str, Any]]:
+        return [{"type": self.part_type, "n": n} for n in (1, 3)]
+
 
 class Sheep(Fingers):
     part_type: ClassVar[str] = "herd"
