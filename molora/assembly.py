@@ -17,6 +17,7 @@ from molora.modality import Modality
 from molora.model import MoLoRA
 from molora.plugins import resolve
 from molora.processor import Processor
+from molora.routing import RoutingError
 
 
 @dataclass(kw_only=True)
@@ -49,20 +50,25 @@ class RouterConfig:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A modality before its weights: the plugin spec it came from, the weightless plugin, and its adapter's config."""
+    """A modality before its weights: the plugin spec it came from, the weightless plugin, its adapter's config, and
+    where all this is written."""
 
     plugin: str
     modality: Modality
     adapter: LoraConfig | None
+    where: str = ""
 
 
 def blueprint(
     name: str, plugin: str, options: Mapping[str, Any], adapter: Mapping[str, Any] | None, where: str
 ) -> Blueprint:
     """Resolves a plugin and reads its options. Raises ConfigError, and the plugin's own errors."""
-    modality_class: Any = resolve("modality", plugin)
+    try:
+        modality_class: Any = resolve("modality", plugin)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
     modality = modality_class(name, build(modality_class.config_type, options, f"{where}.options"))
-    return Blueprint(plugin, modality, None if adapter is None else lora_config(adapter, f"{where}.adapter"))
+    return Blueprint(plugin, modality, None if adapter is None else lora_config(adapter, f"{where}.adapter"), where)
 
 
 def assemble(
@@ -72,19 +78,29 @@ def assemble(
     router: RouterConfig,
     *,
     seed: int = 0,
+    where: str = "router",
 ) -> tuple[MoLoRA, Processor]:
-    """Builds model and processor, which share modalities, their order and the router's order of samples."""
+    """Builds model and processor, which share modalities, their order and the router's order of samples.
+
+    `where` is where the router is written. Raises ConfigError for two modalities that answer to one part type,
+    RoutingError for a router that does not fit the modalities.
+    """
     part_types: dict[str, str] = {}
     for name, plan in blueprints.items():
-        other = part_types.setdefault(plan.modality.part_type, name)
+        part_type = plan.modality.part_type
+        other = part_types.setdefault(part_type, name)
         if other != name:
             raise ConfigError(
-                f"modalities {other!r} and {name!r} both answer to parts of type {plan.modality.part_type!r}"
+                f"{plan.where}: modality {name!r} answers to parts of type {part_type!r}, and so does {other!r} "
+                f"({blueprints[other].where}); keep one of them, or give the plugin of one another part_type"
             )
     adapters = {name: plan.adapter for name, plan in blueprints.items() if plan.adapter is not None}
-    router_class: Any = resolve("router", router.plugin)
-    options = build(router_class.config_type, router.options, "router.options")
-    decide = router_class(list(adapters), options, backbone.width)
+    try:
+        router_class: Any = resolve("router", router.plugin)
+        options = build(router_class.config_type, router.options, "options")
+        decide = router_class(list(adapters), options, backbone.width)
+    except (ConfigError, RoutingError) as error:
+        raise type(error)(f"{where}: {error}") from error
     modalities = {name: plan.modality for name, plan in blueprints.items()}
     model = MoLoRA(backbone, modalities, adapters, decide, seed=seed)
     processor = Processor(tokenizer, modalities, decide.order, backbone.max_tokens)

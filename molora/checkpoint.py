@@ -6,7 +6,8 @@ import hashlib
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from molora.assembly import Blueprint, RouterConfig, blueprint
 from molora.backbone import Identity
 from molora.config import ConfigError
 from molora.model import MoLoRA
-from molora.storage import read_json, sync, write_json, write_tensors, write_text
+from molora.storage import read_json, sync, write_atomically, write_json, write_tensors, write_text
 
 FORMAT_VERSION = "1.0"
 _ROUTER = "router.safetensors"
@@ -30,7 +31,8 @@ def check_format(value: Mapping[str, Any], path: Path) -> None:
     version = str(value.get("format_version"))
     if version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
         raise ValueError(
-            f"{path}: format version {version!r}, this molora reads {FORMAT_VERSION}; upgrade molora or convert"
+            f"{path}: format version {version!r}, this molora reads {FORMAT_VERSION}; upgrade molora, or use "
+            "the one that wrote it"
         )
 
 
@@ -93,16 +95,36 @@ def save_modality(model: MoLoRA, name: str, plan: Blueprint, folder: Path, prist
     )
 
 
-def read_blueprint(folder: Path, identity: Identity, name: str | None = None) -> tuple[str, Blueprint, list[str]]:
-    """Reads a modality folder's description and checks it against the backbone.
+def copy_modality(source: Path, folder: Path) -> None:
+    """Copies a modality folder byte by byte. `modality.json` comes last, as when it is saved."""
+    for path in sorted(files(source), key=lambda path: path.name == "modality.json"):
+        write_atomically(folder / path.name, partial(shutil.copyfile, path))
 
-    Returns the modality's name, its blueprint and warnings. Raises ConfigError or ValueError naming the file.
-    """
+
+def files(folder: Path) -> list[Path]:
+    """The files of a modality or a backbone, by name; hidden ones are not part of it."""
+    return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """What a modality folder says of itself. Raises ConfigError or ValueError naming the file."""
     path = folder / "modality.json"
     if not path.is_file():
-        raise ConfigError(f"{folder}: not a modality folder (no modality.json)")
+        raise ConfigError(
+            f"{folder}: not a modality folder (no modality.json); give one that a run wrote as modalities/<name>"
+        )
     about = read_json(path)
     check_format(about, path)
+    return about
+
+
+def read_blueprint(folder: Path, identity: Identity, name: str) -> tuple[Blueprint, list[str]]:
+    """Reads the description of a modality folder, to be called `name`, and checks it against the backbone.
+
+    Returns its blueprint and warnings. Raises ConfigError or ValueError naming the file.
+    """
+    path = folder / "modality.json"
+    about = read_about(folder)
     warnings = identity.check(about["backbone"], str(path))
     for file, expected in about["files"].items():
         if not (folder / file).is_file():
@@ -112,21 +134,45 @@ def read_blueprint(folder: Path, identity: Identity, name: str | None = None) ->
                 f"{folder / file}: does not have the hash in {path}; it was changed, or a run was stopped while "
                 "writing the folder (resuming that run writes it again)"
             )
-    called: str = name or about["name"]
-    plan = blueprint(called, about["plugin"], about["options"], None, str(path))
+    try:
+        plan = blueprint(name, about["plugin"], about["options"], None, str(path))
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {_how_to_get_plugin(about['plugin'], path)}") from error
     adapter = lora.read_adapter(folder) if "adapter_config.json" in about["files"] else None
-    return called, Blueprint(plan.plugin, plan.modality, adapter), warnings
+    return replace(plan, adapter=adapter), warnings
+
+
+def _how_to_get_plugin(plugin: str, path: Path) -> str:
+    if ".py:" in plugin:
+        return (
+            "a modality folder names the file of its plugin and does not contain it: get the file that made this one, "
+            f'and write where it lies as "plugin" in {path}'
+        )
+    return "install the package that brings its plugin, in the version that made the folder"
 
 
 def load_modality(model: MoLoRA, name: str, folder: Path) -> None:
     """Fills a modality's modules from its folder. Raises ValueError listing tensors that do not fit."""
-    about = read_json(folder / "modality.json")
+    path = folder / "modality.json"
+    about = read_json(path)
+    modality: Any = model.modalities[name]
+    encoder: Any = model.encoders[name]
+    now = {
+        "part_type": modality.part_type,
+        "frame_width": encoder.width,
+        "projectors": sorted(modality.projectors()),
+    }
+    if changed := [f"{key} was {about[key]!r}, is {now[key]!r}" for key in now if about[key] != now[key]]:
+        raise ValueError(
+            f"{path}: plugin {about['plugin']!r} has changed since: {'; '.join(changed)}; "
+            f"{_how_to_get_plugin(about['plugin'], path)}"
+        )
     path = folder / "projector.safetensors"
     lora.load_exactly(model.projectors[name].state_dict(), load_file(path), str(path))
     path = folder / "encoder.safetensors"
     if path.name in about["files"]:
-        lora.load_exactly(model.encoders[name].state_dict(), load_file(path), str(path))
-    elif tensor_hash(model.encoders[name].state_dict()) != about["encoder"]["hash"]:
+        lora.load_exactly(encoder.state_dict(), load_file(path), str(path))
+    elif tensor_hash(encoder.state_dict()) != about["encoder"]["hash"]:
         raise ValueError(
             f"{folder}: its encoder comes from {about['encoder']['origin']}, whose tensors now have another hash than "
             "when the modality was saved"
@@ -182,7 +228,10 @@ def read_run(run: Path) -> RunAbout:
 def load_router(model: MoLoRA, run: Path) -> None:
     """Gives the router what the router of a run had learned, if it learns. Raises ValueError for what does not fit."""
     if own := model.router_tensors():
-        lora.load_exactly(own, load_file(run / _ROUTER), str(run / _ROUTER))
+        path = run / _ROUTER
+        if not path.is_file():
+            raise ValueError(f"{path}: missing, though the run's router learns; copy the whole run folder")
+        lora.load_exactly(own, load_file(path), str(path))
 
 
 # States ----------------------------------------------------------------------------------------------------------

@@ -198,14 +198,24 @@ def verify(
     messages: Annotated[
         Path | None, typer.Option(metavar="IN.jsonl", help="Conversations with media to check on.")
     ] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="OLD", help="Compare with this model instead: nothing they share has moved.")
+    ] = None,
 ) -> None:
-    """Check the promises on this model and print a table. A run brings its own samples, from its recipe's data."""
-    from molora.config import read
+    """Check the promises on this model and print a table. It brings its own samples: examples of its modalities and,
+    if it is a run, its recipe's data."""
+    from molora.against import unmoved
+    from molora.config import ConfigError, read
     from molora.data import SourceConfig, open_source
-    from molora.loading import load
+    from molora.loading import load, locate
+    from molora.messages import media_parts
     from molora.train import Recipe
     from molora.verify import verify as check
 
+    if against is not None:
+        if messages is not None:
+            raise ConfigError("--against compares on samples of its own; leave --messages out")
+        raise typer.Exit(0 if unmoved(against, model, modality or ()) else 1)
     run = Path(model)
     sources: list[SourceConfig] = []
     if messages is not None:
@@ -214,7 +224,11 @@ def verify(
         sources = [source for stage in read(Recipe, run / "config.yaml").stages for source in stage.data.values()]
     opened = [open_source(source, "data") for source in sources]
     rows = [source[row] for source in opened for row in range(min(len(source), VERIFIED_ROWS))]
-    raise typer.Exit(0 if check(load(model, modality or ()), rows, run if run.is_dir() else None) else 1)
+    loaded = load(model, modality or ())
+    if messages is None:  # the recipe may know modalities that have been taken out since
+        known = loaded.processor.part_types
+        rows = [row for row in rows if all(part["type"] in known for _, part in media_parts(row["messages"]))]
+    raise typer.Exit(0 if check(loaded, rows, locate(model, modality or ()).folders) else 1)
 
 
 @app.command()

@@ -22,7 +22,7 @@ from molora.data import SourceConfig, open_source
 from molora.easy_vqa import CAPTION_QUESTION, TRANSCRIPT_QUESTION, caption, descriptions, read_split
 from molora.evaluate import EvaluationConfig, Judged, judge, scores
 from molora.generate import GenerationConfig
-from molora.loading import LoadedModel, load
+from molora.loading import LoadedModel, load, locate
 from molora.optim import PartConfig
 from molora.pretrain import PretrainConfig, pretrain
 from molora.report import Example, Media, Report, read_history
@@ -307,7 +307,7 @@ def _untouched(run: Path) -> int:
 def _evaluated(answers: Path, folder: Path, loaded: LoadedModel, name: str, config: EvaluationConfig) -> list[Judged]:
     """Judged answers, read back if this very model gave them before."""
     path = answers / f"{re.sub('[^a-z]+', '-', name)}.json"
-    hashes = {file.parent.name: file_hash(file) for file in sorted(folder.glob("modalities/*/modality.json"))}
+    hashes = {modality: file_hash(at / "modality.json") for modality, at in sorted(locate(folder).folders.items())}
     model = {"model": hashes, "config": asdict(config)}
     if path.is_file() and (known := read_json(path))["of"] == model:
         return [Judged(**item) for item in known["answers"]]

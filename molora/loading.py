@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from molora.assembly import Blueprint, RouterConfig, assemble, pick_device
 from molora.backbone import load_backbone
-from molora.checkpoint import load_modality, load_router, read_blueprint, read_run
+from molora.checkpoint import RunAbout, load_modality, load_router, read_about, read_blueprint, read_run
 from molora.config import ConfigError
 from molora.generate import GenerationConfig, generate
 from molora.messages import Message
@@ -88,6 +88,47 @@ class LoadedModel:
                 shown = text
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Where the parts of a model lie: its backbone (a folder or hub id), its modality folders by name, and what the
+    molora.json of a run says. Folders that molora.json does not name are not part of the run."""
+
+    backbone: str
+    folders: dict[str, Path]
+    run: RunAbout | None
+
+
+def locate(source: str | Path, modalities: Sequence[str | Path] = ()) -> Layout:
+    """Finds the parts of a run folder, or of a backbone with modality folders, without loading them.
+
+    Raises ConfigError or ValueError naming the file that is missing or wrong.
+    """
+    path = Path(source)
+    if (path / "molora.json").is_file():
+        run = read_run(path)
+        folder = run.backbone["folder"]
+        backbone = run.backbone["source"] if folder is None else os.path.normpath(path / folder)
+        if folder is not None and not Path(backbone).is_dir():
+            raise ConfigError(
+                f"{path / 'molora.json'}: its backbone is not in {backbone}; move the two together, or write its path "
+                f'from {path} as "folder" there'
+            )
+        folders = {name: path / "modalities" / name for name in run.modalities}
+    else:
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise ConfigError(f"{path}: neither a run (no molora.json) nor a backbone (no config.json)")
+        backbone, folders, run = str(source), {}, None
+    for folder in map(Path, modalities):
+        name: str = read_about(folder)["name"]
+        if name in folders:
+            raise ConfigError(
+                f"{folder}: its modality {name!r} is already loaded from {folders[name]}; leave one out, or give one "
+                f'another "name" in its modality.json'
+            )
+        folders[name] = folder
+    return Layout(backbone, folders, run)
+
+
 def load(
     source: str | Path,
     modalities: Sequence[str | Path] = (),
@@ -100,32 +141,21 @@ def load(
 
     Raises ConfigError or ValueError naming the file that does not fit, BackboneRefused for a backbone that cannot run.
     """
-    run = Path(source)
-    own_router = router is None
-    if (run / "molora.json").is_file():
-        about = read_run(run)
-        folders = [run / "modalities" / name for name in about.modalities] + [Path(folder) for folder in modalities]
-        router = router or about.router
-        folder = about.backbone["folder"]
-        path = about.backbone["source"] if folder is None else os.path.normpath(run / folder)
-        dtype = dtype or about.backbone["dtype"]
-    else:
-        path, folders = str(source), [Path(folder) for folder in modalities]
-        if run.is_dir() and not (run / "config.json").is_file():
-            raise ConfigError(f"{run}: neither a run (no molora.json) nor a backbone (no config.json)")
-    backbone, tokenizer = load_backbone(path, dtype=dtype, device=pick_device(device))
+    layout = locate(source, modalities)
+    run = layout.run
+    where = "router"
+    if router is None and run is not None:
+        router, where = run.router, str(Path(source) / "molora.json")
+    dtype = dtype or (None if run is None else run.backbone["dtype"])
+    backbone, tokenizer = load_backbone(layout.backbone, dtype=dtype, device=pick_device(device))
     plans: dict[str, Blueprint] = {}
-    origins: dict[str, Path] = {}
-    for folder in folders:
-        name, plan, warnings = read_blueprint(folder, backbone.identity)
-        if name in plans:
-            raise ConfigError(f"{folder}: its modality {name!r} is already loaded from {origins[name]}")
-        plans[name], origins[name] = plan, folder
+    for name, folder in layout.folders.items():
+        plans[name], warnings = read_blueprint(folder, backbone.identity, name)
         for warning in warnings:
             console.print(f"[yellow]{warning}[/]")
-    model, processor = assemble(backbone, tokenizer, plans, router or RouterConfig())
-    for name, folder in origins.items():
+    model, processor = assemble(backbone, tokenizer, plans, router or RouterConfig(), where=where)
+    for name, folder in layout.folders.items():
         load_modality(model, name, folder)
-    if own_router and (run / "molora.json").is_file():
-        load_router(model, run)
+    if run is not None and router is run.router:
+        load_router(model, Path(source))
     return LoadedModel(model.eval(), processor)

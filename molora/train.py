@@ -25,9 +25,11 @@ from molora import lora
 from molora.assembly import BackboneConfig, Blueprint, ModalityConfig, RouterConfig, assemble, blueprint
 from molora.backbone import load_backbone
 from molora.checkpoint import (
+    copy_modality,
     latest_state,
     load_modality,
     load_router,
+    read_about,
     read_blueprint,
     read_run,
     read_state,
@@ -126,12 +128,13 @@ def build_model(recipe: Recipe, device: torch.device) -> tuple[MoLoRA, Processor
             raise ConfigError(f"{where}: give either plugin (to make one) or path (to load one)")
         if config.path is not None:
             saved[name] = Path(config.path)
-            _, plans[name], warnings = read_blueprint(saved[name], backbone.identity, name)
+            plans[name], warnings = read_blueprint(saved[name], backbone.identity, name)
             for warning in warnings:
                 console.print(f"[yellow]{warning}[/]")
         else:
             plans[name] = blueprint(name, str(config.plugin), config.options, config.adapter, where)
-    model, processor = assemble(backbone, tokenizer, plans, router_config(recipe), seed=recipe.seed)
+    where = "router" if recipe.router.path is None else str(Path(recipe.router.path) / "molora.json")
+    model, processor = assemble(backbone, tokenizer, plans, router_config(recipe), seed=recipe.seed, where=where)
     for name, folder in saved.items():
         load_modality(model, name, folder)
     if recipe.router.path is not None:
@@ -418,8 +421,15 @@ class _Run:
 
     def _export(self) -> None:
         """Writes the modality folders and what makes the folder a run."""
+        trained = {parameter.split(".")[1] for parameter in self._trained()}
         for name, plan in self.plans.items():
-            save_modality(self.model, name, plan, self.folder / "modalities" / name, self.pristine)
+            source = self.recipe.modalities[name].path
+            folder = self.folder / "modalities" / name
+            if source is not None and name not in trained and read_about(Path(source))["name"] == name:
+                # Saved again it would be the same modality in other bytes: they name the backbone's path, for one.
+                copy_modality(Path(source), folder)
+            else:
+                save_modality(self.model, name, plan, folder, self.pristine)
         write_run(self.folder, self.model, self.recipe.backbone.dtype, router_config(self.recipe))
 
     def _trained(self) -> dict[str, Tensor]:

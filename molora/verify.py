@@ -5,13 +5,15 @@ Letters: T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, combinations, cycle, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -20,13 +22,19 @@ from molora.backbone import weights_hash
 from molora.checkpoint import read_blueprint
 from molora.generate import GenerationConfig, generate
 from molora.loading import LoadedModel
+from molora.messages import Message
 from molora.model import MoLoRA
 from molora.pack import Pack, Sample, collate
-from molora.routing import Flow, Routing
+from molora.processor import SampleTooLong
+from molora.routing import Flow, Routing, RoutingError
 from molora.terminal import console
 
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 _NEW_TOKENS = 4
+_COLUMNS = 80
+# Sets of modalities that are asked for a rule: all those of sixteen modalities, and of more the smaller ones.
+_MAX_SETS = 2**16
+_MAX_EXAMPLES = 32
 _TEXTS = (
     "What is a sense?",
     "Count to three.",
@@ -43,26 +51,78 @@ class Check:
     holds: bool | None
 
 
-def verify(loaded: LoadedModel, rows: Sequence[dict[str, Any]], folder: Path | None = None) -> bool:
-    """Checks every promise on `rows` (conversations with media) and a few texts, and prints a table.
+def verify(loaded: LoadedModel, rows: Sequence[dict[str, Any]], folders: Mapping[str, Path]) -> bool:
+    """Checks every promise on `rows` (conversations with media), a few texts and the modalities' own examples, and
+    prints a table.
 
-    `folder` is the run or modality folder, whose files are checked too. Returns whether all that was checked holds.
+    `folders` are those that the modalities were loaded from. Returns whether all that was checked holds.
     """
     samples = [loaded.encode([{"role": "user", "content": text}], f"text {i}") for i, text in enumerate(_TEXTS)]
     for index, row in enumerate(rows):
         prompt = row["messages"][:-1] if row["messages"][-1]["role"] == "assistant" else row["messages"]
         samples.append(loaded.encode(prompt, f"row {index}"))
-    checks = list(_checks(loaded.model, samples, folder))
-    table = Table("promise", "found", "")
+    known = routed(loaded, loaded.model.modalities)
+    samples += [sample for _, (sample,) in examples([loaded], list(islice(known, _MAX_EXAMPLES)))]
+    return show("promise", _checks(loaded.model, samples, folders))
+
+
+def show(heading: str, checks: Iterable[Check]) -> bool:
+    """Prints checks as a table within 80 columns. Returns whether none is broken."""
+    table, whole = Table(heading, "found", ""), True
     for check in checks:
         mark = {True: "[green]holds[/]", False: "[red]BROKEN[/]", None: "[yellow]not checked[/]"}[check.holds]
-        table.add_row(check.promise, check.found, mark)
-    console.print(table)
-    return all(check.holds is not False for check in checks)
+        table.add_row(escape(check.promise), escape(check.found), mark)
+        whole = whole and check.holds is not False
+    console.print(table, width=min(console.width, _COLUMNS))
+    return whole
+
+
+def routed(loaded: LoadedModel, names: Iterable[str]) -> Iterator[frozenset[str]]:
+    """The sets of these modalities that the model's router takes, the smaller ones first, beginning with none."""
+    names = sorted(names)
+    sets = chain.from_iterable(combinations(names, size) for size in range(len(names) + 1))
+    for modalities in map(frozenset, islice(sets, _MAX_SETS)):
+        try:
+            loaded.model.router.order(modalities)
+        except RoutingError:
+            continue
+        yield modalities
+
+
+def examples(
+    models: Sequence[LoadedModel], sets: Sequence[frozenset[str]], count: int | None = None
+) -> Iterator[tuple[frozenset[str], tuple[Sample, ...]]]:
+    """Conversations of each of these sets of modalities in turn, `count` in all (by default one of each), as every
+    model encodes them.
+
+    They are made from what the first model's modalities bring as examples, so they are the same every time. One that
+    is longer than a model takes is left out.
+    """
+    parts = {name: models[0].model.modalities[name].examples() for name in sorted(frozenset().union(*sets))}
+    for index, modalities in enumerate(islice(cycle(sets), len(sets) if count is None else count)):
+        turn = index // len(sets)
+        messages = _conversation([parts[name] for name in sorted(modalities)], turn)
+        try:
+            encoded = tuple(loaded.encode(messages, f"example {index}") for loaded in models)
+        except SampleTooLong:
+            continue
+        yield modalities, encoded
+
+
+def _conversation(parts: Sequence[Sequence[dict[str, Any]]], turn: int) -> list[Message]:
+    """One example of each modality and a text; which, and in what order, changes from turn to turn."""
+    left, chosen = turn, []
+    for of_one_modality in parts:
+        left, which = divmod(left, len(of_one_modality))
+        chosen.append(of_one_modality[which])
+    first = left % max(1, len(chosen))
+    content = chosen[first:] + chosen[:first]
+    content.insert(turn % (len(content) + 1), {"type": "text", "text": f"{_TEXTS[turn % len(_TEXTS)]} {turn}"})
+    return [{"role": "user", "content": content}]
 
 
 @torch.no_grad()
-def _checks(model: MoLoRA, samples: list[Sample], folder: Path | None) -> Iterator[Check]:
+def _checks(model: MoLoRA, samples: list[Sample], folders: Mapping[str, Path]) -> Iterator[Check]:
     model.eval()
     texts = [sample for sample in samples if not sample.items]
     media = [sample for sample in samples if sample.items]
@@ -107,15 +167,13 @@ def _checks(model: MoLoRA, samples: list[Sample], folder: Path | None) -> Iterat
     exact = model.backbone.model.dtype in (torch.float32, torch.float64)
     yield Check("5 one path", found, all(same_tokens) if exact else None)
 
-    folders = sorted(path.parent for path in folder.rglob("modality.json")) if folder else []
-    for path in folders:
-        read_blueprint(path, model.backbone.identity)
+    for name, path in folders.items():
+        read_blueprint(path, model.backbone.identity, name)
     yield Check(
         "6 nothing lost", f"{len(folders)} modality folders whole, files as recorded", True if folders else None
     )
 
-    for path in folders:
-        name = read_blueprint(path, model.backbone.identity)[0]
+    for name, path in folders.items():
         users = [s for s in media if model.router.adapters(s.modalities) == {name}]
         if name not in model.adapters or not users:
             yield Check("7 open ends", f"{name}: no sample uses its adapter", None)

@@ -35,7 +35,8 @@ class TableRouter(nn.Module):
             modalities = modality_set(key, "rules")
             if adapter is not None and adapter not in adapters:
                 raise RoutingError(
-                    f"router rule {key!r} names adapter {adapter!r}; the adapters here are {sorted(adapters)}"
+                    f"router rule {key!r} names adapter {adapter!r}; the adapters here are {sorted(adapters)}; load "
+                    "that modality too, or change the rule"
                 )
             self.table[modalities] = adapter
         self.table[frozenset()] = None
@@ -47,7 +48,7 @@ class TableRouter(nn.Module):
             known = sorted("+".join(sorted(rule)) or "text" for rule in self.table)
             raise RoutingError(
                 f"no routing rule for a sample with modalities {name!r} (rules: {', '.join(known)}); "
-                f"add 'router.rules.{name}: <adapter or null>' to the recipe"
+                f"add 'router.rules.{name}: <adapter or null>' to the recipe, or load with a router that has the rule"
             )
         return self.table[modalities]
 

@@ -26,7 +26,7 @@ TIERS = {
     "model": "model",
     "assembly": "assembly",
     "around": "checkpoint easy_vqa evaluate features generate optim",
-    "runs": "loading pretrain report testing train verify",
+    "runs": "against loading pretrain report testing train verify",
     "acts": "demo doctor",
     "top": "__init__ __main__ cli",
 }

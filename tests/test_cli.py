@@ -298,5 +298,5 @@ def test_verify_holds_on_a_trained_run_and_notices_a_moved_backbone(
     loaded = molora.load(home / "run")
     with torch.no_grad():
         loaded.model.backbone.model.model.norm.weight[0] += 1e-3
-    assert not verify(loaded, [])
+    assert not verify(loaded, [], {})
     assert "BROKEN" in capsys.readouterr().out
