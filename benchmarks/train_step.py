@@ -105,6 +105,9 @@ class Pictures:
     def projectors(self) -> tuple[str, ...]:
         return ("default",)
 
+    def examples(self) -> list[dict[str, Any]]:
+        return [{"type": self.part_type, "frames_SC": torch.ones(count, FRAME_WIDTH)} for count in (1, 7)]
+
 
 def make_backbone(device: str, dtype: torch.dtype) -> PreTrainedModel:
     """A random Llama with a head of its own and grouped-query attention in Phi-4-mini's proportion, 3 to 1."""

@@ -55,7 +55,7 @@ class MoLoRA(nn.Module):
         self.backbone = backbone
         self.modalities = dict(modalities)
         self.adapters = dict(adapters)
-        self.router = router
+        self.router: Router = router.to(backbone.device)  # pyright: ignore[reportAttributeAccessIssue]
         encoders: dict[str, Encoder] = {}
         projectors: dict[str, nn.ModuleDict] = {}
         for name, modality in self.modalities.items():

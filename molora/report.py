@@ -183,6 +183,7 @@ _KINDS = (
     _Kind("Exact match", "(.+)/exact_match(/.+)?", "share"),
     _Kind("Gradient norm, before clipping", "gradient_norm/(.+)", "noisy"),
     _Kind("Learning rate", "learning_rate/(.+)", "plain"),
+    _Kind("Weight of an adapter, as routed", "routing/(.+)", "plain"),
 )
 
 # Curves differ in colour and in dash. The drawing has stand-ins for the colours, which the page then names, so that the

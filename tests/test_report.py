@@ -482,6 +482,17 @@ def test_plots_stand_what_a_history_may_hold(tmp_path: Path) -> None:
     assert_drawn(curves(page.panel("Loss"), 0)[0], [1, 3, 4], [3.0, 0.5, 2.0])
 
 
+def test_what_a_router_decided_is_drawn(tmp_path: Path) -> None:
+    shares = [0.5, 0.75, 0.875]
+    rows: list[Row] = [
+        {"stage": "s", "step": n, "routing/a+b/a": share, "routing/a+b/b": 1 - share} for n, share in enumerate(shares)
+    ]
+    page, _ = written(tmp_path, example_report(history=rows))
+    (panel,) = page.all("figure[@class='card panel']")
+    assert panel.findtext("h3") == "Weight of an adapter, as routed"
+    assert_drawn(curves(panel, 0)[0], [0, 1, 2], shares)
+
+
 def test_a_report_is_written_the_same_twice(tmp_path: Path) -> None:
     one = example_report()
     report.write(one, tmp_path / "a")
