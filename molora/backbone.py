@@ -51,12 +51,16 @@ class Identity:
 
     def check(self, other: Mapping[str, str], where: str) -> list[str]:
         """Compares with a recorded identity; returns warnings, raises ValueError for another backbone."""
-        for key, what in (("weights", "backbone weights"), ("rope", "RoPE configuration"), ("tokenizer", "tokenizer")):
+        for key, what in (
+            ("weights", "other backbone weights"),
+            ("rope", "another RoPE configuration"),
+            ("tokenizer", "another tokenizer"),
+        ):
             if other[key] != getattr(self, key):
                 raise ValueError(
-                    f"{where}: trained with another {what} ({key} hash {other[key][:12]}, source {other['source']!r}) "
-                    f"than the one given ({getattr(self, key)[:12]}, source {self.source!r}); load it on the backbone "
-                    "it was trained on"
+                    f"{where}: trained with {what} ({key} hash {other[key][:12]}, source {other['source']!r}) than "
+                    f"the backbone given has ({getattr(self, key)[:12]}, source {self.source!r}); load it on the "
+                    "backbone it was trained on"
                 )
         if other["template"] != self.template:
             return [f"{where}: trained with another chat template; answers may suffer"]

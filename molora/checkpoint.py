@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from molora import lora
@@ -20,10 +19,12 @@ from molora.assembly import Blueprint, RouterConfig, blueprint
 from molora.backbone import Identity
 from molora.config import ConfigError
 from molora.model import MoLoRA
-from molora.storage import read_json, sync, write_atomically, write_json, write_tensors, write_text
+from molora.storage import read_json, read_tensors, sync, write_atomically, write_json, write_tensors, write_text
 
 FORMAT_VERSION = "1.0"
 _ROUTER = "router.safetensors"
+_MODALITY_KEYS = ("name", "plugin", "options", "part_type", "frame_width", "projectors", "backbone", "encoder", "files")
+_RUN_KEYS = ("backbone", "modalities", "router")
 
 
 def check_format(value: Mapping[str, Any], path: Path) -> None:
@@ -34,6 +35,14 @@ def check_format(value: Mapping[str, Any], path: Path) -> None:
             f"{path}: format version {version!r}, this molora reads {FORMAT_VERSION}; upgrade molora, or use "
             "the one that wrote it"
         )
+
+
+def _read(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    about = read_json(path)
+    check_format(about, path)
+    if missing := [key for key in keys if key not in about]:
+        raise ValueError(f"{path}: lacks {', '.join(missing)}; copy it again from where it was written")
+    return about
 
 
 def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -113,9 +122,7 @@ def read_about(folder: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{folder}: not a modality folder (no modality.json); give one that a run wrote as modalities/<name>"
         )
-    about = read_json(path)
-    check_format(about, path)
-    return about
+    return _read(path, _MODALITY_KEYS)
 
 
 def read_blueprint(folder: Path, identity: Identity, name: str) -> tuple[Blueprint, list[str]]:
@@ -168,10 +175,10 @@ def load_modality(model: MoLoRA, name: str, folder: Path) -> None:
             f"{_how_to_get_plugin(about['plugin'], path)}"
         )
     path = folder / "projector.safetensors"
-    lora.load_exactly(model.projectors[name].state_dict(), load_file(path), str(path))
+    lora.load_exactly(model.projectors[name].state_dict(), read_tensors(path), str(path))
     path = folder / "encoder.safetensors"
     if path.name in about["files"]:
-        lora.load_exactly(encoder.state_dict(), load_file(path), str(path))
+        lora.load_exactly(encoder.state_dict(), read_tensors(path), str(path))
     elif tensor_hash(encoder.state_dict()) != about["encoder"]["hash"]:
         raise ValueError(
             f"{folder}: its encoder comes from {about['encoder']['origin']}, whose tensors now have another hash than "
@@ -179,7 +186,7 @@ def load_modality(model: MoLoRA, name: str, folder: Path) -> None:
         )
     path = folder / "adapter_model.safetensors"
     if path.name in about["files"]:
-        lora.load_adapter_tensors(model.backbone.model, name, load_file(path), str(path))
+        lora.load_adapter_tensors(model.backbone.model, name, read_tensors(path), str(path))
 
 
 # Runs ------------------------------------------------------------------------------------------------------------
@@ -220,8 +227,7 @@ def read_run(run: Path) -> RunAbout:
         raise ConfigError(
             f"{run}: not a run folder (no molora.json); was its training finished or saved at least once?"
         )
-    about = read_json(path)
-    check_format(about, path)
+    about = _read(path, _RUN_KEYS)
     return RunAbout(about["backbone"], about["modalities"], RouterConfig(**about["router"]))
 
 
@@ -231,7 +237,7 @@ def load_router(model: MoLoRA, run: Path) -> None:
         path = run / _ROUTER
         if not path.is_file():
             raise ValueError(f"{path}: missing, though the run's router learns; copy the whole run folder")
-        lora.load_exactly(own, load_file(path), str(path))
+        lora.load_exactly(own, read_tensors(path), str(path))
 
 
 # States ----------------------------------------------------------------------------------------------------------
@@ -266,4 +272,4 @@ def read_state(state: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]
     """A state's description and its tensors by file."""
     about = read_json(state / "state.json")
     check_format(about, state / "state.json")
-    return about, {path.stem: load_file(path) for path in sorted(state.glob("*.safetensors"))}
+    return about, {path.stem: read_tensors(path) for path in sorted(state.glob("*.safetensors"))}

@@ -114,9 +114,18 @@ def locate(source: str | Path, modalities: Sequence[str | Path] = ()) -> Layout:
                 f'from {path} as "folder" there'
             )
         folders = {name: path / "modalities" / name for name in run.modalities}
+        for name, folder in folders.items():
+            if not folder.is_dir():
+                raise ConfigError(
+                    f"{path / 'molora.json'}: lists modality {name!r}, whose folder {folder} is missing; copy the "
+                    'whole run, or take it out of "modalities" there'
+                )
     else:
         if path.is_dir() and not (path / "config.json").is_file():
-            raise ConfigError(f"{path}: neither a run (no molora.json) nor a backbone (no config.json)")
+            raise ConfigError(
+                f"{path}: neither a run (no molora.json) nor a backbone (no config.json); name one of these, and "
+                "modality folders beside a backbone"
+            )
         backbone, folders, run = str(source), {}, None
     for folder in map(Path, modalities):
         name: str = read_about(folder)["name"]

@@ -23,6 +23,7 @@ from molora.checkpoint import read_blueprint
 from molora.generate import GenerationConfig, generate
 from molora.loading import LoadedModel
 from molora.messages import Message
+from molora.modality import Modality
 from molora.model import MoLoRA
 from molora.pack import Pack, Sample, collate
 from molora.processor import SampleTooLong
@@ -98,7 +99,7 @@ def examples(
     They are made from what the first model's modalities bring as examples, so they are the same every time. One that
     is longer than a model takes is left out.
     """
-    parts = {name: models[0].model.modalities[name].examples() for name in sorted(frozenset().union(*sets))}
+    parts = {name: _examples(models[0].model.modalities[name]) for name in sorted(frozenset().union(*sets))}
     for index, modalities in enumerate(islice(cycle(sets), len(sets) if count is None else count)):
         turn = index // len(sets)
         messages = _conversation([parts[name] for name in sorted(modalities)], turn)
@@ -107,6 +108,16 @@ def examples(
         except SampleTooLong:
             continue
         yield modalities, encoded
+
+
+def _examples(modality: Modality) -> list[dict[str, Any]]:
+    parts = modality.examples()
+    if {part["type"] for part in parts} != {modality.part_type}:
+        raise ValueError(
+            f"modality {modality.name!r}: its plugin's examples() are {len(parts)} parts of types "
+            f"{sorted({part['type'] for part in parts})}; it has to give some, of its own type {modality.part_type!r}"
+        )
+    return parts
 
 
 def _conversation(parts: Sequence[Sequence[dict[str, Any]]], turn: int) -> list[Message]:

@@ -76,7 +76,7 @@ class LearnedRouter(nn.Module):
         self.rules = {modality_set(key, "rules"): adapter for key, adapter in config.rules.items()}
         for key, adapter in config.rules.items():
             if adapter not in config.modalities:
-                raise RoutingError(f"router rule {key!r} names adapter {adapter!r}; expected one of {self.known}")
+                raise RoutingError(f"rule {key!r} names adapter {adapter!r}; expected one of {config.modalities}")
         names = [*config.modalities, *([] if config.confidence is None else [_BARE])]
         # Keyed by name, so that a model with fewer modalities can take the same parameters.
         self.gates = nn.ModuleDict({name: nn.Linear(width, 1) for name in sorted(names)})

@@ -33,7 +33,7 @@ class SumRouter(nn.Module):
         for key, weights in config.weights.items():
             if unknown := weights.keys() - self.known:
                 raise RoutingError(
-                    f"router weights {key!r} name {sorted(unknown)}; the adapters here are {sorted(adapters)}; load "
+                    f"weights {key!r} name {sorted(unknown)}; the adapters here are {sorted(adapters)}; load "
                     "those modalities too, or change the weights"
                 )
 

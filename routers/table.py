@@ -35,7 +35,7 @@ class TableRouter(nn.Module):
             modalities = modality_set(key, "rules")
             if adapter is not None and adapter not in adapters:
                 raise RoutingError(
-                    f"router rule {key!r} names adapter {adapter!r}; the adapters here are {sorted(adapters)}; load "
+                    f"rule {key!r} names adapter {adapter!r}; the adapters here are {sorted(adapters)}; load "
                     "that modality too, or change the rule"
                 )
             self.table[modalities] = adapter

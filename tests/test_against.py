@@ -283,7 +283,7 @@ def test_a_modality_taken_out_of_a_run_is_gone_though_its_folder_stays(home: Pat
     about = json.loads((run / "molora.json").read_text())
     about["modalities"].remove("numbers")
     (run / "molora.json").write_text(json.dumps(about))
-    with pytest.raises(RoutingError, match="molora.json: router rule 'numbers.vision' names adapter 'numbers'; .*here"):
+    with pytest.raises(RoutingError, match="molora.json: rule 'numbers.vision' names adapter 'numbers'; .*here"):
         molora.load(run, device="cpu")
     del about["router"]["options"]["rules"]["numbers+vision"]
     (run / "molora.json").write_text(json.dumps(about))

@@ -186,7 +186,7 @@ BAD_CALLS: dict[str, tuple[Callable[[Path], tuple[str, ...]], str]] = {
             str(home / "run/modalities/vision"),
             "hi",
         ),
-        "another backbone weights",
+        "other backbone weights",
     ),
     "one modality twice": (
         lambda home: ("generate", str(home / "run"), "--modality", str(home / "run/modalities/vision"), "hi"),
