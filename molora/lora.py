@@ -68,14 +68,15 @@ class RoutedLinear(LoraLinear):
         lows, ups = [], []
         for index in here:
             name = adapters[index]
-            a, b = self._weights(name, x.dtype)
+            a, b = self.adapter_weights(name, x.dtype)
             low = F.linear(self.lora_dropout[name](x[..., start:stop, :]), a) * self.scaling[name]
             lows.append(low if weights_TE is None else low * weights_TE[:, index, None].to(x.dtype))
             ups.append(b)
         low, b_OR = (lows[0], ups[0]) if len(here) == 1 else (torch.cat(lows, dim=-1), torch.cat(ups, dim=1))
         return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), b_OR.T).view(out.shape)
 
-    def _weights(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def adapter_weights(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A (R, D) and B (O, R) of an adapter."""
         a: Any = self.lora_A[name]
         b: Any = self.lora_B[name]
         return a.weight.to(dtype), b.weight.to(dtype)

@@ -25,7 +25,7 @@ TIERS = {
     "backbone": "backbone",
     "model": "model",
     "assembly": "assembly",
-    "around": "checkpoint easy_vqa evaluate features generate optim",
+    "around": "checkpoint easy_vqa evaluate features figures generate optim",
     "runs": "against loading pretrain report testing train verify",
     "acts": "demo doctor",
     "top": "__init__ __main__ cli",
