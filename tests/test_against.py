@@ -293,6 +293,15 @@ def test_a_modality_taken_out_of_a_run_is_gone_though_its_folder_stays(home: Pat
     assert result.exit_code == 0 and "2 modality folders whole" in result.output
 
 
+def test_a_run_trained_anew_without_a_modality_no_longer_has_it(home: Path) -> None:
+    shutil.copytree(home / "three", home / "anew", ignore=shutil.ignore_patterns("state"))
+    paired = {name: {"path": str(home / "pair/modalities" / name)} for name in ("vision", "audio")}
+    train_run(home, "anew", "backbone", paired, RULES, ["projectors.audio.vision"])
+    assert (home / "anew/modalities/numbers/modality.json").is_file()
+    assert set(locate(home / "anew").folders) == {"audio", "vision"}
+    assert unmoved(home / "vision", home / "anew")
+
+
 def test_the_samples_are_spread_over_every_set_and_the_same_every_time(home: Path, pair: LoadedModel) -> None:
     three = molora.load(home / "three", device="cpu")
     sets = list(routed(three, three.model.modalities))
