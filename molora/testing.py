@@ -1,240 +1,49 @@
-"""Tiny real things for tests: backbones of many families, a byte tokenizer, a modality of numbers.
-
-Letters: I items, S frames, C encoder width.
-"""
+"""What tests need, of molora and of plugins: tiny real things, and assertions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
-import transformers
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from torch import Tensor
 
-from molora.modality import Encoder, Frames, MediaError, Prepared
-
-SPECIAL_TOKENS = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>")
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
+from molora.tiny import (
+    ROPE_SWITCH,
+    VOCAB_SIZE,
+    WINDOW,
+    Letters,
+    Numbers,
+    NumbersConfig,
+    byte_tokenizer,
+    save_backbone,
+    tiny_model,
 )
-VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
-# A switch and a window that a test can cross in a few dozen tokens.
-ROPE_SWITCH = 24
-WINDOW = 16
-MAX_TOKENS = 256
+
+__all__ = [
+    "ROPE_SWITCH",
+    "VOCAB_SIZE",
+    "WINDOW",
+    "Letters",
+    "Numbers",
+    "NumbersConfig",
+    "assert_close",
+    "assert_conforms",
+    "byte_tokenizer",
+    "save_backbone",
+    "tiny_model",
+]
 
 
-def _longrope(rotated_width: int, **more: Any) -> dict[str, Any]:
-    half = rotated_width // 2
-    return {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "short_factor": [1.0] * half,
-        "long_factor": [1.5 + i for i in range(half)],
-        "original_max_position_embeddings": ROPE_SWITCH,
-        **more,
-    }
+def assert_conforms(
+    spec: str, options: Mapping[str, Any] | None = None, parts: Sequence[Mapping[str, Any]] | None = None
+) -> None:
+    """Raises AssertionError with every way in which a modality plugin breaks its contract; see `check_modality`."""
+    # Here, because plugins live in files that import this one, and a plugin must not bring the model with it.
+    from molora.conformance import check_modality
 
-
-def _family(name: str) -> tuple[str, str, dict[str, Any]]:
-    """Class and config names in transformers and the settings that make the family itself."""
-    heads: dict[str, Any] = {"head_dim": 8}
-    families: dict[str, tuple[str, str, dict[str, Any]]] = {
-        "llama": ("LlamaForCausalLM", "LlamaConfig", heads),
-        "llama-dynamic": (
-            "LlamaForCausalLM",
-            "LlamaConfig",
-            {
-                "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
-                "max_position_embeddings": 32,
-            },
-        ),
-        "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", heads),
-        "gemma2": (
-            "Gemma2ForCausalLM",
-            "Gemma2Config",
-            {**heads, "sliding_window": WINDOW, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0},
-        ),
-        "gemma3": (
-            "Gemma3ForCausalLM",
-            "Gemma3TextConfig",
-            {
-                **heads,
-                "sliding_window": WINDOW,
-                "query_pre_attn_scalar": 8,
-                "layer_types": ["sliding_attention", "full_attention"],
-            },
-        ),
-        "phi3": ("Phi3ForCausalLM", "Phi3Config", {"sliding_window": WINDOW}),
-        "phi4-mini": (
-            "Phi3ForCausalLM",
-            "Phi3Config",
-            {
-                "rope_parameters": _longrope(6, partial_rotary_factor=0.75),
-                "original_max_position_embeddings": ROPE_SWITCH,
-                "tie_word_embeddings": True,
-            },
-        ),
-        "smollm3": ("SmolLM3ForCausalLM", "SmolLM3Config", {"no_rope_layers": [1, 0], "no_rope_layer_interval": 2}),
-        "phimoe": (
-            "PhimoeForCausalLM",
-            "PhimoeConfig",
-            {
-                "num_local_experts": 4,
-                "num_experts_per_tok": 2,
-                "rope_parameters": _longrope(8, short_mscale=1.1, long_mscale=1.3),
-            },
-        ),
-        "gpt-oss": (
-            "GptOssForCausalLM",
-            "GptOssConfig",
-            {
-                **heads,
-                "sliding_window": WINDOW,
-                "num_local_experts": 4,
-                "layer_types": ["sliding_attention", "full_attention"],
-                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-            },
-        ),
-        "granite": ("GraniteForCausalLM", "GraniteConfig", {"embedding_multiplier": 12.0, "logits_scaling": 3.0}),
-        "bloom": ("BloomForCausalLM", "BloomConfig", {"n_layer": 2, "n_head": 4}),
-        "falcon": ("FalconForCausalLM", "FalconConfig", {}),
-        "mamba": ("MambaForCausalLM", "MambaConfig", {}),
-        "llama4": (
-            "Llama4ForCausalLM",
-            "Llama4TextConfig",
-            {**heads, "intermediate_size_mlp": 48, "num_local_experts": 2, "attention_chunk_size": WINDOW},
-        ),
-    }
-    return families[name]
-
-
-def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """A random causal LM of a family, two layers of width 32, in fp32."""
-    model_name, config_name, settings = _family(family)
-    shape = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": MAX_TOKENS,
-        # Large enough for attention to matter: at 0.02 a broken mask would hide in the rounding.
-        "initializer_range": 0.1,
-        "bos_token_id": 256,
-        "eos_token_id": 256,
-        "pad_token_id": 256,
-    }
-    config_class = getattr(transformers, config_name, None) or getattr(transformers.models.llama4, config_name)
-    model_class = getattr(transformers, model_name)
-    if family in ("bloom", "falcon", "mamba"):
-        shape = {key: shape[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = model_class(config_class(**{**shape, **settings})).eval()
-    model.generation_config.eos_token_id = [256, 260]
-    return model
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, then the special tokens, with a chat template in Phi-4-mini's manner."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
-
-
-def save_backbone(folder: Path, family: str = "phi4-mini", seed: int = 0) -> Path:
-    """Writes a tiny backbone folder that transformers opens."""
-    tiny_model(family, seed).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@dataclass(kw_only=True)
-class NumbersConfig:
-    """`scale` multiplies the numbers; `projector_beside` names modalities beside which another projector is used."""
-
-    scale: float = 1.0
-    projector_beside: list[str] | None = None
-
-
-class Numbers:
-    """A modality whose item is a list of numbers, one token each: the smallest real plugin."""
-
-    config_type: ClassVar[type] = NumbersConfig
-    part_type: ClassVar[str] = "numbers"
-
-    def __init__(self, name: str, config: NumbersConfig) -> None:
-        self.name = name
-        self.config = config
-
-    def load(self, part: Mapping[str, Any]) -> list[float]:
-        numbers = part.get("numbers")
-        if not numbers:
-            raise MediaError(
-                f"numbers part {dict(part)!r}: no numbers; give {{'type': 'numbers', 'numbers': [1.0, …]}}"
-            )
-        return list(numbers)
-
-    def prepare(self, item: list[float], generator: torch.Generator | None = None) -> Prepared:
-        return Prepared({"values": torch.tensor(item) * self.config.scale}, num_tokens=len(item))
-
-    def collate(self, prepared: Sequence[Prepared]) -> dict[str, Tensor]:
-        return {
-            "values": torch.cat([p.tensors["values"] for p in prepared]),
-            "lengths": torch.tensor([p.num_tokens for p in prepared]),
-        }
-
-    def build_encoder(self) -> Encoder:
-        return _NumbersEncoder()
-
-    def projector(self, company: frozenset[str]) -> str:
-        return "beside" if company & set(self.config.projector_beside or ()) else "default"
-
-    def projectors(self) -> tuple[str, ...]:
-        return ("beside", "default") if self.config.projector_beside else ("default",)
-
-    def examples(self) -> list[dict[str, Any]]:
-        return [{"type": "numbers", "numbers": numbers} for numbers in ([0.5], [1.0, -2.0, 0.25], [0.0] * 5)]
-
-
-class Letters(Numbers):
-    """The same under another part type, to have a second modality."""
-
-    part_type: ClassVar[str] = "letters"
-
-    def load(self, part: Mapping[str, Any]) -> list[float]:
-        letters = part.get("letters")
-        if not letters:
-            raise MediaError(f"letters part {dict(part)!r}: no letters; give {{'type': 'letters', 'letters': 'abc'}}")
-        return [float(ord(letter) - ord("a")) / 26 for letter in letters]
-
-    def examples(self) -> list[dict[str, Any]]:
-        return [{"type": "letters", "letters": letters} for letters in ("a", "sense", "zebra")]
-
-
-class _NumbersEncoder(Encoder):
-    width = 8
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.frames = nn.Linear(1, self.width)
-
-    def forward(self, **collated: Tensor) -> Frames:
-        frames_SC = torch.tanh(self.frames(collated["values"][:, None]))
-        return Frames(frames_SC, tuple(collated["lengths"].tolist()))
+    faults = [finding for finding in check_modality(spec, options, parts) if finding.ok is False]
+    listed = "".join(f"\n- {finding.check}: {finding.message}" for finding in faults)
+    assert not faults, f"modality {spec!r} does not conform:{listed}"
 
 
 def assert_close(ours: Tensor, reference: Tensor, tolerance: float = 1e-5, what: str = "") -> None:

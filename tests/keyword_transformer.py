@@ -99,6 +99,9 @@ class KeywordEncoder(Encoder):
         self.pos_embed = nn.Parameter(torch.empty(1, FRAMES + 1, WIDTH))
         self.blocks = nn.Sequential(*(KeywordBlock() for _ in range(BLOCKS)))
         self.head = nn.Linear(WIDTH, 12)
+        # The front end is fixed (and has no gradient in digital silence), and no frame comes from the head.
+        self.frontend.requires_grad_(False)
+        self.head.requires_grad_(False)
 
     def encode(self, windows_NL: Tensor) -> Tensor:
         """The class token and 98 frames of every window."""

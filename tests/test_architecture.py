@@ -21,12 +21,13 @@ ROOT = Path(__file__).parents[1]
 # A file may import files of its own tier and of those before it.
 TIERS = {
     "leaves": "config modality plugins routing seeding storage terminal",
-    "parts": "attention cache data lora loss messages metrics pack processor projector prompt rotary speech",
+    "parts": "attention cache data lora loss messages metrics pack processor projector prompt rotary speech "
+    "tiny worker",
     "backbone": "backbone",
     "model": "model",
     "assembly": "assembly",
-    "around": "checkpoint easy_vqa evaluate features figures generate optim",
-    "runs": "against loading pretrain report testing train verify",
+    "around": "checkpoint easy_vqa evaluate features figures generate optim trial",
+    "runs": "against conformance loading pretrain report testing train verify",
     "acts": "demo doctor",
     "top": "__init__ __main__ cli",
 }
