@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from molora.backbone import weights_hash
-from molora.checkpoint import file_hash, files
+from molora.checkpoint import file_hash, files_in
 from molora.loading import Layout, LoadedModel, load, locate
 from molora.pack import Sample, collate
 from molora.verify import Check, examples, routed, show
@@ -54,13 +54,13 @@ def compare_files(old: Layout, new: Layout) -> Iterator[Check]:
         if name in new.folders:
             yield _compare_folders(name, folder, new.folders[name])
         else:
-            yield Check(name, f"removed: {len(files(folder))} files of OLD alone", None)
+            yield Check(name, f"removed: {len(files_in(folder))} files of OLD alone", None)
     for name in sorted(new.folders.keys() - old.folders.keys()):
-        yield Check(name, f"added: {len(files(new.folders[name]))} files of MODEL alone", None)
+        yield Check(name, f"added: {len(files_in(new.folders[name]))} files of MODEL alone", None)
 
 
 def _compare_folders(what: str, before: Path, after: Path) -> Check:
-    names = [path.name for path in files(before)]
+    names = [path.name for path in files_in(before)]
     if before.resolve() == after.resolve():
         return Check(what, f"{len(names)} files, which OLD and MODEL share", True)
     moved = [n for n in names if not (after / n).is_file() or file_hash(before / n) != file_hash(after / n)]

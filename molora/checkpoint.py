@@ -106,11 +106,11 @@ def save_modality(model: MoLoRA, name: str, plan: Blueprint, folder: Path, prist
 
 def copy_modality(source: Path, folder: Path) -> None:
     """Copies a modality folder byte by byte. `modality.json` comes last, as when it is saved."""
-    for path in sorted(files(source), key=lambda path: path.name == "modality.json"):
+    for path in sorted(files_in(source), key=lambda path: path.name == "modality.json"):
         write_atomically(folder / path.name, partial(shutil.copyfile, path))
 
 
-def files(folder: Path) -> list[Path]:
+def files_in(folder: Path) -> list[Path]:
     """The files of a modality or a backbone, by name; hidden ones are not part of it."""
     return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
 
