@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch import Tensor
 from transformers import Phi4MultimodalConfig, Phi4MultimodalForCausalLM
@@ -296,13 +297,12 @@ def test_transformers_gives_a_clip_another_projector_when_a_neighbour_has_a_pict
 @torch.no_grad()
 def test_transformers_runs_a_whole_batch_with_one_adapter(phi4mm: Any):
     """`set_adapter` is a state of the model, not of a sample: a text beside a picture loses the bare backbone."""
-    from peft import LoraConfig
-
     ids = torch.tensor([[5, 6, 7, 8]])
     bare = phi4mm(input_ids=ids).logits
     pattern = r"model\.layers\.\d+\.self_attn\.(qkv_proj|o_proj)"
-    for name in ("speech", "vision"):
-        phi4mm.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=pattern), adapter_name=name)
-    phi4mm.set_adapter("vision")
-    assert phi4mm.active_adapters() == ["vision"]
-    assert float((phi4mm(input_ids=ids).logits - bare).abs().max()) > 1e-3
+    options = LoraConfig(r=2, init_lora_weights=False, target_modules=pattern)
+    both: Any = get_peft_model(phi4mm, options, adapter_name="speech")
+    both.add_adapter("vision", options)
+    both.set_adapter("vision")
+    assert both.active_adapters == ["vision"]
+    assert float((both(input_ids=ids).logits - bare).abs().max()) > 1e-3

@@ -123,7 +123,7 @@ def test_a_wrong_class_is_an_error_that_says_what_is_wrong(tmp_path: Path) -> No
         resolve("modality", f"{file}:thing")
     with pytest.raises(ConfigError, match="class Half lacks prepare, collate, build_encoder, projector, projectors"):
         resolve("modality", f"{file}:Half")
-    with pytest.raises(ConfigError, match="class Depth lacks order, adapters, forward, which every router has"):
+    with pytest.raises(ConfigError, match="class Depth lacks order, adapters, learns, forward, which every router has"):
         resolve("router", f"{file}:Depth")
 
 
