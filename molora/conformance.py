@@ -57,8 +57,8 @@ LOAD_SECONDS = 10.0
 TOLERANCE = 1e-5
 
 _RATE = 1e-2
-# Caches fill in the first rounds; what still grows in every later one is a leak, if it is more than the noise of the
-# interpreter.
+# Caches fill in the first rounds. What still grows in every later one is a leak, if it is more than the interpreter's
+# own pools grow by.
 _FIRST_ROUNDS, _ROUNDS = 3, 4
 _NOISE_BYTES = 2048
 
@@ -70,7 +70,8 @@ _METHODS = (
 
 @dataclass(frozen=True)
 class Finding:
-    """Whether a plugin keeps one clause of the contract, and what was found or what to mend. None: not reached."""
+    """Whether a plugin keeps one clause of the contract, and what was found or what to mend. None: not reached, or the
+    check cannot tell."""
 
     check: str
     ok: bool | None
@@ -90,13 +91,13 @@ def check_modality(
         trial = Trial(spec, dict(options or {}), parts, Path(folder))
         for name, check, needs in _CHECKS:
             cause = next((causes[need] for need in (causes if needs is None else needs) if need in causes), None)
-            if cause is None:
-                finding = _tried(name, check, trial)
-            else:
-                finding = Finding(name, None, f"not reached because of what {cause!r} found")
-            if finding.ok is not True and (cause or finding.ok is False):
-                causes[name] = cause or name
-            findings.append(finding)
+            if cause is not None:
+                findings.append(Finding(name, None, f"not reached because of what {cause!r} found"))
+                causes[name] = cause
+                continue
+            findings.append(_tried(name, check, trial))
+            if findings[-1].ok is False:
+                causes[name] = name
     return findings
 
 
@@ -169,7 +170,7 @@ def _config(trial: Trial) -> str:
             f"{config_type.__name__} does not survive being saved as JSON and read again ({error}); give it fields of "
             "plain values, lists, mappings and dataclasses, all of them in __init__"
         ) from error
-    if again != trial.config:
+    if fingerprint(again) != fingerprint(trial.config):
         raise _Fault(
             f"{config_type.__name__} saved as JSON and read again is {again!r}, was {trial.config!r}; let "
             "__post_init__ leave the fields as they are, or do nothing the second time"
@@ -715,30 +716,41 @@ def _check_folder(trial: Trial, model: MoLoRA, processor: Processor, *, with_wei
 
 
 def _memory(trial: Trial) -> str:
-    modality, counts = trial.make(), []
+    modality, every = trial.make(), range(len(trial.parts))
+
+    def load_and_prepare() -> list[Any]:
+        return [modality.collate([trial.prepare(modality, index)]) for index in every]
+
     traced = tracemalloc.is_tracing()
     gc.freeze()  # sets aside what there is already: only new objects are counted, and collecting is quick
     tracemalloc.start()
     try:
-        for _ in range(_FIRST_ROUNDS + _ROUNDS):
-            for index in range(len(trial.parts)):
-                with torch.no_grad():
-                    trial.encoder(**modality.collate([trial.prepare(modality, index)]))
-            gc.collect()
-            tensors = sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
-            counts.append((tensors, tracemalloc.get_traced_memory()[0]))
+        tensors, size = _left_behind(load_and_prepare)
+        if tensors or size > _NOISE_BYTES:
+            raise _Fault(
+                f"load, prepare and collate leave {tensors} tensors and {size} bytes behind every time all parts go "
+                "through them; keep nothing of an item, or bound the cache"
+            )
+        tensors, _ = _left_behind(lambda: [trial.encode(trial.encoder, [one]) for one in trial.prepared])
     finally:
         gc.unfreeze()
         if not traced:
             tracemalloc.stop()
+    if tensors:
+        raise _Fault(f"forward leaves {tensors} tensors behind every time all parts go through it; keep none of them")
+    return "load, prepare, collate and forward leave nothing behind"
+
+
+def _left_behind(run: Callable[[], object]) -> tuple[int, int]:
+    """The tensors and bytes that remain of every call, at least, once caches have filled."""
+    counts = []
+    for _ in range(_FIRST_ROUNDS + _ROUNDS):
+        run()
+        gc.collect()
+        tensors = sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+        counts.append((tensors, tracemalloc.get_traced_memory()[0]))
     steps = [(tensors - t, size - s) for (t, s), (tensors, size) in pairwise(counts[_FIRST_ROUNDS - 1 :])]
-    new_tensors, new_bytes = (max(0, min(step)) for step in zip(*steps, strict=True))
-    if new_tensors > 0 or new_bytes > _NOISE_BYTES:
-        raise _Fault(
-            f"every round of load, prepare, collate and forward leaves at least {new_tensors} tensors and {new_bytes} "
-            "bytes behind; keep nothing of an item, or bound the cache"
-        )
-    return f"{_ROUNDS} rounds of load, prepare, collate and forward leave nothing behind"
+    return max(0, min(tensors for tensors, _ in steps)), max(0, min(size for _, size in steps))
 
 
 def _globals(trial: Trial) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from molora.modality import Encoder, Frames, MediaError, Prepared
+from molora.modality import Encoder, Frames, MediaError, Origin, Prepared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -575,6 +575,26 @@ class SavesAConfigThatReadsOtherwise(Series):
     class encoder_type(SeriesEncoder):
         def saved_config(self, with_weights: bool) -> Any:
             return replace(self.config, scale=0.5)
+
+
+class SaysItCanBeFetched(Series):
+    """And it cannot: other weights come out of every seed."""
+
+    class encoder_type(SeriesEncoder):
+        origin = Origin("somewhere", "1")
+
+
+class Fetched(Series):
+    """No fault: its weights, as if from a hub, are the same whenever it is built, and need not be saved."""
+
+    class encoder_type(SeriesEncoder):
+        origin = Origin("somewhere", "1")
+
+        def __init__(self, config: SeriesConfig) -> None:
+            super().__init__(config)
+            generator = torch.Generator().manual_seed(1)
+            for parameter in self.parameters():
+                parameter.data.normal_(generator=generator)
 
 
 class KeepsATensorOutOfItsState(Reshaping):
