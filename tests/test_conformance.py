@@ -112,7 +112,7 @@ BROKEN: list[tuple[str, ...]] = [
 
 
 def spec(name: str) -> str:
-    return f"{HERE / 'broken_plugins.py'}:{name}"
+    return f"{HERE / 'faulty_plugins.py'}:{name}"
 
 
 def by_check(findings: list[Finding]) -> dict[str, Finding]:
@@ -230,5 +230,5 @@ def test_an_assertion_lists_every_fault() -> None:
     with pytest.raises(AssertionError) as caught:
         assert_conforms(spec("DropsOutInEval"), {"width": 4})
     listed = str(caught.value).splitlines()
-    assert listed[0].endswith("broken_plugins.py:DropsOutInEval' does not conform:")
+    assert listed[0].endswith("faulty_plugins.py:DropsOutInEval' does not conform:")
     assert [line.split(":")[0] for line in listed[1:]] == ["- encoder repeats", "- shared state"]
