@@ -150,7 +150,7 @@ def _members(trial: Trial) -> str:
         trial.plugin = resolve("modality", trial.spec)
     except ConfigError as error:
         raise _Fault(str(error)) from error
-    return f"{trial.plugin.__module__}:{trial.plugin.__qualname__} has every member of the contract"
+    return f"{trial.plugin.__name__} has every member of the contract"
 
 
 def _config(trial: Trial) -> str:
