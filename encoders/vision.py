@@ -318,8 +318,10 @@ class VisionEncoder(Encoder):
         self._scratch = built.scratch
         self.tower: Tower = built.tower
         self.width = self.tower.width
-        self.row_separator_C = nn.Parameter(0.02 * torch.randn(self.width))
-        self.view_separator_C = nn.Parameter(0.02 * torch.randn(self.width))
+        # The same whatever the seed: a pretrained encoder that stayed frozen is not saved, but fetched and built again.
+        draw = torch.Generator().manual_seed(0)
+        self.row_separator_C = nn.Parameter(0.02 * torch.randn(self.width, generator=draw))
+        self.view_separator_C = nn.Parameter(0.02 * torch.randn(self.width, generator=draw))
         self.register_buffer("mean_C11", torch.tensor(self.tower.mean)[:, None, None])
         self.register_buffer("std_C11", torch.tensor(self.tower.std)[:, None, None])
         self.train(self.training)

@@ -28,6 +28,7 @@ from torchvision.transforms.v2 import functional as tv
 from transformers import SiglipVisionConfig, SiglipVisionModel
 from transformers.models.phi4_multimodal.image_processing_phi4_multimodal import Phi4MultimodalImageProcessor
 
+from molora.checkpoint import tensor_hash
 from molora.config import ConfigError, build, dump
 from molora.encoders.siglip import ConvitConfig, TowerConfig
 from molora.encoders.vision import MAX_FILE_BYTES, Vision, VisionConfig, lay_out
@@ -335,6 +336,8 @@ def test_an_encoder_from_the_hub_knows_its_commit_and_a_saved_one_needs_no_hub(t
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     modality = small(tower=TowerConfig(kind="transformers", name="someone/tiny"))
     encoder = modality.build_encoder()
+    torch.manual_seed(1)
+    assert tensor_hash(modality.build_encoder().state_dict()) == tensor_hash(encoder.state_dict()), "whatever the seed"
     assert encoder.origin == Origin("someone/tiny", commit)
     assert encoder.saved_config(with_weights=False).tower == replace(modality.config.tower, revision=commit)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "nothing"))
