@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,13 +20,15 @@ from molora.processor import Processor
 @dataclass(kw_only=True)
 class EvaluationConfig:
     """Questions to answer. `without_media` leaves the media parts out, to see what the text alone gives away;
-    `word_errors` adds the word error rate, for transcripts."""
+    `word_errors` adds the word error rate, for transcripts; `macro_f1` the mean F1 over the expected answers, each
+    answer a class."""
 
     data: SourceConfig
     max_new_tokens: int = 16
     max_running_samples: int = 128
     without_media: bool = False
     word_errors: bool = False
+    macro_f1: bool = False
 
 
 @dataclass(kw_only=True)
@@ -121,6 +123,8 @@ def scores(judged: list[Judged], config: EvaluationConfig) -> dict[str, float]:
         results[f"exact_match{suffix}"] = sum(item.correct for item in items) / max(1, len(items))
         if config.word_errors:
             results[f"word_error_rate{suffix}"] = word_error_rate(items)
+        if config.macro_f1:
+            results[f"macro_f1{suffix}"] = macro_f1(items)
         results[f"questions{suffix}"] = len(items)
     return results
 
@@ -136,6 +140,14 @@ def word_error_rate(judged: Sequence[Judged]) -> float:
 
     plain = BasicTextNormalizer()
     return jiwer.wer([plain(item.expected).strip() for item in judged], [plain(item.answer).strip() for item in judged])
+
+
+def macro_f1(judged: Sequence[Judged]) -> float:
+    """The mean F1 of the classes, which are the expected answers; an answer that is none of them is just a miss."""
+    expected = Counter(normalise(item.expected) for item in judged)
+    answered = Counter(normalise(item.answer) for item in judged)
+    right = Counter(normalise(item.expected) for item in judged if item.correct)
+    return sum(2 * right[name] / (expected[name] + answered[name]) for name in expected) / max(1, len(expected))
 
 
 def gathered(judged: list[Judged]) -> list[Judged]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from molora.data import SourceConfig
-from molora.evaluate import EvaluationConfig, Judged, exact_match, question, scores, word_error_rate
+from molora.evaluate import EvaluationConfig, Judged, exact_match, macro_f1, question, scores, word_error_rate
 
 
 @pytest.mark.parametrize(
@@ -51,3 +51,16 @@ def test_word_errors_are_counted_over_all_answers_without_punctuation() -> None:
     pairs = [("what is the red shape?", "What is the red shape"), ("is there a circle?", "is there circle"), ("no", "")]
     judged = [Judged(str(i), [], expected, answer, False) for i, (expected, answer) in enumerate(pairs)]
     assert word_error_rate(judged) == pytest.approx(2 / 10)
+
+
+def test_macro_f1_weighs_rare_answers_like_frequent_ones() -> None:
+    # Four of six beats are right. Normal: precision 3/4, recall 3/4. Early: 1/1 and 1/2. Late: never answered.
+    pairs = [("normal", "Normal.")] * 3 + [("normal", "a beat"), ("early", "early"), ("early", "normal")]
+    judged = [
+        Judged(str(i), [], expected, answer, exact_match(answer, expected))
+        for i, (expected, answer) in enumerate(pairs)
+    ]
+    config = EvaluationConfig(data=SourceConfig(kind="messages"), macro_f1=True)
+    assert scores(judged, config)["macro_f1"] == pytest.approx((3 / 4 + 2 / 3) / 2)
+    missed = Judged("late", [], "late", "normal", False)
+    assert macro_f1([*judged, missed]) == pytest.approx((6 / 9 + 2 / 3 + 0) / 3)
