@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -19,6 +19,9 @@ from molora.tiny import (
     tiny_model,
 )
 
+if TYPE_CHECKING:
+    from molora.conformance import Finding
+
 __all__ = [
     "ROPE_SWITCH",
     "VOCAB_SIZE",
@@ -28,6 +31,7 @@ __all__ = [
     "NumbersConfig",
     "assert_close",
     "assert_conforms",
+    "assert_router_conforms",
     "byte_tokenizer",
     "save_backbone",
     "tiny_model",
@@ -41,9 +45,20 @@ def assert_conforms(
     # Here, because plugins live in files that import this one, and a plugin must not bring the model with it.
     from molora.conformance import check_modality
 
-    faults = [finding for finding in check_modality(spec, options, parts) if finding.ok is False]
+    _assert_kept(check_modality(spec, options, parts), f"modality {spec!r}")
+
+
+def assert_router_conforms(spec: str, options: Mapping[str, Any] | None = None) -> None:
+    """Raises AssertionError with every way in which a router plugin breaks its contract; see `check_router`."""
+    from molora.router_conformance import check_router
+
+    _assert_kept(check_router(spec, options), f"router {spec!r}")
+
+
+def _assert_kept(findings: Sequence[Finding], what: str) -> None:
+    faults = [finding for finding in findings if finding.ok is False]
     listed = "".join(f"\n- {finding.check}: {finding.message}" for finding in faults)
-    assert not faults, f"modality {spec!r} does not conform:{listed}"
+    assert not faults, f"{what} does not conform:{listed}"
 
 
 def assert_close(ours: Tensor, reference: Tensor, tolerance: float = 1e-5, what: str = "") -> None:
