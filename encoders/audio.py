@@ -114,7 +114,7 @@ class Audio:
         features = [item.tensors["features_SM"] for item in prepared]
         return {"features_SM": torch.cat(features), "lengths_I": torch.tensor([len(clip_SM) for clip_SM in features])}
 
-    def build_encoder(self) -> Encoder:
+    def build_encoder(self) -> PretrainedAudioEncoder | ConformerEncoder:
         """Makes the encoder. Raises ValueError for pretrained weights that cannot be found or do not fit."""
         if self.ear is not None:
             return PretrainedAudioEncoder(self.config, self.ear.build_encoder())

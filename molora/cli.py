@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from molora.conformance import Finding
 
 app = typer.Typer(
     name="molora",
@@ -26,10 +30,30 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]…", help="Settings that replace the file's.")
 ]
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG.yaml")]
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Lower-case, such as heart_rate.")]
+PackageOption = Annotated[
+    Path | None, typer.Option("--out-of-tree", metavar="DIR", help="Write a package to install, into this folder.")
+]
+SpecArgument = Annotated[
+    str, typer.Argument(metavar="SPEC", help="A name, package.module:Class or path/to/file.py:Class.")
+]
+SpecsArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[SPEC]…", help="Others: package.module:Class or path/to/file.py:Class.")
+]
+OptionsArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[key=value]…", help="The plugin's options, as in a recipe.")
+]
+
+modality_app = typer.Typer(help="Modality plugins: list, new, check.", no_args_is_help=True)
+router_app = typer.Typer(help="Router plugins: list, new, check.", no_args_is_help=True)
+app.add_typer(modality_app, name="modality")
+app.add_typer(router_app, name="router")
 
 
 # Rows of each data source on which `verify` checks the promises.
 VERIFIED_ROWS = 6
+# Tables are no wider, on any terminal.
+COLUMNS = 80
 
 
 @app.callback()
@@ -148,7 +172,8 @@ def _generate_rows(loaded: Any, messages: Path, output: Path, config: Any) -> No
 def evaluate(
     model: ModelArgument, config: ConfigArgument, overrides: Overrides = None, modality: ModalityOption = None
 ) -> None:
-    """Answer a config's evaluations: a table, and the same as JSON in MODEL/evaluation.json or on standard output."""
+    """Answer the evaluations of a config or a recipe: a table, and JSON in MODEL/evaluation.json or on standard
+    output."""
     from rich.table import Table
 
     from molora.config import read
@@ -158,7 +183,7 @@ def evaluate(
     from molora.storage import write_json
     from molora.terminal import console, progress
 
-    evaluations = read(Evaluations, config, overrides or ()).evaluations
+    evaluations = read(Evaluations, config, overrides or (), in_part=True).evaluations
     loaded = load(model, modality or ())
     results: dict[str, dict[str, float]] = {}
     with progress() as bars:
@@ -229,6 +254,105 @@ def verify(
         known = loaded.processor.part_types
         rows = [row for row in rows if all(part["type"] in known for _, part in media_parts(row["messages"]))]
     raise typer.Exit(0 if check(loaded, rows, locate(model, modality or ()).folders) else 1)
+
+
+@modality_app.command("list")
+def list_modalities(specs: SpecsArgument = None) -> None:
+    """Every modality that is found by name: where from, for which parts, with which encoder, under which licence."""
+    from molora.catalogue import modalities, show
+
+    show(modalities(specs or ()), ("part", "encoder", "licence"))
+
+
+@modality_app.command("new")
+def new_modality(name: NameArgument, out_of_tree: PackageOption = None) -> None:
+    """Write a modality plugin that works: one file to make your own, a recipe, a test."""
+    _scaffold("modality", name, out_of_tree)
+
+
+@modality_app.command("check")
+def check_modality(
+    spec: SpecArgument,
+    options: OptionsArgument = None,
+    messages: Annotated[
+        Path | None, typer.Option(metavar="IN.jsonl", help="Conversations with parts to try, instead of its examples.")
+    ] = None,
+) -> None:
+    """Try a modality plugin against every clause of its contract. A clause it breaks makes the exit code 1."""
+    from molora.config import options as read_options
+    from molora.conformance import check_modality as check
+
+    given = None if messages is None else _parts(messages, spec)
+    raise typer.Exit(_show_findings(check(spec, read_options(options or ()), given)))
+
+
+def _parts(messages: Path, spec: str) -> list[Any]:
+    """The content parts in a file of conversations that a modality answers to."""
+    from molora.config import ConfigError
+    from molora.data import Messages, MessagesConfig
+    from molora.messages import media_parts
+    from molora.plugins import resolve
+
+    part_type = resolve("modality", spec).part_type  # pyright: ignore[reportAttributeAccessIssue]
+    source = Messages(MessagesConfig(path=str(messages)))
+    parts = [part for row in range(len(source)) for _, part in media_parts(source[row]["messages"])]
+    chosen = [part for part in parts if part["type"] == part_type]
+    if not chosen:
+        there = ", ".join(sorted({part["type"] for part in parts})) or "no media"
+        raise ConfigError(f"{messages}: no parts of type {part_type!r}, which {spec} answers to; there are {there}")
+    return chosen
+
+
+@router_app.command("list")
+def list_routers(specs: SpecsArgument = None) -> None:
+    """Every router that is found by name: where from, whether it learns, what it does."""
+    from molora.catalogue import routers, show
+
+    show(routers(specs or ()), ("learns", "what it does"))
+
+
+@router_app.command("new")
+def new_router(name: NameArgument, out_of_tree: PackageOption = None) -> None:
+    """Write a router plugin that works: one file to make your own, a recipe, a test."""
+    _scaffold("router", name, out_of_tree)
+
+
+@router_app.command("check")
+def check_router(spec: SpecArgument, options: OptionsArgument = None) -> None:
+    """Try a router plugin against every clause of its contract, between two adapters: audio and vision. A clause it
+    breaks makes the exit code 1."""
+    from molora.config import options as read_options
+    from molora.router_conformance import check_router as check
+
+    raise typer.Exit(_show_findings(check(spec, read_options(options or ()))))
+
+
+def _scaffold(kind: Literal["modality", "router"], name: str, folder: Path | None) -> None:
+    from molora.scaffold import new_plugin
+
+    files, spec = new_plugin(kind, name, folder)
+    for file in files:
+        print(f"wrote {file}")
+    steps = [] if folder is None else [f"cd {folder}", "pip install --editable ."]
+    steps += [f"molora {kind} check {spec}", f"molora train {name}.yaml", f"molora eval runs/{name} {name}.yaml"]
+    print("next:", *steps, sep="\n  ")
+
+
+def _show_findings(findings: Sequence[Finding]) -> int:
+    """Prints what a contract's checks found, within 80 columns; returns the exit code."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from molora.terminal import console
+
+    marks = {True: "[green]ok[/]", False: "[red]no[/]", None: "[yellow]--[/]"}
+    table = Table("", "check", "found", box=None, pad_edge=False)
+    for finding in findings:
+        table.add_row(marks[finding.ok], escape(finding.check), escape(finding.message))
+    console.print(table, width=min(console.width, COLUMNS))
+    broken = sum(finding.ok is False for finding in findings)
+    print(f"{broken} of {len(findings)} checks failed" if broken else "it keeps the contract")
+    return int(broken > 0)
 
 
 @app.command()

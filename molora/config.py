@@ -26,8 +26,10 @@ class ConfigError(ValueError):
     """A config that cannot be used; the message says where, what is wrong and what would be right."""
 
 
-def read(cls: type[T], path: str | Path, overrides: Iterable[str] = ()) -> T:
+def read(cls: type[T], path: str | Path, overrides: Iterable[str] = (), *, in_part: bool = False) -> T:
     """Reads a YAML file, its `base:` parents and `key=value` overrides into the dataclass `cls`.
+
+    With `in_part` the file may have other keys at its top, which are left to others.
 
     Raises: ConfigError for an unreadable file, a typo, a wrong type, a missing key or a cycle of bases.
     """
@@ -38,22 +40,16 @@ def read(cls: type[T], path: str | Path, overrides: Iterable[str] = ()) -> T:
     config = OmegaConf.create(values)
     for override in overrides:
         where = f"override {override!r} of {path}"
-        key, equals, _ = override.partition("=")
-        if not (key and equals):
-            raise ConfigError(f"{where}: write it as key=value, such as stages.0.learning_rate=1e-4")
-        try:
-            # Only the value goes through OmegaConf's YAML, so that `stages.0` is an index and not a mapping's key.
-            given: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value{override[len(key) :]}"]))
-            value = given["value"]
-            OmegaConf.update(config, key, value, merge=isinstance(value, dict), force_add=True)
-        except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
-            raise ConfigError(f"{where}: {_first_line(error)}") from error
+        _override(config, override, where)
         layers.append((where, OmegaConf.to_container(OmegaConf.from_dotlist([override]))))
     try:
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         key = re.sub(r"\[(\d+)\]", r".\1", error.full_key or "")
         raise ConfigError(f"{_origin(layers, key) or path}: {key}: {_first_line(error)}") from error
+    if in_part:
+        own = typing.get_type_hints(cls)
+        values = {key: value for key, value in values.items() if key in own}
     try:
         return _build(cls, values, "")
     except _Problem as problem:
@@ -71,9 +67,32 @@ def build(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
         raise ConfigError(f"{where}: {problem}") from problem
 
 
+def options(overrides: Iterable[str]) -> dict[str, Any]:
+    """`key=value` texts as nested mappings. Raises ConfigError."""
+    config = OmegaConf.create({})
+    for override in overrides:
+        _override(config, override, f"option {override!r}")
+    values: Any = OmegaConf.to_container(config, resolve=True)
+    return values
+
+
 def dump(config: Any) -> str:
     """Writes a dataclass as the YAML that `read` turns into an equal one."""
     return OmegaConf.to_yaml(OmegaConf.create(_plain(config)))
+
+
+def _override(config: Any, override: str, where: str) -> None:
+    """Puts the value of `key=value` into an OmegaConf config."""
+    key, equals, _ = override.partition("=")
+    if not (key and equals):
+        raise ConfigError(f"{where}: write it as key=value, such as stages.0.learning_rate=1e-4")
+    try:
+        # Only the value goes through OmegaConf's YAML, so that `stages.0` is an index and not a mapping's key.
+        given: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value{override[len(key) :]}"]))
+        value = given["value"]
+        OmegaConf.update(config, key, value, merge=isinstance(value, dict), force_add=True)
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
+        raise ConfigError(f"{where}: {_first_line(error)}") from error
 
 
 class _Problem(Exception):

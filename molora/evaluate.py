@@ -33,7 +33,7 @@ class EvaluationConfig:
 
 @dataclass(kw_only=True)
 class Evaluations:
-    """A config of evaluations alone, for `molora eval`."""
+    """What `molora eval` reads of a config, which may be a recipe."""
 
     evaluations: dict[str, EvaluationConfig]
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, Optional, Union
 
 import pytest
 
-from molora.config import ConfigError, build, dump, read
+from molora.config import ConfigError, build, dump, options, read
 
 
 @dataclass(frozen=True)
@@ -235,3 +235,32 @@ def test_dump_is_read_back_equal(write) -> None:
         again = read(Recipe, write(dump(recipe)))
         assert again == recipe
         assert type(again.limit) is type(recipe.limit)
+
+
+def test_a_part_of_a_file_is_read_with_what_it_refers_to(write) -> None:
+    @dataclass
+    class Seeds:
+        seed: int
+        shuffle: bool = True
+
+    path = write("first: 7\nstages: [{name: align}]\nseed: ${first}")
+    assert read(Seeds, path, ["shuffle=false"], in_part=True) == Seeds(7, False)
+    with pytest.raises(ConfigError, match="first: no such key"):
+        read(Seeds, path)
+    with pytest.raises(ConfigError, match="missing 'seed', which Seeds requires"):
+        read(Seeds, write("sead: 7"), in_part=True)
+
+
+def test_options_are_read_as_a_recipe_reads_them() -> None:
+    given = ["tower.kind=convit", "tower.convit.width=8", "rules.audio+vision=vision", "names=[a, b]", "share=1e-3"]
+    assert options(given) == {
+        "tower": {"kind": "convit", "convit": {"width": 8}},
+        "rules": {"audio+vision": "vision"},
+        "names": ["a", "b"],
+        "share": 1e-3,
+    }
+    assert options([]) == {}
+    with pytest.raises(ConfigError, match="option 'share': write it as key=value"):
+        options(["share"])
+    with pytest.raises(ConfigError, match="option 'share=\\[1'"):
+        options(["share=[1"])

@@ -1,0 +1,129 @@
+"""What plugins there are, with where each comes from: what `molora modality list` and `molora router list` print."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, dataclass, fields
+from importlib.metadata import PackageNotFoundError, metadata, packages_distributions
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from molora.config import ConfigError, build
+from molora.plugins import Kind, Plugin, available, resolve
+from molora.terminal import console
+
+_COLUMNS = 80
+_UNKNOWN = "not stated"
+# What a router is built with to see whether it learns.
+_ADAPTERS = ["audio", "vision"]
+_WIDTH = 8
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A plugin: its name, where it comes from, what its columns say, and why it cannot be used, if it cannot."""
+
+    name: str
+    origin: str
+    columns: tuple[str, ...] = ()
+    error: str = ""
+
+
+def modalities(specs: Sequence[str] = ()) -> list[Entry]:
+    """Every modality that has a name, and those of `specs`; columns are part type, encoder and licence."""
+    entries = []
+    for plugin, found in _plugins("modality", specs):
+        if isinstance(found, ConfigError):
+            entries.append(Entry(plugin.name, plugin.origin, error=str(found)))
+        else:
+            columns = (str(found.part_type), _encoder(found), _licence(plugin.origin))
+            entries.append(Entry(plugin.name, plugin.origin, columns))
+    return entries
+
+
+def routers(specs: Sequence[str] = ()) -> list[Entry]:
+    """Every router that has a name, and those of `specs`; columns are whether it learns, and what it does."""
+    entries = []
+    for plugin, found in _plugins("router", specs):
+        try:
+            if isinstance(found, ConfigError):
+                raise found
+            entries.append(Entry(plugin.name, plugin.origin, ("yes" if _learns(found) else "no", _summary(found))))
+        except Exception as error:  # a plugin can fail in any way; its own error is shown
+            entries.append(Entry(plugin.name, plugin.origin, error=str(error)))
+    return entries
+
+
+def show(entries: Sequence[Entry], columns: Sequence[str]) -> None:
+    """Prints a table within 80 columns, then why some cannot be used."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("name", "origin", *columns):
+        table.add_column(heading, overflow="fold")
+    for entry in entries:
+        table.add_row(*map(escape, (entry.name, entry.origin, *(entry.columns or ["-"] * len(columns)))))
+    width = min(console.width, _COLUMNS)
+    console.print(table, width=width)
+    for entry in entries:
+        if entry.error:
+            console.print(f"[red]{escape(entry.name)}[/]: {escape(entry.error)}", width=width, highlight=False)
+
+
+def _plugins(kind: Kind, specs: Sequence[str]) -> Iterator[tuple[Plugin, Any]]:
+    """Plugins with their class, or with why there is none."""
+    named = [(plugin, plugin.name) for plugin in available(kind)]
+    for plugin, spec in [*named, *((_from_spec(spec), spec) for spec in specs)]:
+        try:
+            found: Any = resolve(kind, spec)
+        except ConfigError as error:
+            found = error
+        yield plugin, found
+
+
+def _from_spec(spec: str) -> Plugin:
+    """A plugin that is named by its file, or by its module, whose origin is the distribution that it belongs to."""
+    module, _, class_name = spec.rpartition(":")
+    if module.endswith(".py"):
+        return Plugin(class_name, f"file {Path(module).name}", spec)
+    return Plugin(class_name, packages_distributions().get(module.partition(".")[0], [module])[0], spec)
+
+
+def _licence(origin: str) -> str:
+    """What a distribution's metadata say, whichever of their three fields it is in."""
+    try:
+        about: Any = metadata("molora" if origin == "built-in" else origin)
+    except PackageNotFoundError:
+        return _UNKNOWN
+    for key in ("License-Expression", "License"):
+        if (stated := about.get(key) or "UNKNOWN") != "UNKNOWN":
+            return stated.splitlines()[0]  # some put the whole text there
+    classified = [line for line in about.get_all("Classifier") or [] if line.startswith("License ::")]
+    return ", ".join(line.rpartition(" :: ")[2] for line in classified) or _UNKNOWN
+
+
+def _encoder(modality_class: type) -> str:
+    """The class that `build_encoder` says it returns; what the modality says of itself if that tells nothing."""
+    told = inspect.signature(modality_class.build_encoder).return_annotation  # pyright: ignore[reportAttributeAccessIssue]
+    name = told.__name__ if isinstance(told, type) else str(told)
+    return _summary(modality_class) if name in ("Encoder", "_empty") else name.replace(" | ", " or ")
+
+
+def _summary(plugin_class: type) -> str:
+    """The first sentence of the docstring."""
+    text = " ".join((inspect.getdoc(plugin_class) or "").split())
+    return text.partition(". ")[0].rstrip(".") or "no docstring"
+
+
+def _learns(router_class: Any) -> bool:
+    """Whether it has parameters, built with its defaults. It may require no option but `modalities`."""
+    required = {
+        field.name
+        for field in fields(router_class.config_type)
+        if field.default is MISSING and field.default_factory is MISSING
+    }
+    options = {"modalities": _ADAPTERS} if "modalities" in required else {}
+    router = router_class(_ADAPTERS, build(router_class.config_type, options, "without options"), _WIDTH)
+    return any(True for _ in router.parameters())
