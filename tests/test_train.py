@@ -21,11 +21,12 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
+import molora
 from molora.config import ConfigError, build, dump
 from molora.optim import PartConfig, set_trainable
 from molora.storage import read_json
 from molora.testing import save_backbone
-from molora.train import Recipe, TrainingError, build_model, train, train_step
+from molora.train import Recipe, TrainingError, _Run, build_model, train, train_step
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["molora.train", "molora.testing"])
@@ -202,7 +203,14 @@ def two_processes(recipe_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_two_processes_train_like_one(home: Path, tmp_path: Path) -> None:
+LEARNED = {
+    "plugin": "learned",
+    "options": {"modalities": ["letters", "numbers"], "scope": "token", "balance": 0.1, "z": 0.01},
+}
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["table", "learned router, activation checkpointing"])
+def test_two_processes_train_like_one(home: Path, tmp_path: Path, learned: bool) -> None:
     adapter = {"r": 4, "lora_alpha": 8, "target_modules": ["qkv_proj", "down_proj"]}
     modality = {"plugin": "molora.testing:Numbers", "adapter": adapter}
     rows = {"rows": {"kind": "messages", "options": {"path": str(home / "rows.jsonl")}}}
@@ -221,6 +229,9 @@ def test_two_processes_train_like_one(home: Path, tmp_path: Path) -> None:
         "evaluations": {},
         "save_every_steps": 50,
     }
+    if learned:
+        stage["train"]["router"] = {"learning_rate": 3e-3}
+        changes |= {"router": LEARNED, "activation_checkpointing": True}
     one, two = recipe(home, tmp_path / "one", **changes), recipe(home, tmp_path / "two", **changes)
     train(one, show=False)
     (tmp_path / "two.yaml").write_text(dump(two))
@@ -230,12 +241,52 @@ def test_two_processes_train_like_one(home: Path, tmp_path: Path) -> None:
     alone = 0
     for row, expected in zip(ours, theirs, strict=True):
         assert row["samples_digest"] == expected["samples_digest"]
-        losses = {key: value for key, value in expected.items() if key.startswith("loss/")}
+        losses = {key: value for key, value in expected.items() if key.startswith(("loss/", "routing/"))}
         alone += len(losses) > 1 and "loss/text" in losses
-        assert {key for key in row if key.startswith("loss/")} == losses.keys()
+        assert {key for key in row if key.startswith(("loss/", "routing/"))} == losses.keys()
         for key, value in losses.items():
             assert abs(row[key] - value) <= 1e-5 * max(1.0, abs(value)), f"step {row['step']}: {key}"
     assert alone > 10, "in no step did one rank see text alone"
+    assert learned == any("routing/letters+numbers/letters" in row for row in theirs)
+
+
+def test_what_a_router_learned_is_saved_resumed_and_taken_over(home: Path, tmp_path: Path) -> None:
+    stage: dict[str, Any] = {
+        "name": "tune",
+        "train": {"router": {"learning_rate": 0.1}, "adapters": {"learning_rate": 1e-2}},
+        "data": {"rows": {"kind": "messages", "options": {"path": str(home / "rows.jsonl")}}},
+        "steps": 6,
+        "samples_per_step": 6,
+    }
+    changes = {"router": LEARNED, "stages": [stage], "evaluations": {}}
+    whole = train(recipe(home, tmp_path / "whole", **changes), show=False)
+    learned = load_file(whole / "router.safetensors")
+    assert any(tensor.abs().max() > 0.1 for tensor in learned.values())
+
+    halves = recipe(home, tmp_path / "halves", **{**changes, "stages": [{**stage, "steps": 6}]})
+    stopped = _Run._save
+
+    def stop_after_four(self: _Run, step: int) -> None:
+        stopped(self, step)
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Run, "_save", stop_after_four)
+        with pytest.raises(KeyboardInterrupt):
+            train(halves, show=False)
+    resumed = load_file(train(halves, show=False) / "router.safetensors")
+    assert all(torch.equal(resumed[key], value) for key, value in learned.items())
+
+    opened = molora.load(whole)
+    assert all(torch.equal(value, learned[key]) for key, value in opened.model.router_tensors().items())
+    frozen = {**stage, "train": {"adapters": {"learning_rate": 1e-2}}}
+    after = train(
+        recipe(home, tmp_path / "after", router={"path": str(whole)}, stages=[frozen], evaluations={}), show=False
+    )
+    assert (after / "router.safetensors").read_bytes() == (whole / "router.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match="brings plugin and options with it"):
+        train(recipe(home, tmp_path / "both", router={**LEARNED, "path": str(whole)}), show=False)
 
 
 def test_modalities_trained_together_get_the_updates_they_get_alone(home: Path, tmp_path: Path) -> None:
