@@ -12,7 +12,7 @@ import random
 import re
 import time
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +224,7 @@ def audio_recipe(run: Path, backbone: Path, clips: Path, quick: bool) -> Recipe:
                 data={"transcripts": transcripts},
                 steps=5 if quick else 400,
                 samples_per_step=64,
-                evaluate_every_steps=150,
+                evaluate_every_steps=200,
             ),
             StageConfig(
                 name="post-training",
@@ -279,14 +279,15 @@ def evaluations(clips: Path, quick: bool) -> dict[str, EvaluationConfig]:
     """The test split: written, without its pictures, spoken, and transcribed; spoken in voices never trained on."""
     written = SourceConfig(kind="easy_vqa", options={"split": "test"}, limit=40 if quick else None)
     options = {"split": "test", "folder": str(clips), "takes": _HELD_OUT_TAKES}
-    spoken = SourceConfig(kind="spoken_easy_vqa", options={**options, "task": "questions"}, limit=40 if quick else 2000)
+    limit = 40 if quick else 2000
+    spoken = SourceConfig(kind="spoken_easy_vqa", options={**options, "task": "questions"}, limit=limit)
     transcripts = SourceConfig(
         kind="spoken_easy_vqa", options={**options, "task": "transcripts"}, limit=40 if quick else None
     )
     return {
         BEFORE: EvaluationConfig(data=written, max_new_tokens=4),
         WRITTEN: EvaluationConfig(data=written, max_new_tokens=4),
-        BLIND: EvaluationConfig(data=written, max_new_tokens=4, without_media=True),
+        BLIND: EvaluationConfig(data=replace(written, limit=limit), max_new_tokens=4, without_media=True),
         SPOKEN: EvaluationConfig(data=spoken, max_new_tokens=4),
         TRANSCRIPT: EvaluationConfig(data=transcripts, max_new_tokens=24, word_errors=True),
     }
