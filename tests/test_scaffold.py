@@ -1,4 +1,4 @@
-"""What `molora modality new` and `molora router new` write: short, clean, true to its contract; it trains, it answers."""
+"""What `molora modality new` and `molora router new` write: short, clean, true to the contract; and it trains."""
 
 from __future__ import annotations
 
