@@ -183,7 +183,10 @@ def _rooted(messages: list[dict[str, Any]], root: Path) -> list[dict[str, Any]]:
 
 def open_source(config: SourceConfig, where: str) -> Source:
     """Opens a source by its kind, a built-in name or a plugin's. Raises ConfigError."""
-    source_class: Any = resolve("source", config.kind)
+    try:
+        source_class: Any = resolve("source", config.kind)
+    except ConfigError as error:
+        raise ConfigError(f"{where}.kind: {error}") from error
     source: Source = source_class(build(source_class.config_type, config.options, f"{where}.options"))
     return source if config.limit is None else _First(source, config.limit)
 
