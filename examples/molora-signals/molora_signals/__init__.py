@@ -1,0 +1,1 @@
+"""Time series and pen strokes as modalities of molora."""
