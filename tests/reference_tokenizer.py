@@ -1,4 +1,4 @@
-"""A small tokenizer in the manner of Phi-4-multimodal's: bytes, a few merges, and special tokens with their real ids."""
+"""A small tokenizer in the manner of Phi-4-multimodal's: bytes, a few merges, special tokens with their real ids."""
 
 from __future__ import annotations
 
