@@ -21,7 +21,8 @@ from molora.processor import Processor
 class EvaluationConfig:
     """Questions to answer. `without_media` leaves the media parts out, to see what the text alone gives away;
     `word_errors` adds the word error rate, for transcripts; `macro_f1` the mean F1 over the expected answers, each
-    answer a class."""
+    answer a class; `bleu` names the tokeniser of sacrebleu to count BLEU with, for translations: 13a, or for a language
+    without spaces its own, such as zh and ja-mecab."""
 
     data: SourceConfig
     max_new_tokens: int = 16
@@ -29,6 +30,11 @@ class EvaluationConfig:
     without_media: bool = False
     word_errors: bool = False
     macro_f1: bool = False
+    bleu: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.bleu is not None:
+            bleu_metric(self.bleu)  # what it lacks is said before the model answers, not after
 
 
 @dataclass(kw_only=True)
@@ -125,6 +131,8 @@ def scores(judged: list[Judged], config: EvaluationConfig) -> dict[str, float]:
             results[f"word_error_rate{suffix}"] = word_error_rate(items)
         if config.macro_f1:
             results[f"macro_f1{suffix}"] = macro_f1(items)
+        if config.bleu is not None:
+            results[f"bleu{suffix}"] = bleu(items, config.bleu)
         results[f"questions{suffix}"] = len(items)
     return results
 
@@ -148,6 +156,23 @@ def macro_f1(judged: Sequence[Judged]) -> float:
     answered = Counter(normalise(item.answer) for item in judged)
     right = Counter(normalise(item.expected) for item in judged if item.correct)
     return sum(2 * right[name] / (expected[name] + answered[name]) for name in expected) / max(1, len(expected))
+
+
+def bleu(judged: Sequence[Judged], tokeniser: str) -> float:
+    """BLEU of all answers together against one expected answer each, from 0 to 100, by sacrebleu."""
+    answers, expected = [item.answer for item in judged], [item.expected for item in judged]
+    return bleu_metric(tokeniser).corpus_score(answers, [expected]).score
+
+
+def bleu_metric(tokeniser: str) -> Any:
+    """sacrebleu's BLEU. Raises ImportError without the `audio` extra, ValueError for a tokeniser it does not have."""
+    try:
+        from sacrebleu.metrics.bleu import BLEU
+    except ImportError as error:
+        raise ImportError("BLEU needs sacrebleu: pip install 'molora[audio]'") from error
+    if tokeniser not in BLEU.TOKENIZERS:
+        raise ValueError(f"bleu: sacrebleu has no tokeniser {tokeniser!r}; it has {', '.join(BLEU.TOKENIZERS)}")
+    return BLEU(tokenize=tokeniser)
 
 
 def gathered(judged: list[Judged]) -> list[Judged]:

@@ -28,6 +28,7 @@ class PartConfig:
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.95
+    epsilon: float = 1e-8
     max_gradient_norm: float = 1.0
 
 
@@ -53,6 +54,7 @@ class PartOptimizer:
                     "params": list(parameters.values()),
                     "lr": config.learning_rate,
                     "betas": (config.beta1, config.beta2),
+                    "eps": config.epsilon,
                     "weight_decay": config.weight_decay,
                 }
                 for config, parameters in groups

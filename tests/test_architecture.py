@@ -48,6 +48,7 @@ LAZY = (
     "jiwer",
     "matplotlib",
     "open_clip",
+    "sacrebleu",
     "soundfile",
     "torch.utils.tensorboard",
     "torchaudio",

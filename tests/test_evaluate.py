@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from molora.config import ConfigError, build
 from molora.data import SourceConfig
-from molora.evaluate import EvaluationConfig, Judged, exact_match, macro_f1, question, scores, word_error_rate
+from molora.evaluate import EvaluationConfig, Judged, bleu, exact_match, macro_f1, question, scores, word_error_rate
 
 
 @pytest.mark.parametrize(
@@ -64,3 +68,53 @@ def test_macro_f1_weighs_rare_answers_like_frequent_ones() -> None:
     assert scores(judged, config)["macro_f1"] == pytest.approx((3 / 4 + 2 / 3) / 2)
     missed = Judged("late", [], "late", "normal", False)
     assert macro_f1([*judged, missed]) == pytest.approx((6 / 9 + 2 / 3 + 0) / 3)
+
+
+def translated(*pairs: tuple[str, str]) -> list[Judged]:
+    """Pairs of expected and given answers."""
+    return [
+        Judged(str(i), [], expected, answer, exact_match(answer, expected))
+        for i, (expected, answer) in enumerate(pairs)
+    ]
+
+
+def test_bleu_is_counted_over_all_answers_together() -> None:
+    pytest.importorskip("sacrebleu")
+    judged = translated(
+        ("the cat sat on the mat", "the cat sat on a mat"), ("it is very cold today", "it is cold today")
+    )
+    # n-grams of one to four words: 9 of 10, 5 of 8, 2 of 6 and 1 of 4 are right; 10 words for 11 expected.
+    precisions = (9 / 10) * (5 / 8) * (2 / 6) * (1 / 4)
+    assert bleu(judged, "13a") == pytest.approx(100 * precisions**0.25 * math.exp(1 - 11 / 10))
+    config = EvaluationConfig(data=SourceConfig(kind="messages"), bleu="13a")
+    tagged = [replace(judged[0], tags=["cats"]), judged[1]]
+    assert scores(tagged, config) == {
+        "exact_match": 0.0, "bleu": bleu(judged, "13a"), "questions": 2,
+        "exact_match/cats": 0.0, "bleu/cats": bleu(judged[:1], "13a"), "questions/cats": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tokeniser", "expected", "answer"),
+    [
+        ("zh", "她明天会来北京看我们。", "她明天会来上海看我们。"),
+        ("ja-mecab", "彼女は明日東京に来ます。", "彼女は明日京都に来ます。"),
+    ],
+)
+def test_languages_without_spaces_need_their_tokeniser(tokeniser: str, expected: str, answer: str) -> None:
+    pytest.importorskip("sacrebleu")
+    assert bleu(translated((expected, answer)), "13a") == 0.0
+    assert 20 < bleu(translated((expected, answer)), tokeniser) < 90
+    assert bleu(translated((expected, expected)), tokeniser) == pytest.approx(100)
+
+
+def test_an_unknown_tokeniser_is_refused_where_it_is_written() -> None:
+    pytest.importorskip("sacrebleu")
+    with pytest.raises(ConfigError, match="recipe: bleu: sacrebleu has no tokeniser 'jp'; it has .*ja-mecab"):
+        build(EvaluationConfig, {"data": {"kind": "messages"}, "bleu": "jp"}, "recipe")
+
+
+def test_a_missing_sacrebleu_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics.bleu", None)
+    with pytest.raises(ImportError, match=r"BLEU needs sacrebleu: pip install 'molora\[audio\]'"):
+        EvaluationConfig(data=SourceConfig(kind="messages"), bleu="13a")

@@ -34,13 +34,16 @@ def test_patterns(pattern: str, name: str, expected: bool) -> None:
     assert matches(pattern, name) == expected
 
 
-def test_a_part_updates_like_adamw_with_clipping() -> None:
+@pytest.mark.parametrize("epsilon", [1e-8, 1e-2])
+def test_a_part_updates_like_adamw_with_clipping(epsilon: float) -> None:
     torch.manual_seed(0)
     ours, theirs = nn.Linear(3, 2), nn.Linear(3, 2)
     theirs.load_state_dict(ours.state_dict())
-    config = PartConfig(learning_rate=0.1, schedule="constant", weight_decay=0.01, max_gradient_norm=0.5)
+    config = PartConfig(
+        learning_rate=0.1, schedule="constant", weight_decay=0.01, epsilon=epsilon, max_gradient_norm=0.5
+    )
     optimizer = PartOptimizer([(config, dict(ours.named_parameters()))], total_steps=5)
-    reference = torch.optim.AdamW(theirs.parameters(), lr=0.1, betas=(0.9, 0.95), weight_decay=0.01)
+    reference = torch.optim.AdamW(theirs.parameters(), lr=0.1, betas=(0.9, 0.95), eps=epsilon, weight_decay=0.01)
     for _ in range(5):
         x = torch.randn(4, 3)
         for model in (ours, theirs):
