@@ -5,6 +5,7 @@ Because the order needs no state, training resumes anywhere and any rank or work
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -103,19 +104,32 @@ def conversation(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
 
 @dataclass(kw_only=True)
 class TableConfig:
-    """A table of one-turn conversations: a parquet, CSV or JSONL file, or a dataset of the hub.
+    """A table of one-turn conversations: a parquet, CSV, TSV or JSONL file, or a dataset of the hub.
 
     `media` maps a part type to the column that holds it (a path, or what `datasets` stores); `prompt` and `answer` are
-    templates over columns, such as "{question}".
+    templates over columns, such as "{question}". Relative paths start from `media_root`, by default the file's own
+    folder. `subset`, `split` and `revision` are a dataset's of the hub.
     """
 
     path: str
     prompt: str
     answer: str
     media: dict[str, str] = field(default_factory=dict)
+    subset: str | None = None
     split: str = "train"
     revision: str | None = None
     media_root: str | None = None
+
+
+# How `datasets` reads a file. Cells of text are taken at their word: `null` and `NA` are words, and empty is empty.
+_LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "parquet": ("parquet", {}),
+    "csv": ("csv", {"na_filter": False}),
+    # As Common Voice and CoVoST are written: no quotes, and a backslash before a tab that is no border.
+    "tsv": ("csv", {"na_filter": False, "sep": "\t", "quoting": csv.QUOTE_NONE, "escapechar": "\\"}),
+    "jsonl": ("json", {}),
+    "json": ("json", {}),
+}
 
 
 class Table:
@@ -130,13 +144,13 @@ class Table:
             raise ImportError("data source kind 'table' needs datasets: pip install 'molora[datasets]'") from error
         self.config = config
         suffix = Path(config.path).suffix.lstrip(".")
-        loaders = {"parquet": "parquet", "csv": "csv", "jsonl": "json", "json": "json"}
-        if suffix in loaders:
+        if suffix in _LOADERS:
             if not Path(config.path).is_file():
                 raise ConfigError(f"data source {config.path}: no such file")
-            rows = datasets.load_dataset(loaders[suffix], data_files={"train": config.path}, split="train")
+            loader, options = _LOADERS[suffix]
+            rows = datasets.load_dataset(loader, data_files={"train": config.path}, split="train", **options)
         else:
-            rows = datasets.load_dataset(config.path, split=config.split, revision=config.revision)
+            rows = datasets.load_dataset(config.path, config.subset, split=config.split, revision=config.revision)
         # Media are decoded by the modality, not by datasets.
         for column in config.media.values():
             if column not in rows.column_names:

@@ -91,6 +91,50 @@ def test_a_table_of_encoded_pictures_becomes_conversations(tmp_path: Path) -> No
         open_source(SourceConfig(kind="table", options={**options, "media": {"image": "picture"}}), "data")
 
 
+def test_text_tables_are_taken_at_their_word(tmp_path: Path) -> None:
+    """Quotes, missing values and other things that mean something elsewhere are what somebody said or chose."""
+    pytest.importorskip("datasets")
+    said = ['"Yes."', "null", "NA", "", "it's 5\\\ttabs", "007"]
+    (tmp_path / "t.tsv").write_text("path\tsaid\n" + "".join(f"{i}.mp3\t{text}\n" for i, text in enumerate(said)))
+    rows = ("0.jpg,who?, A: none ", '1.jpg,"Which, and ""why""?",NA', "2.jpg,when?,")
+    (tmp_path / "t.csv").write_text("Figure_path,Question,Choice A\n" + "\n".join(rows))
+    texts = {
+        name: [row["messages"][0]["content"][-1]["text"] for row in map(table.__getitem__, range(len(table)))]
+        for name, table in (
+            (name, open_source(SourceConfig(kind="table", options=options), "data"))
+            for name, options in {
+                "t.tsv": {"path": str(tmp_path / "t.tsv"), "prompt": "{said}", "answer": ""},
+                "t.csv": {"path": str(tmp_path / "t.csv"), "prompt": "{Question}|{Choice A}", "answer": ""},
+            }.items()
+        )
+    }
+    assert texts["t.tsv"] == [*said[:4], "it's 5\ttabs", "007"]
+    assert texts["t.csv"] == ["who?| A: none ", 'Which, and "why"?|NA', "when?|"]
+
+
+def test_a_dataset_of_several_subsets_is_read_by_the_one_that_is_named(tmp_path: Path) -> None:
+    """As the hub stores them: a folder of parquet files for each, listed in the card."""
+    datasets = pytest.importorskip("datasets")
+    card = "---\nconfigs:\n"
+    for name in ("en_sl", "en_de"):
+        clip = {"bytes": name.encode(), "path": "common_voice_en_1.mp3"}
+        table = datasets.Dataset.from_dict({"audio": [clip], "translation": [f"to {name}"]})
+        table.cast_column("audio", datasets.Audio()).to_parquet(tmp_path / name / "test-00000-of-00001.parquet")
+        card += f"- config_name: {name}\n  data_files:\n  - {{split: test, path: {name}/test-*}}\n"
+    (tmp_path / "README.md").write_text(f"{card}---\n")
+    options = {
+        "path": str(tmp_path),
+        "split": "test",
+        "media": {"audio": "audio"},
+        "prompt": "",
+        "answer": "{translation}",
+    }
+    for name in ("en_sl", "en_de"):
+        row = open_source(SourceConfig(kind="table", options={**options, "subset": name}), "data")[0]
+        assert row["messages"][0]["content"][0] == {"type": "audio", "bytes": name.encode()}
+        assert row["messages"][1]["content"] == f"to {name}"
+
+
 def test_limits_keep_the_first_rows(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(
         "\n".join(json.dumps({"messages": [{"role": "user", "content": "x"}]}) for _ in range(5))
