@@ -29,16 +29,14 @@ def fetch(repository: str, revision: str | None, wanted: Sequence[str]) -> tuple
     return folder, Origin(repository, folder.name)
 
 
-def weight_files(folder: Path, names: Sequence[str] = ("model.safetensors",)) -> list[Path]:
-    """The safetensors files of a folder: those of its index, else the first of `names` that is there.
+def weight_files(folder: Path, name: str = "model.safetensors") -> list[Path]:
+    """The safetensors files of a folder: those in the index of `name`, or `name` itself.
 
     Raises: ValueError if one is missing.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    else:
-        files = [folder / next((name for name in names if (folder / name).is_file()), names[0])]
+    index = folder / f"{name}.index.json"
+    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [name]
+    files = [folder / name for name in names]
     for file in files:
         if not file.is_file():
             raise ValueError(f"{folder}: no {file.name} in this folder; weights are read from safetensors files")

@@ -1,4 +1,4 @@
-"""Towers: crops to a grid of frames. SigLIP from transformers, timm or open_clip, and any other timm model.
+"""Towers: crops to a grid of frames. SigLIP from transformers, timm or open_clip, CLIP, and any other timm model.
 
 The three SigLIP backends are taken apart into the same pieces (patch convolution, position table, blocks), so that
 NaViT-style patch masks work for all of them and equal weights give equal frames, whoever published them.
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from molora.encoders import openclip
 from molora.encoders.hub import check_keys, fetch, read_json, weight_files
 from molora.modality import Origin
 
@@ -42,15 +43,17 @@ class ConvitConfig:
 class TowerConfig:
     """Which tower, and where its weights come from.
 
-    `kind`: `transformers` (SigLIP), `timm` (SigLIP or any other model), `open_clip` (SigLIP or any other model with a
-    timm trunk), `convit` (small, trained from scratch). `name`: a hub id; for timm also an architecture such as
-    `vit_so400m_patch14_siglip_384.webli`, for open_clip also a model such as `ViT-SO400M-14-SigLIP-384`. `path`: a
-    local folder in the library's own format, or a file of weights for the architecture that `name` (for transformers:
+    `kind`: `transformers` (SigLIP), `timm` (SigLIP, CLIP or any other model), `open_clip` (CLIP, SigLIP or any other
+    model with a timm trunk), `convit` (small, trained from scratch). `name`: a hub id; for timm also an architecture
+    such as `vit_large_patch14_clip_336.openai`, for open_clip also a model such as `ViT-L-14-336`. `path`: a local
+    folder in the library's own format, or a file of weights for the architecture that `name` (for transformers:
     `arguments`) describes. `revision`: branch, tag or commit on the hub. `pretrained` off: random weights.
 
     `layer` counts from the end: -1 is the output of the last block of the tower (of a convolutional net: stage), -2 of
     the one before; no norm is applied to it. `patch_pixels`: pixels per frame along a side before pooling, 14 unless
     given, 8 for convit. `arguments` go to what builds an architecture: SiglipVisionConfig, or timm.create_model.
+    Weights that timm's notes say want QuickGELU, as OpenAI's CLIP, get it under timm's plain names too, unless
+    `arguments` name another `act_layer`.
 
     Source of layer -2: Phi-4-multimodal's `hidden_states[-2]`.
     """
@@ -272,64 +275,53 @@ def _timm(config: TowerConfig, crop_pixels: int) -> Built:
     source, origin = _source(config, repository)
     if source is None or source.is_file():
         state = _read(source) if source is not None and config.pretrained else None
-        return _timm_trunk(config, crop_pixels, name, config.arguments, {}, state, origin)
+        arguments = {**_activation(name), **config.arguments}
+        return _timm_trunk(config, crop_pixels, name, arguments, {}, state, origin)
     found = read_json(source / "config.json")
     if "architecture" not in found:
         raise ValueError(f"{source / 'config.json'}: names no timm 'architecture'; this is no folder that timm saved")
     fields = {item.name for item in dataclasses.fields(timm.models.PretrainedCfg)} - {"source"}
     about = {key: value for key, value in {**found.get("pretrained_cfg", {}), **found}.items() if key in fields}
-    arguments = {**found.get("model_args", {}), **config.arguments}
+    architecture = found["architecture"]
+    tagged = f"{architecture}.{about.get('tag')}"
+    arguments = {**_activation(tagged), **found.get("model_args", {}), **config.arguments}
     state = _read(source) if config.pretrained else None
-    return _timm_trunk(config, crop_pixels, found["architecture"], arguments, about, state, origin)
+    return _timm_trunk(config, crop_pixels, architecture, arguments, about, state, origin)
+
+
+def _activation(architecture: str) -> dict[str, str]:
+    """The activation that an architecture's weights want, where timm says in a note that they want another than its.
+
+    Source: timm's `notes` on weights trained with QuickGELU (timm/models/vision_transformer.py).
+    """
+    import timm
+
+    about: Any = timm.models.get_pretrained_cfg(architecture) if timm.models.is_model_pretrained(architecture) else None
+    quick = about is not None and any("quickgelu" in note.lower() for note in about.notes or ())
+    return {"act_layer": "quick_gelu"} if quick else {}
 
 
 def _open_clip(config: TowerConfig, crop_pixels: int) -> Built:
-    name = config.name or ""
-    repository = _open_clip_repository(config, name) if name and "/" not in name else config.name
+    repository = config.name
+    if config.name and "/" not in config.name:
+        wanted = config.pretrained and not config.path
+        repository = openclip.repository(config.name) if wanted else None
     source, origin = _source(config, repository)
     about: dict[str, Any] = {}
     if source is not None and source.is_dir():
-        found = read_json(source / "open_clip_config.json")
-        vision = found["model_cfg"]["vision_cfg"]
+        found = read_json(source / openclip.CONFIG_FILE)
+        model = found["model_cfg"]
         about = {key: found["preprocess_cfg"][key] for key in ("mean", "std") if key in found.get("preprocess_cfg", {})}
     else:
-        vision = _open_clip_library().get_model_config(name)["vision_cfg"]
-    if "timm_model_name" not in vision:
-        raise ValueError(f"tower {source or name}: its vision side is not a timm model; take a SigLIP of open_clip")
-    arguments = {"num_classes": 0} | ({"global_pool": vision["timm_pool"]} if vision.get("timm_pool") else {})
+        model = openclip.model_config(config.name or "")
+    architecture, arguments, prefix = openclip.as_timm(model, str(source or config.name))
     state = None
     if source is not None and config.pretrained:
-        prefix = "visual.trunk."
-        state = {key.removeprefix(prefix): value for key, value in _read(source).items() if key.startswith(prefix)}
+        weights = _read(source, openclip.WEIGHTS_FILE)
+        state = {key: value for key, value in weights.items() if key.startswith(prefix)}
         if not state:
-            raise ValueError(f"{source}: no weight starts with {prefix!r}: not open_clip's, or without a timm trunk")
-    return _timm_trunk(config, crop_pixels, vision["timm_model_name"], arguments, about, state, origin)
-
-
-def _open_clip_repository(config: TowerConfig, name: str) -> str | None:
-    """The hub repository with the weights of one of open_clip's own model names."""
-    library = _open_clip_library()
-    if library.get_model_config(name) is None:
-        near = difflib.get_close_matches(name, library.list_models(), n=3)
-        raise ValueError(f"open_clip has no model {name!r}; near it: {', '.join(near) or 'none'}")
-    if config.path or not config.pretrained:
-        return None
-    tags = library.list_pretrained_tags_by_model(name)
-    repositories = [library.get_pretrained_cfg(name, tag).get("hf_hub", "").rstrip("/") for tag in tags]
-    if len(tags) != 1 or repositories[0].count("/") != 1:
-        raise ValueError(
-            f"open_clip model {name!r} has weights under the tags {', '.join(tags) or '(none)'}; "
-            "name one hub repository in name, or a file in path"
-        )
-    return repositories[0]
-
-
-def _open_clip_library() -> Any:
-    try:
-        import open_clip
-    except ImportError as error:
-        raise ImportError("a model named by open_clip needs open_clip: pip install 'molora[open_clip]'") from error
-    return open_clip
+            raise ValueError(f"{source}: no weight starts with {prefix!r}: not the weights of this open_clip model")
+    return _timm_trunk(config, crop_pixels, architecture, arguments, about, state, origin)
 
 
 def _timm_trunk(
@@ -426,10 +418,12 @@ def _source(config: TowerConfig, repository: str | None) -> tuple[Path | None, O
         return path, None
     if repository is None:
         return None, None
-    return fetch(repository, config.revision, ["*.json", "*.safetensors"] if config.pretrained else ["*.json"])
+    # Some repositories hold the same model once per library, in files named for the library.
+    weights = openclip.WEIGHTS_FILE if config.kind == "open_clip" else "model*.safetensors"
+    return fetch(repository, config.revision, ["*.json", weights] if config.pretrained else ["*.json"])
 
 
-def _read(source: Path) -> dict[str, Tensor]:
+def _read(source: Path, name: str = "model.safetensors") -> dict[str, Tensor]:
     """The tensors of a weights file, or of the safetensors files of a folder. A pickle is read only if it is named."""
     from safetensors.torch import load_file
 
@@ -438,8 +432,7 @@ def _read(source: Path) -> dict[str, Tensor]:
             return load_file(source)
         state = torch.load(source, map_location="cpu", weights_only=True)
         return state.get("state_dict", state)
-    files = weight_files(source, ("model.safetensors", "open_clip_model.safetensors"))
-    return {key: value for file in files for key, value in load_file(file).items()}
+    return {key: value for file in weight_files(source, name) for key, value in load_file(file).items()}
 
 
 def _load(model: nn.Module, state: dict[str, Tensor], unused: re.Pattern[str], where: str) -> None:

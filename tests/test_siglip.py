@@ -426,7 +426,7 @@ SCRATCH: dict[str, Any] = {"pretrained": False}
             "grid of 8 frames a side, .* promises 4",
         ),
         ("open_clip", {"name": "ViT-B-16-SigLip"}, "no model 'ViT-B-16-SigLip'; near it: ViT-B-16-SigLIP"),
-        ("open_clip", {"name": "ViT-B-32", **SCRATCH}, "its vision side is not a timm model"),
+        ("open_clip", {"name": "RN50", **SCRATCH}, "neither a timm model nor a plain vision transformer"),
         ("open_clip", {"name": "ViT-B-32"}, "tags .*laion2b_s34b_b79k.*; name one hub repository in name"),
     ],
 )
