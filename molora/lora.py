@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from molora.config import ConfigError
@@ -125,9 +126,20 @@ def inject(model: nn.Module, name: str, config: LoraConfig, where: str) -> None:
 
     Raises ConfigError when a target hits no linear layer or hits one that cannot be routed.
     """
-    targets = config.target_modules
-    linears = [path for path, module in model.named_modules() if isinstance(_base(module), nn.Linear)]
-    suffixes = sorted({path.rsplit(".", 1)[-1] for path in linears})
+    given = config.target_modules
+    targets = given if isinstance(given, str) else sorted(given or ())
+    layers = {path: _base(module) for path, module in model.named_modules()}
+    head = _base(model.get_output_embeddings())  # pyright: ignore[reportCallIssue]
+    mixture = _mixture(model)
+    fit = (path for path, layer in layers.items() if isinstance(layer, nn.Linear) and layer is not head)
+    here = sorted({path.rsplit(".", 1)[-1] for path in fit if path not in mixture})
+    for path, what in mixture.items():
+        every_linear = str(targets).lower() == "all-linear" and isinstance(layers.get(path), nn.Linear)
+        if every_linear or check_target_module_exists(config, path):
+            raise ConfigError(
+                f"{where}.target_modules: {targets!r} hits {path}, {what} of a mixture of experts, which cannot carry "
+                f"a routed adapter; target attention only; linear layers here: {here}"
+            )
     config._register_custom_module({nn.Linear: RoutedLinear})
     try:
         with warnings.catch_warnings():
@@ -135,21 +147,33 @@ def inject(model: nn.Module, name: str, config: LoraConfig, where: str) -> None:
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             inject_adapter_in_model(config, model, adapter_name=name)
     except ValueError as error:
-        raise ConfigError(
-            f"{where}.target_modules: {targets!r} hits nothing; linear layers here: {suffixes}"
-        ) from error
+        raise ConfigError(f"{where}.target_modules: {targets!r} hits nothing; linear layers here: {here}") from error
     hit = {path: module for path, module in model.named_modules() if name in getattr(module, "lora_A", ())}
-    if isinstance(targets, (list, set, tuple)):
-        missed = sorted(t for t in targets if not any(path == t or path.endswith(f".{t}") for path in hit))
+    if isinstance(targets, list):
+        missed = [t for t in targets if not any(path == t or path.endswith(f".{t}") for path in hit)]
         if missed:
-            raise ConfigError(f"{where}.target_modules: {missed} hit no layer; linear layers here: {suffixes}")
-    head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+            raise ConfigError(f"{where}.target_modules: {missed} hit no layer; linear layers here: {here}")
     for path, module in model.named_modules():
-        if isinstance(module, LoraLayer) and (not isinstance(module, RoutedLinear) or module is head):
-            kind = "the output head" if module is head else type(module.get_base_layer()).__name__
+        layer = _base(module)
+        if isinstance(module, LoraLayer) and (layer is head or not isinstance(module, RoutedLinear)):
+            kind = "the output head" if layer is head else type(layer).__name__
             raise ConfigError(f"{where}.target_modules: {path} is {kind}, which cannot carry a routed adapter")
     for parameter in adapter_parameters(model, name).values():
         parameter.data = parameter.data.float()
+
+
+def _mixture(model: nn.Module) -> dict[str, str]:
+    """What a target could hit of a mixture of experts, path by path: experts, whose tokens are regrouped and so leave
+    their samples, and the expert router, where an adapter would choose other experts."""
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        block, _, last = path.rpartition(".")
+        if last == "experts":
+            inner = [name for name, _ in (*module.named_modules(), *module.named_parameters(recurse=False)) if name]
+            routers = [name for name, _ in model.get_submodule(block).named_children() if name in ("router", "gate")]
+            found |= {path: "the experts", **{f"{path}.{name}": "a part of the experts" for name in inner}}
+            found |= {f"{block}.{name}": "the expert router" for name in routers}
+    return found
 
 
 def _base(module: nn.Module) -> nn.Module:

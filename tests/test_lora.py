@@ -168,10 +168,23 @@ def test_what_cannot_be_routed_is_refused_by_name(options: dict[str, Any], messa
         build({"a": options})
 
 
-def test_fused_experts_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("targets", "named"),
+    [
+        (["gate_up_proj"], "mlp.experts.gate_up_proj, a part of the experts"),
+        (["q_proj", "down_proj"], "mlp.experts.down_proj, a part of the experts"),
+        ("model.*experts", "mlp.experts, the experts"),
+        (["q_proj", "router"], "mlp.router, the expert router"),
+        ("all-linear", "mlp.router, the expert router"),
+    ],
+)
+def test_experts_and_their_router_are_refused_by_name(targets: Any, named: str) -> None:
     backbone = Backbone(tiny_model("phimoe"), NOWHERE)
-    with pytest.raises(ConfigError, match="gate_up_proj"):
-        lora.inject(backbone.model, "a", lora_config({"r": 2, "target_modules": ["gate_up_proj"]}, "a"), "a")
+    before = [type(module) for module in backbone.model.modules()]
+    attention = r"target attention only; linear layers here: \['k_proj', 'o_proj', 'q_proj', 'v_proj'\]"
+    with pytest.raises(ConfigError, match=f"layers.0.{named} of a mixture of experts, .*; {attention}"):
+        lora.inject(backbone.model, "a", lora_config({"r": 2, "target_modules": targets}, "a"), "a")
+    assert [type(module) for module in backbone.model.modules()] == before
 
 
 def test_merging_and_disabling_are_refused() -> None:
