@@ -261,10 +261,21 @@ class Skipped:
 
 
 class EncodedSamples(Dataset[Sample | Skipped]):
-    """Sample number k, encoded. Safe in data workers."""
+    """Sample number k, encoded. Safe in data workers.
+
+    A sample longer than `max_tokens` is too long, and so is one that the processor says is. Errors of the kinds in
+    `skips` leave the sample out; any other stops.
+    """
 
     def __init__(
-        self, configs: Mapping[str, SourceConfig], processor: Processor, seed: int, skip_too_long: bool, where: str
+        self,
+        configs: Mapping[str, SourceConfig],
+        processor: Processor,
+        *,
+        seed: int,
+        max_tokens: int,
+        skips: tuple[type[ValueError], ...],
+        where: str,
     ) -> None:
         if not configs:
             raise ConfigError(f"{where}: no data source")
@@ -273,18 +284,23 @@ class EncodedSamples(Dataset[Sample | Skipped]):
         self.order = Order([len(s) for s in self.sources], [c.weight for c in configs.values()], seed)
         self.processor = processor
         self.seed = seed
-        self.skip_too_long = skip_too_long
+        self.max_tokens = max_tokens
+        self.skips = skips
 
     def __getitem__(self, k: int) -> Sample | Skipped:
         source, row, epoch = self.order[k]
         example = self.sources[source][row]
         id = f"{self.names[source]}/{example['id']}@{epoch}"
         try:
-            return self.processor.encode(example["messages"], id, seed=seed_of(self.seed, id))
-        except SampleTooLong as error:
-            if self.skip_too_long:
-                return Skipped(id, str(error))
-            raise
+            sample = self.processor.encode(example["messages"], id, seed=seed_of(self.seed, id))
+            if len(sample) > self.max_tokens:
+                raise SampleTooLong(
+                    f"sample {id}: has {len(sample)} tokens, but a pack of this stage holds {self.max_tokens}; raise "
+                    "tokens_per_pack, or leave such samples out with `too_long: skip`"
+                )
+            return sample
+        except self.skips as error:
+            return Skipped(id, str(error))
         except ValueError as error:
             raise type(error)(f"data source {self.names[source]!r}, row {row + 1}: {error}") from error
 

@@ -43,10 +43,11 @@ from molora.data import EncodedSamples, Skipped, SourceConfig, open_source, step
 from molora.evaluate import EvaluationConfig, gathered, judge, scores
 from molora.features import FeatureCache
 from molora.metrics import MetricsLog
+from molora.modality import MediaError
 from molora.model import MoLoRA
 from molora.optim import PartConfig, PartOptimizer, count, matches, set_trainable
 from molora.pack import Pack, Sample
-from molora.processor import Processor
+from molora.processor import Processor, SampleTooLong
 from molora.routing import Routing
 from molora.seeding import seed_of
 from molora.storage import write_text
@@ -60,7 +61,9 @@ class TrainingError(RuntimeError):
 @dataclass(kw_only=True)
 class StageConfig:
     """What trains (name pattern to how), on what, for how long. Samples of a step are packed up to `tokens_per_pack`;
-    several packs are accumulated. `start_from` maps a part that trains to the part whose weights it begins with."""
+    several packs are accumulated. A sample longer than a pack is `too_long`, one whose media cannot be used is
+    `unusable`: either stops the run, or is left out and counted. `start_from` maps a part that trains to the part whose
+    weights it begins with."""
 
     name: str
     train: dict[str, PartConfig]
@@ -69,6 +72,7 @@ class StageConfig:
     samples_per_step: int
     tokens_per_pack: int = 8192
     too_long: Literal["error", "skip"] = "error"
+    unusable: Literal["error", "skip"] = "error"
     evaluate_every_steps: int = 0
     start_from: dict[str, str] = field(default_factory=dict)
 
@@ -345,9 +349,16 @@ class _Run:
             self.features = FeatureCache(Path(self.recipe.feature_cache), self.model)
         if self.show:
             describe(self.model, stage)
-        where, seed = f"stages.{index}.data", seed_of(self.recipe.seed, stage.name)
+        choices = ((SampleTooLong, stage.too_long), (MediaError, stage.unusable))
         loader = step_loader(
-            EncodedSamples(stage.data, self.processor, seed, stage.too_long == "skip", where),
+            EncodedSamples(
+                stage.data,
+                self.processor,
+                seed=seed_of(self.recipe.seed, stage.name),
+                max_tokens=stage.tokens_per_pack,
+                skips=tuple(error for error, choice in choices if choice == "skip"),
+                where=f"stages.{index}.data",
+            ),
             first_step=first_step,
             steps=stage.steps,
             samples_per_step=stage.samples_per_step,
@@ -358,8 +369,9 @@ class _Run:
         bar = self.bars.add_task(stage.name, total=stage.steps, completed=first_step, note="")
         for step, encoded in enumerate(loader, start=first_step):
             row = self._step(stage, step, encoded)
-            losses = ", ".join(f"{key[5:]} {value:.3f}" for key, value in row.items() if key.startswith("loss/"))
-            self.bars.update(bar, advance=1, note=losses)
+            notes = [f"{key[5:]} {value:.3f}" for key, value in row.items() if key.startswith("loss/")]
+            notes += [f"{row['skipped']} samples skipped"] if row["skipped"] else []
+            self.bars.update(bar, advance=1, note=", ".join(notes))
             finished = step + 1 == stage.steps
             about = {"stage": stage.name, "step": sum(s.steps for s in self.recipe.stages[:index]) + step + 1}
             if (step + 1) % self.recipe.log_every_steps == 0:
@@ -383,7 +395,10 @@ class _Run:
         ids = sorted(gather_object([sample.id for sample in samples]))
         row["samples"] = len(ids)
         row["samples_digest"] = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
-        row["skipped"] = sum(gather_object([len(encoded) - len(samples)]))
+        reasons = sorted(gather_object([sample.reason for sample in encoded if isinstance(sample, Skipped)]))
+        row["skipped"] = len(reasons)
+        if reasons:
+            row["skipped_because"] = reasons
         row["seconds"] = time.monotonic() - started
         return row
 

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -437,17 +438,32 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimiser(home: Path, tmp_pa
         train(config, show=False)
 
 
-def test_samples_too_long_are_errors_or_counted(home: Path, tmp_path: Path) -> None:
-    row = {"messages": [{"role": "user", "content": "x" * 400}, {"role": "assistant", "content": "y"}]}
-    (tmp_path / "long.jsonl").write_text(
-        "\n".join([(home / "rows.jsonl").read_text().splitlines()[0], json.dumps(row)])
-    )
+@pytest.mark.parametrize(
+    ("option", "content", "tokens_per_pack", "says"),
+    [
+        ("too_long", "x" * 400, 8192, r"sample rows/1@0: has \d+ tokens .*at most 256 fit"),
+        ("too_long", "x" * 200, 200, r"sample rows/1@0: has 206 tokens, but a pack of this stage holds 200; raise"),
+        ("unusable", [{"type": "letters", "letters": ""}], 8192, r"sample rows/1@0: message 0, part 0 .*no letters"),
+    ],
+    ids=["longer than the backbone takes", "longer than a pack", "without usable media"],
+)
+def test_samples_that_cannot_be_learned_from_stop_the_run_or_are_counted(
+    home: Path, tmp_path: Path, option: str, content: Any, tokens_per_pack: int, says: str
+) -> None:
+    row = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "y"}]}
+    (tmp_path / "odd.jsonl").write_text("\n".join([(home / "rows.jsonl").read_text().splitlines()[0], json.dumps(row)]))
     config = recipe(home, tmp_path / "run", evaluations={})
     config.stages = config.stages[:1]
-    config.stages[0].data["rows"].options["path"] = str(tmp_path / "long.jsonl")
-    with pytest.raises(ValueError, match=r"sample rows/1@0: has \d+ tokens .*at most 256 fit"):
+    config.stages[0].data["rows"].options["path"] = str(tmp_path / "odd.jsonl")
+    config.stages[0].tokens_per_pack = tokens_per_pack
+    other = {"too_long": "unusable", "unusable": "too_long"}[option]
+    setattr(config.stages[0], other, "skip")
+    with pytest.raises(ValueError, match=f"data source 'rows', row 2: {says}"):
         train(config, show=False)
-    config.stages[0].too_long = "skip"
+    setattr(config.stages[0], other, "error")
+    setattr(config.stages[0], option, "skip")
     train(config, show=False)
     rows = outcome(tmp_path / "run")["rows"]
     assert sum(r["skipped"] for r in rows) == 15 and all(r["samples"] + r["skipped"] == 6 for r in rows)
+    reasons = [reason for r in rows for reason in r.get("skipped_because", [])]
+    assert len(reasons) == 15 and all(re.search(says.replace("@0", r"@\d+"), reason) for reason in reasons)
