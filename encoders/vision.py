@@ -320,8 +320,8 @@ class VisionEncoder(Encoder):
         self.width = self.tower.width
         # The same whatever the seed: a pretrained encoder that stayed frozen is not saved, but fetched and built again.
         draw = torch.Generator().manual_seed(0)
-        self.row_separator_C = nn.Parameter(0.02 * torch.randn(self.width, generator=draw))
-        self.view_separator_C = nn.Parameter(0.02 * torch.randn(self.width, generator=draw))
+        self.row_separator_C = nn.Parameter(0.02 * torch.randn(self.width, generator=draw, device="cpu"))
+        self.view_separator_C = nn.Parameter(0.02 * torch.randn(self.width, generator=draw, device="cpu"))
         self.register_buffer("mean_C11", torch.tensor(self.tower.mean)[:, None, None])
         self.register_buffer("std_C11", torch.tensor(self.tower.std)[:, None, None])
         self.train(self.training)

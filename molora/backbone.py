@@ -30,8 +30,12 @@ from molora.routing import Flow, current_flow, flowing
 from molora.storage import read_json, write_json
 
 FORMAT_VERSION = 1
+# What is fetched of a model on the hub; no pickles, no code.
+_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 # A probe longer than this is not worth its time; windows beyond it stay unexercised.
 _PROBE_TOKENS = 8192
+# Logits of all positions are gigabytes with a large vocabulary; final hidden states are compared at every position.
+_PROBE_LOGITS = 16
 _PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
@@ -162,20 +166,21 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def _compare(self, stock: _Stock) -> dict[str, Any]:
-        """Runs the probe's samples alone and packed and compares their logits with the stock model's."""
+        """Runs the probe's samples alone and packed, and compares with what the stock model gave."""
         name = type(self.model).__name__
         lengths = [len(ids) for ids in stock.samples]
         tolerance = _PROBE_TOLERANCE[self.model.dtype]
         try:
-            alone = [self._logits([ids]) for ids in stock.samples]
-            packed = self._logits(stock.samples).split(lengths)
+            alone = [self._hidden([ids]) for ids in stock.samples]
+            packed = self._hidden(stock.samples).split(lengths)
         except NotImplementedError as error:
             raise BackboneRefused(f"{name}: {error}") from error
         differences: dict[str, float] = {}
         for how, ours in (("alone", alone), ("packed", packed)):
+            logits = [self.head(hidden_TD[-_PROBE_LOGITS:]) for hidden_TD in ours]
+            pairs = [*zip(ours, stock.hidden, strict=True), *zip(logits, stock.logits, strict=True)]
             differences[how] = worst = max(
-                float((mine - theirs).abs().max() / theirs.abs().max())
-                for mine, theirs in zip(ours, stock.logits, strict=True)
+                float((mine - theirs).abs().max() / theirs.abs().max()) for mine, theirs in pairs
             )
             if not worst <= tolerance:
                 types = ", ".join(sorted(set(getattr(self.config, "layer_types", None) or ["full_attention"])))
@@ -185,10 +190,10 @@ class Backbone(nn.Module):
                 )
         return {"embed_scale": stock.embed_scale, "lengths": lengths, "differences": differences}
 
-    def _logits(self, samples: list[Tensor]) -> Tensor:
+    def _hidden(self, samples: list[Tensor]) -> Tensor:
         positions = torch.cat([torch.arange(len(ids), device=ids.device) for ids in samples])
         flow = Flow(tuple(len(ids) for ids in samples))
-        return self.head(self(self.embed(torch.cat(samples)), positions, flow))
+        return self(self.embed(torch.cat(samples)), positions, flow)
 
     def _checkpointed(self, forward: Any) -> Any:
         # transformers checkpoints only in training mode, which a frozen backbone never is.
@@ -225,17 +230,8 @@ def load_backbone(
 
     Raises FileNotFoundError, ValueError for what cannot be read, BackboneRefused for what cannot be run.
     """
-    folder = Path(source)
-    if not folder.is_dir():
-        if source.startswith((".", "/", "~")) or source.count("/") > 1:
-            raise FileNotFoundError(f"backbone {source!r}: no such folder")
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"backbone {folder}: no config.json; expected a folder that transformers can open")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if tokenizer.chat_template is None:
-        raise ValueError(f"backbone {folder}: its tokenizer has no chat template; add one (chat_template.jinja)")
+    folder = fetch(source, revision)
+    tokenizer = _load_tokenizer(folder)
     identity, remembered = _identify(folder, source, tokenizer)
     transformers.logging.disable_progress_bar()  # the hub's bar for downloads has been shown; loading is quick
     model = AutoModelForCausalLM.from_pretrained(
@@ -250,6 +246,30 @@ def load_backbone(
         probes[key] = backbone.probe
         write_json(_memory(folder), remembered)
     return backbone, tokenizer
+
+
+def fetch(source: str, revision: str | None = None) -> Path:
+    """The folder of a model: `source` itself, or what the hub has under that id. Raises FileNotFoundError."""
+    folder = Path(source)
+    if not folder.is_dir():
+        if source.startswith((".", "/", "~")) or source.count("/") > 1:
+            raise FileNotFoundError(f"backbone {source!r}: no such folder")
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=_FILES))
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"backbone {folder}: no config.json; expected a folder that transformers can open")
+    return folder
+
+
+def identify(folder: Path, source: str) -> Identity:
+    """What the backbone in a folder is, without loading its weights. Raises ValueError for what cannot be read."""
+    return _identify(folder, source, _load_tokenizer(folder))[0]
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.chat_template is None:
+        raise ValueError(f"backbone {folder}: its tokenizer has no chat template; add one (chat_template.jinja)")
+    return tokenizer
 
 
 def weights_hash(folder: Path) -> str:
@@ -320,6 +340,7 @@ class _Stock:
     """What transformers itself gives on the probe's samples."""
 
     samples: list[Tensor]
+    hidden: list[Tensor]
     logits: list[Tensor]
     embed_scale: float
 
@@ -345,10 +366,19 @@ def _run_stock(model: PreTrainedModel) -> _Stock:
     hook = layers[0].register_forward_pre_hook(
         lambda module, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
     )
+    hidden: list[Tensor] = []
+
+    def keep_last(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden.append(args[0][0])
+        return (args[0][:, -_PROBE_LOGITS:],)
+
+    head: Any = model.get_output_embeddings()
+    head_hook = head.register_forward_pre_hook(keep_last)
     model.set_attn_implementation("eager")
     logits = [model(input_ids=ids[None], use_cache=False).logits[0] for ids in samples]
     hook.remove()
-    return _Stock(samples, logits, _embed_scale(name, model.get_input_embeddings()(samples[0]), entered[0][0]))
+    head_hook.remove()
+    return _Stock(samples, hidden, logits, _embed_scale(name, model.get_input_embeddings()(samples[0]), entered[0][0]))
 
 
 def _mixers(model: nn.Module) -> str:

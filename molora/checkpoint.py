@@ -18,6 +18,7 @@ from molora import lora
 from molora.assembly import Blueprint, RouterConfig, blueprint
 from molora.backbone import Identity
 from molora.config import ConfigError
+from molora.modality import Origin
 from molora.model import MoLoRA
 from molora.storage import read_json, read_tensors, sync, write_atomically, write_json, write_tensors, write_text
 
@@ -86,20 +87,37 @@ def save_modality(model: MoLoRA, name: str, plan: Blueprint, folder: Path, prist
         write_tensors(folder / "adapter_model.safetensors", lora.adapter_tensors(model.backbone.model, name))
         write_text(folder / "adapter_config.json", lora.adapter_json(plan.adapter, model.backbone.identity.source))
         names += ["adapter_model.safetensors", "adapter_config.json"]
+    options = encoder.saved_config(with_weights) or plan.modality.config
+    widths = (encoder.width, model.backbone.width)
+    describe_modality(folder, plan, options, widths, model.backbone.identity, encoder_hash, origin, names)
+
+
+def describe_modality(
+    folder: Path,
+    plan: Blueprint,
+    options: Any,
+    widths: tuple[int, int],
+    backbone: Identity,
+    encoder_hash: str,
+    origin: Origin | None,
+    files: Sequence[str],
+) -> None:
+    """Writes `modality.json`, the last file of a modality's folder. `widths` are those of its frames and of the
+    backbone."""
     write_json(
         folder / "modality.json",
         {
             "format_version": FORMAT_VERSION,
-            "name": name,
+            "name": plan.modality.name,
             "plugin": plan.plugin,
-            "options": asdict(encoder.saved_config(with_weights) or plan.modality.config),
+            "options": asdict(options),
             "part_type": plan.modality.part_type,
-            "frame_width": encoder.width,
-            "backbone_width": model.backbone.width,
+            "frame_width": widths[0],
+            "backbone_width": widths[1],
             "projectors": sorted(plan.modality.projectors()),
-            "backbone": asdict(model.backbone.identity),
+            "backbone": asdict(backbone),
             "encoder": {"hash": encoder_hash, "origin": None if origin is None else asdict(origin)},
-            "files": {file: file_hash(folder / file) for file in names},
+            "files": {file: file_hash(folder / file) for file in files},
         },
     )
 
@@ -192,21 +210,28 @@ def load_modality(model: MoLoRA, name: str, folder: Path) -> None:
 # Runs ------------------------------------------------------------------------------------------------------------
 
 
-def write_run(run: Path, model: MoLoRA, dtype: str | None, router: RouterConfig) -> None:
+def write_run(
+    run: Path,
+    backbone: Identity,
+    modalities: Sequence[str],
+    router: RouterConfig,
+    *,
+    dtype: str | None = None,
+    learned: Mapping[str, Tensor] | None = None,
+) -> None:
     """Writes molora.json, which makes a folder a run that `molora.load` opens, and what the router has learned.
 
     A backbone folder is named by its path from the run, so that the two can be moved together.
     """
-    identity = model.backbone.identity
-    folder = os.path.relpath(identity.source, run) if Path(identity.source).is_dir() else None
-    if learned := model.router_tensors():
+    folder = os.path.relpath(backbone.source, run) if Path(backbone.source).is_dir() else None
+    if learned:
         write_tensors(run / _ROUTER, learned)
     write_json(
         run / "molora.json",
         {
             "format_version": FORMAT_VERSION,
-            "backbone": {**asdict(identity), "folder": folder, "dtype": dtype},
-            "modalities": list(model.modalities),
+            "backbone": {**asdict(backbone), "folder": folder, "dtype": dtype},
+            "modalities": list(modalities),
             "router": {"plugin": router.plugin, "options": router.options},
         },
     )
@@ -214,11 +239,36 @@ def write_run(run: Path, model: MoLoRA, dtype: str | None, router: RouterConfig)
 
 @dataclass(frozen=True)
 class RunAbout:
-    """What molora.json says."""
+    """What the molora.json in `folder` says."""
 
+    folder: Path
     backbone: dict[str, Any]
     modalities: list[str]
     router: RouterConfig
+
+    def backbone_source(self) -> str:
+        """The folder or hub id of the backbone. Raises ConfigError for a folder that is not there."""
+        if self.backbone["folder"] is None:
+            return self.backbone["source"]
+        path = os.path.normpath(self.folder / self.backbone["folder"])
+        if not Path(path).is_dir():
+            raise ConfigError(
+                f"{self.folder / 'molora.json'}: its backbone is not in {path}; move the two together, or write its "
+                f'path from {self.folder} as "folder" there'
+            )
+        return path
+
+    def modality_folders(self) -> dict[str, Path]:
+        """Modality folders by name; others that molora.json does not name are not part of the run. Raises ConfigError
+        for one that is not there."""
+        folders = {name: self.folder / "modalities" / name for name in self.modalities}
+        for name, folder in folders.items():
+            if not folder.is_dir():
+                raise ConfigError(
+                    f"{self.folder / 'molora.json'}: lists modality {name!r}, whose folder {folder} is missing; copy "
+                    'the whole run, or take it out of "modalities" there'
+                )
+        return folders
 
 
 def read_run(run: Path) -> RunAbout:
@@ -228,7 +278,7 @@ def read_run(run: Path) -> RunAbout:
             f"{run}: not a run folder (no molora.json); was its training finished or saved at least once?"
         )
     about = _read(path, _RUN_KEYS)
-    return RunAbout(about["backbone"], about["modalities"], RouterConfig(**about["router"]))
+    return RunAbout(run, about["backbone"], about["modalities"], RouterConfig(**about["router"]))
 
 
 def load_router(model: MoLoRA, run: Path) -> None:

@@ -45,9 +45,11 @@ OptionsArgument = Annotated[
 ]
 
 modality_app = typer.Typer(help="Modality plugins: list, new, check.", no_args_is_help=True)
+convert_app = typer.Typer(help="To and from the layouts of released models.", no_args_is_help=True)
 router_app = typer.Typer(help="Router plugins: list, new, check.", no_args_is_help=True)
 app.add_typer(modality_app, name="modality")
 app.add_typer(router_app, name="router")
+app.add_typer(convert_app, name="convert")
 
 
 # Rows of each data source on which `verify` checks the promises.
@@ -254,6 +256,28 @@ def verify(
         known = loaded.processor.part_types
         rows = [row for row in rows if all(part["type"] in known for _, part in media_parts(row["messages"]))]
     raise typer.Exit(0 if check(loaded, rows, locate(model, modality or ()).folders) else 1)
+
+
+@convert_app.command("phi4mm")
+def convert_phi4mm(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A released checkpoint (folder or hub id), or a run.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write.")],
+    layout: Annotated[
+        Literal["hub", "native"] | None,
+        typer.Option(help="For a run: the released repository's layout, or transformers'. [default: its own]"),
+    ] = None,
+) -> None:
+    """Phi-4-multimodal: a released checkpoint to a run, or a run of it to a checkpoint."""
+    from molora.config import ConfigError
+    from molora.phi4mm import export_release, import_release
+
+    if (Path(source) / "molora.json").is_file():
+        export_release(Path(source), target, layout)
+    elif layout is not None:
+        raise ConfigError(f"--layout says how to write a run, and {source} is none; convert it to a run first")
+    else:
+        import_release(source, target)
+    print(f"done: {target}")
 
 
 @modality_app.command("list")

@@ -16,6 +16,7 @@ from molora.generate import GenerationConfig, generate
 from molora.messages import Message
 from molora.model import MoLoRA
 from molora.pack import Sample
+from molora.phi4mm import opened
 from molora.processor import Processor
 from molora.terminal import console
 
@@ -103,23 +104,11 @@ def locate(source: str | Path, modalities: Sequence[str | Path] = ()) -> Layout:
 
     Raises ConfigError or ValueError naming the file that is missing or wrong.
     """
+    source = opened(source)
     path = Path(source)
     if (path / "molora.json").is_file():
         run = read_run(path)
-        folder = run.backbone["folder"]
-        backbone = run.backbone["source"] if folder is None else os.path.normpath(path / folder)
-        if folder is not None and not Path(backbone).is_dir():
-            raise ConfigError(
-                f"{path / 'molora.json'}: its backbone is not in {backbone}; move the two together, or write its path "
-                f'from {path} as "folder" there'
-            )
-        folders = {name: path / "modalities" / name for name in run.modalities}
-        for name, folder in folders.items():
-            if not folder.is_dir():
-                raise ConfigError(
-                    f"{path / 'molora.json'}: lists modality {name!r}, whose folder {folder} is missing; copy the "
-                    'whole run, or take it out of "modalities" there'
-                )
+        backbone, folders = run.backbone_source(), run.modality_folders()
     else:
         if path.is_dir() and not (path / "config.json").is_file():
             raise ConfigError(
@@ -150,6 +139,7 @@ def load(
 
     Raises ConfigError or ValueError naming the file that does not fit, BackboneRefused for a backbone that cannot run.
     """
+    source = opened(source)
     layout = locate(source, modalities)
     run = layout.run
     where = "router"

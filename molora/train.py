@@ -445,7 +445,14 @@ class _Run:
                 copy_modality(Path(source), folder)
             else:
                 save_modality(self.model, name, plan, folder, self.pristine)
-        write_run(self.folder, self.model, self.recipe.backbone.dtype, router_config(self.recipe))
+        write_run(
+            self.folder,
+            self.model.backbone.identity,
+            list(self.model.modalities),
+            router_config(self.recipe),
+            dtype=self.recipe.backbone.dtype,
+            learned=self.model.router_tensors(),
+        )
 
     def _trained(self) -> dict[str, Tensor]:
         """Every weight that a stage up to the run's position trains; the others are as the recipe built them."""
