@@ -10,7 +10,7 @@ import inspect
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from molora import attention
 from molora.cache import PackedCache
+from molora.experts import Choices
 from molora.rotary import wrap_rotary
 from molora.routing import Flow, current_flow, flowing
 from molora.storage import read_json, write_json
@@ -171,8 +172,8 @@ class Backbone(nn.Module):
         lengths = [len(ids) for ids in stock.samples]
         tolerance = _PROBE_TOLERANCE[self.model.dtype]
         try:
-            alone = [self._hidden([ids]) for ids in stock.samples]
-            packed = self._hidden(stock.samples).split(lengths)
+            alone = [self._hidden(stock, [index]) for index in range(len(lengths))]
+            packed = self._hidden(stock, range(len(lengths))).split(lengths)
         except NotImplementedError as error:
             raise BackboneRefused(f"{name}: {error}") from error
         differences: dict[str, float] = {}
@@ -190,10 +191,13 @@ class Backbone(nn.Module):
                 )
         return {"embed_scale": stock.embed_scale, "lengths": lengths, "differences": differences}
 
-    def _hidden(self, samples: list[Tensor]) -> Tensor:
-        positions = torch.cat([torch.arange(len(ids), device=ids.device) for ids in samples])
-        flow = Flow(tuple(len(ids) for ids in samples))
-        return self(self.embed(torch.cat(samples)), positions, flow)
+    def _hidden(self, stock: _Stock, which: Sequence[int]) -> Tensor:
+        """Of some of the probe's samples in a pack, with the experts that the stock model chose for them."""
+        samples = [stock.samples[index] for index in which]
+        lengths = tuple(len(ids) for ids in samples)
+        positions = torch.cat([torch.arange(length, device=samples[0].device) for length in lengths])
+        with stock.choices.again(which, lengths):
+            return self(self.embed(torch.cat(samples)), positions, Flow(lengths))
 
     def _checkpointed(self, forward: Any) -> Any:
         # transformers checkpoints only in training mode, which a frozen backbone never is.
@@ -342,6 +346,7 @@ class _Stock:
     samples: list[Tensor]
     hidden: list[Tensor]
     logits: list[Tensor]
+    choices: Choices
     embed_scale: float
 
 
@@ -375,10 +380,13 @@ def _run_stock(model: PreTrainedModel) -> _Stock:
     head: Any = model.get_output_embeddings()
     head_hook = head.register_forward_pre_hook(keep_last)
     model.set_attn_implementation("eager")
-    logits = [model(input_ids=ids[None], use_cache=False).logits[0] for ids in samples]
+    choices = Choices(model)
+    with choices.keeping():
+        logits = [model(input_ids=ids[None], use_cache=False).logits[0] for ids in samples]
     hook.remove()
     head_hook.remove()
-    return _Stock(samples, hidden, logits, _embed_scale(name, model.get_input_embeddings()(samples[0]), entered[0][0]))
+    scale = _embed_scale(name, model.get_input_embeddings()(samples[0]), entered[0][0])
+    return _Stock(samples, hidden, logits, choices, scale)
 
 
 def _mixers(model: nn.Module) -> str:

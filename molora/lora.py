@@ -22,6 +22,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from molora.config import ConfigError
+from molora.experts import untargetable
 from molora.routing import current_flow
 
 # PEFT writes a model's adapter tensors under this prefix, whatever the model.
@@ -130,7 +131,7 @@ def inject(model: nn.Module, name: str, config: LoraConfig, where: str) -> None:
     targets = given if isinstance(given, str) else sorted(given or ())
     layers = {path: _base(module) for path, module in model.named_modules()}
     head = _base(model.get_output_embeddings())  # pyright: ignore[reportCallIssue]
-    mixture = _mixture(model)
+    mixture = untargetable(model)
     fit = (path for path, layer in layers.items() if isinstance(layer, nn.Linear) and layer is not head)
     here = sorted({path.rsplit(".", 1)[-1] for path in fit if path not in mixture})
     for path, what in mixture.items():
@@ -160,20 +161,6 @@ def inject(model: nn.Module, name: str, config: LoraConfig, where: str) -> None:
             raise ConfigError(f"{where}.target_modules: {path} is {kind}, which cannot carry a routed adapter")
     for parameter in adapter_parameters(model, name).values():
         parameter.data = parameter.data.float()
-
-
-def _mixture(model: nn.Module) -> dict[str, str]:
-    """What a target could hit of a mixture of experts, path by path: experts, whose tokens are regrouped and so leave
-    their samples, and the expert router, where an adapter would choose other experts."""
-    found: dict[str, str] = {}
-    for path, module in model.named_modules():
-        block, _, last = path.rpartition(".")
-        if last == "experts":
-            inner = [name for name, _ in (*module.named_modules(), *module.named_parameters(recurse=False)) if name]
-            routers = [name for name, _ in model.get_submodule(block).named_children() if name in ("router", "gate")]
-            found |= {path: "the experts", **{f"{path}.{name}": "a part of the experts" for name in inner}}
-            found |= {f"{block}.{name}": "the expert router" for name in routers}
-    return found
 
 
 def _base(module: nn.Module) -> nn.Module:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 # A file may import files of its own tier and of those before it.
 TIERS = {
     "leaves": "config modality plugins routing seeding storage terminal",
-    "parts": "attention cache data lora loss messages metrics pack processor projector prompt rotary speech "
+    "parts": "attention cache data experts lora loss messages metrics pack processor projector prompt rotary speech "
     "tiny worker",
     "backbone": "backbone",
     "model": "model",
