@@ -29,7 +29,7 @@ from molora.train import Recipe, train
 CONFIGS = Path(__file__).parents[1] / "configs"
 SWITCH, EXPERTS, LAYERS = 24, 16, 2
 SIZES: dict[str, Any] = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS, "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS, "vocab_size": VOCAB_SIZE + 3,
     "bos_token_id": 256, "eos_token_id": 256, "max_position_embeddings": 4096, "rms_norm_eps": 1e-05,
     # Large enough for attention to matter, unlike the released 0.02.
     "initializer_range": 0.1,
@@ -80,6 +80,14 @@ RELEASED: dict[str, dict[str, Any]] = {
         },
     },
 }  # fmt: skip
+CHATML = ("<|im_start|>", "<|im_sep|>", "<|im_end|>")
+# How each opens and closes a turn, in Jinja, and what follows the last; Phi-4-mini's way is the tiny tokenizer's own.
+ROLES = ("'<|' + role + '|>\\n'", "'<|end|>\\n'", "eos_token")
+TURNS = {
+    "phi35_mini": ROLES,
+    "phi35_moe": ROLES,
+    "phi4_14b": ("'<|im_start|>' + role + '<|im_sep|>'", "'<|im_end|>'", "''"),
+}
 HUB = {
     "phi35_mini": "microsoft/Phi-3.5-mini-instruct",
     "phi4_mini": "microsoft/Phi-4-mini-instruct",
@@ -106,12 +114,26 @@ def released_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.clone().contiguous() for name, tensor in found.items()}
 
 
+def tokenizer(name: str) -> transformers.PreTrainedTokenizerFast:
+    """One token per byte and per special token of the family, with a chat template in the family's manner."""
+    found = byte_tokenizer()
+    found.add_special_tokens({"additional_special_tokens": list(CHATML)})
+    if name in TURNS:
+        opening, closing, end = TURNS[name]
+        found.chat_template = (
+            f"{{% for message in messages %}}{{% set role = message['role'] %}}"
+            f"{{{{ {opening} + message['content'] + {closing} }}}}{{% endfor %}}{{% set role = 'assistant' %}}"
+            f"{{{{ {opening} if add_generation_prompt else {end} }}}}"
+        )
+    return found
+
+
 def release(folder: Path, name: str) -> dict[str, Tensor]:
     """Writes a tiny checkpoint as it would be published, and returns its weights under transformers' own names."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(RELEASED[name]))
     (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 256, "eos_token_id": [256, 260]}))
-    byte_tokenizer().save_pretrained(folder)
+    tokenizer(name).save_pretrained(folder)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
     with torch.no_grad():
