@@ -379,7 +379,9 @@ def _run_stock(model: PreTrainedModel) -> _Stock:
 
     head: Any = model.get_output_embeddings()
     head_hook = head.register_forward_pre_hook(keep_last)
-    model.set_attn_implementation("eager")
+    # Scores in full are gigabytes for the longest sample, but only eager attention knows caps and sinks.
+    capped = getattr(model.config, "attn_logit_softcapping", None)
+    model.set_attn_implementation("sdpa" if model._supports_sdpa and not capped else "eager")
     choices = Choices(model)
     with choices.keeping():
         logits = [model(input_ids=ids[None], use_cache=False).logits[0] for ids in samples]

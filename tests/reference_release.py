@@ -26,7 +26,7 @@ from transformers import (
     Phi4MultimodalVisionConfig,
 )
 
-from reference_tokenizer import save_reference_tokenizer
+from tests.reference_tokenizer import save_reference_tokenizer
 
 DECODER_LINEARS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 ADAPTERS = {"vision": ("vision-lora", 4, 8, 0.0), "speech": ("speech-lora", 6, 12, 0.01)}
@@ -236,7 +236,7 @@ def _hub_audio(sizes: Sizes) -> dict[str, tuple[int, ...]]:
     return {f"audio_embed.{name}": shape for name, shape in shapes.items()}
 
 
-def hub_config(sizes: Sizes) -> dict[str, Any]:
+def hub_config(sizes: Sizes, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
     """config.json with the keys of the released one."""
     loras = {
         f"{name}_lora": {
@@ -326,7 +326,7 @@ def hub_config(sizes: Sizes) -> dict[str, Any]:
         "rope_theta": 10000.0,
         "sliding_window": 262144,
         "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16",
+        "torch_dtype": str(dtype).removeprefix("torch."),
         "transformers_version": "4.46.1",
         "use_cache": True,
         "vocab_size": sizes.vocab_size,
@@ -349,7 +349,7 @@ def save_hub(folder: Path, sizes: Sizes | None = None, *, dtype: torch.dtype = t
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map})
     )
-    (folder / "config.json").write_text(json.dumps(hub_config(sizes)))
+    (folder / "config.json").write_text(json.dumps(hub_config(sizes, dtype)))
     (folder / "generation_config.json").write_text(
         json.dumps({"bos_token_id": 199999, "eos_token_id": [200020, 199999], "pad_token_id": 199999})
     )
