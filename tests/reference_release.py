@@ -62,7 +62,8 @@ FULL_DEPTH = Sizes(layers=32, vision_layers=27, audio_blocks=24, width=8, mlp=6,
 
 
 def native_config(sizes: Sizes) -> Any:
-    return Phi4MultimodalConfig(
+    config: Any = Phi4MultimodalConfig
+    return config(
         vocab_size=sizes.vocab_size,
         hidden_size=sizes.width,
         intermediate_size=sizes.mlp,
@@ -112,7 +113,7 @@ def save_native(
     """A checkpoint as transformers and PEFT themselves write it, with adapters in folders, processor and tokenizer."""
     sizes = sizes or Sizes()
     draw = torch.Generator().manual_seed(0)
-    model = Phi4MultimodalForCausalLM(native_config(sizes))
+    model: Any = Phi4MultimodalForCausalLM(native_config(sizes))
     state = {name: _randomise(name, tensor, draw) for name, tensor in model.state_dict().items()}
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state)

@@ -680,16 +680,15 @@ def test_an_import_that_was_stopped_goes_on(released: Path, run: Path, tmp_path:
 
 # At full size, without weights --------------------------------------------------------------------------------
 
-LONG_FACTORS = [1.0] * 48
-
 
 def full_release() -> Release:
     """The released model's own sizes."""
-    config = Phi4MultimodalConfig(
+    config_class: Any = Phi4MultimodalConfig
+    config = config_class(
         num_attention_heads=24,
         num_key_value_heads=8,
         tie_word_embeddings=True,
-        rope_scaling={"type": "longrope", "short_factor": [1.0] * 48, "long_factor": LONG_FACTORS},
+        rope_scaling={"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48},
         partial_rotary_factor=0.75,
         vision_config=Phi4MultimodalVisionConfig(),
         audio_config=Phi4MultimodalAudioConfig(bias_max_distance=500),
