@@ -70,6 +70,8 @@ _ADAPTERS = {"vision": ("vision-lora", "vision"), "audio": ("speech-lora", "spee
 _RULES = {"audio+vision": "vision"}
 # A regular expression over whole names, since the towers have layers of the same last names.
 _TARGETS = r"model\.layers\.\d+\.(self_attn\.(qkv_proj|o_proj)|mlp\.(gate_up_proj|down_proj))"
+# The same in the hub's config, whose code searches names with it inside the decoder alone.
+_HUB_TARGETS = r"layers.*((self_attn\.(qkv_proj|o_proj))|(mlp\.(gate_up|down)_proj))"
 _PEFT = "base_model.model."
 _EXTENSION = "model.embed_tokens_extend."
 _TOWER = f"{_EXTENSION}image_embed.img_processor."
@@ -610,7 +612,7 @@ def export_release(run: Path, folder: Path, layout: Layout | None = None) -> Non
         values = read_json(draft / "config.json")
         for name, (_, theirs) in _ADAPTERS.items():
             ours = {"r": adapters[name].r, "lora_alpha": adapters[name].lora_alpha, "dp": adapters[name].lora_dropout}
-            values[f"{theirs}_lora"] = {**values.get(f"{theirs}_lora", {}), **ours}
+            values[f"{theirs}_lora"] = {"layer": _HUB_TARGETS, **values.get(f"{theirs}_lora", {}), **ours}
         write_json(draft / "config.json", values)
     os.replace(draft, folder)
 

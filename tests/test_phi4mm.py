@@ -377,9 +377,7 @@ def test_from_either_layout_to_the_other_and_back(tmp_path: Path) -> None:
             section.pop("activation_checkpointing", None)
     different = {key for key in given if given[key] != kept.get(key)}
     # Which files run it, which library wrote it, and how attention is computed are not the model's.
-    assert different <= {"auto_map", "transformers_version", "_attn_implementation", "vision_lora", "speech_lora"}
-    for adapter in ("vision_lora", "speech_lora"):
-        assert {key: given[adapter][key] for key in ("r", "lora_alpha", "dp")} == kept[adapter]
+    assert different <= {"auto_map", "transformers_version", "_attn_implementation"}
 
 
 @pytest.mark.parametrize(
