@@ -63,18 +63,24 @@ class RoutedLinear(LoraLinear):
         self, x: Tensor, out: Tensor, adapters: tuple[str, ...], start: int, stop: int, weights_TE: Tensor | None
     ) -> Tensor:
         """The frozen layer's output for a slice, plus its adapters: one LoRA of all their ranks, gated unit by unit."""
-        out = out[..., start:stop, :]
+        out, x = out[..., start:stop, :], x[..., start:stop, :]
         here = [index for index, name in enumerate(adapters) if name in self.lora_A]
         if not here:
             return out
-        lows, ups = [], []
-        for index in here:
-            name = adapters[index]
-            a, b = self.adapter_weights(name, x.dtype)
-            low = F.linear(self.lora_dropout[name](x[..., start:stop, :]), a) * self.scaling[name]
-            lows.append(low if weights_TE is None else low * weights_TE[:, index, None].to(x.dtype))
-            ups.append(b)
-        low, b_OR = (lows[0], ups[0]) if len(here) == 1 else (torch.cat(lows, dim=-1), torch.cat(ups, dim=1))
+        names = [adapters[index] for index in here]
+        downs, ups = zip(*(self.adapter_weights(name, x.dtype) for name in names), strict=True)
+        drops = [self.lora_dropout[name] for name in names]
+        if any(isinstance(drop, nn.Dropout) and drop.training for drop in drops):
+            low = torch.cat([F.linear(drop(x), a_RD) for drop, a_RD in zip(drops, downs, strict=True)], dim=-1)
+        else:
+            low = F.linear(x, downs[0] if len(here) == 1 else torch.cat(downs))
+        if weights_TE is not None:
+            shares = [weights_TE[:, i, None].expand(-1, len(a_RD)) for i, a_RD in zip(here, downs, strict=True)]
+            low = low * torch.cat(shares, dim=1).to(x.dtype)
+        if len(here) == 1:
+            low, b_OR = low * self.scaling[names[0]], ups[0]
+        else:
+            b_OR = torch.cat([b * self.scaling[name] for name, b in zip(names, ups, strict=True)], dim=1)
         return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), b_OR.T).view(out.shape)
 
     def adapter_weights(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
