@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import soundfile
@@ -450,6 +451,27 @@ def test_a_release_is_opened_as_it_is(released: Path, ours: LoadedModel, monkeyp
         (found,) = hidden(molora.load(released, device="cpu"), [CASES["square"]])
         assert torch.equal(found, mine)
     assert len(list((tmp_path / "phi4mm").iterdir())) == 1
+
+
+@pytest.mark.parametrize("layout", ["hub", "native"])
+def test_a_release_is_opened_by_its_id(layout: str, released: Path, monkeypatch: Any, tmp_path: Path) -> None:
+    """From what the hub's client keeps, without a network."""
+    source = released
+    if layout == "hub":
+        source = tmp_path / "hub"
+        save_hub(source, dtype=torch.float32)
+    kept = tmp_path / "cache" / "models--microsoft--Phi-4-multimodal-instruct"
+    shutil.copytree(source, kept / "snapshots" / ("0" * 40))
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("MOLORA_CACHE", str(tmp_path / "molora"))
+    loaded = molora.load("microsoft/Phi-4-multimodal-instruct", device="cpu")
+    assert sorted(loaded.model.modalities) == ["audio", "vision"]
+    import_release(source, tmp_path / "run")
+    (mine,), (same,) = (hidden(one, [CASES["1 s"]]) for one in (loaded, molora.load(tmp_path / "run", device="cpu")))
+    assert torch.equal(mine, same)
 
 
 # Continued training -------------------------------------------------------------------------------------------
