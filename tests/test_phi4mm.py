@@ -453,6 +453,16 @@ def test_a_release_is_opened_as_it_is(released: Path, ours: LoadedModel, monkeyp
     assert len(list((tmp_path / "phi4mm").iterdir())) == 1
 
 
+def test_what_stops_an_answer(released: Path, one_shard: Path, tmp_path: Path) -> None:
+    """config.json of the hub names <|endoftext|> alone; generation_config.json knows <|end|>, and may be missing."""
+    shutil.copytree(one_shard, tmp_path / "bare")
+    (tmp_path / "bare" / "generation_config.json").unlink()
+    for number, source in enumerate((released, one_shard, tmp_path / "bare")):
+        import_release(source, tmp_path / f"run {number}")
+        loaded = molora.load(tmp_path / f"run {number}", device="cpu")
+        assert loaded.model.backbone.stop_ids == {199999, 200020}
+
+
 @pytest.mark.parametrize("layout", ["hub", "native"])
 def test_a_release_is_opened_by_its_id(layout: str, released: Path, monkeypatch: Any, tmp_path: Path) -> None:
     """From what the hub's client keeps, without a network."""
