@@ -8,6 +8,8 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from molora.modality import Origin
 
 
@@ -23,10 +25,16 @@ def fetch(repository: str, revision: str | None, wanted: Sequence[str]) -> tuple
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(wanted)))
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
         raise ValueError(
-            f"{repository} (revision {revision or 'main'}) cannot be fetched from the Hugging Face hub: "
-            f"{error}; check the name, the network and the login, or give a local folder in path"
+            f"{repository} (revision {revision or 'main'}) cannot be fetched from the Hugging Face hub, of which "
+            f"{', '.join(wanted)} is wanted: {error}; check the name, the network and the login, or give a local "
+            "folder in path"
         ) from error
     return folder, Origin(repository, folder.name)
+
+
+def shapes_only() -> bool:
+    """Whether modules are being built on the meta device, where weights would be fetched and read for nothing."""
+    return torch.get_default_device().type == "meta"
 
 
 def weight_files(folder: Path, name: str = "model.safetensors") -> list[Path]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from molora.encoders import openclip
-from molora.encoders.hub import check_keys, fetch, read_json, weight_files
+from molora.encoders.hub import check_keys, fetch, read_json, shapes_only, weight_files
 from molora.modality import Origin
 
 Colour = tuple[float, float, float]
@@ -126,6 +126,8 @@ def build_library_tower(config: TowerConfig, crop_pixels: int) -> Built:
 
     Raises: ValueError for weights that cannot be found, do not fit, or give another grid than `patch_pixels` promises.
     """
+    if shapes_only():
+        config = replace(config, pretrained=False)
     built = {"transformers": _transformers, "timm": _timm, "open_clip": _open_clip}[config.kind](config, crop_pixels)
     if built.tower.grid != crop_pixels // config.stride:
         raise ValueError(
@@ -420,7 +422,7 @@ def _source(config: TowerConfig, repository: str | None) -> tuple[Path | None, O
         return None, None
     # Some repositories hold the same model once per library, in files named for the library.
     weights = openclip.WEIGHTS_FILE if config.kind == "open_clip" else "model*.safetensors"
-    return fetch(repository, config.revision, ["*.json", weights] if config.pretrained else ["*.json"])
+    return fetch(repository, config.revision, ["*.json", weights] if config.pretrained else ["*config.json"])
 
 
 def _read(source: Path, name: str = "model.safetensors") -> dict[str, Tensor]:

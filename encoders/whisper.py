@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from molora.encoders.hub import check_keys, fetch, read_json, weight_files
+from molora.encoders.hub import check_keys, fetch, read_json, shapes_only, weight_files
 from molora.encoders.sound import SAMPLE_RATE_HZ
 from molora.modality import Encoder, Frames, Origin, Prepared
 
@@ -112,7 +112,7 @@ class PretrainedEar:
         Raises: ValueError for weights that cannot be found or do not fit.
         """
         config, (network, origin) = self.config, self._known
-        if not config.pretrained:
+        if not config.pretrained or shapes_only():
             model = network.build()
         else:
             # The commit that the sizes came from, even if the branch has moved since.

@@ -38,6 +38,10 @@ class ModalityConfig:
     adapter: dict[str, Any] | None = None
     path: str | None = None
 
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.plugin is None):
+            raise ValueError("give either plugin (to make one) or path (to load one)")
+
 
 @dataclass(kw_only=True)
 class RouterConfig:

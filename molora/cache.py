@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -77,6 +77,12 @@ class PackedCache(Cache):
         for mine, theirs in ((self._keys, other._keys), (self._values, other._values)):
             for layer, segments in theirs.items():
                 mine.setdefault(layer, []).extend(segments)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every buffer, with its room for tokens to come."""
+        for store in (self._keys, self._values):
+            for segments in store.values():
+                yield from (segment.buffer for segment in segments)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         raise RuntimeError("a packed cache has one length per sample; positions must be passed explicitly")

@@ -159,12 +159,22 @@ def read_blueprint(folder: Path, identity: Identity, name: str) -> tuple[Bluepri
                 f"{folder / file}: does not have the hash in {path}; it was changed, or a run was stopped while "
                 "writing the folder (resuming that run writes it again)"
             )
+    return read_plan(folder, name), warnings
+
+
+def read_plan(folder: Path, name: str) -> Blueprint:
+    """The blueprint of a modality folder, to be called `name`, whatever backbone and files it has.
+
+    Raises ConfigError or ValueError naming the file.
+    """
+    path = folder / "modality.json"
+    about = read_about(folder)
     try:
         plan = blueprint(name, about["plugin"], about["options"], None, str(path))
     except ConfigError as error:
         raise ConfigError(f"{error}; {_how_to_get_plugin(about['plugin'], path)}") from error
     adapter = lora.read_adapter(folder) if "adapter_config.json" in about["files"] else None
-    return replace(plan, adapter=adapter), warnings
+    return replace(plan, adapter=adapter)
 
 
 def _how_to_get_plugin(plugin: str, path: Path) -> str:

@@ -380,8 +380,30 @@ def _show_findings(findings: Sequence[Finding]) -> int:
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    overrides: Overrides = None,
+    fit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL|CONFIG.yaml",
+            help="Say instead how much memory this will need, before it starts. Settings of a recipe are its own, of a "
+            "model prompt_tokens, max_new_tokens, max_running_samples and dtype.",
+        ),
+    ] = None,
+    modality: ModalityOption = None,
+    device_memory: Annotated[
+        float | None, typer.Option(metavar="GIB", help="Ask about a device that has this much, instead of this one's.")
+    ] = None,
+) -> None:
     """What is installed, what works, what is missing and how to get it."""
+    from molora.config import ConfigError
+
+    if fit is not None:
+        from molora.fit import main as measure
+
+        raise typer.Exit(measure(fit, overrides or (), modality or (), device_memory))
+    if overrides or modality or device_memory is not None:
+        raise ConfigError("settings, --modality and --device-memory go with --fit: say what is to fit")
     from molora.doctor import main as examine
 
     raise typer.Exit(examine())

@@ -94,7 +94,10 @@ class Modality(Protocol):
         ...
 
     def build_encoder(self) -> Encoder:
-        """Makes the encoder, with pretrained weights if the config names some."""
+        """Makes the encoder, with pretrained weights if the config names some.
+
+        Under `torch.device("meta")` it makes the same modules, and fetches and reads no weights.
+        """
         ...
 
     def projector(self, company: frozenset[str]) -> str:

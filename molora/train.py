@@ -101,6 +101,10 @@ class Recipe:
     device: str | None = None
     allow_changed_environment: bool = False
 
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("stages: none given; a recipe trains at least one stage")
+
 
 def train(recipe: Recipe, *, show: bool = True) -> Path:
     """Runs a recipe to its end, going on from the latest state if the run has one. Returns the run folder.
@@ -119,24 +123,19 @@ def train(recipe: Recipe, *, show: bool = True) -> Path:
 
 def build_model(recipe: Recipe, device: torch.device) -> tuple[MoLoRA, Processor, dict[str, Blueprint]]:
     """The model a recipe describes, before training, with its processor and blueprints."""
-    if not recipe.stages:
-        raise ConfigError("stages: none given; a recipe trains at least one stage")
     backbone, tokenizer = load_backbone(
         recipe.backbone.path, dtype=recipe.backbone.dtype, revision=recipe.backbone.revision, device=device
     )
     plans: dict[str, Blueprint] = {}
     saved: dict[str, Path] = {}
     for name, config in recipe.modalities.items():
-        where = f"modalities.{name}"
-        if (config.path is None) == (config.plugin is None):
-            raise ConfigError(f"{where}: give either plugin (to make one) or path (to load one)")
         if config.path is not None:
             saved[name] = Path(config.path)
             plans[name], warnings = read_blueprint(saved[name], backbone.identity, name)
             for warning in warnings:
                 console.print(f"[yellow]{warning}[/]")
         else:
-            plans[name] = blueprint(name, str(config.plugin), config.options, config.adapter, where)
+            plans[name] = blueprint(name, str(config.plugin), config.options, config.adapter, f"modalities.{name}")
     where = "router" if recipe.router.path is None else str(Path(recipe.router.path) / "molora.json")
     model, processor = assemble(backbone, tokenizer, plans, router_config(recipe), seed=recipe.seed, where=where)
     for name, folder in saved.items():

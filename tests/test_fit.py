@@ -1,0 +1,589 @@
+"""What a run is said to need is what a run takes: real models, steps and answers are the oracle, to the byte."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from transformers import Phi3Config, Phi3ForCausalLM, SiglipVisionConfig, WhisperConfig, WhisperFeatureExtractor
+from typer.testing import CliRunner
+
+import molora.generate
+from molora import fit
+from molora.assembly import BackboneConfig, ModalityConfig, RouterConfig
+from molora.cache import PackedCache
+from molora.checkpoint import save_modality
+from molora.cli import app
+from molora.config import dump
+from molora.data import SourceConfig
+from molora.evaluate import EvaluationConfig
+from molora.fit import AnsweringConfig, Device, Fit, Moment, Need, cached_positions, fit_model, fit_recipe, on_meta
+from molora.generate import GenerationConfig, generate
+from molora.loading import load
+from molora.modality import Encoder, Frames
+from molora.model import MoLoRA
+from molora.optim import PartConfig, set_trainable
+from molora.pack import Sample
+from molora.processor import Processor
+from molora.testing import ROPE_SWITCH, Numbers, byte_tokenizer, save_backbone
+from molora.train import Recipe, StageConfig, build_model, train_step
+
+VISION: dict[str, Any] = {
+    "crop_pixels": 32,
+    "pool": 2,
+    "tower": {"kind": "convit", "pretrained": False, "convit": {"width": 16, "depth": 1, "heads": 2}},
+}
+AUDIO: dict[str, Any] = {
+    "tower": {"conformer": {"width": 16, "blocks": 1, "heads": 2, "mlp_width": 24, "subsampling_channels": 4}},
+    "beside": {"vision": "vision"},
+}
+ADAPTER: dict[str, Any] = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": ["qkv_proj", "down_proj"]}
+RULES = {"audio+vision": "vision"}
+EVERYTHING = ("encoders", "projectors", "adapters")
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_backbone(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wide enough for matrices to be most of it."""
+    folder = tmp_path_factory.mktemp("small")
+    config = Phi3Config(
+        vocab_size=2048,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        bos_token_id=256,
+        eos_token_id=256,
+        pad_token_id=256,
+    )
+    Phi3ForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def recipe_of(path: Path | str, dtype: str | None = None, **changes: Any) -> Recipe:
+    """Pictures and sounds; everything trains."""
+    train = {f"{part}.*": PartConfig(learning_rate=1e-3) for part in EVERYTHING}
+    source = SourceConfig(kind="messages", options={"path": "nowhere.jsonl"})
+    stage = StageConfig(
+        name="all", train=train, data={"rows": source}, steps=2, samples_per_step=4, tokens_per_pack=700
+    )
+    plans = {"vision": VISION, "audio": AUDIO}
+    settings: dict[str, Any] = {
+        "run": "unused",
+        "backbone": BackboneConfig(path=str(path), dtype=dtype),
+        "modalities": {
+            name: ModalityConfig(plugin=name, options=options, adapter=ADAPTER) for name, options in plans.items()
+        },
+        "router": RouterConfig(options={"rules": RULES}),
+        "stages": [stage],
+        "device": "cpu",
+    }
+    return Recipe(**{**settings, **changes})
+
+
+def named(model: nn.Module) -> dict[str, tuple[Any, ...]]:
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: (tuple(t.shape), t.stride(), t.dtype, isinstance(t, nn.Parameter)) for name, t in tensors}
+
+
+def held(model: nn.Module) -> int:
+    """Bytes of the storages behind a model's tensors."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in [*model.parameters(), *model.buffers()]}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def most_allocated(work: Callable[[], object]) -> int:
+    """The most bytes that torch's allocator had given out at a time."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    events: Any = seen.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
+    now = most = 0
+    for event in sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def need(moment: Moment, what: str) -> int:
+    return next(need.num_bytes for need in moment.needs if need.what == what)
+
+
+# The model
+
+
+def test_a_recipes_model_on_meta_has_the_tensors_of_the_real_one(backbone: Path) -> None:
+    recipe = recipe_of(backbone)
+    real, _, _ = build_model(recipe, torch.device("cpu"))
+    model = on_meta(recipe)
+    assert named(model) == named(real)
+    assert {tensor.device.type for tensor in [*model.parameters(), *model.buffers()]} == {"meta"}
+    assert model.parts().keys() == real.parts().keys()
+
+
+def test_dtypes_are_those_of_the_real_one_too(backbone: Path) -> None:
+    recipe = recipe_of(backbone, "bfloat16")
+    real, _, _ = build_model(recipe, torch.device("cpu"))
+    assert named(on_meta(recipe)) == named(real)
+    assert {p.dtype for p in real.parameters()} == {torch.bfloat16, torch.float32}
+
+
+def test_a_run_and_a_backbone_with_folders_become_models_on_meta(backbone: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(backbone)
+    real, _, plans = build_model(recipe, torch.device("cpu"))
+    for name, plan in plans.items():
+        save_modality(real, name, plan, tmp_path / name, {})
+    folders = [tmp_path / "vision", tmp_path / "audio"]
+    loaded = load(backbone, folders, router=recipe.router, device="cpu")
+    assert named(on_meta(str(backbone), folders)) == named(loaded.model)
+    saved = recipe_of(backbone, modalities={name: ModalityConfig(path=str(tmp_path / name)) for name in plans})
+    assert named(on_meta(saved)) == named(loaded.model)
+
+
+SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+EAR: dict[str, Any] = {
+    **{"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 24},
+    **{"num_mel_bins": 16, "max_source_positions": 100},
+}
+HEARS: dict[str, Any] = {"feature_size": 16, "chunk_length": 2}
+
+
+def tower(**options: Any) -> dict[str, Any]:
+    return {"crop_pixels": 56, "tower": options}
+
+
+def ear(**options: Any) -> dict[str, Any]:
+    return {"tower": {"kind": "pretrained", "pretrained": {"architecture": "whisper", **options}}}
+
+
+# A plugin, its options with pretrained weights that are not here, and options that build the same from scratch. FOLDER
+# holds descriptions, as a repository on the hub does, and no weights.
+FOLDER = "<folder>"
+PRETRAINED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "siglip": (
+        "vision",
+        tower(kind="transformers", path=FOLDER),
+        tower(kind="transformers", pretrained=False, arguments=SIZES),
+    ),
+    "timm": (
+        "vision",
+        tower(kind="timm", name="vit_tiny_patch16_224", patch_pixels=16),
+        tower(kind="timm", name="vit_tiny_patch16_224", patch_pixels=16, pretrained=False),
+    ),
+    "timm, convolutional": (
+        "vision",
+        tower(kind="timm", name="resnet10t", patch_pixels=8, layer=-3),
+        tower(kind="timm", name="resnet10t", patch_pixels=8, layer=-3, pretrained=False),
+    ),
+    "whisper": ("audio", ear(path=FOLDER), ear(pretrained=False, arguments=EAR, features=HEARS)),
+}
+
+
+@pytest.mark.parametrize("name", PRETRAINED)
+def test_pretrained_encoders_are_built_from_their_descriptions_alone(
+    name: str, backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*given: Any, **more: Any) -> None:
+        raise OSError("the network is down")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    monkeypatch.setattr("timm.models._builder.load_pretrained", refuse)
+    plugin, given, scratch = PRETRAINED[name]
+    if name == "siglip":
+        SiglipVisionConfig(**SIZES, image_size=56, patch_size=14).save_pretrained(tmp_path)
+    if name == "whisper":
+        WhisperConfig(**EAR).save_pretrained(tmp_path)
+        WhisperFeatureExtractor(**HEARS).save_pretrained(tmp_path)
+    given = json.loads(json.dumps(given).replace(FOLDER, str(tmp_path)))
+    modalities = [{plugin: ModalityConfig(plugin=plugin, options=options)} for options in (given, scratch)]
+    model = on_meta(recipe_of(backbone, modalities=modalities[0], router=RouterConfig()))
+    real, _, _ = build_model(recipe_of(backbone, modalities=modalities[1], router=RouterConfig()), torch.device("cpu"))
+    assert named(model) == named(real)
+
+
+def test_what_must_be_fetched_is_named_when_the_hub_is_out_of_reach(
+    backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    modalities = {"vision": ModalityConfig(plugin="vision", options=tower(kind="transformers", name="some/siglip"))}
+    with pytest.raises(ValueError, match=r"some/siglip .* cannot be fetched .* of which \*config.json is wanted"):
+        on_meta(recipe_of(backbone, modalities=modalities, router=RouterConfig()))
+    with pytest.raises(ValueError, match=r"backbone 'some/llm': its config.json cannot be read, or fetched"):
+        on_meta(recipe_of("some/llm"))
+
+
+class _Peeking(nn.Module):
+    """Looks at a weight when it is built."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(1, 8)
+        self.scale = float(self.linear.weight.sum())
+
+
+class Peeking(Numbers):
+    def build_encoder(self) -> Any:
+        return _Peeking()
+
+
+def test_an_encoder_that_looks_at_weights_is_told_so(backbone: Path) -> None:
+    modalities = {"numbers": ModalityConfig(plugin=f"{__file__}:Peeking")}
+    with pytest.raises(ValueError, match=r"encoder of numbers cannot be built without weights.*torch.device"):
+        on_meta(recipe_of(backbone, modalities=modalities, router=RouterConfig()))
+
+
+class _Choosy(Encoder):
+    width = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(1, 8)
+
+    def forward(self, **collated: Tensor) -> Frames:
+        frames_SC = self.linear(collated["values"][:, None])
+        return Frames(frames_SC[(frames_SC > 0).any(1).nonzero()[:, 0]], tuple(collated["lengths"].tolist()))
+
+
+class Choosy(Numbers):
+    """Its frames are those that a weight chooses."""
+
+    def build_encoder(self) -> Any:
+        return _Choosy()
+
+
+# Training
+
+
+@pytest.mark.parametrize("parts", [EVERYTHING, ("adapters",)], ids=["everything", "adapters"])
+def test_weights_gradients_and_optimiser_are_what_a_step_holds_to_the_byte(
+    parts: tuple[str, ...], backbone: Path
+) -> None:
+    recipe = recipe_of(backbone)
+    (stage,) = recipe.stages
+    stage.train = {f"{part}.*": PartConfig(learning_rate=1e-3) for part in parts}
+    expected = fit_recipe(recipe)
+
+    model, processor, _ = build_model(recipe, torch.device("cpu"))
+    optimizers = set_trainable(model, stage.train, stage.steps, "stages.0.train")
+    accelerator = Accelerator(cpu=True)
+    samples = [
+        processor.encode([{"role": "user", "content": content}, {"role": "assistant", "content": "yes"}], str(index))
+        for index, content in enumerate(every_company(processor))
+    ]
+    train_step(model, processor, samples, 700, {}, accelerator)
+    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    train_step(model, processor, samples, 700, optimizers, accelerator)
+    state = [tensor for optimizer in optimizers.values() for tensor in optimizer.tensors().values()]
+
+    assert expected.weight_bytes == held(model)
+    by_part = {part: sum(p.nbytes for p in parameters.values()) for part, parameters in model.parts().items()}
+    assert {need.what for need in expected.weights} == {"backbone", *by_part}
+    for row in expected.weights:
+        if row.what.startswith(("projectors", "adapters")):
+            assert row.num_bytes == by_part[row.what]
+    (moment,) = expected.moments
+    assert need(moment, "gradients") == gradients
+    assert need(moment, "optimiser") == sum(tensor.untyped_storage().nbytes() for tensor in state) > 2 * gradients
+
+
+def every_company(processor: Processor) -> list[list[dict[str, Any]]]:
+    picture, sound = (processor.modalities[name].examples()[0] for name in ("vision", "audio"))
+    return [[picture], [sound], [picture, sound]]
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "checkpointing"),
+    [
+        ("tiny", "float32", False),
+        ("tiny", "bfloat16", True),
+        ("small", "float32", True),
+        ("small", "float32", False),
+        ("small", "bfloat16", False),
+    ],
+)
+def test_activations_and_logits_are_within_a_hundredth_of_what_is_allocated(
+    size: str, dtype: str, checkpointing: bool, backbone: Path, small: Path
+) -> None:
+    path = {"tiny": backbone, "small": small}[size]
+    recipe = recipe_of(path, dtype, activation_checkpointing=checkpointing)
+    (stage,) = recipe.stages
+    (moment,) = fit_recipe(recipe).moments
+    (origin,) = (need.origin for need in moment.needs if need.what == "activations")
+    company = frozenset(
+        next(word for word in origin.replace(",", "").split() if word in ("audio+vision", "audio", "vision")).split("+")
+    )
+
+    model, processor, _ = build_model(recipe, torch.device("cpu"))
+    model.backbone.activation_checkpointing = checkpointing
+    set_trainable(model, stage.train, stage.steps, "stages.0.train")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    model.train()
+    samples = fit.full_pack(model, company, stage)
+    accelerator = Accelerator(cpu=True)
+    taken = most_allocated(lambda: train_step(model, processor, samples, stage.tokens_per_pack, {}, accelerator))
+    assert sum(map(len, samples)) > 0.95 * stage.tokens_per_pack
+    assert need(moment, "activations") + need(moment, "logits") == pytest.approx(taken, rel=0.01)
+
+
+def test_a_pack_that_holds_no_example_is_refused(backbone: Path) -> None:
+    recipe = recipe_of(backbone)
+    recipe.stages[0].tokens_per_pack = 12
+    with pytest.raises(ValueError, match=r"a sample of \w+ takes \d+ tokens, but only 12 fit"):
+        fit_recipe(recipe)
+
+
+def test_frames_from_the_cache_cost_no_encoder(backbone: Path) -> None:
+    """The encoder does not train; without its frames it runs in every step."""
+    changes: list[dict[str, Any]] = [{}, {"feature_cache": "unused"}]
+    taken = []
+    for change in changes:
+        recipe = recipe_of(backbone, **change)
+        del recipe.modalities["audio"]
+        recipe.router = RouterConfig()
+        recipe.modalities["vision"].options = {**VISION, "crop_pixels": 128}
+        recipe.stages[0].train = {"projectors.*": PartConfig(learning_rate=1e-3)}
+        recipe.stages[0].tokens_per_pack = 2000
+        (moment,) = fit_recipe(recipe).moments
+        taken.append(need(moment, "activations"))
+    assert taken[1] < taken[0]
+
+
+# Answers
+
+
+@pytest.fixture
+def caches(monkeypatch: pytest.MonkeyPatch) -> list[PackedCache]:
+    """The caches that `generate` makes, the one of the running batch first."""
+    made: list[PackedCache] = []
+
+    class Seen(PackedCache):
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(self)
+
+    monkeypatch.setattr(molora.generate, "PackedCache", Seen)
+    return made
+
+
+def prompts(model: MoLoRA, num_tokens: int, number: int) -> list[Sample]:
+    """Text alone, of that many tokens."""
+    processor = Processor(byte_tokenizer(), model.modalities, model.router.order, model.backbone.max_tokens)
+    shortest = len(processor.encode([{"role": "user", "content": ""}], "", generate=True))
+    messages = [{"role": "user", "content": "a" * (num_tokens - shortest)}]
+    return [processor.encode(messages, str(index), generate=True) for index in range(number)]
+
+
+@pytest.mark.parametrize("family", ["phi4-mini", "gemma2", "llama-dynamic"])
+@pytest.mark.parametrize(
+    ("prompt_tokens", "new_tokens"), [(10, 1), (9, 12), (ROPE_SWITCH - 4, 10), (ROPE_SWITCH + 9, 3)]
+)
+def test_keys_and_values_are_what_the_cache_holds_to_the_byte(
+    family: str, prompt_tokens: int, new_tokens: int, tmp_path: Path, caches: list[PackedCache]
+) -> None:
+    folder = str(save_backbone(tmp_path, family))
+    config = AnsweringConfig(prompt_tokens=prompt_tokens, max_new_tokens=new_tokens, max_running_samples=3)
+    prefill, last = fit_model(on_meta(folder), config).moments
+    model = load(folder, device="cpu").model
+    model.backbone.model.generation_config.eos_token_id = None  # every answer is as long as it may be
+    caches.clear()
+    sizes = [
+        held_by(caches[0])
+        for _ in generate(
+            model,
+            prompts(model, prompt_tokens, 3),
+            GenerationConfig(max_new_tokens=new_tokens, max_running_samples=3),
+        )
+    ]
+    assert len(sizes) == 3 * new_tokens
+    assert (need(prefill, "KV cache"), need(last, "KV cache")) == (sizes[0], sizes[-1])
+
+
+def held_by(cache: PackedCache) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in cache.tensors())
+
+
+def test_a_prefill_takes_what_is_allocated(small: Path) -> None:
+    config = AnsweringConfig(prompt_tokens=100, max_running_samples=5)
+    prefill, _ = fit_model(on_meta(str(small)), config).moments
+    model = load(small, device="cpu").model
+    steps = generate(model, prompts(model, 100, 5), GenerationConfig(max_running_samples=5))
+    taken = most_allocated(lambda: next(steps))
+    assert prefill.num_bytes == pytest.approx(taken, rel=0.01)
+
+
+def test_an_answer_ends_with_the_context(backbone: Path) -> None:
+    model = on_meta(str(backbone))
+    most = model.backbone.max_tokens
+    assert cached_positions(model.backbone, most - 3, 1000) == cached_positions(model.backbone, most - 3, 3) < 2 * most
+
+
+# The released shape
+
+
+@pytest.fixture(scope="module")
+def phi4_mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Phi-4-mini's config.json, and nothing else. Source: microsoft/Phi-4-multimodal-instruct, config.json."""
+    folder = tmp_path_factory.mktemp("phi4-mini")
+    Phi3Config(
+        vocab_size=200064,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=32,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        original_max_position_embeddings=4096,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.75,
+            "original_max_position_embeddings": 4096,
+            "short_factor": [1.0] * 48,
+            "long_factor": [2.0] * 48,
+        },
+        tie_word_embeddings=True,
+        bos_token_id=199999,
+        eos_token_id=199999,
+        pad_token_id=199999,
+        dtype="bfloat16",
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_the_released_shape_from_its_config_alone(phi4_mini: Path) -> None:
+    """Parameters as in the released checkpoint (5.6 billion): adapters of rank 256 and 320 on every linear layer."""
+    targets = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+    plans = {
+        name: ModalityConfig(plugin=name, options=options, adapter={"r": rank, "target_modules": targets})
+        for name, options, rank in (
+            ("vision", {"tower": {"kind": "transformers", "pretrained": False, "arguments": SO400M}}, 256),
+            ("audio", {"beside": {"vision": "vision"}}, 320),
+        )
+    }
+    model = on_meta(recipe_of(phi4_mini, modalities=plans))
+    parts = {name: sum(p.numel() for p in parameters.values()) for name, parameters in model.parts().items()}
+    assert parts == {
+        "adapters.audio": 461_373_440,
+        "adapters.vision": 369_098_752,
+        "encoders.audio": 441_238_144,
+        # Without the last block, the norm behind it and the pooling head, which give no frames; with the separators.
+        "encoders.vision": 428_565_440 - 15_239_504 - 15_238_352 - 2 * 1152 + 2_304,
+        "projectors.audio.default": 12_589_056,
+        "projectors.audio.vision": 12_589_056,
+        "projectors.vision.default": 12_982_272,
+    }
+    assert sum(p.numel() for p in model.backbone.parameters()) == 3_836_021_760 + 461_373_440 + 369_098_752
+
+
+SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+
+
+def test_the_released_shape_answers(phi4_mini: Path) -> None:
+    config = AnsweringConfig(prompt_tokens=4000, max_new_tokens=200, max_running_samples=2)
+    needed = fit_model(on_meta(str(phi4_mini)), config)
+    prefill, last = needed.moments
+    assert needed.weight_bytes == 2 * 3_836_021_760 + held_in_buffers(phi4_mini)
+    # 8 heads of 128, keys and values, in each of 32 layers; the answer crosses the switch at 4096 tokens.
+    a_token = 2 * 8 * 128 * 2 * 32
+    assert need(prefill, "KV cache") == 2 * 4000 * a_token
+    assert need(last, "KV cache") == 2 * 2 * 4097 * a_token
+    assert need(last, "logits") == 2 * 2 * 200_064
+
+
+def held_in_buffers(folder: Path) -> int:
+    return sum(buffer.nbytes for buffer in on_meta(str(folder)).buffers())
+
+
+# The table
+
+
+def test_the_table_fits_in_80_columns_and_says_whether_it_fits() -> None:
+    weights = (Need("backbone", 3 * 2**30, "3,836,021,760 parameters, bfloat16"),)
+    needs = (
+        Need("activations", 5 * 2**29, "a pack of 9 x 910 tokens of audio+vision, checkpointing on"),
+        Need("logits", 0, "none at the fullest moment"),
+    )
+    needed = Fit(weights, (Moment("stage [align]", needs), Moment("stage short", ())))
+    console = Console(width=200, record=True, file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    devices = [Device("GPU 0, with a long name" + " and more" * 6, 6 * 2**30, 8 * 2**30), Device("CPU", 2**30, 2**31)]
+    fit.show(needed, devices, console)
+    shown = console.export_text()
+    assert max(len(line.rstrip()) for line in shown.splitlines()) <= 80
+    words = " ".join(shown.split())
+    assert "backbone 3.0 GiB 3,836,021,760 parameters, bfloat16" in words
+    assert "stage [align] activations 2.5 GiB a pack of 9 x 910 tokens of audio+vision, checkpointing on" in words
+    assert "logits 0 none at the fullest moment total 5.5 GiB with the weights" in words
+    assert "and more: it fits, 5.5 GiB needed, 6.0 GiB free of 8.0 GiB" in words
+    assert "no CPU: it does not fit, 5.5 GiB needed, 1.0 GiB free of 2.0 GiB" in words
+
+
+def test_the_command_line_reads_recipes_and_models(backbone: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(backbone)
+    recipe.evaluations = {
+        "test": EvaluationConfig(data=SourceConfig(kind="messages", options={"path": "x"}, limit=3), max_new_tokens=4)
+    }
+    (tmp_path / "recipe.yaml").write_text(dump(recipe))
+    command = ["doctor", "--fit", str(tmp_path / "recipe.yaml"), "stages.0.tokens_per_pack=300"]
+    ran = CliRunner().invoke(app, command, catch_exceptions=False)
+    words = " ".join(ran.stdout.split())
+    assert ran.exit_code == 0, ran.stdout
+    assert "tokens of audio" in words and "stage all gradients" in words
+    assert "evaluation test, prefill" in words and "KV cache" in words and "ok CPU: it fits" in words
+
+    command = [
+        "doctor",
+        "--fit",
+        str(backbone),
+        "prompt_tokens=50",
+        "max_running_samples=2",
+        "--device-memory",
+        "0.0001",
+    ]
+    ran = CliRunner().invoke(app, command, catch_exceptions=False)
+    words = " ".join(ran.stdout.split())
+    assert ran.exit_code == 1 and "2 x 50 tokens of text, 128 new ones each" in words
+    assert "no such a device: it does not fit" in words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["stages.0.steps=3"], "go with --fit"),
+        (["--device-memory", "3"], "go with --fit"),
+        (["--fit", "recipe.yaml", "--modality", "x"], "names its modalities itself"),
+        (["--fit", "BACKBONE", "prompt_token=3"], "no such key; did you mean 'prompt_tokens'"),
+        (["--fit", "BACKBONE", "prompt_tokens=300"], "a sample of text takes 300 tokens, but only 256 fit"),
+        (["--fit", "BACKBONE", "max_running_samples=0"], "max_running_samples cannot be 0"),
+        (["--fit", "nowhere/at/all"], "its config.json cannot be read"),
+    ],
+)
+def test_what_the_command_cannot_do_is_said(arguments: list[str], message: str, backbone: Path) -> None:
+    arguments = [str(backbone) if argument == "BACKBONE" else argument for argument in arguments]
+    with pytest.raises(ValueError, match=message):
+        CliRunner().invoke(app, ["doctor", *arguments], catch_exceptions=False)
+
+
+def test_layers_that_depend_on_values_are_named(backbone: Path) -> None:
+    modalities = {"numbers": ModalityConfig(plugin=f"{__file__}:Choosy", adapter=ADAPTER)}
+    with pytest.raises(RuntimeError, match=r"nonzero.* cannot be estimated without values"):
+        fit_recipe(recipe_of(backbone, modalities=modalities, router=RouterConfig()))
