@@ -90,9 +90,22 @@ def _override(config: Any, override: str, where: str) -> None:
         # Only the value goes through OmegaConf's YAML, so that `stages.0` is an index and not a mapping's key.
         given: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value{override[len(key) :]}"]))
         value = given["value"]
+        words = [inside or plain for inside, plain in re.findall(r"\[(.*?)\]|([^.\[]+)", key)]
+        key = "".join(f"[{step}]" for step in _steps(OmegaConf.to_container(config), words))
         OmegaConf.update(config, key, value, merge=isinstance(value, dict), force_add=True)
     except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
         raise ConfigError(f"{where}: {_first_line(error)}") from error
+
+
+def _steps(values: Any, words: list[str]) -> list[str]:
+    """A dotted key in steps. A key with dots that a mapping already has is one step; of several, the longest."""
+    for count in range(len(words), 0, -1):
+        step = ".".join(words[:count])
+        if isinstance(values, dict) and step in values:
+            return [step, *_steps(values[step], words[count:])]
+    if isinstance(values, list) and words and words[0].isdigit() and int(words[0]) < len(values):
+        return [words[0], *_steps(values[int(words[0])], words[1:])]
+    return words
 
 
 class _Problem(Exception):

@@ -96,6 +96,24 @@ def test_overrides_come_last_and_reach_into_lists_and_free_sections(write) -> No
     assert read(Recipe, write(GOOD), ["stages=[{name: only}]"]).stages == [Stage("only")]
 
 
+def test_an_override_finds_a_key_that_has_dots_of_its_own(write) -> None:
+    adapters = "a.tide: {rate: 1, by: {b.c: 2}}, a: {tide: {rate: 3}}, a.tide.x: [{rate: 4}]"
+    path = write(GOOD + f"  audio: {{plugin: p, options: {{{adapters}}}}}")
+    where = "modalities.audio.options"
+    overrides = [f"{where}.{key}" for key in ("a.tide.rate=10", "a.tide.by.b.c=20", "a.tide.x.0.rate=40", "a.new=5")]
+    overrides.append("stages.0.trainable=[x]")
+    recipe = read(Recipe, path, overrides)
+    assert recipe.modalities["audio"].options == {
+        "a.tide": {"rate": 10, "by": {"b.c": 20}},
+        "a": {"tide": {"rate": 3}, "new": 5},
+        "a.tide.x": [{"rate": 40}],
+    }
+    bracketed = read(Recipe, path, [f"{where}[n.m].rate=6", f"{where}.a.tide={{rate: 7}}"]).modalities["audio"].options
+    assert bracketed["n.m"] == {"rate": 6} and bracketed["a.tide"] == {"rate": 7, "by": {"b.c": 2}}
+    with pytest.raises(ConfigError, match=r"override 'modalities.v.w.plugn=x' of .*: modalities.v.w.plugn: no such"):
+        read(Recipe, write(GOOD + "  v.w: {plugin: p}"), ["modalities.v.w.plugn=x"])
+
+
 def test_a_child_merges_mappings_and_replaces_lists_of_its_base(write) -> None:
     write("base: deeper/grand.yaml\nseed: 2\nshuffle: false\nlimit: 9", "parent.yaml")
     write(GOOD + "seed: 1", "deeper/grand.yaml")
