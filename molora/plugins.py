@@ -71,25 +71,43 @@ def resolve(kind: Kind, spec: str) -> type:
     Raises: ConfigError if nothing or more than one plugin answers to the name, if its module cannot be imported, or
     if the class lacks members.
     """
+    if spec.endswith(".py"):
+        fit = [name for name, found in _classes(_import(kind, spec, spec)).items() if not _missing(kind, found)]
+        choices = " or ".join(f"{spec}:{name}" for name in fit or ["Class"])
+        raise ConfigError(f"{kind} {spec!r}: names a file and no class in it; write {choices}")
     target = spec if ":" in spec else _named(kind, spec).spec
     module_name, _, class_name = target.rpartition(":")
     module = _import(kind, spec, module_name)
     try:
         found = getattr(module, class_name)
     except AttributeError as error:
-        classes = [name for name, value in vars(module).items() if isinstance(value, type)]
+        classes = list(_classes(module))
         raise ConfigError(
             f"{kind} {spec!r}: {module_name} has no {class_name!r}{_nearest(class_name, classes)}"
             f" its classes: {', '.join(classes) or 'none'}"
         ) from error
     if not isinstance(found, type):
         raise ConfigError(f"{kind} {spec!r}: {target} is {found!r}, not a class")
-    # Members that a Protocol declares do not count: a class that names the contract as its base has yet to fulfil it.
-    own = {member for base in found.__mro__ if not getattr(base, "_is_protocol", False) for member in vars(base)}
-    missing = [member for member in _MEMBERS[kind] if member not in own]
-    if missing:
+    if missing := _missing(kind, found):
         raise ConfigError(f"{kind} {spec!r}: class {class_name} lacks {', '.join(missing)}, which every {kind} has")
     return found
+
+
+def _missing(kind: Kind, found: type) -> list[str]:
+    """Members of the contract that a class lacks."""
+    # Those that a Protocol declares do not count: a class that names the contract as its base has yet to fulfil it.
+    own = {member for base in found.__mro__ if not getattr(base, "_is_protocol", False) for member in vars(base)}
+    return [member for member in _MEMBERS[kind] if member not in own]
+
+
+def _classes(module: ModuleType) -> dict[str, type]:
+    """The classes in a module that its own file or package defines."""
+    package = module.__name__.partition(".")[0]
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, type) and value.__module__.partition(".")[0] == package
+    }
 
 
 def _named(kind: Kind, name: str) -> Plugin:

@@ -119,6 +119,13 @@ def test_a_wrong_class_is_an_error_that_says_what_is_wrong(tmp_path: Path) -> No
     file.write_text(DEPTH)
     with pytest.raises(ConfigError, match="has no 'Dept'; did you mean 'Depth'\\?"):
         resolve("modality", f"{file}:Dept")
+    (tmp_path / "shore.py").write_text("from pathlib import Path\n" + DEPTH)
+    with pytest.raises(ConfigError, match="has no 'Shore'; its classes: DepthConfig, Depth, Half$"):
+        resolve("modality", f"{tmp_path}/shore.py:Shore")
+    with pytest.raises(ConfigError, match="depth.py': names a file and no class in it; write .*depth.py:Depth$"):
+        resolve("modality", str(file))
+    with pytest.raises(ConfigError, match="absent.py': importing .*FileNotFoundError"):
+        resolve("modality", str(tmp_path / "absent.py"))
     with pytest.raises(ConfigError, match="is 3, not a class"):
         resolve("modality", f"{file}:thing")
     with pytest.raises(ConfigError, match="class Half lacks prepare, collate, build_encoder, projector, projectors"):
