@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,7 +153,10 @@ def load(
             console.print(f"[yellow]{warning}[/]")
     model, processor = assemble(backbone, tokenizer, plans, router or RouterConfig(), where=where)
     for name, folder in layout.folders.items():
-        load_modality(model, name, folder)
+        try:
+            load_modality(model, name, folder)
+        except ValueError as error:
+            raise ValueError(f"{error}; did the plugin's code change? train it anew, under another run=") from error
     if run is not None and router is run.router:
         load_router(model, Path(source))
     return LoadedModel(model.eval(), processor)

@@ -9,7 +9,7 @@ import math
 import platform
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -38,7 +38,7 @@ from molora.checkpoint import (
     tensor_hash,
     write_run,
 )
-from molora.config import ConfigError, dump
+from molora.config import ConfigError, build, dump
 from molora.data import EncodedSamples, Skipped, SourceConfig, open_source, step_loader
 from molora.evaluate import EvaluationConfig, gathered, judge, scores
 from molora.features import FeatureCache
@@ -114,6 +114,10 @@ def train(recipe: Recipe, *, show: bool = True) -> Path:
     accelerator = Accelerator(cpu=recipe.device == "cpu", log_with="tensorboard", project_dir=recipe.run)
     run = _Run(recipe, accelerator, show and accelerator.is_main_process)
     run.begin()
+    if run.show and run.position.stage == len(recipe.stages):
+        steps = sum(stage.steps for stage in recipe.stages)
+        told = f"{run.folder}: trained already, {steps} of {steps} steps; give another run= to train anew"
+        console.print(told, highlight=False, soft_wrap=True)
     with run.bars:
         for index in range(run.position.stage, len(recipe.stages)):
             run.run_stage(index)
@@ -346,8 +350,6 @@ class _Run:
             optimizer.load(self.optimizer_tensors, self.position.part_steps.get(part, 0))
         if self.recipe.feature_cache is not None:
             self.features = FeatureCache(Path(self.recipe.feature_cache), self.model)
-        if self.show:
-            describe(self.model, stage)
         choices = ((SampleTooLong, stage.too_long), (MediaError, stage.unusable))
         loader = step_loader(
             EncodedSamples(
@@ -365,6 +367,8 @@ class _Run:
             ranks=self.accelerator.num_processes,
             workers=self.recipe.data_workers,
         )
+        if self.show:
+            describe(self.model, stage)
         bar = self.bars.add_task(stage.name, total=stage.steps, completed=first_step, note="")
         for step, encoded in enumerate(loader, start=first_step):
             row = self._step(stage, step, encoded)
@@ -469,7 +473,9 @@ class _Run:
         self.model.backbone.identity.check(about["backbone"], str(state))
         self.position = _Position(about["stage"], about["step"], about["part_steps"])
         begun = self.position.stage + (self.position.step > 0)
-        changed = _changes(about["recipe"], json.loads(json.dumps(asdict(self.recipe))), begun)
+        # Built again, so that a setting that is younger than the run has its default.
+        recipes = (build(Recipe, about["recipe"], f"{state}: recipe"), self.recipe)
+        changed = _changes(*(json.loads(json.dumps(asdict(recipe))) for recipe in recipes), begun=begun)
         if changed:
             raise ConfigError(
                 f"{self.folder}: this run was begun with other settings: {'; '.join(changed)}. Give the recipe another "
@@ -482,18 +488,29 @@ class _Run:
                 f"{self.folder}: resuming exactly needs the environment it was saved in ({'; '.join(different)}); set "
                 "allow_changed_environment=true to go on all the same"
             )
-        lora.load_exactly(self._trained(), tensors["weights"], str(state))
+        try:
+            lora.load_exactly(self._trained(), tensors["weights"], str(state))
+        except ValueError as error:
+            raise ConfigError(f"{error}; did the plugin's code change? give another run=") from error
         self.optimizer_tensors = tensors["optimizer"]
         self.log.truncate(about["logs"])
 
 
 def _changes(then: dict[str, Any], now: dict[str, Any], begun: int) -> list[str]:
     """Settings that must not change once a run has begun; stages not yet begun may."""
-    before = {key: then[key] for key in ("seed", "modalities", "router")}
-    after = {key: now[key] for key in before}
-    for index in range(begun):
-        before[f"stages.{index}"], after[f"stages.{index}"] = (
-            then["stages"][index],
-            (now["stages"] + [None] * begun)[index],
-        )
-    return [f"{key} was {before[key]!r:.200}, is {after[key]!r:.200}" for key in before if before[key] != after[key]]
+    kept = ("seed", "modalities", "router")
+    before, after = (
+        {**{key: recipe[key] for key in kept}, "stages": dict(enumerate(recipe["stages"][:begun]))}
+        for recipe in (then, now)
+    )
+    return list(_differences(before, after))
+
+
+def _differences(then: Mapping[Any, Any], now: Mapping[Any, Any], above: str = "") -> Iterator[str]:
+    """The innermost settings that differ, each with both values."""
+    for name in {**then, **now}:
+        if all(isinstance(side.get(name), Mapping) for side in (then, now)):
+            yield from _differences(then[name], now[name], f"{above}{name}.")
+        elif (name in then) != (name in now) or then[name] != now[name]:
+            was, has = (f"{side[name]!r:.200}" if name in side else "not set" for side in (then, now))
+            yield f"{above}{name}: was {was}, is {has}"

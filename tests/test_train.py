@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import molora
 from molora.config import ConfigError, build, dump
@@ -171,11 +171,37 @@ def test_a_run_killed_at_twenty_moments_ends_like_one_that_was_not(home: Path, t
         assert ours[key] == expected[key], f"{key} differ after {kills} kills"
 
 
-def test_a_finished_run_does_nothing_more(home: Path, tmp_path: Path) -> None:
+def test_a_finished_run_does_nothing_more(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(recipe(home, tmp_path / "run"), show=False)
     before = outcome(tmp_path / "run")
-    train(recipe(home, tmp_path / "run"), show=False)
+    capsys.readouterr()
+    train(recipe(home, tmp_path / "run"))
     assert outcome(tmp_path / "run") == before
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"{tmp_path / 'run'}: trained already, 12 of 12 steps; give another run= to train anew" in told
+
+
+def test_a_run_of_another_encoder_is_told_from_a_broken_one(home: Path, tmp_path: Path) -> None:
+    train(recipe(home, tmp_path / "run"), show=False)
+    (state,) = (tmp_path / "run" / "state").iterdir()
+    weights = load_file(state / "weights.safetensors")
+    name = next(key for key in weights if key.startswith("encoders.numbers"))
+    save_file({**weights, name: torch.zeros(3, 1, 2)}, state / "weights.safetensors")
+    about = tmp_path / "run/modalities/numbers/modality.json"
+    (tmp_path / "plugin.py").write_text(
+        "from torch import nn\nfrom molora.testing import Numbers\nclass Deeper(Numbers):\n"
+        "    def build_encoder(self):\n        encoder = super().build_encoder()\n"
+        "        encoder.head = nn.Linear(1, 1)\n        return encoder\n"
+    )
+    about.write_text(json.dumps({**read_json(about), "plugin": f"{tmp_path / 'plugin.py'}:Deeper"}))
+    with pytest.raises(
+        ValueError, match=r"missing head.bias; missing head.weight; did the plugin's code change\? train"
+    ):
+        molora.load(tmp_path / "run")
+    with pytest.raises(
+        ConfigError, match=f"do not fit: {name} is .*; did the plugin's code change\\? give another run="
+    ):
+        train(recipe(home, tmp_path / "run"), show=False)
 
 
 def test_what_does_not_train_stays_as_it_is(home: Path, tmp_path: Path) -> None:
@@ -367,6 +393,16 @@ def test_recipes_that_cannot_work_are_refused(
         train(recipe(home, tmp_path / "run", **changes), show=False)
 
 
+def test_a_wrong_data_source_is_told_before_what_trains(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = recipe(home, tmp_path / "run")
+    config.stages[0].data["rows"].kind = "mesages"
+    with pytest.raises(ConfigError, match=r"stages.0.data.rows.kind: no source is called 'mesages'"):
+        train(config)
+    assert "parameters" not in capsys.readouterr().out
+
+
 def test_a_pattern_that_trains_nothing_is_refused(home: Path, tmp_path: Path) -> None:
     config = recipe(home, tmp_path / "run")
     config.stages[0].train = {"encoder.numbers": config.stages[0].train["encoders"]}
@@ -408,14 +444,31 @@ def test_a_part_starts_from_one_like_it_and_trains(
 
 def test_a_changed_recipe_does_not_go_on(home: Path, tmp_path: Path) -> None:
     train(recipe(home, tmp_path / "run"), show=False)
-    with pytest.raises(ConfigError, match="begun with other settings: seed was 0, is 1"):
+    with pytest.raises(ConfigError, match="begun with other settings: seed: was 0, is 1. Give"):
         train(recipe(home, tmp_path / "run", seed=1), show=False)
     before = outcome(tmp_path / "run")
     changed = recipe(home, tmp_path / "run")
     changed.stages[0].samples_per_step = 7
-    with pytest.raises(ConfigError, match="stages.0 was"):
+    changed.modalities["numbers"].options = {"scale": 0.5}
+    message = (
+        r"settings: modalities.numbers.options.scale: was not set, is 0.5; stages.0.samples_per_step: was 6, is 7\. "
+    )
+    with pytest.raises(ConfigError, match=message):
         train(changed, show=False)
     assert outcome(tmp_path / "run") == before
+
+
+def test_a_setting_that_is_younger_than_the_run_has_its_default(home: Path, tmp_path: Path) -> None:
+    config = recipe(home, tmp_path / "run")
+    train(config, show=False)
+    (state,) = (tmp_path / "run" / "state").iterdir()
+    about = read_json(state / "state.json")
+    del about["recipe"]["stages"][0]["unusable"]
+    (state / "state.json").write_text(json.dumps(about))
+    train(config, show=False)
+    config.stages[0].unusable = "skip"
+    with pytest.raises(ConfigError, match="settings: stages.0.unusable: was 'error', is 'skip'"):
+        train(config, show=False)
 
 
 def test_another_environment_does_not_go_on_unless_told(home: Path, tmp_path: Path) -> None:
