@@ -5,6 +5,7 @@ Letters: T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, combinations, cycle, islice
@@ -189,7 +190,9 @@ def _checks(model: MoLoRA, samples: list[Sample], folders: Mapping[str, Path]) -
         if name not in model.adapters or not users:
             yield Check("7 open ends", f"{name}: no sample uses its adapter", None)
             continue
-        peft: Any = PeftModel.from_pretrained(stock, str(path))
+        with warnings.catch_warnings():  # PEFT asks by a name that transformers has given up
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+            peft: Any = PeftModel.from_pretrained(stock, str(path))
         sample = _alone(model, users[0])
         theirs = peft(inputs_embeds=model.embed(sample)[None]).logits[0]
         stock = peft.unload()
