@@ -555,17 +555,16 @@ def show(fit: Fit, there: Iterable[Device], console: Console) -> None:
     table.add_column("how much", justify="right", no_wrap=True)
     table.add_column("where it comes from", ratio=1, overflow="fold")
 
-    def add(needs: Iterable[Need]) -> None:
+    def add(title: str, needs: Iterable[Need], total: int, origin: str) -> None:
+        table.add_row(f"[bold]{escape(title)}[/]")
         for need in needs:
             table.add_row(escape(need.what), amount(need.num_bytes), escape(need.origin))
+        table.add_row("total", f"[bold]{amount(total)}[/]", origin)
 
-    add(fit.weights)
+    add("weights", fit.weights, fit.weight_bytes, "")
     for moment in fit.moments:
         table.add_row()
-        table.add_row(f"[bold]{escape(moment.name)}[/]")
-        add(moment.needs)
-        total = amount(fit.weight_bytes + moment.num_bytes)
-        table.add_row("[bold]total[/]", f"[bold]{total}[/]", "with the weights")
+        add(moment.name, moment.needs, fit.weight_bytes + moment.num_bytes, "with the weights")
     console.print(table)
     console.print()
     for device in there:

@@ -22,7 +22,7 @@ import molora.generate
 from molora import fit
 from molora.assembly import BackboneConfig, ModalityConfig, RouterConfig
 from molora.cache import PackedCache
-from molora.checkpoint import save_modality
+from molora.checkpoint import save_modality, write_run
 from molora.cli import app
 from molora.config import dump
 from molora.data import SourceConfig
@@ -149,13 +149,17 @@ def test_dtypes_are_those_of_the_real_one_too(backbone: Path) -> None:
 def test_a_run_and_a_backbone_with_folders_become_models_on_meta(backbone: Path, tmp_path: Path) -> None:
     recipe = recipe_of(backbone)
     real, _, plans = build_model(recipe, torch.device("cpu"))
+    folders = {name: tmp_path / "modalities" / name for name in plans}
     for name, plan in plans.items():
-        save_modality(real, name, plan, tmp_path / name, {})
-    folders = [tmp_path / "vision", tmp_path / "audio"]
-    loaded = load(backbone, folders, router=recipe.router, device="cpu")
-    assert named(on_meta(str(backbone), folders)) == named(loaded.model)
-    saved = recipe_of(backbone, modalities={name: ModalityConfig(path=str(tmp_path / name)) for name in plans})
-    assert named(on_meta(saved)) == named(loaded.model)
+        save_modality(real, name, plan, folders[name], {})
+    write_run(tmp_path, real.backbone.identity, list(plans), recipe.router, dtype="bfloat16", learned={})
+    run = load(tmp_path, device="cpu").model
+    assert named(on_meta(tmp_path)) == named(run)
+    assert run.backbone.model.dtype == torch.bfloat16
+    parts = load(backbone, list(folders.values()), router=recipe.router, device="cpu").model
+    assert named(on_meta(backbone, list(folders.values()))) == named(parts)
+    saved = recipe_of(backbone, modalities={name: ModalityConfig(path=str(folders[name])) for name in plans})
+    assert named(on_meta(saved)) == named(parts)
 
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -236,7 +240,7 @@ class _Peeking(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(1, 8)
-        self.scale = float(self.linear.weight.sum())
+        self.scale = float(self.linear.weight.detach().sum())
 
 
 class Peeking(Numbers):
@@ -530,7 +534,7 @@ def test_the_table_fits_in_80_columns_and_says_whether_it_fits() -> None:
     shown = console.export_text()
     assert max(len(line.rstrip()) for line in shown.splitlines()) <= 80
     words = " ".join(shown.split())
-    assert "backbone 3.0 GiB 3,836,021,760 parameters, bfloat16" in words
+    assert "weights backbone 3.0 GiB 3,836,021,760 parameters, bfloat16 total 3.0 GiB" in words
     assert "stage [align] activations 2.5 GiB a pack of 9 x 910 tokens of audio+vision, checkpointing on" in words
     assert "logits 0 none at the fullest moment total 5.5 GiB with the weights" in words
     assert "and more: it fits, 5.5 GiB needed, 6.0 GiB free of 8.0 GiB" in words
