@@ -157,6 +157,12 @@ class Table:
                 raise ConfigError(f"data source {config.path}: no column {column!r}; columns are {rows.column_names}")
             if hasattr(rows.features[column], "decode"):
                 rows = rows.cast_column(column, type(rows.features[column])(decode=False))
+        for key, template in (("prompt", config.prompt), ("answer", config.answer)):
+            if template in rows.column_names:
+                raise ConfigError(
+                    f"data source {config.path}: {key} is the text {template!r} in every row, and not what the column "
+                    f"of that name holds; did you mean '{{{template}}}'?"
+                )
         self.rows = rows
         self.media_root = Path(config.media_root) if config.media_root else Path(config.path).parent
 

@@ -91,6 +91,19 @@ def test_a_table_of_encoded_pictures_becomes_conversations(tmp_path: Path) -> No
         open_source(SourceConfig(kind="table", options={**options, "media": {"image": "picture"}}), "data")
 
 
+@pytest.mark.parametrize("key", ["prompt", "answer"])
+def test_a_template_that_is_a_column_without_braces_is_refused(tmp_path: Path, key: str) -> None:
+    pytest.importorskip("datasets")
+    (tmp_path / "t.csv").write_text("tide,question,answer\na.txt,up or down?,up\n")
+    options = {"path": str(tmp_path / "t.csv"), "media": {"tide": "tide"}, "prompt": "{question}", "answer": "{answer}"}
+    (user, reply) = open_source(SourceConfig(kind="table", options=options), "data")[0]["messages"]
+    assert user["content"][0] == {"type": "tide", "path": str(tmp_path / "a.txt")} and reply["content"] == "up"
+    for constant in ("", "say it", "answers"):
+        open_source(SourceConfig(kind="table", options={**options, key: constant}), "data")
+    with pytest.raises(ConfigError, match=rf"t.csv: {key} is the text 'tide' in every row.* did you mean '{{tide}}'\?"):
+        open_source(SourceConfig(kind="table", options={**options, key: "tide"}), "data")
+
+
 def test_text_tables_are_taken_at_their_word(tmp_path: Path) -> None:
     """Quotes, missing values and other things that mean something elsewhere are what somebody said or chose."""
     pytest.importorskip("datasets")
