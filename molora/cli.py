@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -269,7 +270,7 @@ def convert_phi4mm(
 ) -> None:
     """Phi-4-multimodal: a released checkpoint to a run, or a run of it to a checkpoint."""
     from molora.config import ConfigError
-    from molora.phi4mm import export_release, import_release
+    from molora.release import export_release, import_release
 
     if (Path(source) / "molora.json").is_file():
         export_release(Path(source), target, layout)
@@ -363,7 +364,7 @@ def _scaffold(kind: Literal["modality", "router"], name: str, folder: Path | Non
 
 
 def _show_findings(findings: Sequence[Finding]) -> int:
-    """Prints what a contract's checks found, within 80 columns; returns the exit code."""
+    """Prints what a contract's checks found, faults last, within 80 columns; returns the exit code."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -371,12 +372,21 @@ def _show_findings(findings: Sequence[Finding]) -> int:
 
     marks = {True: "[green]ok[/]", False: "[red]no[/]", None: "[yellow]--[/]"}
     table = Table("", "check", "found", box=None, pad_edge=False)
-    for finding in findings:
-        table.add_row(marks[finding.ok], escape(finding.check), escape(finding.message))
+    rows = [(finding.ok, finding.check, finding.message) for finding in findings if not finding.cause]
+    unreached = Counter((finding.cause, finding.message) for finding in findings if finding.cause)
+    rows += [(None, f"{count} more", message) for (_, message), count in unreached.items()]
+    for ok, check, message in sorted(rows, key=lambda row: (row[0] is False, row[0] is None)):
+        table.add_row(marks[ok], escape(check), escape(message))
     console.print(table, width=min(console.width, COLUMNS))
-    broken = sum(finding.ok is False for finding in findings)
-    print(f"{broken} of {len(findings)} checks failed" if broken else "it keeps the contract")
-    return int(broken > 0)
+    counts = {
+        "failed": sum(finding.ok is False for finding in findings),
+        "passed": sum(finding.ok is True for finding in findings),
+        "undecided": sum(finding.ok is None and not finding.cause for finding in findings),
+        "not reached": unreached.total(),
+    }
+    told = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+    print(told if counts["failed"] else "it keeps the contract")
+    return int(counts["failed"] > 0)
 
 
 @app.command()

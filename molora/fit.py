@@ -41,8 +41,8 @@ from molora.modality import Modality
 from molora.model import MoLoRA
 from molora.optim import PartOptimizer, count, set_trainable
 from molora.pack import Sample
-from molora.phi4mm import layout_of
 from molora.processor import Processor, SampleTooLong
+from molora.release import layout_of
 from molora.routing import Flow, RoutingError, flowing
 from molora.tiny import byte_tokenizer
 from molora.train import Recipe, StageConfig, router_config, train_step
@@ -267,7 +267,7 @@ class DryRun(TorchDispatchMode):
             try:
                 made = func(*args, **(kwargs or {}))
             except (RuntimeError, NotImplementedError) as error:
-                raise RuntimeError(f"{func} cannot be estimated without values: {error}") from error
+                raise RuntimeError(f"{func} gives no shape without values: {error}") from error
         tree_map_only(Tensor, self._count, made)
         return made
 
@@ -307,7 +307,8 @@ def fit_recipe(recipe: Recipe) -> Fit:
     CUDA attends with, followed for the shape of Phi-4-mini, made no difference. What a GPU's context and its allocator
     take, and the optimiser's scratch there, come on top.
 
-    Raises ConfigError or ValueError as `on_meta` does, and RuntimeError for a model whose layers depend on values.
+    Raises ConfigError or ValueError as `on_meta` does, and RuntimeError for layers whose shapes depend on values, or of
+    which torch tells none (experts that are not in bf16).
     """
     model = on_meta(recipe)
     owned = weights(model)

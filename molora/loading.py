@@ -15,8 +15,8 @@ from molora.generate import GenerationConfig, generate
 from molora.messages import Message
 from molora.model import MoLoRA
 from molora.pack import Sample
-from molora.phi4mm import opened
 from molora.processor import Processor
+from molora.release import opened
 from molora.terminal import console
 
 

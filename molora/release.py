@@ -1,0 +1,405 @@
+"""Released checkpoints of Phi-4-multimodal to runs, tensor by tensor, and runs to checkpoints again.
+
+What the model never runs (the tower's last layer, its norm and its pooling head) and what only describes the release
+are kept beside the backbone, so that a run can be written in either layout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import (
+    AutoTokenizer,
+    Phi4MultimodalConfig,
+    Phi4MultimodalFeatureExtractor,
+    Phi4MultimodalForCausalLM,
+    Phi4MultimodalImageProcessor,
+    Phi4MultimodalProcessor,
+)
+
+from molora import lora
+from molora.assembly import RouterConfig
+from molora.backbone import fetch, identify
+from molora.checkpoint import (
+    check_format,
+    describe_modality,
+    files_in,
+    read_blueprint,
+    read_run,
+    tensor_hash,
+    write_run,
+)
+from molora.config import ConfigError
+from molora.phi4mm import (
+    ADAPTERS,
+    AUDIO_SLOT,
+    COLOURS,
+    IMAGE_SLOT,
+    MODEL_TYPES,
+    RULES,
+    TARGETS,
+    UNUSED_FILE,
+    Layout,
+    Release,
+    adapters_to_hub,
+    check_settings,
+    from_hub,
+    to_hub,
+)
+from molora.storage import read_json, read_tensors, write_atomically, write_json, write_tensors, write_text
+from molora.terminal import console
+
+FORMAT_VERSION = "1.0"
+# Kept in the backbone's folder: what the release held besides.
+_KEPT, _ABOUT, _FILES = Path(UNUSED_FILE).parent.name, "about.json", "files"
+_INDEX = "model.safetensors.index.json"
+# Files that belong to the backbone alone; the others of a release describe the whole.
+_BACKBONE_FILE = re.compile(
+    r"(tokenizer.*\.json|vocab\.json|merges\.txt|special_tokens_map\.json|added_tokens\.json|chat_template\..*"
+    r"|generation_config\.json)$"
+)
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+_MAX_SHARD_BYTES = 2 * 10**9
+_MAX_NAMED = 8
+# Source: processing_phi4mm.py.
+_MAX_CROPS = 36
+
+
+class _Tensors(Mapping[str, Tensor]):
+    """The tensors of safetensors files by name, read one by one. Each file has a prefix for its names.
+
+    Raises ValueError for a file that is not whole, and for a name that two files hold.
+    """
+
+    def __init__(self, files: Mapping[Path, str]) -> None:
+        self._found: dict[str, tuple[Any, str]] = {}
+        for path, prefix in files.items():
+            try:
+                file: Any = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"{path}: not a whole safetensors file ({error}); copy it again") from error
+            for name in file.keys():  # noqa: SIM118  (the file itself is no iterable)
+                if f"{prefix}{name}" in self._found:
+                    raise ValueError(f"{path}: tensor {name} is in another file too; copy the folder again")
+                self._found[f"{prefix}{name}"] = file, name
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        file, name = self._found[key]
+        return tuple(file.get_slice(name).get_shape())
+
+    def dtype(self, key: str) -> str:
+        file, name = self._found[key]
+        return file.get_slice(name).get_dtype()
+
+    def __getitem__(self, key: str) -> Tensor:
+        file, name = self._found[key]
+        return file.get_tensor(name)
+
+    def check(self, expected: Mapping[str, tuple[int, ...]], where: str) -> None:
+        """Raises ValueError listing what is unknown, missing, of another shape, or no float."""
+        problems = [f"unexpected {key}" for key in sorted(self._found.keys() - expected.keys())]
+        problems += [f"missing {key}" for key in sorted(expected.keys() - self._found.keys())]
+        for key in sorted(expected.keys() & self._found.keys()):
+            if self.shape(key) != expected[key]:
+                problems.append(f"{key} is {self.shape(key)}, expected {expected[key]}")
+            elif self.dtype(key) not in _DTYPES:
+                problems.append(f"{key} is stored as {self.dtype(key)}, expected one of {', '.join(_DTYPES)}")
+        if problems:
+            shown = "; ".join(problems[:_MAX_NAMED])
+            more = f"; and {len(problems) - _MAX_NAMED} more" if len(problems) > _MAX_NAMED else ""
+            raise ValueError(f"{where}: the tensors do not fit its config: {shown}{more}")
+
+
+# From a release to a run ----------------------------------------------------------------------------------------
+
+
+def layout_of(source: str | Path) -> Layout | None:
+    """In which layout a folder, or what the hub has under an id, holds Phi-4-multimodal; None if it is another."""
+    path = Path(source) / "config.json"
+    if not path.is_file():
+        if Path(source).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+            return None
+        try:
+            path = Path(hf_hub_download(str(source), path.name))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
+            return None  # whoever opens it as a backbone says what is wrong
+    return MODEL_TYPES.get(read_json(path).get("model_type", ""))
+
+
+def opened(source: str | Path) -> str | Path:
+    """A released checkpoint as the run that it was converted to, once, in the cache; anything else as it is."""
+    if layout_of(source) is None:
+        return source
+    folder = fetch(str(source))
+    stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.resolve().rglob("*.safetensors"))]
+    key = hashlib.sha256(json.dumps([stamps, FORMAT_VERSION]).encode()).hexdigest()
+    run = Path(os.environ.get("MOLORA_CACHE", "~/.cache/molora")).expanduser() / _KEPT / key
+    if not (run / "molora.json").is_file():
+        console.print(f"converting {source}, this once, to {run}", highlight=False)
+        import_release(source, run)
+    return run
+
+
+def import_release(source: str | Path, run: Path) -> None:
+    """Converts a released checkpoint (a folder or hub id) to a run, tensor by tensor, each with its bytes and dtype.
+
+    Raises: ConfigError or ValueError for what is no such checkpoint, has settings that our modules lack, or holds
+    tensors that are unknown, missing or of another shape; nothing is written then.
+    """
+    layout = layout_of(source)
+    if layout is None:
+        raise ConfigError(
+            f"{source}: not Phi-4-multimodal (its config.json has none of the model types {', '.join(MODEL_TYPES)}); "
+            "name a folder or hub id with the released checkpoint"
+        )
+    if run.exists() and (
+        (run / "molora.json").exists() or {p.name for p in run.iterdir()} - {"backbone", "modalities"}
+    ):
+        raise ConfigError(f"{run}: is there already; name a folder that is not")
+    folder = fetch(str(source))
+    tensors, release = _read_release(folder, layout)
+    places = release.places()
+    tensors.check({place.named(layout): place.released_shape for place in places}, str(folder))
+
+    for file, group in itertools.groupby(sorted(places, key=lambda place: place.file), key=lambda place: place.file):
+        here = {place.name: place for place in group}
+        if file == "backbone":
+            sizes = {name: _num_bytes(place.shape, tensors.dtype(place.named(layout))) for name, place in here.items()}
+            _write_shards(run / file, sizes, lambda name, here=here: tensors[here[name].named(layout)])
+        elif layout == "native" and all(place.of_adapter for place in here.values()):
+            for name in ("adapter_model.safetensors", "adapter_config.json"):
+                adapter = folder / ADAPTERS[Path(file).parent.name][0] / name
+                write_atomically((run / file).with_name(name), partial(shutil.copyfile, adapter))
+        else:
+            values = {name: tensors[place.named(layout)].reshape(place.shape) for name, place in here.items()}
+            added = {key.partition(":")[2]: shape for key, shape in COLOURS.items() if key.startswith(f"{file}:")}
+            write_tensors(run / file, values | {name: torch.full(shape, 0.5) for name, shape in added.items()})
+
+    backbone = run / "backbone"
+    write_text(backbone / "config.json", release.backbone_config().to_json_string())
+    for path in files_in(folder):
+        if path.suffix != ".safetensors" and path.name != _INDEX:
+            there = backbone if _BACKBONE_FILE.match(path.name) else backbone / _KEPT / _FILES
+            write_atomically(there / path.name, partial(shutil.copyfile, path))
+    write_json(
+        backbone / _KEPT / _ABOUT,
+        {
+            "format_version": FORMAT_VERSION,
+            "layout": layout,
+            "config": json.loads(release.config.to_json_string(use_diff=False)),
+            "max_crops": release.max_crops,
+            "dtypes": {place.native: tensors.dtype(place.named(layout)) for place in places},
+        },
+    )
+    _describe_run(run, release, layout, str(source))
+
+
+def _describe_run(run: Path, release: Release, layout: Layout, source: str) -> None:
+    """Writes what makes the folders modalities, and all of it a run."""
+    identity = identify(run / "backbone", str(run / "backbone"))
+    for name, plan in release.blueprints().items():
+        folder = run / "modalities" / name
+        if layout == "hub":
+            write_text(folder / "adapter_config.json", lora.adapter_json(release.adapters[name], source))
+        encoder = read_tensors(folder / "encoder.safetensors")
+        widths = {"vision": release.config.vision_config.hidden_size, "audio": release.config.audio_config.hidden_size}
+        files = ["encoder.safetensors", "projector.safetensors", "adapter_model.safetensors", "adapter_config.json"]
+        describe_modality(
+            folder,
+            plan,
+            plan.modality.config,
+            (widths[name], release.config.hidden_size),
+            identity,
+            tensor_hash(encoder),
+            None,
+            files,
+        )
+    write_run(run, identity, list(ADAPTERS), RouterConfig(options={"rules": RULES}))
+
+
+def _read_release(folder: Path, layout: Layout) -> tuple[_Tensors, Release]:
+    """The tensors of a release and what they are. Raises ConfigError for settings that our modules lack."""
+    path = folder / "config.json"
+    values = read_json(path)
+    index = folder / _INDEX
+    names = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    files = {folder / name: "" for name in sorted(names)}
+    if layout == "native":
+        files |= {folder / f / "adapter_model.safetensors": f"{f}/" for f, _ in ADAPTERS.values()}
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file}: missing; copy the whole release, in which it holds part of the weights")
+    tensors = _Tensors(files)
+    if layout == "hub":
+        adapters = {
+            name: lora.lora_config(
+                {
+                    "r": values[f"{theirs}_lora"]["r"],
+                    "lora_alpha": values[f"{theirs}_lora"]["lora_alpha"],
+                    "lora_dropout": values[f"{theirs}_lora"]["dp"],
+                    "target_modules": TARGETS,
+                },
+                f"{path}: {theirs}_lora",
+            )
+            for name, (_, theirs) in ADAPTERS.items()
+        }
+        config = from_hub(values, {key: tensors.shape(key) for key in tensors})
+    else:
+        adapters = {name: lora.read_adapter(folder / f) for name, (f, _) in ADAPTERS.items()}
+        config = Phi4MultimodalConfig.from_dict(values)
+    check_settings(config, path)
+    return tensors, Release(config, adapters, _max_crops(folder))
+
+
+def _max_crops(folder: Path) -> int:
+    """The most crops of a picture, from the processor's settings, which either layout may leave out."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            values = read_json(folder / name)
+            values = values.get("image_processor", values)
+            if "dynamic_hd" in values:
+                return int(values["dynamic_hd"])
+    return _MAX_CROPS
+
+
+def _num_bytes(shape: tuple[int, ...], dtype: str) -> int:
+    return math.prod(shape) * _DTYPES[dtype].itemsize
+
+
+def _write_shards(folder: Path, sizes: Mapping[str, int], read: Callable[[str], Tensor]) -> None:
+    """Writes tensors of `sizes` bytes in files of limited size, with an index if there are several."""
+    shards: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if shards[-1] and size + sum(sizes[n] for n in shards[-1]) > _MAX_SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(name)
+    count, weight_map = len(shards), {}
+    for number, names in enumerate(shards, start=1):
+        file = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        weight_map |= dict.fromkeys(names, file)
+        values = {name: read(name).contiguous() for name in names}
+        write_atomically(folder / file, lambda path, values=values: save_file(values, path, {"format": "pt"}))
+        del values
+    if count > 1:
+        write_json(folder / _INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+
+
+# From a run to a release ----------------------------------------------------------------------------------------
+
+
+def export_release(run: Path, folder: Path, layout: Layout | None = None) -> None:
+    """Writes a run of the imported model, trained further or not, as a checkpoint in either layout; None: its own.
+
+    Tensors get the dtypes that the release had. Adapters also become folders that PEFT reads, in both layouts.
+
+    Raises: ConfigError or ValueError for a run that the released model cannot be.
+    """
+    about_run = read_run(run)
+    backbone, folders = Path(about_run.backbone_source()), about_run.modality_folders()
+    kept = backbone / _KEPT
+    if not (kept / _ABOUT).is_file():
+        raise ConfigError(
+            f"{run}: its backbone {backbone} was not imported (no {_KEPT}/{_ABOUT} there); only runs on a backbone "
+            "from `molora convert phi4mm` can be written as a release"
+        )
+    if set(folders) != set(ADAPTERS):
+        raise ConfigError(
+            f"{run}: has the modalities {', '.join(sorted(folders))}; the released model holds exactly "
+            f"{', '.join(sorted(ADAPTERS))}: make a run of these, with the others by `path:`"
+        )
+    if about_run.router.plugin != "table" or about_run.router.options.get("rules", {}) != RULES:
+        raise ConfigError(
+            f"{run}: routes by {about_run.router.plugin} {about_run.router.options}; the released model always routes "
+            f"by the table with rules {RULES}, and would answer otherwise"
+        )
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder}: is there already and not empty; name another folder")
+    identity = identify(backbone, str(backbone))
+    adapters = {}
+    for name, path in folders.items():
+        plan, _ = read_blueprint(path, identity, name)
+        if plan.adapter is None or not (path / "encoder.safetensors").is_file():
+            raise ConfigError(f"{path}: has no adapter or no encoder of its own, which a release holds")
+        adapters[name] = plan.adapter
+    about = read_json(kept / _ABOUT)
+    check_format(about, kept / _ABOUT)
+    own: Layout = about["layout"]
+    layout = layout or own
+    release = Release(Phi4MultimodalConfig.from_dict(about["config"]), adapters, about["max_crops"])
+
+    places = release.places()
+    files = dict.fromkeys(sorted(backbone.glob("*.safetensors")), "backbone:")
+    files |= {
+        backbone / place.file.removeprefix("backbone/"): f"{place.file}:" for place in places if _KEPT in place.file
+    }
+    for name, path in folders.items():
+        for file in ("encoder", "projector", "adapter_model"):
+            files[path / f"{file}.safetensors"] = f"modalities/{name}/{file}.safetensors:"
+    tensors = _Tensors(files)
+    tensors.check({place.key: place.shape for place in places} | COLOURS, str(run))
+
+    draft = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    baked = {place.named(layout): place for place in places if layout == "hub" or not place.of_adapter}
+    dtypes = {name: about["dtypes"][place.native] for name, place in baked.items()}
+
+    def read(name: str) -> Tensor:
+        place = baked[name]
+        return tensors[place.key].reshape(place.released_shape).to(_DTYPES[dtypes[name]])
+
+    sizes = {name: _num_bytes(place.shape, dtypes[name]) for name, place in baked.items()}
+    _write_shards(draft, sizes, read)
+    for name, path in folders.items():
+        for file in ("adapter_model.safetensors", "adapter_config.json"):
+            write_atomically(draft / ADAPTERS[name][0] / file, partial(shutil.copyfile, path / file))
+    for path in [p for p in files_in(backbone) if _BACKBONE_FILE.match(p.name)]:
+        write_atomically(draft / path.name, partial(shutil.copyfile, path))
+    if layout == own:
+        for path in files_in(kept / _FILES):
+            write_atomically(draft / path.name, partial(shutil.copyfile, path))
+    else:
+        _describe_release(draft, release, layout)
+    if layout == "hub":
+        write_json(draft / "config.json", adapters_to_hub(release, read_json(draft / "config.json")))
+    os.replace(draft, folder)
+
+
+def _describe_release(folder: Path, release: Release, layout: Layout) -> None:
+    """Config and processor of a layout that the model did not come in, as its own tools write them."""
+    config = release.config
+    if layout == "native":
+        config.architectures = [Phi4MultimodalForCausalLM.__name__]
+        config.save_pretrained(folder)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        slots = {"image_token": IMAGE_SLOT, "audio_token": AUDIO_SLOT}
+        slots = {name: tokenizer.convert_ids_to_tokens(id) for name, id in slots.items()}
+        tokenizer = AutoTokenizer.from_pretrained(folder, extra_special_tokens=slots)
+        image_processor = Phi4MultimodalImageProcessor(dynamic_hd=release.max_crops)
+        processor = Phi4MultimodalProcessor(image_processor, Phi4MultimodalFeatureExtractor(), tokenizer)
+        processor.chat_template = tokenizer.chat_template
+        processor.save_pretrained(folder)
+    else:
+        write_json(folder / "config.json", to_hub(release))
+        write_json(folder / "preprocessor_config.json", {"dynamic_hd": release.max_crops})
