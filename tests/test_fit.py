@@ -589,5 +589,5 @@ def test_what_the_command_cannot_do_is_said(arguments: list[str], message: str, 
 
 def test_layers_that_depend_on_values_are_named(backbone: Path) -> None:
     modalities = {"numbers": ModalityConfig(plugin=f"{__file__}:Choosy", adapter=ADAPTER)}
-    with pytest.raises(RuntimeError, match=r"nonzero.* cannot be estimated without values"):
+    with pytest.raises(RuntimeError, match=r"nonzero.* gives no shape without values"):
         fit_recipe(recipe_of(backbone, modalities=modalities, router=RouterConfig()))
