@@ -14,7 +14,9 @@ import tempfile
 import time
 import traceback
 import tracemalloc
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -71,11 +73,12 @@ _METHODS = (
 @dataclass(frozen=True)
 class Finding:
     """Whether a plugin keeps one clause of the contract, and what was found or what to mend. None: not reached, or the
-    check cannot tell."""
+    check cannot tell. `cause`: the check whose finding kept this one from being reached."""
 
     check: str
     ok: bool | None
     message: str
+    cause: str = ""
 
 
 def check_modality(
@@ -92,7 +95,7 @@ def check_modality(
         for name, check, needs in _CHECKS:
             cause = next((causes[need] for need in (causes if needs is None else needs) if need in causes), None)
             if cause is not None:
-                findings.append(Finding(name, None, f"not reached because of what {cause!r} found"))
+                findings.append(Finding(name, None, f"not reached because of what {cause!r} found", cause))
                 causes[name] = cause
                 continue
             findings.append(_tried(name, check, trial))
@@ -156,9 +159,8 @@ def _members(trial: Trial) -> str:
 def _config(trial: Trial) -> str:
     config_type = trial.plugin.config_type
     if not (isinstance(config_type, type) and is_dataclass(config_type)):
-        raise _Fault(
-            f"config_type is {config_type!r}, no dataclass; recipes read `options` into its fields: add @dataclass"
-        )
+        name = getattr(config_type, "__name__", repr(config_type))
+        raise _Fault(f"{name} is no dataclass; add @dataclass: recipes read `options` into the fields of config_type")
     try:
         trial.config = build(config_type, trial.options, "options")
     except ConfigError as error:
@@ -197,11 +199,24 @@ def _identity(trial: Trial) -> str:
     try:
         tiny_molora({OWN: trial.blueprint(), "twin": twin})
     except ConfigError:
-        return f"answers to parts of type {part_type!r}; a second modality that does is refused"
+        told = f"answers to parts of type {part_type!r}"
+        others = " and ".join(_answering(part_type, trial.plugin))
+        return f"{told}, and so does {others}: the two cannot be used together" if others else told
     raise _Fault(
         f"two of it went into one model, under the part types {part_type!r} and {twin.modality.part_type!r}; part_type "
         "is an attribute of the class, the same for every name"
     )
+
+
+def _answering(part_type: str, but: type) -> Iterator[str]:
+    """The modalities with a name that answer to a part type too."""
+    for plugin in available("modality"):
+        try:
+            found: Any = resolve("modality", plugin.name)
+        except ConfigError:  # what cannot be used is in nobody's way
+            continue
+        if found is not but and found.part_type == part_type:
+            yield repr(plugin.name)
 
 
 def _projectors(trial: Trial) -> str:
@@ -373,6 +388,32 @@ def _spoilt(trial: Trial) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield f"the word 'garbage' as {key!r}", {**example, key: "garbage"}
 
 
+class _Watched(UserDict[str, Any]):
+    """A content part that remembers which of its values were read."""
+
+    def __init__(self, part: Mapping[str, Any]) -> None:
+        super().__init__(part)
+        self.read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+
+def _path(trial: Trial) -> str:
+    file = trial.folder / "any.bin"
+    file.write_bytes(b"anything")
+    part = _Watched({"type": trial.part(0)["type"], "path": str(file)})
+    with suppress(Exception):  # whether it likes what is in the file is not asked here
+        trial.make().load(part)
+    if "path" not in part.read:
+        raise _Fault(
+            "load of a part that has nothing but a type and a path does not look at the path, which is all that "
+            "commands, tables and JSONL files give it; let load read the file that part['path'] names"
+        )
+    return "load looks at a part's path"
+
+
 def _prepare(trial: Trial) -> str:
     modality = trial.make()
     for index in range(len(trial.parts)):
@@ -446,6 +487,20 @@ def _order(trial: Trial) -> str:
                     "keep nothing from one call to the next, except caches that change no result"
                 )
     return "what load and prepare give does not depend on earlier calls"
+
+
+def _collate(trial: Trial) -> str:
+    modality = trial.make()
+    collated = modality.collate([trial.prepare(modality, index) for index in range(len(trial.parts))])
+    if not isinstance(collated, Mapping):
+        raise _Fault(f"collate gives {type(collated).__name__}; return a dict of the tensors that forward takes")
+    for name, tensor in collated.items():
+        if not isinstance(tensor, Tensor):
+            raise _Fault(
+                f"collate gives {type(tensor).__name__} as {name!r}; forward takes tensors, since they are moved to "
+                "its device: join the items' tensors (torch.cat), and make one of numbers (torch.tensor)"
+            )
+    return f"a dict of {len(collated)} tensors"
 
 
 # Its encoder -----------------------------------------------------------------------------------------------------
@@ -548,7 +603,10 @@ def _invariance_training(trial: Trial) -> str:
             "GroupNorm, or hold BatchNorm in eval mode by overriding train"
         )
     if not torch.equal(*runs):
-        raise _Undecided("cannot tell: forward in train mode draws numbers other than those of nn.Dropout")
+        raise _Undecided(
+            "cannot tell: forward in train mode draws numbers other than those of nn.Dropout modules; use nn.Dropout "
+            "modules to have this checked"
+        )
     return f"frames alone and in batches differ by at most {_worst(trial, encoder, 'in train mode'):.0e}"
 
 
@@ -563,8 +621,9 @@ def _worst(trial: Trial, encoder: Any, mode: str) -> float:
             if not difference <= TOLERANCE:
                 raise _Fault(
                     f"forward {mode} gives part {index} other frames in a batch of {name} than alone: they differ by "
-                    f"{difference:.1e}, {TOLERANCE:.0e} is allowed; mask padding wherever items meet (convolutions, "
-                    "attention, means), and take no statistics over the batch"
+                    f"{difference:.1e}, {TOLERANCE:.0e} is allowed; in convolutions, attention and means, no item "
+                    "sees padding (mask it) or, where items lie end to end, another item (split them by their lengths);"
+                    " and take no statistics over the batch"
                 )
             worst = max(worst, difference)
     return worst
@@ -825,12 +884,14 @@ _CHECKS: tuple[tuple[str, Callable[[Trial], str], tuple[str, ...] | None], ...] 
     ("load", _load, ("examples",)),
     ("load repeats", _load_repeats, ("load",)),
     ("bad parts", _bad_parts, ("load",)),
+    ("path", _path, ("load",)),
     ("prepare", _prepare, ("load",)),
     ("randomness", _randomness, ("prepare", "load repeats")),
-    ("inputs kept", _inputs, ("prepare",)),
+    ("collate", _collate, ("prepare",)),
+    ("inputs kept", _inputs, ("collate",)),
     ("order of calls", _order, ("prepare", "randomness")),
     ("weightless", _weightless, ("prepare",)),
-    ("encoder", _encoder, ("prepare",)),
+    ("encoder", _encoder, ("collate",)),
     ("tokens equal frames", _tokens, ("encoder",)),
     ("encoder repeats", _repeats, ("encoder",)),
     ("batch invariance", _invariance, ("tokens equal frames", "encoder repeats")),

@@ -58,7 +58,7 @@ def check_router(spec: str, options: Mapping[str, Any] | None = None) -> list[Fi
     cause = ""
     for name, check in _CHECKS:
         if cause:
-            findings.append(Finding(name, None, f"not reached because of what {cause!r} found"))
+            findings.append(Finding(name, None, f"not reached because of what {cause!r} found", cause))
             continue
         try:
             findings.append(Finding(name, True, check(trial)))

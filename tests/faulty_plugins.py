@@ -5,12 +5,14 @@ Letters: I items, S steps and frames, C encoder width.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -62,7 +64,11 @@ class Series:
         self.name, self.config = name, config
 
     def load(self, part: Mapping[str, Any]) -> Any:
-        values = part.get("values")
+        path = part.get("path")
+        try:
+            values = part.get("values") if path is None else json.loads(Path(path).read_bytes())
+        except (OSError, TypeError, ValueError) as error:
+            raise MediaError(f"series part: {path!r} is no JSON file of values: {error}") from error
         if not (isinstance(values, list) and values and all(isinstance(value, float) for value in values)):
             raise MediaError(f"series part with {sorted(part)}: give its values, a list of at least one float")
         return torch.tensor(values)
@@ -209,7 +215,7 @@ class AcceptsGarbage(Series):
 
 class RefusesWithAnotherError(Series):
     def load(self, part: Mapping[str, Any]) -> Any:
-        return torch.tensor(part["values"])
+        return torch.tensor(part["values"] if "path" not in part else super().load(part))
 
 
 class RefusesWithoutAWord(Series):
@@ -222,13 +228,18 @@ class RefusesWithoutAWord(Series):
 
 class RefusesTooLate(Series):
     def load(self, part: Mapping[str, Any]) -> Any:
-        values = part.get("values")
+        values = part.get("values") or part.get("path")
         if not values:
             raise MediaError("a series part has values, a list of floats")
         return values
 
     def prepare(self, item: Any, generator: torch.Generator | None = None) -> Prepared:
         return super().prepare(torch.tensor(item), generator)
+
+
+class IgnoresPaths(Series):
+    def load(self, part: Mapping[str, Any]) -> Any:
+        return super().load({key: part[key] for key in part if key != "path"})
 
 
 class NumTokensIsATensor(Series):
@@ -299,6 +310,16 @@ class CollatesInPlace(Series):
         for one in prepared:
             one.tensors["pairs_S2"].clamp_(max=0.3)
         return super().collate(prepared)
+
+
+class CollatesLists(Series):
+    def collate(self, prepared: Sequence[Prepared]) -> Any:
+        return {name: list(tensor) for name, tensor in super().collate(prepared).items()}
+
+
+class CollatesATuple(Series):
+    def collate(self, prepared: Sequence[Prepared]) -> Any:
+        return tuple(super().collate(prepared).values())
 
 
 class OneTokenTooMany(Series):

@@ -31,7 +31,7 @@ CHECKS = [name for name, _, _ in conformance._CHECKS]
 # Plugin, the check meant for it, words of its message; and other checks that it cannot but fail.
 BROKEN: list[tuple[str, ...]] = [
     ("Unfinished", "members", "class Unfinished lacks prepare, collate"),
-    ("ConfigIsNoDataclass", "config", "config_type is <class 'dict'>, no dataclass"),
+    ("ConfigIsNoDataclass", "config", "dict is no dataclass; add @dataclass"),
     ("ConfigIsNoJson", "config", "set is not JSON serializable"),
     ("ConfigGrows", "config", "saved as JSON and read again is"),
     ("AnswersToText", "name and part type", "part_type is 'text'"),
@@ -51,6 +51,9 @@ BROKEN: list[tuple[str, ...]] = [
     ("RefusesWithAnotherError", "bad parts", "load raised KeyError: 'values' for a part without media"),
     ("RefusesWithoutAWord", "bad parts", "load refuses a part without media without a word"),
     ("RefusesTooLate", "bad parts", "prepare raised TypeError"),
+    ("IgnoresPaths", "path", "does not look at the path"),
+    ("CollatesLists", "collate", "collate gives list as 'pairs_IS2'; forward takes tensors"),
+    ("CollatesATuple", "collate", "collate gives tuple; return a dict of the tensors"),
     ("NumTokensIsATensor", "prepare", "num_tokens of prepare is tensor(2)"),
     ("PreparesAMapping", "prepare", "prepare gives dict"),
     ("PreparesByChance", "randomness", "prepare changes the state of torch's global generator", "shared state"),
@@ -153,8 +156,8 @@ def test_a_broken_plugin_fails_the_check_meant_for_it(
     findings = by_check(check_modality(spec(name)))
     assert {found.check for found in findings.values() if found.ok is False} == {check, *also}
     assert words in findings[check].message
-    unreached = [found.message for found in findings.values() if found.ok is None]
-    assert all(message.startswith("not reached because of what '") for message in unreached)
+    unreached = [found for found in findings.values() if found.ok is None]
+    assert all(found.message == f"not reached because of what {found.cause!r} found" for found in unreached)
     assert fingerprint(shared_state()) == before, "the kit leaves the process as it found it"
 
 
@@ -166,10 +169,19 @@ def test_the_table_has_every_broken_plugin_and_breaks_every_check() -> None:
     assert {row[1] for row in BROKEN} == {*CHECKS} - {"imports"}, "and the plugin for that is a file of its own"
 
 
+def test_a_part_type_that_a_named_modality_has_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "picture.py"
+    file.write_text("from molora.testing import Letters\nclass Picture(Letters):\n    part_type = 'image'\n")
+    found = check_modality(f"{file}:Picture", parts=[])[CHECKS.index("name and part type")]
+    assert found.ok and "type 'image', and so does 'vision': the two cannot be used together" in found.message
+    own = check_modality("vision", parts=[])[CHECKS.index("name and part type")]
+    assert own.ok and own.message == "answers to parts of type 'image'"
+
+
 def test_what_a_check_needs_is_not_reached_and_the_rest_is() -> None:
     findings = by_check(check_modality(spec("LoadRaises")))
     for check in ("prepare", "encoder", "saving", "imports"):
-        assert findings[check] == Finding(check, None, "not reached because of what 'load' found")
+        assert findings[check] == Finding(check, None, "not reached because of what 'load' found", "load")
     for check in ("members", "projectors", "examples"):
         assert findings[check].ok is True
 
@@ -178,6 +190,7 @@ def test_chance_in_training_beyond_dropout_leaves_one_check_undecided() -> None:
     findings = by_check(check_modality(spec("SkipsLayersInTraining")))
     undecided = findings.pop("batch invariance in training")
     assert undecided.ok is None and "cannot tell: forward in train mode draws numbers" in undecided.message
+    assert undecided.message.endswith("; use nn.Dropout modules to have this checked") and not undecided.cause
     assert all(found.ok is True for found in findings.values())
 
 
