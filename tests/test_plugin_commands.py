@@ -132,10 +132,14 @@ def test_a_modality_that_keeps_its_contract_exits_with_0(molora) -> None:
 def test_a_modality_that_breaks_its_contract_exits_with_1(molora, tmp_path: Path) -> None:
     new_plugin("modality", "tide")
     plugin = tmp_path / "tide.py"
-    plugin.write_text(plugin.read_text().replace("num_tokens=len(patches_PW)", "num_tokens=len(patches_PW) + 1"))
+    plugin.write_text(plugin.read_text().replace("num_tokens=len(patches_SW)", "num_tokens=len(patches_SW) + 1"))
     code, out, _ = molora("modality", "check", "tide.py:TideModality")
-    assert code == 1 and "checks failed" in out
-    assert any(line.startswith("no  tokens equal frames") for line in out.splitlines())
+    lines = out.splitlines()
+    marks = [line[:2] for line in lines[1:-1] if line[:2].strip()]
+    assert code == 1 and lines[-1] == "1 failed, 19 passed, 10 not reached"
+    assert marks == ["ok"] * 19 + ["--", "no"]
+    assert any(line.startswith("no  tokens equal frames") for line in lines)
+    assert "-- 10 more not reached because of what 'tokens equal frames' found" in one_line(out)
     code, out, _ = molora("modality", "check", "tide.py:TideModality", "patch_value=4")
     assert code == 1 and "did you mean 'patch_values'" in one_line(out)
     code, _, err = molora("modality", "check", "tide.py:TideModality", "patch_values")
