@@ -139,7 +139,7 @@ def layout_of(source: str | Path) -> Layout | None:
     """In which layout a folder, or what the hub has under an id, holds Phi-4-multimodal; None if it is another."""
     path = Path(source) / "config.json"
     if not path.is_file():
-        if Path(source).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        if Path(source).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
             return None
         try:
             path = Path(hf_hub_download(str(source), path.name))

@@ -680,6 +680,12 @@ def changed_run(run: Path, folder: Path, **changes: Any) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("source", ["./nowhere", "nowhere", "a/b/c", "../x"])
+def test_a_folder_that_is_not_there_is_none(source: str) -> None:
+    """Whoever opens it says so; it is not taken for a name on the hub."""
+    assert layout_of(source) is None
+
+
 def test_runs_that_the_released_model_cannot_be(run: Path, tmp_path: Path) -> None:
     routes = {"plugin": "table", "options": {"rules": {"audio+vision": "audio"}}}
     with pytest.raises(ConfigError, match="would answer otherwise"):
