@@ -1,16 +1,26 @@
-"""Every `molora` command in the documentation is one that there is, with options that it has."""
+"""Every `molora` command in the documentation is one that there is, with options that it has; and what the page about
+modalities quotes is what the scaffold writes, recipes read and commands print."""
 
 from __future__ import annotations
 
 import re
 import shlex
+import sys
+import textwrap
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 from typer.main import get_command
 
 from molora import cli
+from molora.config import build
+from molora.data import MessagesConfig, SourceConfig, TableConfig
+from molora.scaffold import new_plugin
+from molora.testing import save_backbone
+from molora.train import StageConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -21,6 +31,24 @@ COMMANDS = [
     for line in block.splitlines()
     if line.startswith("molora ")
 ]
+
+
+PAGE = (ROOT / "docs/add_a_modality.md").read_text(encoding="utf-8")
+# Python on the page that is not the scaffold's: what to add to it, and the use of what was trained.
+ADDED = ("if generator is not None", "def saved_config", "beside_picture", "molora.load")
+
+
+def blocks(language: str) -> list[str]:
+    """The page's blocks of a language, without their common indent."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    return [textwrap.dedent(block) for named, block in found if named == language]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which somebody follows the page."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def parse(line: str) -> None:
@@ -43,3 +71,47 @@ def test_the_pages_have_commands_and_a_wrong_one_would_be_seen() -> None:
     for line in ("molora modality renew tide", "molora modality new", "molora eval runs/tide --fast"):
         with pytest.raises(Exception, match=r"renew|Missing|No such option"):
             parse(line)
+
+
+def test_the_page_quotes_the_scaffold(here: Path) -> None:
+    new_plugin("modality", "tide")
+    written = {line.strip() for line in (here / "tide.py").read_text().splitlines()}
+    quoted = [block for block in blocks("python") if not any(words in block for words in ADDED)]
+    assert len(quoted) == len(blocks("python")) - len(ADDED) == 3
+    assert [line for block in quoted for line in block.splitlines() if line and line.strip() not in written] == []
+
+
+def test_the_recipes_on_the_page_are_read() -> None:
+    recipes: list[Any] = [OmegaConf.to_container(OmegaConf.create(block)) for block in blocks("yaml")]
+    data, stages, router = recipes
+    kinds = {"messages": MessagesConfig, "table": TableConfig}
+    sources = [build(SourceConfig, source, "the page") for source in data["data"].values()]
+    assert [source.kind for source in sources] == ["messages", "table"]
+    for source in sources:
+        build(kinds[source.kind], source.options, "the page")
+    assert [build(StageConfig, stage, "the page").name for stage in stages["stages"]] == ["describe", "answer"]
+    assert router["router"]["options"]["rules"] == {"tide+vision": "tide"}
+
+
+def test_what_the_page_shows_is_what_the_commands_print(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written, trains, trained, found, *_ = blocks("")
+
+    def told(*arguments: str) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["molora", *arguments])
+        with suppress(SystemExit):
+            cli.main()
+        return [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+
+    assert told("modality", "new", "tide") == written.splitlines()
+
+    backbone = save_backbone(here / "backbone")
+    shorter = ("train", "tide.yaml", f"backbone.path={backbone}", "evaluations={}", "stages.0.steps=2", "device=cpu")
+    lines = told(*shorter)
+    assert lines[:5] == trains.replace("100 steps", "2 steps").splitlines()
+    assert told(*shorter)[0] == trained.replace("100 of 100", "2 of 2").rstrip()
+
+    text = (here / "tide.py").read_text()
+    (here / "broken.py").write_text(text.replace("num_tokens=len(patches_SW)", "num_tokens=len(patches_SW) + 1"))
+    assert told("modality", "check", "broken.py:TideModality")[-5:] == found.splitlines()
