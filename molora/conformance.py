@@ -14,9 +14,7 @@ import tempfile
 import time
 import traceback
 import tracemalloc
-from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -388,30 +386,24 @@ def _spoilt(trial: Trial) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield f"the word 'garbage' as {key!r}", {**example, key: "garbage"}
 
 
-class _Watched(UserDict[str, Any]):
-    """A content part that remembers which of its values were read."""
-
-    def __init__(self, part: Mapping[str, Any]) -> None:
-        super().__init__(part)
-        self.read: set[str] = set()
-
-    def __getitem__(self, key: str) -> Any:
-        self.read.add(key)
-        return super().__getitem__(key)
-
-
 def _path(trial: Trial) -> str:
     file = trial.folder / "any.bin"
     file.write_bytes(b"anything")
-    part = _Watched({"type": trial.part(0)["type"], "path": str(file)})
-    with suppress(Exception):  # whether it likes what is in the file is not asked here
-        trial.make().load(part)
-    if "path" not in part.read:
+    answers = []
+    # Without media is a part that has nothing, or the path under a key that nobody looks for.
+    for media in ({"path": str(file)}, {}, {"htap": str(file)}):
+        try:
+            answers.append(fingerprint(trial.make().load({"type": trial.part(0)["type"], **media})))
+        except Exception as error:  # what is in the file is nothing that load should like
+            answers.append(_words_of(error).replace("htap", "path"))
+    answer, *without = answers
+    if answer in without:
         raise _Fault(
-            "load of a part that has nothing but a type and a path does not look at the path, which is all that "
-            "commands, tables and JSONL files give it; let load read the file that part['path'] names"
+            f"load answers a part that has only a path as it answers one without media ({answer:.120}); read the file "
+            "that part['path'] names, which is all that commands, tables and JSONL files give, and if it cannot be "
+            "used let the MediaError say why"
         )
-    return "load looks at a part's path"
+    return "load reads the file that a path names"
 
 
 def _prepare(trial: Trial) -> str:

@@ -5,6 +5,7 @@ Letters: I items, S frames, C encoder width.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,7 +187,7 @@ class Numbers:
         self.config = config
 
     def load(self, part: Mapping[str, Any]) -> list[float]:
-        numbers = part.get("numbers")
+        numbers = _given(part, "numbers")
         if not (isinstance(numbers, list) and numbers and all(isinstance(n, (int, float)) for n in numbers)):
             raise MediaError(
                 f"numbers part {dict(part)!r}: no numbers; give {{'type': 'numbers', 'numbers': [1.0, …]}}"
@@ -221,13 +222,23 @@ class Letters(Numbers):
     part_type: ClassVar[str] = "letters"
 
     def load(self, part: Mapping[str, Any]) -> list[float]:
-        letters = part.get("letters")
+        letters = _given(part, "letters")
         if not (isinstance(letters, str) and letters):
             raise MediaError(f"letters part {dict(part)!r}: no letters; give {{'type': 'letters', 'letters': 'abc'}}")
         return [float(ord(letter) - ord("a")) / 26 for letter in letters]
 
     def examples(self) -> list[dict[str, Any]]:
         return [{"type": "letters", "letters": letters} for letters in ("a", "sense", "zebra")]
+
+
+def _given(part: Mapping[str, Any], key: str) -> Any:
+    """What a part has under a key, or the JSON file that its `path` names. Raises MediaError."""
+    if part.get("path") is None:
+        return part.get(key)
+    try:
+        return json.loads(Path(part["path"]).read_bytes())
+    except (OSError, TypeError, ValueError) as error:
+        raise MediaError(f"{key} part: {part['path']!r} is no JSON file of {key}: {error}") from error
 
 
 class _NumbersEncoder(Encoder):

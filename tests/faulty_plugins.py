@@ -242,6 +242,13 @@ class IgnoresPaths(Series):
         return super().load({key: part[key] for key in part if key != "path"})
 
 
+class QuotesPaths(Series):
+    def load(self, part: Mapping[str, Any]) -> Any:
+        if not part.get("values"):
+            raise MediaError(f"no values in {part}")
+        return super().load(part)
+
+
 class NumTokensIsATensor(Series):
     def prepare(self, item: Tensor, generator: torch.Generator | None = None) -> Prepared:
         prepared = super().prepare(item, generator)
