@@ -113,5 +113,5 @@ def test_what_the_page_shows_is_what_the_commands_print(
     assert told(*shorter)[0] == trained.replace("100 of 100", "2 of 2").rstrip()
 
     text = (here / "tide.py").read_text()
-    (here / "broken.py").write_text(text.replace("num_tokens=len(patches_SW)", "num_tokens=len(patches_SW) + 1"))
-    assert told("modality", "check", "broken.py:TideModality")[-5:] == found.splitlines()
+    (here / "longer.py").write_text(text.replace("num_tokens=len(patches_SW)", "num_tokens=len(patches_SW) + 1"))
+    assert told("modality", "check", "longer.py:TideModality")[-5:] == found.splitlines()
