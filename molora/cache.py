@@ -12,8 +12,11 @@ from molora.attention import Segments
 from molora.routing import current_flow
 
 
+_LEAST_ROOM = 32
+
+
 class _Segment:
-    """A (1, G, K, d) tensor that grows along K; the buffer doubles so that appending stays cheap."""
+    """A (1, G, K, d) tensor that grows along K; its buffer has room to spare, so that appending stays cheap."""
 
     def __init__(self, start: Tensor) -> None:
         self.buffer = start.clone()
@@ -23,7 +26,8 @@ class _Segment:
         length = self.length + new.shape[2]
         if length > self.buffer.shape[2]:
             batch, heads, _, width = self.buffer.shape
-            grown = self.buffer.new_empty(batch, heads, max(length, 2 * self.length), width)
+            room = max(_LEAST_ROOM, length // 4)  # doubling would hold a long prompt twice
+            grown = self.buffer.new_empty(batch, heads, length + room, width)
             grown[:, :, : self.length] = self.buffer[:, :, : self.length]
             self.buffer = grown
         self.buffer[:, :, self.length : length] = new

@@ -456,7 +456,7 @@ def _cached_per_position(dry: DryRun) -> int:
 
 
 def cached_positions(backbone: Backbone, prompt_tokens: int, new_tokens: int) -> int:
-    """Positions that the cache has room for when a sample's last token has been chosen: its buffers double as they
+    """Positions that the cache has room for when a sample's last token has been chosen: its buffers grow as they
     fill, and begin anew where a sample changes its rotary frequencies."""
 
     def extend(cache: PackedCache, tokens: int) -> PackedCache:
