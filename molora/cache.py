@@ -11,7 +11,6 @@ from transformers import Cache
 from molora.attention import Segments
 from molora.routing import current_flow
 
-
 _LEAST_ROOM = 32
 
 
