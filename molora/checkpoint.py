@@ -243,6 +243,7 @@ def write_run(
             "backbone": {**asdict(backbone), "folder": folder, "dtype": dtype},
             "modalities": list(modalities),
             "router": {"plugin": router.plugin, "options": router.options},
+            "files": {_ROUTER: file_hash(run / _ROUTER)} if learned else {},
         },
     )
 
@@ -255,6 +256,7 @@ class RunAbout:
     backbone: dict[str, Any]
     modalities: list[str]
     router: RouterConfig
+    files: dict[str, str]
 
     def backbone_source(self) -> str:
         """The folder or hub id of the backbone. Raises ConfigError for a folder that is not there."""
@@ -288,7 +290,8 @@ def read_run(run: Path) -> RunAbout:
             f"{run}: not a run folder (no molora.json); was its training finished or saved at least once?"
         )
     about = _read(path, _RUN_KEYS)
-    return RunAbout(run, about["backbone"], about["modalities"], RouterConfig(**about["router"]))
+    router = RouterConfig(**about["router"])
+    return RunAbout(run, about["backbone"], about["modalities"], router, about.get("files", {}))
 
 
 def load_router(model: MoLoRA, run: Path) -> None:
@@ -297,6 +300,11 @@ def load_router(model: MoLoRA, run: Path) -> None:
         path = run / _ROUTER
         if not path.is_file():
             raise ValueError(f"{path}: missing, though the run's router learns; copy the whole run folder")
+        if file_hash(path) != read_run(run).files.get(path.name, file_hash(path)):
+            raise ValueError(
+                f"{path}: does not have the hash in {run / 'molora.json'}; it was changed, or a run was stopped while "
+                "writing the folder (resuming that run writes it again)"
+            )
         lora.load_exactly(own, read_tensors(path), str(path))
 
 

@@ -27,6 +27,12 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A run folde
 ModalityOption = Annotated[
     list[Path] | None, typer.Option("--modality", metavar="FOLDER", help="A modality folder; repeat.")
 ]
+RuleOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rule", metavar="A+B=ADAPTER", help="Which adapter samples with these modalities take (or none); repeat."
+    ),
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]…", help="Settings that replace the file's.")
 ]
@@ -105,6 +111,7 @@ def generate(
     messages: Annotated[Path | None, typer.Option(metavar="IN.jsonl", help='Rows of {"id", "messages"}.')] = None,
     output: Annotated[Path | None, typer.Option(metavar="OUT.jsonl", help="Where answers go, row by row.")] = None,
     modality: ModalityOption = None,
+    rule: RuleOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     seed: int = 0,
@@ -126,7 +133,7 @@ def generate(
         parts.append({"type": type, "path": path})
     if messages is None and not prompt and not parts:
         raise ConfigError("nothing to answer: give a PROMPT, a picture, or --messages with --output")
-    loaded = load(model, modality or ())
+    loaded = load(model, modality or (), router=_rules(rule))
     config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     if messages is not None and output is not None:
         _generate_rows(loaded, messages, output, config)
@@ -135,6 +142,20 @@ def generate(
     for piece in loaded.stream([{"role": "user", "content": content}], config):
         print(piece, end="", flush=True)
     print()
+
+
+def _rules(given: list[str] | None) -> Any:
+    """The table router with the rules of the command line; None without any, for the model's own router."""
+    from molora.assembly import RouterConfig
+    from molora.config import ConfigError
+
+    rules: dict[str, str | None] = {}
+    for rule in given or ():
+        modalities, equals, adapter = rule.partition("=")
+        if not (modalities and equals and adapter):
+            raise ConfigError(f"--rule {rule!r}: write it as A+B=ADAPTER, such as audio+vision=vision, or A+B=none")
+        rules[modalities] = None if adapter == "none" else adapter
+    return RouterConfig(options={"rules": rules}) if rules else None
 
 
 def _generate_rows(loaded: Any, messages: Path, output: Path, config: Any) -> None:
@@ -173,7 +194,11 @@ def _generate_rows(loaded: Any, messages: Path, output: Path, config: Any) -> No
 
 @app.command("eval")
 def evaluate(
-    model: ModelArgument, config: ConfigArgument, overrides: Overrides = None, modality: ModalityOption = None
+    model: ModelArgument,
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    modality: ModalityOption = None,
+    rule: RuleOption = None,
 ) -> None:
     """Answer the evaluations of a config or a recipe: a table, and JSON in MODEL/evaluation.json or on standard
     output."""
@@ -187,7 +212,7 @@ def evaluate(
     from molora.terminal import console, progress
 
     evaluations = read(Evaluations, config, overrides or (), in_part=True).evaluations
-    loaded = load(model, modality or ())
+    loaded = load(model, modality or (), router=_rules(rule))
     results: dict[str, dict[str, float]] = {}
     with progress() as bars:
         for name, evaluation in evaluations.items():
@@ -223,6 +248,7 @@ def demo(
 def verify(
     model: ModelArgument,
     modality: ModalityOption = None,
+    rule: RuleOption = None,
     messages: Annotated[
         Path | None, typer.Option(metavar="IN.jsonl", help="Conversations with media to check on.")
     ] = None,
@@ -243,6 +269,8 @@ def verify(
     if against is not None:
         if messages is not None:
             raise ConfigError("--against compares on samples of its own; leave --messages out")
+        if rule:
+            raise ConfigError("--against compares what the two models' own routers take; leave --rule out")
         raise typer.Exit(0 if unmoved(against, model, modality or ()) else 1)
     run = Path(model)
     sources: list[SourceConfig] = []
@@ -252,7 +280,7 @@ def verify(
         sources = [source for stage in read(Recipe, run / "config.yaml").stages for source in stage.data.values()]
     opened = [open_source(source, "data") for source in sources]
     rows = [source[row] for source in opened for row in range(min(len(source), VERIFIED_ROWS))]
-    loaded = load(model, modality or ())
+    loaded = load(model, modality or (), router=_rules(rule))
     if messages is None:  # the recipe may know modalities that have been taken out since
         known = loaded.processor.part_types
         rows = [row for row in rows if all(part["type"] in known for _, part in media_parts(row["messages"]))]

@@ -48,7 +48,8 @@ class TableRouter(nn.Module):
             known = sorted("+".join(sorted(rule)) or "text" for rule in self.table)
             raise RoutingError(
                 f"no routing rule for a sample with modalities {name!r} (rules: {', '.join(known)}); "
-                f"add 'router.rules.{name}: <adapter or null>' to the recipe, or load with a router that has the rule"
+                f"add 'router.options.rules.{name}: <adapter or null>' to the recipe, or say on the command line: "
+                f"--rule {name}=<adapter or none>"
             )
         return self.table[modalities]
 

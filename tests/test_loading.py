@@ -225,8 +225,12 @@ WRONG: dict[str, Case] = {
         ["router.safetensors: missing, though the run's router learns; copy the whole run folder"],
     ),
     "what a router learned, cut": Case(
-        lambda home, there: (with_bytes(copied_run(home, there), "router.safetensors", b"cut"), []),
+        lambda home, there: (with_bytes(copied_run(home, there, files={}), "router.safetensors", b"cut"), []),
         ["router.safetensors: not a whole safetensors file", "copy it again"],
+    ),
+    "what a router learned, changed": Case(
+        lambda home, there: (with_bytes(copied_run(home, there), "router.safetensors", b"other"), []),
+        ["router.safetensors: does not have the hash in ", "molora.json; it was changed"],
     ),
 }
 
@@ -332,3 +336,28 @@ def test_verify_refuses_examples_of_another_kind(home: Path) -> None:
     assert "examples() are 3 parts of types ['numbers']; it has to give some, of its own type 'lazy'" in str(
         result.exception
     )
+
+
+def test_folders_on_the_command_line_are_told_which_adapter_answers_for_both(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "numbers.json").write_text("[1.0]")
+    (tmp_path / "letters.json").write_text('"ab"')
+    names = ("numbers", "letters")
+
+    def ask(*more: str) -> Any:
+        parts = [f"--part={name}={tmp_path / name}.json" for name in names]
+        folders = [f"--modality={home / name}" for name in names]
+        return CliRunner().invoke(app, ["generate", str(home / "backbone"), *folders, *parts, *more, "?"])
+
+    refused = str(ask().exception)
+    assert "no routing rule for a sample with modalities 'letters+numbers'" in refused
+    assert "--rule letters+numbers=<adapter or none>" in refused
+    (row,) = (home / "rows.jsonl").read_text().splitlines()
+    for adapter in (*names, None):
+        router = RouterConfig(options={"rules": {"letters+numbers": adapter}})
+        loaded = molora.load(home / "backbone", [home / name for name in names], router=router, device="cpu")
+        (answer,) = loaded.answers([loaded.encode(json.loads(row)["messages"][:1], "x")])
+        assert answer.adapters == (() if adapter is None else (adapter,))
+        told = ask(f"--rule=numbers+letters={adapter or 'none'}")
+        assert told.exit_code == 0 and told.stdout.strip() == answer.text
+    assert "--rule 'numbers': write it as A+B=ADAPTER" in str(ask("--rule=numbers").exception)
+    assert "names adapter 'smell'; the adapters here are" in str(ask("--rule=numbers+letters=smell").exception)
