@@ -548,7 +548,7 @@ def test_transformers_loads_its_adapters_by_itself(trained: Path, tmp_path: Path
     export_release(trained, tmp_path / "back", "native")
     native = open_native(tmp_path / "back")
     plain: Any = Phi4MultimodalForCausalLM.from_pretrained(tmp_path / "back")
-    plain.load_adapter(str(tmp_path / "back"), adapter_name="speech", adapter_kwargs={"subfolder": "speech-lora"})
+    plain.load_adapter(str(tmp_path / "back" / "speech-lora"), adapter_name="speech")
     plain.set_adapter("speech")
     loaded = molora.load(trained, device="cpu")
     (mine,) = hidden(loaded, [CASES["1 s"]])
