@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from molora.cache import PackedCache
 from molora.experts import Choices
 from molora.rotary import wrap_rotary
 from molora.routing import Flow, current_flow, flowing
-from molora.storage import read_json, write_json
+from molora.storage import cache_folder, read_json, write_json
 
 FORMAT_VERSION = 1
 # What is fetched of a model on the hub; no pickles, no code.
@@ -312,8 +311,7 @@ def _digest(value: Any) -> str:
 def _memory(folder: Path) -> Path:
     """Where hashes and probe results of this folder's present files are remembered."""
     stamps = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.resolve().glob("*.safetensors"))]
-    root = Path(os.environ.get("MOLORA_CACHE", "~/.cache/molora")).expanduser()
-    return root / "backbones" / f"{_digest([str(folder.resolve()), stamps, FORMAT_VERSION])}.json"
+    return cache_folder() / "backbones" / f"{_digest([str(folder.resolve()), stamps, FORMAT_VERSION])}.json"
 
 
 def _identify(folder: Path, source: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Identity, dict[str, Any]]:

@@ -206,7 +206,11 @@ def load_modality(model: MoLoRA, name: str, folder: Path) -> None:
     lora.load_exactly(model.projectors[name].state_dict(), read_tensors(path), str(path))
     path = folder / "encoder.safetensors"
     if path.name in about["files"]:
-        lora.load_exactly(encoder.state_dict(), read_tensors(path), str(path))
+        tensors = read_tensors(path)
+        try:
+            lora.load_exactly(encoder.state_dict(), tensors, str(path))
+        except ValueError as error:
+            raise ValueError(f"{error}; did the plugin's code change? train it anew, under another run=") from error
     elif tensor_hash(encoder.state_dict()) != about["encoder"]["hash"]:
         raise ValueError(
             f"{folder}: its encoder comes from {about['encoder']['origin']}, whose tensors now have another hash than "

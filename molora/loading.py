@@ -138,12 +138,11 @@ def load(
 
     Raises ConfigError or ValueError naming the file that does not fit, BackboneRefused for a backbone that cannot run.
     """
-    source = opened(source)
     layout = locate(source, modalities)
     run = layout.run
     where = "router"
     if router is None and run is not None:
-        router, where = run.router, str(Path(source) / "molora.json")
+        router, where = run.router, str(run.folder / "molora.json")
     dtype = dtype or (None if run is None else run.backbone["dtype"])
     backbone, tokenizer = load_backbone(layout.backbone, dtype=dtype, device=pick_device(device))
     plans: dict[str, Blueprint] = {}
@@ -153,10 +152,7 @@ def load(
             console.print(f"[yellow]{warning}[/]")
     model, processor = assemble(backbone, tokenizer, plans, router or RouterConfig(), where=where)
     for name, folder in layout.folders.items():
-        try:
-            load_modality(model, name, folder)
-        except ValueError as error:
-            raise ValueError(f"{error}; did the plugin's code change? train it anew, under another run=") from error
+        load_modality(model, name, folder)
     if run is not None and router is run.router:
-        load_router(model, Path(source))
+        load_router(model, run.folder)
     return LoadedModel(model.eval(), processor)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from molora.config import ConfigError
 from molora.experts import untargetable
 from molora.routing import current_flow
+from molora.storage import check_shapes
 
 # PEFT writes a model's adapter tensors under this prefix, whatever the model.
 _PREFIX = "base_model.model."
@@ -226,16 +227,8 @@ def load_adapter_tensors(model: nn.Module, name: str, tensors: Mapping[str, Tens
 
 def load_exactly(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
     """Copies `tensors` into `parameters` of the same names and shapes. Raises ValueError listing every difference."""
-    problems = [f"unexpected {key}" for key in sorted(tensors.keys() - parameters.keys())]
-    problems += [f"missing {key}" for key in sorted(parameters.keys() - tensors.keys())]
-    problems += [
-        f"{key} is {tuple(tensors[key].shape)}, expected {tuple(parameters[key].shape)}"
-        for key in sorted(parameters.keys() & tensors.keys())
-        if tensors[key].shape != parameters[key].shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise ValueError(f"{where}: the tensors do not fit: {shown}")
+    found, expected = ({key: tensor.shape for key, tensor in side.items()} for side in (tensors, parameters))
+    check_shapes(found, expected, where)
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(tensors[key])

@@ -62,7 +62,16 @@ from molora.phi4mm import (
     from_hub,
     to_hub,
 )
-from molora.storage import read_json, read_tensors, write_atomically, write_json, write_tensors, write_text
+from molora.storage import (
+    cache_folder,
+    check_shapes,
+    read_json,
+    read_tensors,
+    write_atomically,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from molora.terminal import console
 
 FORMAT_VERSION = "1.0"
@@ -76,7 +85,6 @@ _BACKBONE_FILE = re.compile(
 )
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _MAX_SHARD_BYTES = 2 * 10**9
-_MAX_NAMED = 8
 # Source: processing_phi4mm.py.
 _MAX_CROPS = 36
 
@@ -119,17 +127,12 @@ class _Tensors(Mapping[str, Tensor]):
 
     def check(self, expected: Mapping[str, tuple[int, ...]], where: str) -> None:
         """Raises ValueError listing what is unknown, missing, of another shape, or no float."""
-        problems = [f"unexpected {key}" for key in sorted(self._found.keys() - expected.keys())]
-        problems += [f"missing {key}" for key in sorted(expected.keys() - self._found.keys())]
-        for key in sorted(expected.keys() & self._found.keys()):
-            if self.shape(key) != expected[key]:
-                problems.append(f"{key} is {self.shape(key)}, expected {expected[key]}")
-            elif self.dtype(key) not in _DTYPES:
-                problems.append(f"{key} is stored as {self.dtype(key)}, expected one of {', '.join(_DTYPES)}")
-        if problems:
-            shown = "; ".join(problems[:_MAX_NAMED])
-            more = f"; and {len(problems) - _MAX_NAMED} more" if len(problems) > _MAX_NAMED else ""
-            raise ValueError(f"{where}: the tensors do not fit its config: {shown}{more}")
+        check_shapes({key: self.shape(key) for key in self}, expected, where)
+        if foreign := sorted(key for key in self if self.dtype(key) not in _DTYPES):
+            raise ValueError(
+                f"{where}: {foreign[0]} is stored as {self.dtype(foreign[0])}, expected one of {', '.join(_DTYPES)}, "
+                f"and so for {len(foreign)} tensors in all; take the checkpoint as it was released"
+            )
 
 
 # From a release to a run ----------------------------------------------------------------------------------------
@@ -155,7 +158,7 @@ def opened(source: str | Path) -> str | Path:
     folder = fetch(str(source))
     stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.resolve().rglob("*.safetensors"))]
     key = hashlib.sha256(json.dumps([stamps, FORMAT_VERSION]).encode()).hexdigest()
-    run = Path(os.environ.get("MOLORA_CACHE", "~/.cache/molora")).expanduser() / _KEPT / key
+    run = cache_folder() / _KEPT / key
     if not (run / "molora.json").is_file():
         console.print(f"converting {source}, this once, to {run}", highlight=False)
         import_release(source, run)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+_MAX_NAMED = 8
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -60,6 +62,25 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error}); copy it again") from error
+
+
+def check_shapes(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]], where: str) -> None:
+    """Compares shapes by tensor name. Raises ValueError listing what is unknown, missing or of another shape."""
+    problems = [f"unexpected {key}" for key in sorted(found.keys() - expected.keys())]
+    problems += [f"missing {key}" for key in sorted(expected.keys() - found.keys())]
+    problems += [
+        f"{key} is {tuple(found[key])}, expected {tuple(expected[key])}"
+        for key in sorted(found.keys() & expected.keys())
+        if tuple(found[key]) != tuple(expected[key])
+    ]
+    if problems:
+        more = f"; and {len(problems) - _MAX_NAMED} more" if len(problems) > _MAX_NAMED else ""
+        raise ValueError(f"{where}: the tensors do not fit: {'; '.join(problems[:_MAX_NAMED])}{more}")
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept between runs."""
+    return Path(os.environ.get("MOLORA_CACHE", "~/.cache/molora")).expanduser()
 
 
 def read_json(path: Path) -> dict[str, Any]:
