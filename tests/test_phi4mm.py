@@ -622,7 +622,7 @@ def test_a_tensor_of_whole_numbers_is_refused(one_shard: Path, tmp_path: Path) -
 @pytest.mark.parametrize("layer", ["encoder.layers.0.mlp.fc1.weight", "embeddings.patch_embedding.weight"])
 def test_what_sizes_are_read_from_may_be_missing(one_shard: Path, tmp_path: Path, layer: str) -> None:
     name = f"model.embed_tokens_extend.image_embed.img_processor.{layer}"
-    with pytest.raises(ValueError, match=rf"missing {name}|image_embed"):
+    with pytest.raises(ValueError, match=f"missing {name}"):
         import_release(damaged(tmp_path / "bad", one_shard, lambda tensors: tensors.pop(name)), tmp_path / "run")
 
 
