@@ -1,0 +1,53 @@
+"""Every attack runs under the same watch: it may not run its code, hang, or fill the memory."""
+
+from __future__ import annotations
+
+import gc
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import pytest
+
+# Of this process. A busy machine stretches the clock, so what waits for nothing gets longer.
+MAX_PROCESSOR_SECONDS = 5
+MAX_CLOCK_SECONDS = 60
+MAX_BYTES = 2**30
+
+
+@pytest.fixture
+def canary(tmp_path: Path) -> Iterator[Path]:
+    """A file that an attack's code, or a write to the wrong place, would make. It must not be there in the end."""
+    path = tmp_path / "canary"
+    yield path
+    assert not path.exists(), "the attack's code ran, or its file was written"
+
+
+@pytest.fixture(autouse=True)
+def watched() -> Iterator[None]:
+    """Fails an attack that takes over five seconds of processor time, a minute of waiting, or a gibibyte."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise AssertionError(f"hangs: over {MAX_PROCESSOR_SECONDS} s at work or {MAX_CLOCK_SECONDS} s in all")
+
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _kibibytes("VmRSS")
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGPROF, signal.SIGALRM)}
+    signal.setitimer(signal.ITIMER_PROF, MAX_PROCESSOR_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, MAX_CLOCK_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    taken = (_kibibytes("VmHWM") - before) * 1024
+    assert taken < MAX_BYTES, f"took {taken / 2**20:.0f} MiB"
+
+
+def _kibibytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
