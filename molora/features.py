@@ -19,7 +19,7 @@ from torch import Tensor
 from molora.checkpoint import tensor_hash
 from molora.model import MoLoRA
 from molora.pack import Item, Sample
-from molora.storage import write_shared
+from molora.storage import write_atomically
 
 
 class FeatureCache:
@@ -52,7 +52,7 @@ class FeatureCache:
         path = self.folder / item.modality / key[:2] / f"{key}.safetensors"
         if not path.is_file():
             frames_SC = self._encoded(item).cpu().contiguous()
-            write_shared(path, lambda temporary: save_file({"frames_SC": frames_SC}, temporary))
+            write_atomically(path, lambda temporary: save_file({"frames_SC": frames_SC}, temporary))
         return replace(item, frames_SC=load_file(path)["frames_SC"])
 
     @torch.no_grad()

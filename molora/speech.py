@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from molora.seeding import seed_of
-from molora.storage import write_shared
+from molora.storage import write_atomically
 
 _ACCENTS = ("en", "en-us", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029", "en-us-nyc")
 _TRAINING_TIMBRES = (
@@ -102,7 +102,7 @@ def clip(utterance: Utterance, folder: Path) -> Path:
         except ImportError as error:
             raise ImportError("writing clips needs soundfile: pip install 'molora[demo]'") from error
         wave_L, rate_hz = speak(utterance)
-        write_shared(path, lambda temporary: soundfile.write(temporary, wave_L, rate_hz, format="FLAC"))
+        write_atomically(path, lambda temporary: soundfile.write(temporary, wave_L, rate_hz, format="FLAC"))
     return path
 
 

@@ -1,11 +1,18 @@
-"""Files that survive a kill: written under a temporary name, synced, then renamed."""
+"""Files that survive a kill, other people's folders and full disks; and locks, so that two runs do not write one."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+import re
+import secrets
+import socket
+import stat
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +20,55 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from molora.config import ConfigError
+
 _MAX_NAMED = 8
+# A kill can leave files of such names; `hold` removes them from a run folder.
+_TEMPORARY = re.compile(r"\.molora-[0-9a-f]{16}\.tmp")
+_HOLDER = re.compile(r"process \d{1,10} on [\w.-]{1,80}")
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+
+
+# Writing ---------------------------------------------------------------------------------------------------------
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write(temporary path)`, then makes the result appear at `path` in one step."""
-    _write(path, path.with_name(f".{path.name}.tmp"), write)
+    """Calls `write(temporary path)`, then makes the result appear at `path` in one step.
 
-
-def write_shared(path: Path, write: Callable[[Path], object]) -> None:
-    """The same for a file that several processes may make at once, each under a temporary name of its own."""
-    _write(path, path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp"), write)
-
-
-def _write(path: Path, temporary: Path, write: Callable[[Path], object]) -> None:
+    The temporary file is new, has a name that no one can know before, and lies in the same folder. A link at `path`
+    is replaced, not followed. The file's mode follows the umask, whatever `write` does. Raises OSError, and then
+    `path` is as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(temporary)
-    sync(temporary)
-    os.replace(temporary, path)
+    temporary, mode = _new_file(path.parent)
+    try:
+        write(temporary)
+        os.chmod(temporary, mode)
+        sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync(path.parent)
+
+
+def _new_file(folder: Path) -> tuple[Path, int]:
+    """An empty file that no one else has, and the mode that the umask gave it."""
+    path = folder / f".molora-{secrets.token_hex(8)}.tmp"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        return path, stat.S_IMODE(os.fstat(descriptor).st_mode)
+    finally:
+        os.close(descriptor)
+
+
+def follow_umask(folder: Path) -> None:
+    """Gives the files of a folder that a library wrote the mode that the umask gives; safetensors' are the owner's."""
+    probe, mode = _new_file(folder)
+    probe.unlink()
+    for path in folder.iterdir():
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
 
 
 def sync(path: Path) -> None:
@@ -53,7 +90,14 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(contiguous, temporary))
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(contiguous, temporary)
+        except SafetensorError as error:  # of a full disk too
+            raise OSError(f"{path}: cannot be written ({error}); what was there before is still there") from error
+
+    write_atomically(path, write)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -78,11 +122,6 @@ def check_shapes(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequ
         raise ValueError(f"{where}: the tensors do not fit: {'; '.join(problems[:_MAX_NAMED])}{more}")
 
 
-def cache_folder() -> Path:
-    """Where what can be made again is kept between runs."""
-    return Path(os.environ.get("MOLORA_CACHE", "~/.cache/molora")).expanduser()
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """Raises ValueError naming the file if it is not a JSON object."""
     try:
@@ -92,3 +131,127 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+# The cache -------------------------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept between runs."""
+    try:
+        return Path(os.environ.get("MOLORA_CACHE", "~/.cache/molora")).expanduser()
+    except RuntimeError:  # a user without a home, as in some containers
+        return Path(os.devnull) / "molora"  # where nothing is and nothing can be written
+
+
+def write_cached(path: Path, write: Callable[[Path], object]) -> bool:
+    """Writes a file that only saves time, atomically. If it cannot be written, says so once and returns False."""
+    try:
+        write_atomically(path, write)
+    except OSError as error:
+        _warn_once(
+            f"{path.parent}: nothing can be kept there ({error.strerror or error}); going on without, so that hashes, "
+            "probes and frames are made anew every time; set MOLORA_CACHE to a folder that can be written"
+        )
+        return False
+    return True
+
+
+def read_cached_json(path: Path) -> dict[str, Any] | None:
+    """A file that `write_cached` wrote; None if it is not there, cannot be read or is damaged: then make it anew."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return None
+
+
+_said: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        print(f"warning: {message}", file=sys.stderr)
+
+
+# Locks -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def hold(path: Path) -> Iterator[None]:
+    """Keeps other processes from a run folder, which must be there, or from an output file, there or not.
+
+    The lock goes with the process, however it ends. Of a run's several ranks only the first takes it. Temporary
+    files that a killed process left in the folder are removed. Raises ConfigError if another process holds the
+    lock, for what cannot be locked, and for a link that leads out of the folder.
+    """
+    if int(os.environ.get("RANK", 0)) > 0:
+        yield
+        return
+    path = Path(os.path.realpath(path))
+    lock = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
+    descriptor = _take(lock, path)
+    in_parent = True
+
+    def let_go_in_child() -> None:  # a data worker must not keep the lock of a parent that was killed
+        if in_parent:
+            os.close(descriptor)
+
+    os.register_at_fork(after_in_child=let_go_in_child)
+    try:
+        if path.is_dir():
+            _sweep(path)
+        yield
+    finally:
+        in_parent = False
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _take(lock: Path, path: Path) -> int:
+    """An open file that is locked, and still the one at `lock`."""
+    while True:
+        try:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            hint = "remove the link" if error.errno == errno.ELOOP else "give a place that can be written"
+            raise ConfigError(f"{path}: cannot be locked ({lock}: {error.strerror}); {hint}") from error
+        try:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+                raise ConfigError(f"{path}: cannot be locked, since {lock} is no file of its own; remove it")
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = _HOLDER.search(os.pread(descriptor, 200, 0).decode(errors="replace"))
+                raise ConfigError(
+                    f"{path}: in use by {holder[0] if holder else 'another process'}; wait until it ends, or give "
+                    "another place"
+                ) from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                _warn_once(f"{path}: its file system has no locks ({error.strerror}); let nothing else write there")
+            with contextlib.suppress(FileNotFoundError):  # its holder ended and removed it between the two calls
+                if os.path.samestat(os.stat(lock, follow_symlinks=False), found):
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what killed processes left. Raises ConfigError for a link out of the folder: it would be written through,
+    and what it leads to removed with old states."""
+    for root, folders, files in os.walk(folder):
+        for path in (Path(root, name) for name in (*folders, *files)):
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(folder):
+                raise ConfigError(
+                    f"{path}: leads out of the run, to {os.path.realpath(path)}, and is not written through; put what "
+                    f"it leads to in its place, or make the whole of {folder} a link"
+                )
+            if _TEMPORARY.fullmatch(path.name):
+                path.unlink()

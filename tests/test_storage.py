@@ -1,0 +1,172 @@
+"""What is written is whole, readable by those whom the umask allows, and written by one process at a time."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from molora import storage
+from molora.config import ConfigError
+from molora.storage import follow_umask, hold, write_atomically, write_cached, write_tensors, write_text
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from molora.storage import hold
+with hold(Path(sys.argv[1])):
+    if "fork" not in sys.argv or os.fork() == 0:
+        print(os.getpid(), flush=True)
+    time.sleep(60)
+    os._exit(0)
+"""
+
+
+@pytest.fixture(params=[0o022, 0o027, 0o077])
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """The disk is full after 64 KiB."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def modes(folder: Path) -> set[int]:
+    return {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+
+
+def test_modes_follow_the_umask(tmp_path: Path, umask: int) -> None:
+    write_tensors(tmp_path / "a.safetensors", {"x": torch.ones(3)})
+    write_text(tmp_path / "b.json", "{}")
+    assert modes(tmp_path) == {0o666 & ~umask}
+
+
+def test_what_a_library_wrote_gets_the_modes_of_the_umask(tmp_path: Path, umask: int) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.ones(3)}, tmp_path / "a.safetensors")
+    (tmp_path / "b").write_text("")
+    follow_umask(tmp_path)
+    assert modes(tmp_path) == {0o666 & ~umask}
+
+
+def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("mine")
+    (tmp_path / "a.json").symlink_to("secret")
+    write_text(tmp_path / "a.json", "{}")
+    assert (tmp_path / "secret").read_text() == "mine"
+    assert not (tmp_path / "a.json").is_symlink()
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    write_text(tmp_path / "a", "old")
+
+    def fail(temporary: Path) -> None:
+        temporary.write_text("ne")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "a", fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text() == "old"
+
+
+def test_a_full_disk_leaves_the_old_file_and_says_which_it_was(tmp_path: Path, small_files: None) -> None:
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, {"x": torch.ones(3)})
+    with pytest.raises(OSError, match="a.safetensors.*still there"):
+        write_tensors(path, {"x": torch.ones(2**16)})
+    assert storage.read_tensors(path)["x"].tolist() == [1, 1, 1]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_names_as_long_as_the_file_system_allows_are_written(tmp_path: Path) -> None:
+    write_text(tmp_path / ("a" * 255), "x")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["x"]
+
+
+def held(path: Path, *more: str) -> tuple[subprocess.Popen[str], str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(path), *more], stdout=subprocess.PIPE, text=True, env=os.environ
+    )
+    assert process.stdout is not None
+    return process, process.stdout.readline().strip()
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_a_second_process_is_told_who_holds_it(tmp_path: Path, kind: str) -> None:
+    path = other = tmp_path / "x"
+    if kind != "file":
+        path.mkdir()
+    if kind == "link":
+        other = tmp_path / "link"
+        other.symlink_to("x")
+    process, _ = held(path)
+    try:
+        with pytest.raises(ConfigError, match=rf"in use by process {process.pid} on [\w.-]+"), hold(other):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+    with hold(other):  # a kill lets go
+        pass
+    assert [path.name for path in tmp_path.rglob("*lock")] == []
+
+
+def test_a_worker_that_outlives_its_parent_does_not_keep_the_lock(tmp_path: Path) -> None:
+    process, worker = held(tmp_path, "fork")
+    try:
+        process.kill()
+        process.wait()
+        os.kill(int(worker), 0)
+        with hold(tmp_path):
+            pass
+    finally:
+        os.kill(int(worker), 9)
+
+
+def test_only_the_first_rank_takes_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with hold(tmp_path):
+        monkeypatch.setenv("RANK", "1")
+        with hold(tmp_path):
+            pass
+
+
+def test_holding_removes_what_a_kill_left_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    for name in (".molora-0123456789abcdef.tmp", ".mine.tmp", "a.json"):
+        (tmp_path / "state" / name).write_text("")
+    with hold(tmp_path):
+        pass
+    assert sorted(path.name for path in (tmp_path / "state").iterdir()) == [".mine.tmp", "a.json"]
+
+
+def test_a_cache_that_cannot_be_written_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    for name in "ab":
+        assert not write_cached(tmp_path / "file" / name, lambda path: path.write_text(""))
+    assert capsys.readouterr().err.count("warning") == 1
+    assert write_cached(tmp_path / "c", lambda path: path.write_text(""))
+
+
+def test_a_user_without_a_home_has_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOLORA_CACHE", "~no-such-user-here/cache")
+    assert not (storage.cache_folder() / "x").is_file()
+    assert not write_cached(storage.cache_folder() / "x", lambda path: path.write_text(""))
