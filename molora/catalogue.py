@@ -9,14 +9,10 @@ from importlib.metadata import PackageNotFoundError, metadata, packages_distribu
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-from rich.table import Table
-
 from molora.config import ConfigError, build
 from molora.plugins import Kind, Plugin, available, resolve
-from molora.terminal import console
+from molora.terminal import print_table, say, styled
 
-_COLUMNS = 80
 _UNKNOWN = "not stated"
 # What a router is built with to see whether it learns.
 _ADAPTERS = ["audio", "vision"]
@@ -60,16 +56,11 @@ def routers(specs: Sequence[str] = ()) -> list[Entry]:
 
 def show(entries: Sequence[Entry], columns: Sequence[str]) -> None:
     """Prints a table within 80 columns, then why some cannot be used."""
-    table = Table(box=None, pad_edge=False)
-    for heading in ("name", "origin", *columns):
-        table.add_column(heading, overflow="fold")
-    for entry in entries:
-        table.add_row(*map(escape, (entry.name, entry.origin, *(entry.columns or ["-"] * len(columns)))))
-    width = min(console.width, _COLUMNS)
-    console.print(table, width=width)
+    rows = [(entry.name, entry.origin, *(entry.columns or ["-"] * len(columns))) for entry in entries]
+    print_table(("name", "origin", *columns), rows)
     for entry in entries:
         if entry.error:
-            console.print(f"[red]{escape(entry.name)}[/]: {escape(entry.error)}", width=width, highlight=False)
+            say(styled(entry.name, "red"), f": {entry.error}")
 
 
 def _plugins(kind: Kind, specs: Sequence[str]) -> Iterator[tuple[Plugin, Any]]:

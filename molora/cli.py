@@ -61,8 +61,6 @@ app.add_typer(convert_app, name="convert")
 
 # Rows of each data source on which `verify` checks the promises.
 VERIFIED_ROWS = 6
-# Tables are no wider, on any terminal.
-COLUMNS = 80
 
 
 @app.callback()
@@ -77,13 +75,13 @@ def _options(
 def train(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Run a recipe: writes a run folder, and goes on where it stopped."""
     from molora.config import read
-    from molora.terminal import console
+    from molora.terminal import say
     from molora.train import Recipe
     from molora.train import train as run_recipe
 
     recipe = read(Recipe, config, overrides or ())
     run = run_recipe(recipe)
-    console.print(f"done: {run}", highlight=False)
+    say(f"done: {run}")
 
 
 @app.command()
@@ -92,11 +90,11 @@ def pretrain(config: ConfigArgument, overrides: Overrides = None) -> None:
     from molora.config import read
     from molora.pretrain import PretrainConfig
     from molora.pretrain import pretrain as run_pretraining
-    from molora.terminal import console, progress
+    from molora.terminal import progress, say
 
     with progress() as bars:
         folder = run_pretraining(read(PretrainConfig, config, overrides or ()), bars)
-    console.print(f"done: {folder}", highlight=False)
+    say(f"done: {folder}")
 
 
 @app.command()
@@ -120,6 +118,7 @@ def generate(
     from molora.config import ConfigError
     from molora.generate import GenerationConfig
     from molora.loading import load
+    from molora.terminal import visible
 
     if (messages is None) != (output is None):
         raise ConfigError("--messages and --output go together: rows come from one and answers go to the other")
@@ -140,7 +139,7 @@ def generate(
         return
     content = parts + ([{"type": "text", "text": prompt}] if prompt else [])
     for piece in loaded.stream([{"role": "user", "content": content}], config):
-        print(piece, end="", flush=True)
+        print(visible(piece), end="", flush=True)
     print()
 
 
@@ -202,14 +201,12 @@ def evaluate(
 ) -> None:
     """Answer the evaluations of a config or a recipe: a table, and JSON in MODEL/evaluation.json or on standard
     output."""
-    from rich.table import Table
-
     from molora.config import read
     from molora.data import open_source
     from molora.evaluate import Evaluations, judge, scores
     from molora.loading import load
     from molora.storage import write_json
-    from molora.terminal import console, progress
+    from molora.terminal import print_table, progress
 
     evaluations = read(Evaluations, config, overrides or (), in_part=True).evaluations
     loaded = load(model, modality or (), router=_rules(rule))
@@ -222,11 +219,12 @@ def evaluate(
                 loaded.model, loaded.processor, source, evaluation, advance=lambda bar=bar: bars.advance(bar)
             )
             results[name] = scores(judged, evaluation)
-    table = Table("evaluation", "metric", "value")
-    for name, metrics in results.items():
-        for metric, value in metrics.items():
-            table.add_row(name, metric, f"{value:.0f}" if metric.startswith("questions") else f"{value:.4f}")
-    console.print(table)
+    rows = [
+        (name, metric, f"{value:.0f}" if metric.startswith("questions") else f"{value:.4f}")
+        for name, metrics in results.items()
+        for metric, value in metrics.items()
+    ]
+    print_table(("evaluation", "metric", "value"), rows)
     if (Path(model) / "molora.json").is_file():
         write_json(Path(model) / "evaluation.json", {"format_version": "1.0", "evaluations": results})
     else:
@@ -393,19 +391,15 @@ def _scaffold(kind: Literal["modality", "router"], name: str, folder: Path | Non
 
 def _show_findings(findings: Sequence[Finding]) -> int:
     """Prints what a contract's checks found, faults last, within 80 columns; returns the exit code."""
-    from rich.markup import escape
-    from rich.table import Table
 
-    from molora.terminal import console
+    from molora.terminal import print_table, styled
 
-    marks = {True: "[green]ok[/]", False: "[red]no[/]", None: "[yellow]--[/]"}
-    table = Table("", "check", "found", box=None, pad_edge=False)
+    marks = {True: ("ok", "green"), False: ("no", "red"), None: ("--", "yellow")}
     rows = [(finding.ok, finding.check, finding.message) for finding in findings if not finding.cause]
     unreached = Counter((finding.cause, finding.message) for finding in findings if finding.cause)
     rows += [(None, f"{count} more", message) for (_, message), count in unreached.items()]
-    for ok, check, message in sorted(rows, key=lambda row: (row[0] is False, row[0] is None)):
-        table.add_row(marks[ok], escape(check), escape(message))
-    console.print(table, width=min(console.width, COLUMNS))
+    rows.sort(key=lambda row: (row[0] is False, row[0] is None))
+    print_table(("", "check", "found"), [(styled(*marks[ok]), check, message) for ok, check, message in rows])
     counts = {
         "failed": sum(finding.ok is False for finding in findings),
         "passed": sum(finding.ok is True for finding in findings),
@@ -450,12 +444,17 @@ def doctor(
 def main() -> None:
     """Runs the command line; a user's mistake is one paragraph on standard error and exit code 1."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Threads that wait for each other by spinning take each other's cores where another process is busy too. OpenMP
+    # reads this once, when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         app()
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get("MOLORA_DEBUG"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        from molora.terminal import visible
+
+        print(f"error: {visible(str(error))}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

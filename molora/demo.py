@@ -29,7 +29,7 @@ from molora.report import Example, Media, Report, read_history
 from molora.report import write as write_report
 from molora.seeding import seed_of
 from molora.storage import read_json, write_json, write_text
-from molora.terminal import console, progress
+from molora.terminal import print_table, progress, say
 from molora.train import Recipe, StageConfig, train
 
 # How a picture is put into words for the backbone's reading practice; {0} is the colour, {1} the shape.
@@ -83,7 +83,7 @@ def run_demo(run: Path, *, quick: bool = False) -> Path:
             judged[name] = _evaluated(run / "evaluations", folder, model, name, config)
     _answer_live(loaded, run / "clips")
     path = write_report(_report(run, loaded, judged, untouched, clock, quick), run)
-    console.print(f"report: {path}", highlight=False)
+    say(f"report: {path}")
     return path
 
 
@@ -334,10 +334,10 @@ def _answer_live(loaded: LoadedModel, clips: Path) -> None:
         "picture and sound": [picture, audio],
     }
     samples = [loaded.encode([{"role": "user", "content": content}], name) for name, content in batch.items()]
-    console.print(f"one batch about {Path(picture['path']).name} and “{audio['transcript']}”", highlight=False)
+    say(f"one batch about {Path(picture['path']).name} and “{audio['transcript']}”")
     for answer in loaded.answers(samples, GenerationConfig(max_new_tokens=24)):
         ran = ", ".join(answer.adapters) or "bare backbone"
-        console.print(f"  {answer.id:<18} {ran:<14} [bold]{answer.text}[/]", highlight=False)
+        say(f"  {answer.id:<18} {ran:<14} {answer.text}")
 
 
 def _report(
@@ -351,8 +351,15 @@ def _report(
             metrics[name]["words right"] = 1 - found["word_error_rate"]
         else:
             metrics[name] |= {"not yes/no": found["exact_match/open"], "yes/no": found["exact_match/yes/no"]}
-        shown = (f"{measure} {value:.4f}" for measure, value in metrics[name].items() if isinstance(value, float))
-        console.print(f"{name:<32} {', '.join(shown)}", highlight=False)
+    print_table(
+        ("evaluation", "metric", "value"),
+        [
+            (name, measure, f"{value:.4f}")
+            for name, measures in metrics.items()
+            for measure, value in measures.items()
+            if isinstance(value, float)
+        ],
+    )
     draw = random.Random(seed_of(0, "examples"))
     examples = []
     for name in (WRITTEN, SPOKEN, TRANSCRIPT):

@@ -19,20 +19,17 @@ from typing import Literal
 
 import psutil
 from packaging.requirements import Requirement
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from molora.config import ConfigError
 from molora.plugins import Kind, Plugin, available, resolve
+from molora.terminal import console, print_table, say, styled
 
 # For these the right version is not enough: their compiled parts must fit each other, or they import those that do.
 _IMPORTED = {
     **{name: name for name in ("torch", "torchvision", "torchaudio", "timm", "peft", "huggingface_hub")},
     "transformers": "transformers.models.llama.modeling_llama",  # its other imports wait until a model is used
 }
-_MARKS = {"good": "[green]ok[/]", "note": "[yellow]--[/]", "bad": "[red]no[/]"}
-_COLUMNS = 80
+_MARKS = {"good": ("ok", "green"), "note": ("--", "yellow"), "bad": ("no", "red")}
 
 
 @dataclass(frozen=True)
@@ -46,12 +43,11 @@ class Finding:
     remedy: str = ""
 
 
-def main(console: Console | None = None) -> int:
+def main() -> int:
     """Examines and prints within 80 columns. Returns the exit code: 1 if something is bad, else 0."""
-    console = console or Console()
     with console.status("importing the libraries"):
         findings = examine()
-    show(findings, console)
+    show(findings)
     return int(any(finding.state == "bad" for finding in findings))
 
 
@@ -70,21 +66,14 @@ def libraries(lines: Iterable[str], extras: Iterable[str]) -> Iterator[Finding]:
         yield from (_library(each, extra) for each in added if each.marker and each.marker.evaluate({"extra": extra}))
 
 
-def show(findings: Iterable[Finding], console: Console) -> None:
+def show(findings: Iterable[Finding]) -> None:
     """Prints the table, then how to mend each row that can be mended."""
     findings = list(findings)
-    table = Table(box=None, pad_edge=False, width=min(console.width, _COLUMNS))
-    table.add_column("")
-    table.add_column("what")
-    table.add_column("found", ratio=1, overflow="fold")
-    table.add_column("needed", max_width=14)
-    for finding in findings:
-        table.add_row(_MARKS[finding.state], *map(escape, (finding.what, finding.found, finding.needed)))
-    console.print(table)
+    rows = [(styled(*_MARKS[finding.state]), finding.what, finding.found, finding.needed) for finding in findings]
+    print_table(("", "what", "found", "needed"), rows, wide="found")
     for finding in findings:
         if finding.remedy:
-            line = f"{_MARKS[finding.state]} [bold]{escape(finding.what)}[/]: {escape(finding.remedy)}"
-            console.print(line, width=min(console.width, _COLUMNS))
+            say(styled(*_MARKS[finding.state]), " ", styled(finding.what, "bold"), f": {finding.remedy}")
 
 
 def _python() -> Finding:

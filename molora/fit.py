@@ -21,9 +21,7 @@ import psutil
 import torch
 import transformers
 from accelerate import Accelerator
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,10 +42,10 @@ from molora.pack import Sample
 from molora.processor import Processor, SampleTooLong
 from molora.release import layout_of
 from molora.routing import Flow, RoutingError, flowing
+from molora.terminal import console, print_table, say, styled
 from molora.tiny import byte_tokenizer
 from molora.train import Recipe, StageConfig, router_config, train_step
 
-_COLUMNS = 80
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
@@ -549,31 +547,27 @@ def devices(kind: str) -> list[Device]:
     return [Device(f"GPU {i}, {name}", *torch.cuda.mem_get_info(i)) for i, name in enumerate(names)]
 
 
-def show(fit: Fit, there: Iterable[Device], console: Console) -> None:
+def show(fit: Fit, there: Iterable[Device]) -> None:
     """Prints what is needed, within 80 columns, and beside it what each device has."""
-    table = Table(box=None, pad_edge=False, width=min(console.width, _COLUMNS))
-    table.add_column("what")
-    table.add_column("how much", justify="right", no_wrap=True)
-    table.add_column("where it comes from", ratio=1, overflow="fold")
+    rows: list[tuple[str | Text, ...]] = []
 
     def add(title: str, needs: Iterable[Need], total: int, origin: str) -> None:
-        table.add_row(f"[bold]{escape(title)}[/]")
+        rows.append((styled(title, "bold"),))
         for need in needs:
-            table.add_row(escape(need.what), amount(need.num_bytes), escape(need.origin))
-        table.add_row("total", f"[bold]{amount(total)}[/]", origin)
+            rows.append((need.what, amount(need.num_bytes), need.origin))
+        rows.append(("total", styled(amount(total), "bold"), origin))
 
     add("weights", fit.weights, fit.weight_bytes, "")
     for moment in fit.moments:
-        table.add_row()
+        rows.append(())
         add(moment.name, moment.needs, fit.weight_bytes + moment.num_bytes, "with the weights")
-    console.print(table)
-    console.print()
+    print_table(("what", "how much", "where it comes from"), rows, wide="where it comes from", right=("how much",))
+    say()
     for device in there:
         fits = fit.num_bytes <= device.free_bytes
-        mark, verdict = ("[green]ok[/]", "it fits") if fits else ("[red]no[/]", "it does not fit")
+        mark, verdict = (styled("ok", "green"), "it fits") if fits else (styled("no", "red"), "it does not fit")
         has = f"{amount(device.free_bytes)} free of {amount(device.num_bytes)}"
-        line = f"{mark} {escape(device.name)}: {verdict}, {amount(fit.num_bytes)} needed, {has}"
-        console.print(line, width=min(console.width, _COLUMNS), highlight=False)
+        say(mark, f" {device.name}: {verdict}, {amount(fit.num_bytes)} needed, {has}")
 
 
 def amount(num_bytes: int) -> str:
@@ -587,14 +581,12 @@ def main(
     overrides: Sequence[str] = (),
     modalities: Sequence[str | Path] = (),
     device_memory_gib: float | None = None,
-    console: Console | None = None,
 ) -> int:
     """Prints what a recipe (a YAML file, with its overrides) or a model needs. Returns 1 if it does not fit, else 0.
 
     `overrides` of a model are fields of AnsweringConfig. The device is the one the run would take, or any that has
     `device_memory_gib`.
     """
-    console = console or Console()
     transformers.logging.set_verbosity_error()
     name = None
     with console.status("building it without weights"):
@@ -611,5 +603,5 @@ def main(
     else:
         num_bytes = int(device_memory_gib * 2**30)
         there = [Device("such a device", num_bytes, num_bytes)]
-    show(fit, there, console)
+    show(fit, there)
     return int(fit.num_bytes > there[0].free_bytes)

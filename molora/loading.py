@@ -17,7 +17,7 @@ from molora.model import MoLoRA
 from molora.pack import Sample
 from molora.processor import Processor
 from molora.release import opened
-from molora.terminal import console
+from molora.terminal import warn
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def load(
     for name, folder in layout.folders.items():
         plans[name], warnings = read_blueprint(folder, backbone.identity, name)
         for warning in warnings:
-            console.print(f"[yellow]{warning}[/]")
+            warn(warning)
     model, processor = assemble(backbone, tokenizer, plans, router or RouterConfig(), where=where)
     for name, folder in layout.folders.items():
         load_modality(model, name, folder)

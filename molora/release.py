@@ -72,7 +72,7 @@ from molora.storage import (
     write_tensors,
     write_text,
 )
-from molora.terminal import console
+from molora.terminal import say
 
 FORMAT_VERSION = "1.0"
 # Kept in the backbone's folder: what the release held besides.
@@ -160,7 +160,7 @@ def opened(source: str | Path) -> str | Path:
     key = hashlib.sha256(json.dumps([stamps, FORMAT_VERSION]).encode()).hexdigest()
     run = cache_folder() / _KEPT / key
     if not (run / "molora.json").is_file():
-        console.print(f"converting {source}, this once, to {run}", highlight=False)
+        say(f"converting {source}, this once, to {run}")
         import_release(source, run)
     return run
 

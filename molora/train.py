@@ -51,7 +51,7 @@ from molora.processor import Processor, SampleTooLong
 from molora.routing import Routing
 from molora.seeding import seed_of
 from molora.storage import write_text
-from molora.terminal import console, progress
+from molora.terminal import progress, say, warn
 
 
 class TrainingError(RuntimeError):
@@ -117,7 +117,7 @@ def train(recipe: Recipe, *, show: bool = True) -> Path:
     if run.show and run.position.stage == len(recipe.stages):
         steps = sum(stage.steps for stage in recipe.stages)
         told = f"{run.folder}: trained already, {steps} of {steps} steps; give another run= to train anew"
-        console.print(told, highlight=False, soft_wrap=True)
+        say(told)
     with run.bars:
         for index in range(run.position.stage, len(recipe.stages)):
             run.run_stage(index)
@@ -137,7 +137,7 @@ def build_model(recipe: Recipe, device: torch.device) -> tuple[MoLoRA, Processor
             saved[name] = Path(config.path)
             plans[name], warnings = read_blueprint(saved[name], backbone.identity, name)
             for warning in warnings:
-                console.print(f"[yellow]{warning}[/]")
+                warn(warning)
         else:
             plans[name] = blueprint(name, str(config.plugin), config.options, config.adapter, f"modalities.{name}")
     where = "router" if recipe.router.path is None else str(Path(recipe.router.path) / "molora.json")
@@ -161,12 +161,12 @@ def router_config(recipe: Recipe) -> RouterConfig:
 
 def describe(model: MoLoRA, stage: StageConfig) -> None:
     """Prints what trains in a stage and what is frozen."""
-    console.print(f"[bold]{stage.name}[/]: {stage.steps} steps of {stage.samples_per_step} samples")
+    say(f"{stage.name}: {stage.steps} steps of {stage.samples_per_step} samples")
     for part, parameters in model.parts().items():
         training = count(p for p in parameters.values() if p.requires_grad)
         word = "trains" if training else "frozen"
-        console.print(f"  {word}  {part:<24} {training or count(parameters.values()):>12,} parameters")
-    console.print(f"  frozen  {'backbone':<24} {count(_frozen(model)):>12,} parameters")
+        say(f"  {word}  {part:<24} {training or count(parameters.values()):>12,} parameters")
+    say(f"  frozen  {'backbone':<24} {count(_frozen(model)):>12,} parameters")
 
 
 def copy_parts(model: MoLoRA, start_from: Mapping[str, str], where: str) -> None:

@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -29,11 +27,10 @@ from molora.model import MoLoRA
 from molora.pack import Pack, Sample, collate
 from molora.processor import SampleTooLong
 from molora.routing import Flow, Routing, RoutingError
-from molora.terminal import console
+from molora.terminal import print_table, styled
 
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 _NEW_TOKENS = 4
-_COLUMNS = 80
 # Sets of modalities that are asked for a rule: all those of sixteen modalities, and of more the smaller ones.
 _MAX_SETS = 2**16
 _MAX_EXAMPLES = 32
@@ -70,13 +67,10 @@ def verify(loaded: LoadedModel, rows: Sequence[dict[str, Any]], folders: Mapping
 
 def show(heading: str, checks: Iterable[Check]) -> bool:
     """Prints checks as a table within 80 columns. Returns whether none is broken."""
-    table, whole = Table(heading, "found", ""), True
-    for check in checks:
-        mark = {True: "[green]holds[/]", False: "[red]BROKEN[/]", None: "[yellow]not checked[/]"}[check.holds]
-        table.add_row(escape(check.promise), escape(check.found), mark)
-        whole = whole and check.holds is not False
-    console.print(table, width=min(console.width, _COLUMNS))
-    return whole
+    marks = {True: ("holds", "green"), False: ("BROKEN", "red"), None: ("not checked", "yellow")}
+    checks = list(checks)
+    print_table((heading, "found", ""), [(c.promise, c.found, styled(*marks[c.holds])) for c in checks])
+    return all(check.holds is not False for check in checks)
 
 
 def routed(loaded: LoadedModel, names: Iterable[str]) -> Iterator[frozenset[str]]:

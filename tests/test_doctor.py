@@ -7,9 +7,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from molora.doctor import Finding, examine, libraries, show
+from molora.terminal import console
 
 
 def test_libraries_are_compared_with_what_is_installed() -> None:
@@ -35,12 +35,14 @@ def test_this_environment_is_sound() -> None:
     assert [finding for finding in bad if finding.found != "not installed" or finding.what != "molora"] == []
 
 
-def test_the_table_fits_in_80_columns_and_keeps_every_word() -> None:
+def test_the_table_fits_in_80_columns_and_keeps_every_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = "/a/long/path" * 12
     remedy = "pip install 'molora[audio]' " + "and more " * 20
-    console = Console(width=200, record=True, file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-    show([Finding("what", "found"), Finding("library", found, "==2.11.*", "bad", remedy)], console)
-    shown = console.export_text()
+    monkeypatch.setattr(console, "width", 200)
+    show([Finding("what", "found"), Finding("library", found, "==2.11.*", "bad", remedy)])
+    shown = capsys.readouterr().out
     assert max(len(line.rstrip()) for line in shown.splitlines()) <= 80
     squeezed = "".join(shown.split())
     assert all("".join(part.split()) in squeezed for part in (remedy, "==2.11.*"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from rich.console import Console
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import Phi3Config, Phi3ForCausalLM, SiglipVisionConfig, WhisperConfig, WhisperFeatureExtractor
@@ -35,6 +33,7 @@ from molora.model import MoLoRA
 from molora.optim import PartConfig, set_trainable
 from molora.pack import Sample
 from molora.processor import Processor
+from molora.terminal import console
 from molora.testing import ROPE_SWITCH, Numbers, byte_tokenizer, save_backbone
 from molora.train import Recipe, StageConfig, build_model, train_step
 
@@ -521,17 +520,19 @@ def held_in_buffers(folder: Path) -> int:
 # The table
 
 
-def test_the_table_fits_in_80_columns_and_says_whether_it_fits() -> None:
+def test_the_table_fits_in_80_columns_and_says_whether_it_fits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     weights = (Need("backbone", 3 * 2**30, "3,836,021,760 parameters, bfloat16"),)
     needs = (
         Need("activations", 5 * 2**29, "a pack of 9 x 910 tokens of audio+vision, checkpointing on"),
         Need("logits", 0, "none at the fullest moment"),
     )
     needed = Fit(weights, (Moment("stage [align]", needs), Moment("stage short", ())))
-    console = Console(width=200, record=True, file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    monkeypatch.setattr(console, "width", 200)
     devices = [Device("GPU 0, with a long name" + " and more" * 6, 6 * 2**30, 8 * 2**30), Device("CPU", 2**30, 2**31)]
-    fit.show(needed, devices, console)
-    shown = console.export_text()
+    fit.show(needed, devices)
+    shown = capsys.readouterr().out
     assert max(len(line.rstrip()) for line in shown.splitlines()) <= 80
     words = " ".join(shown.split())
     assert "weights backbone 3.0 GiB 3,836,021,760 parameters, bfloat16 total 3.0 GiB" in words
