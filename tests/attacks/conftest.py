@@ -8,7 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+import datasets  # noqa: F401
 import pytest
+import soundfile  # noqa: F401
+import torchaudio  # noqa: F401
+
+# What attacks import takes seconds the first time, which are not theirs.
+import molora.against
+import molora.catalogue
+import molora.encoders.audio
+import molora.encoders.vision
+import molora.train  # noqa: F401
 
 # Of this process. A busy machine stretches the clock, so what waits for nothing gets longer.
 MAX_PROCESSOR_SECONDS = 5
