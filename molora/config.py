@@ -1,12 +1,19 @@
 """Configs: YAML files read into plain dataclasses, where every mistake is one error that names file and key.
 
 A file may name one parent (`base: other.yaml`, relative to the file itself). Mappings merge, everything else replaces.
-`key=value` overrides come last: `stages.0.learning_rate=1e-4`. Interpolation is OmegaConf's (`${key}`).
+`key=value` overrides come last: `stages.0.learning_rate=1e-4`. `${key}` stands for the value of another key, `${.key}`
+for that of a neighbour, and `\\${` for the two characters.
+
+`${oc.env:NAME}` is an environment variable, and only of those that the user has listed in MOLORA_RECIPE_ENV: whoever
+wrote a recipe may not read the secrets of who runs it. Written again, a value that came from there is the
+interpolation that it was.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
+import os
 import re
 import types
 import typing
@@ -16,10 +23,16 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+
+from molora import plain_yaml
+from molora.plain_yaml import MAX_DEPTH, MAX_VALUES
 
 T = TypeVar("T")
+
+ALLOWED_VARIABLES = "MOLORA_RECIPE_ENV"
+
+MAX_BYTES = 2**20
+MAX_BASES = 16
 
 
 class ConfigError(ValueError):
@@ -37,20 +50,15 @@ def read(cls: type[T], path: str | Path, overrides: Iterable[str] = (), *, in_pa
     values: Any = {}
     for _, layer in layers:
         values = _merge(values, layer)
-    config = OmegaConf.create(values)
     for override in overrides:
         where = f"override {override!r} of {path}"
-        _override(config, override, where)
-        layers.append((where, OmegaConf.to_container(OmegaConf.from_dotlist([override]))))
+        values, words = _overridden(values, override, where)
+        layers.append((where, _with({}, words, None)))
     try:
-        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        key = re.sub(r"\[(\d+)\]", r".\1", error.full_key or "")
-        raise ConfigError(f"{_origin(layers, key) or path}: {key}: {_first_line(error)}") from error
-    if in_part:
-        own = typing.get_type_hints(cls)
-        values = {key: value for key, value in values.items() if key in own}
-    try:
+        values = _Resolver(values).resolved()
+        if in_part:
+            own = typing.get_type_hints(cls)
+            values = {key: value for key, value in values.items() if key in own}
         return _build(cls, values, "")
     except _Problem as problem:
         raise ConfigError(f"{_origin(layers, problem.key) or path}: {problem}") from problem
@@ -69,32 +77,68 @@ def build(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
 
 def options(overrides: Iterable[str]) -> dict[str, Any]:
     """`key=value` texts as nested mappings. Raises ConfigError."""
-    config = OmegaConf.create({})
+    values: Any = {}
     for override in overrides:
-        _override(config, override, f"option {override!r}")
-    values: Any = OmegaConf.to_container(config, resolve=True)
-    return values
+        values, _ = _overridden(values, override, f"option {override!r}")
+    try:
+        return _Resolver(values).resolved()
+    except _Problem as problem:
+        raise ConfigError(f"option {problem}") from problem
 
 
 def dump(config: Any) -> str:
     """Writes a dataclass as the YAML that `read` turns into an equal one."""
-    return OmegaConf.to_yaml(OmegaConf.create(_plain(config)))
+    return plain_yaml.write(_plain(config, escaped=True))
 
 
-def _override(config: Any, override: str, where: str) -> None:
-    """Puts the value of `key=value` into an OmegaConf config."""
-    key, equals, _ = override.partition("=")
-    if not (key and equals):
+def plain(config: Any) -> Any:
+    """A dataclass as mappings and lists for JSON. What came from the environment is written as the interpolation that
+    it was."""
+    return _plain(config, escaped=False)
+
+
+def environment_in(value: Any) -> Iterator[str]:
+    """What in a value came from the environment, each as it is written."""
+    if isinstance(value, _FromEnvironment):
+        yield value.written
+    for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ():
+        yield from environment_in(inner)
+
+
+def require(config: Any, least: float, *names: str) -> None:
+    """Raises ConfigError for a number among a dataclass' fields that is less than `least` or not finite."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not least <= value < math.inf:
+            raise ConfigError(f"{name} is {value}; give a number of at least {least}")
+
+
+def _overridden(values: Any, override: str, where: str) -> tuple[Any, list[str]]:
+    """Values with that of `key=value` put in, and the steps of its key. Raises ConfigError."""
+    key, equals, text = override.partition("=")
+    words = _words(key)
+    if not (words and equals):
         raise ConfigError(f"{where}: write it as key=value, such as stages.0.learning_rate=1e-4")
     try:
-        # Only the value goes through OmegaConf's YAML, so that `stages.0` is an index and not a mapping's key.
-        given: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value{override[len(key) :]}"]))
-        value = given["value"]
-        words = [inside or plain for inside, plain in re.findall(r"\[(.*?)\]|([^.\[]+)", key)]
-        key = "".join(f"[{step}]" for step in _steps(OmegaConf.to_container(config), words))
-        OmegaConf.update(config, key, value, merge=isinstance(value, dict), force_add=True)
-    except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
-        raise ConfigError(f"{where}: {_first_line(error)}") from error
+        return _with(values, _steps(values, words), plain_yaml.parse(text)), words
+    except (yaml.YAMLError, _Problem) as error:
+        raise ConfigError(f"{where}: {getattr(error, 'problem', None) or _first_line(error)}") from error
+
+
+def _with(values: Any, steps: list[str], value: Any) -> Any:
+    """Values with one put in at the end of some steps; a mapping is merged into the one that is there."""
+    if not steps:
+        return _merge(values, value)
+    step, *rest = steps
+    if isinstance(values, list):
+        if not (step.isdigit() and int(step) < len(values)):
+            raise _Problem("", f"index {step} is out of range: the list has {len(values)} items, counted from 0")
+        index = int(step)
+        return [*values[:index], _with(values[index], rest, value), *values[index + 1 :]]
+    if isinstance(values, str) and "${" in values:
+        raise _Problem("", f"what is above {step} is written as {values}; override what that stands for")
+    inner = values if isinstance(values, dict) else {}
+    return {**inner, step: _with(inner.get(step), rest, value)}
 
 
 def _steps(values: Any, words: list[str]) -> list[str]:
@@ -121,24 +165,147 @@ def _layers(path: Path, children: tuple[Path, ...]) -> list[tuple[str, Any]]:
     if path.resolve() in children:
         chain = " -> ".join(str(file) for file in (*children, path.resolve()))
         raise ConfigError(f"{path}: its bases lead back to it: {chain}")
+    if len(children) > MAX_BASES:
+        raise ConfigError(f"{path}: it has more than {MAX_BASES} bases, each the `base:` of another; join some of them")
+    child = f" (the `base:` of {children[-1]})" if children else ""
     try:
-        values = OmegaConf.to_container(OmegaConf.load(path))
+        text = _read_text(path, child)
+        values = plain_yaml.parse(text)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not YAML: not UTF-8 at byte {error.start}; convert the file") from error
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{path}{line}: not YAML: {error.problem or error.context}") from error
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}{line}: not plain YAML: {error.problem or error.context}") from error
+    except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {_first_line(error)}") from error
     except OSError as error:
-        child = f" (the `base:` of {children[-1]})" if children else ""
         raise ConfigError(f"{path}{child}: cannot be read: {error.strerror or error}") from error
+    values = {} if values is None else values
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a config is a mapping of keys to values, found a list")
+        raise ConfigError(f"{path}: a config is a mapping of keys to values, found a {_name(type(values))}")
     base = values.pop("base", None)
     if base is None:
         return [(str(path), values)]
     if not isinstance(base, str):
         raise ConfigError(f"{path}: base: expected the path of one file, got {base!r}")
     return [*_layers(path.parent / base, (*children, path.resolve())), (str(path), values)]
+
+
+def _read_text(path: Path, child: str) -> str:
+    if child and path.exists() and not path.is_file():  # a file that others wrote must not wait for a pipe
+        raise ConfigError(f"{path}{child}: no regular file")
+    with open(path, "rb") as file:
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise ConfigError(f"{path}{child}: has more than {MAX_BYTES:,} bytes, which no config needs; is it one?")
+    return data.decode("utf-8-sig")
+
+
+class _FromEnvironment(str):
+    """A text made with an environment variable; `written` is what stood in its place."""
+
+    written: str
+
+
+class _Resolver:
+    """Puts values where interpolations stand, and no more of them than a config may have."""
+
+    def __init__(self, root: Any) -> None:
+        self.root = root
+        self.values_left = MAX_VALUES
+        self.characters_left = MAX_BYTES
+
+    def resolved(self) -> Any:
+        """The root with every interpolation replaced. Raises _Problem."""
+        return self._value(self.root, (), 0)
+
+    def _value(self, value: Any, path: tuple[str, ...], depth: int) -> Any:
+        self.values_left -= 1
+        if self.values_left < 0:
+            raise _Problem(".".join(path), f"interpolations make more than {MAX_VALUES:,} values")
+        if isinstance(value, dict):
+            return {key: self._value(item, (*path, str(key)), depth) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._value(item, (*path, str(index)), depth) for index, item in enumerate(value)]
+        if value == "???":
+            raise _Problem(".".join(path), "missing: ??? stands for a value to give")
+        return self._text(value, path, depth) if isinstance(value, str) and "${" in value else value
+
+    def _text(self, text: str, path: tuple[str, ...], depth: int) -> Any:
+        pieces: list[Any] = []
+        end = 0
+        for found in re.finditer(r"(\\*)\$\{", text):
+            slashes = len(found[1])
+            pieces.append(text[end : found.start()] + "\\" * (slashes // 2))
+            end = found.end()
+            if slashes % 2:
+                pieces.append("${")
+                continue
+            name, closed, _ = text[end:].partition("}")
+            if not closed:
+                raise _Problem(".".join(path), f"{text!r}: an interpolation without its end; write \\${{ for the text")
+            if "${" in name:
+                raise _Problem(".".join(path), f"{text!r}: an interpolation inside another is not read")
+            end += len(name) + 1
+            pieces.append(self._named(name.strip(), path, depth + 1))
+        pieces = [piece for piece in [*pieces, text[end:]] if piece != ""] or [""]
+        if len(pieces) == 1 and not isinstance(pieces[0], str):
+            return pieces[0]
+        made = "".join(map(str, pieces))
+        self.characters_left -= len(made)
+        if self.characters_left < 0:
+            raise _Problem(".".join(path), f"interpolations make more than {MAX_BYTES:,} characters")
+        if any(isinstance(piece, _FromEnvironment) for piece in pieces):
+            made = _FromEnvironment(made)
+            made.written = text
+        return made
+
+    def _named(self, name: str, path: tuple[str, ...], depth: int) -> Any:
+        """What `${name}` at a path stands for."""
+        where = ".".join(path)
+        if depth > MAX_DEPTH:
+            raise _Problem(where, f"${{{name}}} leads back to itself, or through more than {MAX_DEPTH} others")
+        if name.startswith("oc.env:"):
+            return _variable(name.removeprefix("oc.env:"), where)
+        if ":" in name:
+            raise _Problem(where, f"${{{name}}}: only ${{key}} and ${{oc.env:NAME}} are read")
+        up = len(name) - len(name.lstrip("."))
+        words = [*path[: len(path) - up], *_words(name[up:])] if up else _words(name)
+        node = self.root
+        steps = _steps(node, words)
+        for step in steps:
+            if isinstance(node, str):
+                node = self._value(node, path, depth)
+            if isinstance(node, dict) and step in node:
+                node = node[step]
+            elif isinstance(node, list) and step.isdigit() and int(step) < len(node):
+                node = node[int(step)]
+            else:
+                raise _Problem(where, f"${{{name}}}: there is no key {'.'.join(words)!r}")
+        return self._value(node, tuple(steps), depth)
+
+
+def _variable(given: str, key: str) -> Any:
+    name, comma, default = (part.strip() for part in given.partition(","))
+    if name not in os.environ.get(ALLOWED_VARIABLES, "").replace(",", " ").split():
+        raise _Problem(
+            key,
+            f"reads the environment variable {name}, which a config may do only if you say so: set "
+            f"{ALLOWED_VARIABLES}={name} (several: {ALLOWED_VARIABLES}=A,B), or give the value itself, {key}=…",
+        )
+    value = os.environ.get(name)
+    if value is None and not comma:
+        raise _Problem(key, f"the environment variable {name} is not set")
+    if value is None and default == "null":
+        return None
+    made = _FromEnvironment(default if value is None else value)
+    made.written = f"${{oc.env:{given}}}"
+    return made
+
+
+def _words(key: str) -> list[str]:
+    """The steps of a dotted key, which may have brackets: `a.b[0]`."""
+    return [inside or plain for inside, plain in re.findall(r"\[(.*?)\]|([^.\[]+)", key)]
 
 
 def _merge(parent: Any, child: Any) -> Any:
@@ -169,6 +336,9 @@ def _keys(values: Any, above: str = "") -> Iterator[str]:
 def _build(kind: Any, value: Any, key: str) -> Any:
     """Turns plain YAML values into the annotated type `kind`, without converting anything but int to float."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any and isinstance(value, (Mapping, list)):
+        kind = dict if isinstance(value, Mapping) else list
+        origin, arguments = kind, ()
     if kind is Any:
         return value
     if is_dataclass(kind):
@@ -196,7 +366,7 @@ def _build(kind: Any, value: Any, key: str) -> Any:
         return items if (origin or kind) is list else tuple(items)
     if kind is float and type(value) is int:
         return float(value)
-    if kind in (bool, int, float, str, type(None)) and type(value) is kind:
+    if (kind in (bool, int, float, type(None)) and type(value) is kind) or (kind is str and isinstance(value, str)):
         return value
     quote = "; quote it to make it text" if kind is str and isinstance(value, (bool, int, float)) else ""
     raise _Problem(key, f"expected {_name(kind)}, got {value!r} ({_name(type(value))}){quote}")
@@ -238,15 +408,17 @@ def _build_dataclass(cls: Any, value: Any, key: str) -> Any:
         raise _Problem(key, str(error)) from error
 
 
-def _plain(value: Any) -> Any:
-    """Dataclasses and tuples as mappings and lists; `${` in text escaped, as it would be read as an interpolation."""
+def _plain(value: Any, escaped: bool) -> Any:
+    """Dataclasses and tuples as mappings and lists; if `escaped`, `${` in text is, as it would be an interpolation."""
     if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value) if field.init}
+        return {field.name: _plain(getattr(value, field.name), escaped) for field in fields(value) if field.init}
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _plain(item, escaped) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, str):
+        return [_plain(item, escaped) for item in value]
+    if isinstance(value, _FromEnvironment):
+        return value.written
+    if isinstance(value, str) and escaped:
         return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     return value
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from molora.config import ConfigError, build
+from molora.config import ConfigError, build, require
 from molora.messages import from_llava, from_openai, from_sharegpt
 from molora.pack import Sample
 from molora.plugins import resolve
@@ -42,6 +42,10 @@ class SourceConfig:
     options: dict[str, Any] = field(default_factory=dict)
     weight: float = 1.0
     limit: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self, 0, "weight")
+        require(self, 1, "limit")
 
 
 @dataclass(kw_only=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
+from molora.config import require
 from molora.data import Source, SourceConfig
 from molora.generate import GenerationConfig, generate
 from molora.model import MoLoRA
@@ -33,6 +34,7 @@ class EvaluationConfig:
     bleu: str | None = None
 
     def __post_init__(self) -> None:
+        require(self, 1, "max_new_tokens", "max_running_samples")
         if self.bleu is not None:
             bleu_metric(self.bleu)  # what it lacks is said before the model answers, not after
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from molora.config import ConfigError
+from molora.config import ConfigError, require
 from molora.model import MoLoRA
 
 
@@ -30,6 +30,13 @@ class PartConfig:
     beta2: float = 0.95
     epsilon: float = 1e-8
     max_gradient_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(self, 0, "learning_rate", "warmup_steps", "weight_decay", "beta1", "beta2", "epsilon")
+        if max(self.beta1, self.beta2) >= 1:
+            raise ValueError(f"beta1 is {self.beta1} and beta2 {self.beta2}; both are less than 1")
+        if not self.max_gradient_norm > 0:
+            raise ValueError(f"max_gradient_norm is {self.max_gradient_norm}; give one above 0 (.inf: no limit)")
 
 
 def learning_rate(config: PartConfig, step: int, total_steps: int) -> float:

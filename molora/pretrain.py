@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
 from molora.checkpoint import FORMAT_VERSION, check_format
-from molora.config import ConfigError
+from molora.config import ConfigError, require
 from molora.loss import target_losses
 from molora.messages import Message, check, parts
 from molora.prompt import ChatTemplate
@@ -107,10 +107,9 @@ class PretrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "width", "mlp_width", "layers", "heads", "key_value_heads", "window_tokens"):
-            _require(getattr(self, name) >= 1, f"{name} {getattr(self, name)} must be at least 1")
-        for name in ("windows_per_step", "steps", "checkpoint_every_steps"):
-            _require(getattr(self, name) >= 1, f"{name} {getattr(self, name)} must be at least 1")
+        require(self, 1, "vocab_size", "width", "mlp_width", "layers", "heads", "key_value_heads", "window_tokens")
+        require(self, 1, "windows_per_step", "steps", "checkpoint_every_steps")
+        require(self, 0, "learning_rate", "warmup_steps", "weight_decay")
         _require(
             self.width % (8 * self.heads) == 0,
             f"width {self.width} must be a multiple of 8 x heads ({8 * self.heads}), so that three quarters of a head "

@@ -38,7 +38,7 @@ from molora.checkpoint import (
     tensor_hash,
     write_run,
 )
-from molora.config import ConfigError, build, dump
+from molora.config import ConfigError, build, dump, environment_in, require
 from molora.data import EncodedSamples, Skipped, SourceConfig, open_source, step_loader
 from molora.evaluate import EvaluationConfig, gathered, judge, scores
 from molora.features import FeatureCache
@@ -76,6 +76,12 @@ class StageConfig:
     evaluate_every_steps: int = 0
     start_from: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        require(self, 1, "steps", "samples_per_step", "tokens_per_pack")
+        require(self, 0, "evaluate_every_steps")
+        if self.data and not any(source.weight for source in self.data.values()):
+            raise ValueError("data: every source has weight 0, so there is no sample to draw")
+
 
 @dataclass(kw_only=True)
 class Recipe:
@@ -104,6 +110,14 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError("stages: none given; a recipe trains at least one stage")
+        require(self, 1, "save_every_steps", "log_every_steps")
+        require(self, 0, "data_workers")
+        given_away = [*((m.options, m.adapter) for m in self.modalities.values()), self.router.options]
+        if secret := next(environment_in(given_away), None):
+            raise ValueError(
+                f"{secret} stands among the options of a modality or router, whose folders are given to others and "
+                "would hold its value; write the value itself if it may be known"
+            )
 
 
 def train(recipe: Recipe, *, show: bool = True) -> Path:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 # A file may import files of its own tier and of those before it.
 TIERS = {
-    "leaves": "config modality plugins routing seeding storage terminal",
+    "leaves": "config modality plain_yaml plugins routing seeding storage terminal",
     "parts": "attention cache data experts lora loss messages metrics pack processor projector prompt rotary speech "
     "tiny worker",
     "backbone": "backbone",

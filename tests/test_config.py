@@ -130,6 +130,55 @@ def test_interpolation_refers_to_the_merged_config(write) -> None:
     assert read(Recipe, path, ["modalities.x.options.rate=0.5"]).stages[0].learning_rate == 0.5
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("010", "010"),
+        ("12:30", "12:30"),
+        ("2024-01-02", "2024-01-02"),
+        ("+5", 5),
+        ("1_000", 1000),
+        ("0x1f", 31),
+        ("1e3", 1000.0),
+        (".5", 0.5),
+        ("6.", 6.0),
+        ("-.inf", float("-inf")),
+        ("1.2.3", "1.2.3"),
+        ("e5", "e5"),
+        ("on", True),
+        ("No", False),
+        ("'no'", "no"),
+        ("~", None),
+        ("", None),
+        ("!!str 3", "3"),
+        ('"a\\tb"', "a\tb"),
+    ],
+)
+def test_a_value_is_what_stands_in_the_file(write, text: str, value: Any) -> None:
+    assert read(Recipe, write(GOOD + f"  audio: {{plugin: p, options: {{a: {text}}}}}")).modalities[
+        "audio"
+    ].options == {"a": value}
+    assert options([f"a={text}"]) == {"a": value}
+
+
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(b"\xef\xbb\xbf" + GOOD.encode())
+    assert read(Recipe, tmp_path / "recipe.yaml").stages[0].name == "align"
+
+
+def test_interpolation_reaches_neighbours_and_lists_and_is_escaped(write) -> None:
+    values = "{size: 4, twice: '${.size} ${.size}', first: '${stages.0.name}', all: '${stages[1]}', "
+    values += "rest: ['\\${x}', '${..size}']}"
+    read_options = read(Recipe, write(GOOD + f"  audio: {{plugin: p, options: {values}}}")).modalities["audio"].options
+    assert read_options == {
+        "size": 4,
+        "twice": "4 4",
+        "first": "align",
+        "all": {"name": "tune"},
+        "rest": ["${x}", 4],
+    }
+
+
 # (yaml, overrides, what the message must say); {file} is the path.
 MISTAKES = [
     ("stages: [{name: a, lr_rate: 1}]", [], ["{file}: stages.0.lr_rate: no such key; did you mean 'learning_rate'?"]),
@@ -164,8 +213,8 @@ MISTAKES = [
     ("stages: [{name: a}]", ["seed=["], ["override 'seed=[' of {file}:"]),
     ("stages: [{name: '${nothing}'}]", [], ["{file}: stages.0.name:", "'nothing'"]),
     ("stages: [{name: '???'}]", [], ["{file}: stages.0.name:", "issing"]),
-    ("stages: [{name: [a}]\nseed: 1", [], ["{file}, line 1: not YAML"]),
-    ("seed: 1\nstages: []\nseed: 2", [], ["{file}, line 3: not YAML:", "duplicate key seed"]),
+    ("stages: [{name: [a}]\nseed: 1", [], ["{file}, line 1: not plain YAML"]),
+    ("seed: 1\nstages: []\nseed: 2", [], ["{file}, line 3: not plain YAML:", "duplicate key seed"]),
     ("- a", [], ["{file}: a config is a mapping", "list"]),
     ("base: 3", [], ["{file}: base: expected the path of one file, got 3"]),
     ("base: nowhere.yaml", [], ["nowhere.yaml (the `base:` of {file}): cannot be read"]),

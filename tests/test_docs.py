@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
 from typer.main import get_command
 
-from molora import cli
+from molora import cli, plain_yaml
 from molora.config import build
 from molora.data import MessagesConfig, SourceConfig, TableConfig
 from molora.scaffold import new_plugin
@@ -82,7 +81,7 @@ def test_the_page_quotes_the_scaffold(here: Path) -> None:
 
 
 def test_the_recipes_on_the_page_are_read() -> None:
-    recipes: list[Any] = [OmegaConf.to_container(OmegaConf.create(block)) for block in blocks("yaml")]
+    recipes: list[Any] = [plain_yaml.parse(block) for block in blocks("yaml")]
     data, stages, router = recipes
     kinds = {"messages": MessagesConfig, "table": TableConfig}
     sources = [build(SourceConfig, source, "the page") for source in data["data"].values()]
