@@ -59,8 +59,7 @@ class TowerConfig:
 @dataclass(frozen=True, kw_only=True)
 class AudioConfig:
     """`beside` maps a modality to the projector for clips that share their sample with it; others take `default`. The
-    first entry that applies decides. `max_seconds`: a longer clip is refused before it is decoded. `allow_urls`:
-    whether `url` may fetch over HTTP. `media_root`: a folder that relative paths start from and that none may leave.
+    first entry that applies decides. `max_seconds`: a longer clip is refused before it is decoded.
 
     Source of `beside`: Phi-4-Multimodal (arXiv 2503.01743) has a second audio projector beside a picture. Source of
     half an hour: its model card.
@@ -70,8 +69,6 @@ class AudioConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     beside: dict[str, str] = field(default_factory=dict)
     max_seconds: float = 1800.0
-    allow_urls: bool = True
-    media_root: str | None = None
 
 
 class Audio:
@@ -87,10 +84,7 @@ class Audio:
 
     def load(self, part: Mapping[str, Any]) -> Tensor:
         """Decodes the clip of a content part to a mono waveform (L,) in fp32 at 16 kHz; see `load_sound`."""
-        config = self.config
-        return load_sound(
-            part, allow_urls=config.allow_urls, media_root=config.media_root, max_seconds=config.max_seconds
-        )
+        return load_sound(part, max_seconds=self.config.max_seconds)
 
     def prepare(self, item: Tensor, generator: torch.Generator | None = None) -> Prepared:
         """Turns a waveform into the features of its encoder, augmented if there is a `generator`."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from molora.encoders.media import Sources
+from molora.media import Sources
 from molora.modality import MediaError
 
 SAMPLE_RATE_HZ = 16_000
@@ -68,9 +68,7 @@ _MP3_SPARE_SAMPLES = 2 * 1152
 _MP3_SPARE_BYTES = 4096
 
 
-def load_sound(
-    part: Mapping[str, Any], *, allow_urls: bool = True, media_root: str | None = None, max_seconds: float = 1800.0
-) -> Tensor:
+def load_sound(part: Mapping[str, Any], *, max_seconds: float = 1800.0) -> Tensor:
     """Decodes the clip of a content part to a mono waveform (L,) in fp32 at 16 kHz.
 
     The part has one of `path`, `url`, `base64` (or a data URI), `bytes`, `audio` (any of the others, or a mapping of
@@ -85,20 +83,9 @@ def load_sound(
     Raises: MediaError that says which part, what is wrong with it, and what to do; ImportError without the `audio`
     extra.
     """
-    sources = Sources(
-        part_type="audio",
-        noun="clip",
-        keys=SOURCES,
-        max_file_bytes=MAX_FILE_BYTES,
-        allow_urls=allow_urls,
-        media_root=media_root,
-    )
+    sources = Sources(part_type="audio", noun="clip", keys=SOURCES, max_file_bytes=MAX_FILE_BYTES)
+    part = sources.flat(part)
     key, value = sources.choose(part)
-    if key == "audio" and isinstance(value, Mapping):
-        part = {name: item for name, item in value.items() if item is not None}
-        if "bytes" in part or "array" in part:
-            part.pop("path", None)  # only the name that the file once had
-        key, value = sources.choose(part)
     with sources.named(key, value):
         if key == "audio":
             raise MediaError("give a path, a URL, bytes, an array, or a mapping of array and sampling_rate")

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from molora.encoders.convit import Convit
-from molora.encoders.media import Sources
 from molora.encoders.siglip import Built, Tower, TowerConfig, build_library_tower
+from molora.media import Sources
 from molora.modality import Encoder, Frames, MediaError, Origin, Prepared
 
 # Formats that PIL decodes by itself. Its others start programs (EPS), fetch files, or are no pictures people send.
@@ -43,8 +43,7 @@ CROPS_PER_CALL = 64
 class VisionConfig:
     """`crop_pixels`: side of a crop, and of the global view. `max_crops`: most crops of a picture; 0: the global view
     alone, that is, one crop and no separator before it. `pool`: patches averaged into one frame, along a side.
-    `max_pixels`: a larger picture is refused before it is decoded. `allow_urls`: whether `url` may fetch over HTTP.
-    `media_root`: a folder that relative paths start from and that no path may leave.
+    `max_pixels`: a larger picture is refused before it is decoded.
 
     Source of 448, 36 and 2: the released Phi-4-multimodal processor.
     """
@@ -53,8 +52,6 @@ class VisionConfig:
     max_crops: int = 36
     pool: int = 2
     max_pixels: int = 64_000_000
-    allow_urls: bool = True
-    media_root: str | None = None
     tower: TowerConfig = field(
         default_factory=lambda: TowerConfig(kind="transformers", name="google/siglip-so400m-patch14-384")
     )
@@ -155,8 +152,6 @@ class Vision:
             noun="picture",
             keys=("path", "url", "base64", "bytes", "image", "array"),
             max_file_bytes=MAX_FILE_BYTES,
-            allow_urls=config.allow_urls,
-            media_root=config.media_root,
         )
 
     def load(self, part: Mapping[str, Any]) -> Image.Image:
@@ -170,7 +165,7 @@ class Vision:
 
         Raises: MediaError that says which part, what is wrong with it, and what to do.
         """
-        key, value = self.sources.choose(part)
+        key, value = self.sources.choose(self.sources.flat(part))
         with self.sources.named(key, value):
             try:
                 image = self._open(key, value)

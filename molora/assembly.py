@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from molora.backbone import Backbone
 from molora.config import ConfigError, build
 from molora.lora import lora_config
+from molora.media import MediaPolicy
 from molora.modality import Modality
 from molora.model import MoLoRA
 from molora.plugins import resolve
@@ -63,14 +64,34 @@ class Blueprint:
     where: str = ""
 
 
+# Options that pictures and clips had once, and what says it now.
+FORMER_OPTIONS = {
+    "allow_urls": "where media may come from is the caller's to say: write `allow_urls` at the top of the recipe",
+    "media_root": "a data set's folder belongs to the data set: write `media_root` into the options of the data source",
+}
+
+
 def blueprint(
-    name: str, plugin: str, options: Mapping[str, Any], adapter: Mapping[str, Any] | None, where: str
+    name: str,
+    plugin: str,
+    options: Mapping[str, Any],
+    adapter: Mapping[str, Any] | None,
+    where: str,
+    *,
+    saved: bool = False,
 ) -> Blueprint:
-    """Resolves a plugin and reads its options. Raises ConfigError, and the plugin's own errors."""
+    """Resolves a plugin and reads its options. Those of a `saved` modality may hold what was an option when it was
+    saved and is the caller's to say now; that is left out. Raises ConfigError, and the plugin's own errors."""
     try:
         modality_class: Any = resolve("modality", plugin)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
+    known = getattr(modality_class.config_type, "__dataclass_fields__", {})
+    former = [key for key in FORMER_OPTIONS if key in options and key not in known]
+    if former and not saved:
+        key = former[0]
+        raise ConfigError(f"{where}.options.{key}: is no option of a modality any more; {FORMER_OPTIONS[key]}")
+    options = {key: value for key, value in options.items() if key not in former}
     modality = modality_class(name, build(modality_class.config_type, options, f"{where}.options"))
     return Blueprint(plugin, modality, None if adapter is None else lora_config(adapter, f"{where}.adapter"), where)
 
@@ -83,6 +104,7 @@ def assemble(
     *,
     seed: int = 0,
     where: str = "router",
+    media_policy: MediaPolicy | None = None,
 ) -> tuple[MoLoRA, Processor]:
     """Builds model and processor, which share modalities, their order and the router's order of samples.
 
@@ -107,7 +129,7 @@ def assemble(
         raise type(error)(f"{where}: {error}") from error
     modalities = {name: plan.modality for name, plan in blueprints.items()}
     model = MoLoRA(backbone, modalities, adapters, decide, seed=seed)
-    processor = Processor(tokenizer, modalities, decide.order, backbone.max_tokens)
+    processor = Processor(tokenizer, modalities, decide.order, backbone.max_tokens, media_policy)
     return model, processor
 
 

@@ -170,7 +170,7 @@ def read_plan(folder: Path, name: str) -> Blueprint:
     path = folder / "modality.json"
     about = read_about(folder)
     try:
-        plan = blueprint(name, about["plugin"], about["options"], None, str(path))
+        plan = blueprint(name, about["plugin"], about["options"], None, str(path), saved=True)
     except ConfigError as error:
         raise ConfigError(f"{error}; {_how_to_get_plugin(about['plugin'], path)}") from error
     adapter = lora.read_adapter(folder) if "adapter_config.json" in about["files"] else None

@@ -33,6 +33,10 @@ RuleOption = Annotated[
         "--rule", metavar="A+B=ADAPTER", help="Which adapter samples with these modalities take (or none); repeat."
     ),
 ]
+UrlsOption = Annotated[bool, typer.Option("--allow-urls", help="Fetch media over HTTP where messages name a URL.")]
+PrivateOption = Annotated[
+    bool, typer.Option("--allow-private-addresses", help="With --allow-urls: from inside a network too.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]…", help="Settings that replace the file's.")
 ]
@@ -113,6 +117,8 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     seed: int = 0,
+    allow_urls: UrlsOption = False,
+    allow_private_addresses: PrivateOption = False,
 ) -> None:
     """Answer one question, streamed; or, with --messages and --output, a mixed batch."""
     from molora.config import ConfigError
@@ -132,7 +138,13 @@ def generate(
         parts.append({"type": type, "path": path})
     if messages is None and not prompt and not parts:
         raise ConfigError("nothing to answer: give a PROMPT, a picture, or --messages with --output")
-    loaded = load(model, modality or (), router=_rules(rule))
+    loaded = load(
+        model,
+        modality or (),
+        router=_rules(rule),
+        allow_urls=allow_urls,
+        allow_private_addresses=allow_private_addresses,
+    )
     config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     if messages is not None and output is not None:
         _generate_rows(loaded, messages, output, config)
@@ -198,6 +210,8 @@ def evaluate(
     overrides: Overrides = None,
     modality: ModalityOption = None,
     rule: RuleOption = None,
+    allow_urls: UrlsOption = False,
+    allow_private_addresses: PrivateOption = False,
 ) -> None:
     """Answer the evaluations of a config or a recipe: a table, and JSON in MODEL/evaluation.json or on standard
     output."""
@@ -209,7 +223,13 @@ def evaluate(
     from molora.terminal import print_table, progress
 
     evaluations = read(Evaluations, config, overrides or (), in_part=True).evaluations
-    loaded = load(model, modality or (), router=_rules(rule))
+    loaded = load(
+        model,
+        modality or (),
+        router=_rules(rule),
+        allow_urls=allow_urls,
+        allow_private_addresses=allow_private_addresses,
+    )
     results: dict[str, dict[str, float]] = {}
     with progress() as bars:
         for name, evaluation in evaluations.items():
@@ -253,6 +273,8 @@ def verify(
     against: Annotated[
         str | None, typer.Option(metavar="OLD", help="Compare with this model instead: nothing they share has moved.")
     ] = None,
+    allow_urls: UrlsOption = False,
+    allow_private_addresses: PrivateOption = False,
 ) -> None:
     """Check the promises on this model and print a table. It brings its own samples: examples of its modalities and,
     if it is a run, its recipe's data."""
@@ -278,7 +300,13 @@ def verify(
         sources = [source for stage in read(Recipe, run / "config.yaml").stages for source in stage.data.values()]
     opened = [open_source(source, "data") for source in sources]
     rows = [source[row] for source in opened for row in range(min(len(source), VERIFIED_ROWS))]
-    loaded = load(model, modality or (), router=_rules(rule))
+    loaded = load(
+        model,
+        modality or (),
+        router=_rules(rule),
+        allow_urls=allow_urls,
+        allow_private_addresses=allow_private_addresses,
+    )
     if messages is None:  # the recipe may know modalities that have been taken out since
         known = loaded.processor.part_types
         rows = [row for row in rows if all(part["type"] in known for _, part in media_parts(row["messages"]))]

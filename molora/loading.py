@@ -12,6 +12,7 @@ from molora.backbone import load_backbone
 from molora.checkpoint import RunAbout, load_modality, load_router, read_about, read_blueprint, read_run
 from molora.config import ConfigError
 from molora.generate import GenerationConfig, generate
+from molora.media import MediaPolicy
 from molora.messages import Message
 from molora.model import MoLoRA
 from molora.pack import Sample
@@ -133,8 +134,13 @@ def load(
     router: RouterConfig | None = None,
     dtype: str | None = None,
     device: str | None = None,
+    allow_urls: bool = False,
+    allow_private_addresses: bool = False,
 ) -> LoadedModel:
     """Opens a run folder, or a backbone (folder or hub id) with modality folders.
+
+    `allow_urls`: whether media may be fetched over HTTP, whatever the messages say; `allow_private_addresses`: from
+    inside a network too (see `MediaPolicy`).
 
     Raises ConfigError or ValueError naming the file that does not fit, BackboneRefused for a backbone that cannot run.
     """
@@ -150,7 +156,10 @@ def load(
         plans[name], warnings = read_blueprint(folder, backbone.identity, name)
         for warning in warnings:
             warn(warning)
-    model, processor = assemble(backbone, tokenizer, plans, router or RouterConfig(), where=where)
+    media_policy = MediaPolicy(allow_urls=allow_urls, allow_private_addresses=allow_private_addresses)
+    model, processor = assemble(
+        backbone, tokenizer, plans, router or RouterConfig(), where=where, media_policy=media_policy
+    )
     for name, folder in layout.folders.items():
         load_modality(model, name, folder)
     if run is not None and router is run.router:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from molora.media import MediaPolicy
 from molora.messages import Message, check, media_parts
 from molora.modality import MediaError, Modality, Prepared
 from molora.pack import Item, Pack, Sample, collate
@@ -22,7 +23,8 @@ class SampleTooLong(ValueError):
 class Processor:
     """Turns conversations into samples and packs for a tokenizer, modalities in their order, and a router's `order`.
 
-    `max_tokens` is the longest sample that the backbone can take.
+    `max_tokens` is the longest sample that the backbone can take. `media_policy` is the caller's word on where media
+    may come from, and holds for every plugin.
     Raises: ValueError if two modalities answer to one part type, or one stands under another's name.
     """
 
@@ -32,6 +34,7 @@ class Processor:
         modalities: Mapping[str, Modality],
         order: Callable[[frozenset[str]], Any],
         max_tokens: int,
+        media_policy: MediaPolicy | None = None,
     ) -> None:
         self.part_types: dict[str, str] = {}
         for name, modality in modalities.items():
@@ -45,6 +48,7 @@ class Processor:
         self.modalities = dict(modalities)
         self.order = order
         self.max_tokens = max_tokens
+        self.media_policy = media_policy or MediaPolicy()
         self._template = ChatTemplate(tokenizer)
         self._ids = {name: 1 + index for index, name in enumerate(self.modalities)}
 
@@ -123,7 +127,9 @@ class Processor:
         self, modality: Modality, part: Mapping[str, Any], generator: torch.Generator | None, where: str
     ) -> Prepared:
         try:
-            prepared = modality.prepare(modality.load(part), generator)
+            self.media_policy.check(part)
+            with self.media_policy.in_force():
+                prepared = modality.prepare(modality.load(part), generator)
         except MediaError as error:
             raise MediaError(f"{where}: {error}") from error
         if prepared.num_tokens < 1:

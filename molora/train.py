@@ -22,7 +22,15 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from molora import lora
-from molora.assembly import BackboneConfig, Blueprint, ModalityConfig, RouterConfig, assemble, blueprint
+from molora.assembly import (
+    FORMER_OPTIONS,
+    BackboneConfig,
+    Blueprint,
+    ModalityConfig,
+    RouterConfig,
+    assemble,
+    blueprint,
+)
 from molora.backbone import load_backbone
 from molora.checkpoint import (
     copy_modality,
@@ -42,6 +50,7 @@ from molora.config import ConfigError, build, dump, environment_in, require
 from molora.data import EncodedSamples, Skipped, SourceConfig, open_source, step_loader
 from molora.evaluate import EvaluationConfig, gathered, judge, scores
 from molora.features import FeatureCache
+from molora.media import MediaPolicy
 from molora.metrics import MetricsLog
 from molora.modality import MediaError
 from molora.model import MoLoRA
@@ -88,7 +97,8 @@ class Recipe:
     """Everything a run is made of.
 
     `run` is the folder it writes; `data_root` is for the recipe's own paths: `${data_root}/…`. `feature_cache` is a
-    folder that keeps the frames of frozen encoders, for later epochs and other runs.
+    folder that keeps the frames of frozen encoders, for later epochs and other runs. `allow_urls`: whether media may be
+    fetched over HTTP; `allow_private_addresses`: from inside a network too.
     """
 
     run: str
@@ -104,6 +114,8 @@ class Recipe:
     data_workers: int = 0
     activation_checkpointing: bool = False
     feature_cache: str | None = None
+    allow_urls: bool = False
+    allow_private_addresses: bool = False
     device: str | None = None
     allow_changed_environment: bool = False
 
@@ -155,7 +167,15 @@ def build_model(recipe: Recipe, device: torch.device) -> tuple[MoLoRA, Processor
         else:
             plans[name] = blueprint(name, str(config.plugin), config.options, config.adapter, f"modalities.{name}")
     where = "router" if recipe.router.path is None else str(Path(recipe.router.path) / "molora.json")
-    model, processor = assemble(backbone, tokenizer, plans, router_config(recipe), seed=recipe.seed, where=where)
+    model, processor = assemble(
+        backbone,
+        tokenizer,
+        plans,
+        router_config(recipe),
+        seed=recipe.seed,
+        where=where,
+        media_policy=MediaPolicy(allow_urls=recipe.allow_urls, allow_private_addresses=recipe.allow_private_addresses),
+    )
     for name, folder in saved.items():
         load_modality(model, name, folder)
     if recipe.router.path is not None:
@@ -489,6 +509,8 @@ class _Run:
         begun = self.position.stage + (self.position.step > 0)
         # Built again, so that a setting that is younger than the run has its default.
         recipes = (build(Recipe, about["recipe"], f"{state}: recipe"), self.recipe)
+        for modality in recipes[0].modalities.values():  # what is no option any more has not changed what was trained
+            modality.options = {key: value for key, value in modality.options.items() if key not in FORMER_OPTIONS}
         changed = _changes(*(json.loads(json.dumps(asdict(recipe))) for recipe in recipes), begun=begun)
         if changed:
             raise ConfigError(

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 # A file may import files of its own tier and of those before it.
 TIERS = {
-    "leaves": "config modality plain_yaml plugins routing seeding storage terminal",
+    "leaves": "config media modality plain_yaml plugins routing seeding storage terminal",
     "parts": "attention cache data experts lora loss messages metrics pack processor projector prompt rotary speech "
     "tiny worker",
     "backbone": "backbone",
@@ -36,7 +36,7 @@ RANK = {f"molora.{name}": rank for rank, names in enumerate(TIERS.values()) for 
 # Plugins arrive by name: only `plugins` reads the tables of the built-in ones, and what they may import is little.
 PLUGINS = ("molora.encoders", "molora.routers")
 PLUGIN_MAY_IMPORT = {
-    "molora.encoders": {"molora.config", "molora.modality"},
+    "molora.encoders": {"molora.config", "molora.media", "molora.modality"},
     "molora.routers": {"molora.config", "molora.routing"},
 }
 

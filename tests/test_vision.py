@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import base64
-import http.server
 import io
 import pickle
 import struct
-import threading
 import wave
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -559,12 +556,12 @@ def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch):
 
 
 def test_paths_that_hold_no_picture(tmp_path):
-    for path, reason in ((tmp_path / "none.png", "No such file"), (tmp_path, "Is a directory")):
+    for path, reason in ((tmp_path / "none.png", "No such file"), (tmp_path, "is a folder")):
         with pytest.raises(MediaError, match=f"image part, path .*: {reason}"):
             small().load({"path": str(path)})
     with (tmp_path / "huge.png").open("wb") as file:
         file.truncate(MAX_FILE_BYTES + 1)
-    with pytest.raises(MediaError, match=f"is over {MAX_FILE_BYTES} bytes"):
+    with pytest.raises(MediaError, match=f"has {MAX_FILE_BYTES + 1} bytes, and {MAX_FILE_BYTES} is the most"):
         small().load({"path": tmp_path / "huge.png"})
 
 
@@ -604,10 +601,6 @@ ONE_OF = "needs exactly one of path, url, base64, bytes, image, array"
         ({"path": "a.png", "url": "http://b"}, f"{ONE_OF}; it has .'path', 'url'"),
         ({"base64": "not base64!"}, "base64 of 11 characters: is not base64"),
         ({"base64": ""}, "is empty, 0 bytes"),
-        ({"base64": "data:image/png,abc"}, "a data URI holds a picture as data:image"),
-        ({"url": "file:///etc/passwd"}, "url 'file:///etc/passwd': only http, https and data URLs"),
-        ({"url": "http://127.0.0.1:1/a.png"}, "url 'http://127.0.0.1:1/a.png': cannot be fetched"),
-        ({"url": "http://"}, "cannot be fetched"),
         ({"image": 3}, "image int: give a PIL image, an array, bytes, a path or a URL"),
         ({"array": np.zeros((9, 9, 2), np.uint8)}, r"array uint8 of shape \(9, 9, 2\): give H x W"),
         ({"array": np.zeros((0, 9, 3), np.uint8)}, "no empty side"),
@@ -621,38 +614,3 @@ ONE_OF = "needs exactly one of path, url, base64, bytes, image, array"
 def test_parts_that_give_no_picture(part, message):
     with pytest.raises(MediaError, match=message):
         small().load(part)
-
-
-def test_media_root_confines(tmp_path):
-    (tmp_path / "media").mkdir()
-    for name in ("media/in.png", "out.png"):
-        half_red().save(tmp_path / name)
-    (tmp_path / "media" / "link.png").symlink_to(tmp_path / "out.png")
-    modality = small(media_root=str(tmp_path / "media"))
-    for path in ("in.png", str(tmp_path / "media" / "in.png")):
-        assert modality.load({"path": path}).size == (20, 40)
-    for path in ("../out.png", str(tmp_path / "out.png"), "link.png"):
-        with pytest.raises(MediaError, match="leads out of media_root"):
-            modality.load({"path": path})
-
-
-@pytest.fixture
-def server(tmp_path) -> Iterator[str]:
-    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
-    handler.func.log_message = lambda *_: None  # type: ignore[method-assign]
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
-
-
-def test_urls(tmp_path, server):
-    half_red().save(tmp_path / "a.png")
-    for key in ("url", "image"):
-        assert small().load({key: f"{server}/a.png"}).size == (20, 40)
-    with pytest.raises(MediaError, match=r"b.png': cannot be fetched \(HTTP Error 404"):
-        small().load({"url": f"{server}/b.png"})
-    with pytest.raises(MediaError, match="allow_urls is off; download the picture"):
-        small(allow_urls=False).load({"url": f"{server}/a.png"})
-    text = base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
-    assert small(allow_urls=False).load({"url": f"data:image/png;base64,{text}"}).size == (20, 40)
