@@ -25,9 +25,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from molora import attention
 from molora.cache import PackedCache
 from molora.experts import Choices
+from molora.prompt import ChatTemplate
 from molora.rotary import wrap_rotary
 from molora.routing import Flow, current_flow, flowing
 from molora.storage import cache_folder, read_json, write_json
+from molora.terminal import warn
 
 FORMAT_VERSION = 1
 # What is fetched of a model on the hub; no pickles, no code.
@@ -95,6 +97,7 @@ class Backbone(nn.Module):
         if stock is not None:
             self.probe = self._compare(stock)
         self.embed_scale: float = self.probe["embed_scale"]
+        self.turn_ends: frozenset[int] = frozenset()
 
     @property
     def config(self) -> Any:
@@ -120,10 +123,37 @@ class Backbone(nn.Module):
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """Token ids that end an answer: the generation config's, which know more than the model config's."""
+        """Token ids that end an answer: the generation config's and `turn_ends`, those of the chat template."""
+        return self.configured_stop_ids | self.turn_ends
+
+    @property
+    def configured_stop_ids(self) -> frozenset[int]:
+        """The generation config's, which know more than the model config's."""
         generation = self.model.generation_config
         eos = generation.eos_token_id if generation is not None else self.config.eos_token_id
         return frozenset([eos] if isinstance(eos, int) else eos or ())
+
+    def stop_at(self, turn_ends: frozenset[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """Stops answers at these tokens too; returns warnings where the generation config says otherwise."""
+        self.turn_ends = turn_ends
+
+        def named(ids: frozenset[int]) -> str:
+            known = {id: tokenizer.convert_ids_to_tokens(id) for id in sorted(ids)}
+            return ", ".join(f"{token} ({id})" for id, token in known.items()) or "nothing"
+
+        warnings = []
+        configured = self.configured_stop_ids
+        if not turn_ends <= configured:
+            warnings.append(
+                f"backbone {self.identity.source}: its generation config stops at {named(configured)}, but its chat "
+                f"template ends turns with {named(turn_ends)}; answers end at either"
+            )
+        if unknown := {id for id in configured if not 0 <= id < self.vocab_size}:
+            warnings.append(
+                f"backbone {self.identity.source}: its generation config stops at {sorted(unknown)}, which its "
+                f"{self.vocab_size} tokens do not have"
+            )
+        return warnings
 
     def train(self, mode: bool = True) -> Backbone:
         """Stays in eval mode."""
@@ -245,6 +275,8 @@ def load_backbone(
     key = f"{transformers.__version__} {torch.__version__} {model.dtype} {torch.device(device).type}"
     probes = remembered.setdefault("probes", {})
     backbone = Backbone(model, identity, probe=probes.get(key))
+    for warning in backbone.stop_at(ChatTemplate(tokenizer).turn_ends(), tokenizer):
+        warn(warning)
     if key not in probes:
         probes[key] = backbone.probe
         write_json(_memory(folder), remembered)

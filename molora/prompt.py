@@ -18,14 +18,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, zip_longest
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from molora.messages import Message, parts
+from molora.template import compiled, render
 
 # Plane 16 of Unicode, for private use.
 _FIRST_HOLE = 0x100000
 _HOLE = re.compile("([\U00100000-\U0010fffd])")
+_SHOWN_ROLES = 8
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,14 @@ class _Turn:
 
     What the model produces starts `header` behind special token number `after`. If no special token parts the turn from
     the message before it, `after` is None, and it starts `surplus` characters before the end of its generation prompt.
-    Special token number `end` closes the turn.
+    Special token number `end` closes the turn. `messages` says that the model writes special tokens before the content.
     """
 
     after: int | None
     header: str
     surplus: int
     end: int
+    messages: bool
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,12 @@ class ChatTemplate:
         if not tokenizer.chat_template:
             raise ValueError(f"tokenizer {name} has no chat template; set tokenizer.chat_template and save it again")
         self.tokenizer = tokenizer
+        self._source = tokenizer.get_chat_template()
+        self._names = tokenizer.special_tokens_map
+        try:
+            compiled(self._source)
+        except ValueError as error:
+            raise ValueError(f"tokenizer {name}: its chat template {error}") from error
         self._special = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
         # Private characters of the text itself count as spellings, or they would be taken for our holes.
         longest_first = sorted(self._special.values(), key=len, reverse=True)
@@ -131,6 +139,24 @@ class ChatTemplate:
             targets[start:stop] = [False] * (stop - start)
         return Prompt(rendered.ids, targets, [spans[hole] for hole in media])
 
+    def turn_ends(self) -> frozenset[int]:
+        """The tokens that end an answer as the template trains it: the first special token behind an assistant turn,
+        the last of a conversation or not. Empty for a template that ends its turns otherwise, or not at all.
+
+        Where a turn may hold several messages (the model writes special tokens of its own between the generation
+        prompt and the content), the end of an earlier turn also ends such a message, so only the last turn's counts.
+        """
+        roles = ("user", "assistant", "user", "assistant")
+        for asked in (roles, roles[:2]):
+            try:
+                layout = self._layout(asked, False, "chat template")
+            except ValueError:  # no conversation that this template can train
+                continue
+            last = layout.turns[len(asked) - 1]
+            turns = [last] if last.messages else layout.turns.values()
+            return frozenset(layout.special_ids[turn.end] for turn in turns)
+        return frozenset()
+
     def _contents(
         self, messages: Sequence[Message], media: Sequence[str], fills: dict[str, list[int]], where: str
     ) -> list[str]:
@@ -165,11 +191,10 @@ class ChatTemplate:
     def _render(self, roles: Sequence[str], contents: Sequence[str], generate: bool, where: str) -> str:
         messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
         try:
-            return self.tokenizer.apply_chat_template(  # pyright: ignore[reportReturnType]
-                messages, tokenize=False, add_generation_prompt=generate
-            )
-        except jinja2.TemplateError as error:
-            raise ValueError(f"{where}: the chat template refuses roles {', '.join(roles)}: {error}") from error
+            return render(self._source, messages, generate, self._names)
+        except ValueError as error:
+            shown = ", ".join(roles[:_SHOWN_ROLES]) + (", …" if len(roles) > _SHOWN_ROLES else "")
+            raise ValueError(f"{where}: the chat template refuses roles {shown}: {error}") from error
 
     def _tokenise(self, text: str, fills: Mapping[str, list[int]]) -> _Rendered:
         """Rendered text to tokens: what lies between holes by the tokenizer, holes by their fills."""
@@ -246,7 +271,7 @@ class ChatTemplate:
             )
         if after is not None:
             header = text[rendered.offsets[rendered.specials[after]][1] : start]
-        return _Turn(after, header, previous + len(cue) - start, end)
+        return _Turn(after, header, previous + len(cue) - start, end, any(start <= place < content for place in starts))
 
     def _start(
         self,

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 TIERS = {
     "leaves": "config media modality plain_yaml plugins routing seeding storage terminal",
     "parts": "attention cache data experts lora loss messages metrics pack processor projector prompt rotary speech "
-    "tiny worker",
+    "template tiny worker",
     "backbone": "backbone",
     "model": "model",
     "assembly": "assembly",

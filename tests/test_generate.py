@@ -128,6 +128,16 @@ def test_why_a_sample_ends_is_told() -> None:
     assert [step.finished for step in generate(model, [sample], GenerationConfig(max_new_tokens=3))] == [None, "stop"]
 
 
+def test_the_end_of_turn_that_the_template_trains_stops_an_answer_too() -> None:
+    model = make_model("llama")
+    sample = sixteen(model)[0]
+    steps = list(generate(model, [sample], GenerationConfig(max_new_tokens=3)))
+    model.backbone.model.generation_config.eos_token_id = [256]
+    model.backbone.turn_ends = frozenset([steps[1].token_id])
+    assert model.backbone.stop_ids == {256, steps[1].token_id}
+    assert [step.finished for step in generate(model, [sample], GenerationConfig(max_new_tokens=3))] == [None, "stop"]
+
+
 def test_settings_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match="top_p cannot be 1.5"):
         GenerationConfig(top_p=1.5)

@@ -18,6 +18,7 @@ from molora.backbone import load_backbone
 from molora.checkpoint import save_modality
 from molora.cli import app
 from molora.config import ConfigError, build
+from molora.terminal import visible
 from molora.testing import byte_tokenizer, save_backbone
 from molora.train import Recipe, train
 
@@ -358,6 +359,38 @@ def test_folders_on_the_command_line_are_told_which_adapter_answers_for_both(hom
         (answer,) = loaded.answers([loaded.encode(json.loads(row)["messages"][:1], "x")])
         assert answer.adapters == (() if adapter is None else (adapter,))
         told = ask(f"--rule=numbers+letters={adapter or 'none'}")
-        assert told.exit_code == 0 and told.stdout.strip() == answer.text
+        assert told.exit_code == 0 and told.stdout.strip() == visible(answer.text)
     assert "--rule 'numbers': write it as A+B=ADAPTER" in str(ask("--rule=numbers").exception)
     assert "names adapter 'smell'; the adapters here are" in str(ask("--rule=numbers+letters=smell").exception)
+
+
+@pytest.mark.parametrize(
+    ("configured", "told"),
+    [
+        ([256, 260], ""),
+        (260, ""),
+        (
+            256,
+            "stops at <|endoftext|> (256), but its chat template ends turns with <|end|> (260); answers end at either",
+        ),
+        ([], "stops at nothing, but its chat template ends turns with <|end|> (260)"),
+        ([260, 999], "stops at [999], which its 261 tokens do not have"),
+        (None, "stops at nothing"),
+    ],
+)
+def test_answers_stop_at_the_end_of_turn_whatever_the_generation_config_says(
+    home: Path, tmp_path: Path, configured: Any, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(home / "backbone", tmp_path / "backbone")
+    path = tmp_path / "backbone/generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": configured}))
+    loaded = molora.load(tmp_path / "backbone")
+    assert 260 in loaded.model.backbone.stop_ids
+    warned = " ".join(capsys.readouterr().err.split())
+    assert told in warned and bool(told) == ("warning" in warned)
+
+
+def test_a_backbone_without_a_generation_config_stops_at_the_end_of_turn(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "backbone", tmp_path / "backbone")
+    (tmp_path / "backbone/generation_config.json").unlink()
+    assert molora.load(tmp_path / "backbone").model.backbone.stop_ids == {256, 260}

@@ -6,6 +6,7 @@ import functools
 import inspect
 import pickle
 import random
+import re
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -480,3 +481,34 @@ def test_any_conversation_keeps_its_invariants() -> None:
             if dialect == "phi":  # role tokens absorb whitespace
                 written, rendered = "".join(written.split()), "".join(rendered.split())
             assert written == rendered
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_the_end_of_a_turn_is_what_training_ends_answers_with(dialect: str) -> None:
+    fast = tokenizer(dialect)
+    assert ChatTemplate(fast).turn_ends() == {fast.convert_tokens_to_ids(DIALECTS[dialect].end)}
+
+
+def test_every_token_that_ends_a_turn_is_one_but_not_the_end_of_a_thought() -> None:
+    last = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}"
+        "{{ '<|bye|>' if loop.last and m.role == 'assistant' else '<|end|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    fast = build(last, dict.fromkeys(("<|user|>", "<|assistant|>", "<|end|>", "<|bye|>"), False))
+    assert ChatTemplate(fast).turn_ends() == set(fast.convert_tokens_to_ids(["<|end|>", "<|bye|>"]))
+    # A turn of several messages: <|end|> also closes a thought, so only <|return|> ends the turn.
+    fast = build(HARMONY, dict.fromkeys(re.findall(r"<\|\w+\|>", HARMONY), False))
+    ends = fast.convert_ids_to_tokens(list(ChatTemplate(fast).turn_ends()))
+    assert ends == ["<|return|>"]
+
+
+def test_a_template_that_ends_turns_with_text_has_no_end_token() -> None:
+    fast = build("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}", {"<|endoftext|>": False})
+    assert ChatTemplate(fast).turn_ends() == frozenset()
+
+
+def test_a_template_for_one_question_only_still_has_its_end_token() -> None:
+    once = "{% if messages|length > 2 %}{{ raise_exception('one question') }}{% endif %}" + DIALECTS["chatml"].template
+    fast = build(once, DIALECTS["chatml"].specials)
+    assert ChatTemplate(fast).turn_ends() == {fast.convert_tokens_to_ids("<|im_end|>")}

@@ -1,0 +1,117 @@
+"""What a stranger's conversation, template or plugin may try on the one who answers it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from molora.template import render
+
+HELLO = [{"role": "user", "content": "hello"}]
+DOUBLED = (
+    "{{% set ns = namespace(x={start}) %}}"
+    "{{% for i in range(60) %}}{{% set ns.x = {twice} %}}{{% endfor %}}{{{{ ns.x }}}}"
+)
+LONG = "{% set s = 'x' * 1000000 %}"
+# Programs in a chat template: what each would take, and what it is told.
+BOMBS = {
+    "nested loops": (
+        "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}"
+        "{% endfor %}{% endfor %}",
+        "works for over 2 s",
+    ),
+    "one range, nested": (
+        "{% set r = range(9999) %}{% for a in r %}{% for b in r %}{% for c in r %}{% endfor %}{% endfor %}{% endfor %}",
+        "works for over 2 s",
+    ),
+    "macros that call each other": (
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "works for over 2 s",
+    ),
+    "streams of streams": (
+        "{% set r = range(9999) %}{% for a in r %}{% for b in r %}{{ r|select('odd')|sum }}{% endfor %}{% endfor %}",
+        "works for over 2 s",
+    ),
+    "searching": (
+        "{% set s = 'ab' * 400000 %}{% for a in range(9999) %}{% for b in range(9999) %}{% if 'bba' in s %}"
+        "{% endif %}{% endfor %}{% endfor %}",
+        "works for over 2 s",
+    ),
+    "a macro without end": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+    "loops in loops without end": ("{% for a in [1] recursive %}{{ loop([1]) }}{% endfor %}", "RecursionError"),
+    "a text times a number": ("{{ 'x' * 1000000000 }}", "1,000,000,000 characters"),
+    "a number times a text": ("{{ 1000000000 * 'x' }}", "1,000,000,000 characters"),
+    "a list times a number": ("{{ ([0] * 100000000)|length }}", "characters or more"),
+    "doubling by +": (DOUBLED.format(start="'ab'", twice="ns.x + ns.x"), "characters or more"),
+    "doubling by ~": (DOUBLED.format(start="'ab'", twice="ns.x ~ ns.x"), "characters or more"),
+    "doubling by join": (DOUBLED.format(start="'ab'", twice="[ns.x, ns.x]|join"), "characters or more"),
+    "doubling by replace": (DOUBLED.format(start="'ab'", twice="ns.x.replace('a', ns.x)"), "characters or more"),
+    "doubling lists": (DOUBLED.format(start="[1]", twice="[ns.x, ns.x]"), "characters or more"),
+    "doubling dictionaries": (DOUBLED.format(start="{}", twice="{'a': ns.x, 'b': ns.x}"), "characters or more"),
+    "doubling blocks": (
+        "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set b %}{{ ns.x }}{{ ns.x }}{% endset %}"
+        "{% set ns.x = b %}{% endfor %}",
+        "characters or more",
+    ),
+    "squaring": (DOUBLED.format(start="9", twice="ns.x * ns.x"), "bits"),
+    "a power": ("{{ 10 ** 1000000000 }}", "bits"),
+    "width by a filter": ("{{ 'x'|center(1000000000) }}", "1e+09"),
+    "width by a method": ("{{ 'x'.ljust(1000000000) }}", "1e+09"),
+    "width in a percent format": ("{{ '%1000000000d' % 1 }}", "1e+09"),
+    "width in a format filter": ("{{ '%1000000000d'|format(1) }}", "1e+09"),
+    "width in a format method": ("{{ '{:1000000000}'.format(1) }}", "1e+09"),
+    "width as an argument of a percent format": ("{{ '%*d' % (1000000000, 1) }}", "widths are arguments"),
+    "width as an argument of a format": ("{{ '{:{}}'.format(1, 1000000000) }}", "widths are arguments"),
+    "a long text in many fields": (LONG + "{{ ('{0}' * 10000).format(s) }}", "characters or more"),
+    "digits": ("{{ 1.5|round(1000000000) }}", "1e+09"),
+    "bytes of a number": ("{{ (1).to_bytes(1000000000, 'big') }}", "1e+09"),
+    "replacing by a filter": (LONG + "{{ s|replace('x', s) }}", "characters or more"),
+    "replacing in a stream": (LONG + "{{ [s]|map('replace', 'x', s)|list }}", "characters or more"),
+    "joining": (LONG + "{{ range(9999)|join(s) }}", "characters or more"),
+    "joining by a method": (LONG + "{{ s.join(range(9999)|map('string')) }}", "characters or more"),
+    "tabs": ("{{ ('\t' * 1000000).expandtabs(9999) }}", "characters or more"),
+    "indents": ("{{ ('\n' * 1000000)|indent(9999, true, true) }}", "characters or more"),
+    "translation": ("{{ 'aaaa'.translate({97: 'x' * 1000000}) }}", "translate"),
+    "separators": (LONG + "{{ ([1] * 9000)|tojson(separators=(s, s)) }}", "characters or more"),
+    "many cells": ("{{ [1]|batch(1000000000, 'x')|list }}", "1e+09"),
+    "many long texts": (
+        "{% set ns = namespace() %}" + "".join(f"{{% set ns.a{i} = 'x' * {1000000 + i} %}}" for i in range(999)),
+        "67,108,864 characters in all",
+    ),
+    "many long slices": (LONG + "{% set a = [" + "s[1:]," * 3000 + "] %}", "67,108,864 characters in all"),
+    "lists printed": (
+        "{% set d = [1] * 9000 %}{% for a in range(9999) %}{% for b in range(9999) %}{{ d }}{% endfor %}{% endfor %}",
+        "characters",
+    ),
+    "lorem ipsum": ("{{ lipsum(1000000) }}", "undefined"),
+    "a long complaint": ("{{ raise_exception('no ' * 300000) }}", "no no"),
+}
+ESCAPES = {
+    "classes": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "globals": "{{ cycler.__init__.__globals__.os.system('touch CANARY') }}",
+    "a format": "{{ '{0.__class__.__init__.__globals__}'.format(namespace) }}",
+    "a format in a map": "{{ ['{0.__class__}'.format]|map('call', namespace)|list }}",
+    "a namespace": "{{ namespace.__init__.__globals__.sys.modules }}",
+    "the messages": "{{ messages.append({'role': 'user', 'content': 'x'}) }}",
+    "a message": "{{ messages[0].update({'content': 'x'}) }}",
+    "a file": "{% include 'CANARY' %}",
+    "a module": "{% import 'os' as os %}{{ os.system('touch CANARY') }}",
+    "a base": "{% extends 'CANARY' %}",
+    "our own filter": "{{ messages|molora_keep|attr('__class__')|attr('__mro__')|first }}{{ 1 / 0 }}",
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_template_takes_neither_the_machine_nor_the_day(bomb: str) -> None:
+    template, says = BOMBS[bomb]
+    with pytest.raises(ValueError) as refused:
+        render(template, HELLO, True, {})
+    assert says in str(refused.value) and len(str(refused.value)) < 500
+
+
+@pytest.mark.parametrize("escape", ESCAPES)
+def test_a_template_does_not_leave_its_sandbox(escape: str, canary: Path) -> None:
+    with pytest.raises(ValueError):
+        render(ESCAPES[escape].replace("CANARY", str(canary)), HELLO, True, {})
+    assert HELLO == [{"role": "user", "content": "hello"}]
