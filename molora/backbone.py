@@ -250,6 +250,13 @@ def decoder(model: PreTrainedModel) -> nn.Module:
     return found if found is not model else model.get_submodule("model")
 
 
+def stock_attention(model: PreTrainedModel) -> str:
+    """The attention of transformers that computes all of a model: scores in full are gigabytes for a long sample, but
+    only eager attention knows caps and sinks."""
+    capped = getattr(model.config, "attn_logit_softcapping", None)
+    return "sdpa" if model._supports_sdpa and not capped else "eager"
+
+
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
@@ -409,9 +416,7 @@ def _run_stock(model: PreTrainedModel) -> _Stock:
 
     head: Any = model.get_output_embeddings()
     head_hook = head.register_forward_pre_hook(keep_last)
-    # Scores in full are gigabytes for the longest sample, but only eager attention knows caps and sinks.
-    capped = getattr(model.config, "attn_logit_softcapping", None)
-    model.set_attn_implementation("sdpa" if model._supports_sdpa and not capped else "eager")
+    model.set_attn_implementation(stock_attention(model))
     choices = Choices(model)
     with choices.keeping():
         logits = [model(input_ids=ids[None], use_cache=False).logits[0] for ids in samples]

@@ -1,0 +1,108 @@
+"""Rounding: a half-precision model run in fp32, and how far its own results move in half precision.
+
+Letters: T tokens of a sample, D backbone width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from molora.backbone import decoder_layers
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How far the stock model's results on some samples differ from its own: in a batch of another shape (beside a
+    padded row), and from its own in fp32."""
+
+    shape: float
+    fp32: float
+
+    @property
+    def most(self) -> float:
+        """How far two ways of computing one result may differ: each is as far from the exact one as the stock model."""
+        return max(self.shape, 2 * self.fp32)
+
+
+def difference(ours: Tensor, reference: Tensor) -> float:
+    """max |Δ| / max(1, max |reference|), the measure of the promises."""
+    return float((ours - reference).abs().max() / reference.abs().max().clamp(min=1.0))
+
+
+@torch.no_grad()
+def measure(stock: PreTrainedModel, samples: Iterable[Tensor]) -> Rounding:
+    """How far the results of a half-precision causal LM move on samples, each given by its embeddings (T, D)."""
+    found = [_measure(stock, embeds_TD) for embeds_TD in samples]
+    return Rounding(max(rounding.shape for rounding in found), max(rounding.fp32 for rounding in found))
+
+
+def _measure(stock: Any, embeds_TD: Tensor) -> Rounding:
+    alone_TV = stock(inputs_embeds=embeds_TD[None]).logits[0]
+    # A sample of half the length, padded to the same one: a longer row could change dynamic rotary frequencies.
+    half = max(1, len(embeds_TD) // 2)
+    shorter_TD = embeds_TD.clone()
+    shorter_TD[half:] = 0
+    mask = torch.ones(2, len(embeds_TD), dtype=torch.long, device=embeds_TD.device)
+    mask[1, half:] = 0
+    beside_TV = stock(inputs_embeds=torch.stack([embeds_TD, shorter_TD]), attention_mask=mask).logits[0]
+    with in_fp32(stock):
+        exact_TV = stock(inputs_embeds=embeds_TD.float()[None]).logits[0]
+    return Rounding(difference(beside_TV, alone_TV), difference(alone_TV, exact_TV))
+
+
+@contextmanager
+def in_fp32(model: PreTrainedModel) -> Iterator[None]:
+    """Lets a half-precision causal LM compute in fp32: each decoder layer is cast while it runs, the rest throughout.
+
+    So it takes the largest layer, embeddings and head in fp32, and no second model. Afterwards every tensor is the very
+    one that it was.
+    """
+    undo: dict[nn.Module, Callable[[], None]] = {}
+
+    def before(layer: nn.Module, args: Any) -> None:
+        undo[layer] = _cast(_tensors(layer))
+
+    def after(layer: nn.Module, args: Any, output: Any) -> None:
+        undo.pop(layer)()
+
+    layers = decoder_layers(model)
+    hooks = [layer.register_forward_pre_hook(before) for layer in layers]
+    hooks += [layer.register_forward_hook(after, always_call=True) for layer in layers]
+    undo_rest = _cast(_outside(model))
+    try:
+        yield
+    finally:
+        undo_rest()
+        for hook in hooks:
+            hook.remove()
+
+
+def _outside(model: nn.Module) -> list[Tensor]:
+    inside = {id(tensor) for layer in decoder_layers(model) for tensor in _tensors(layer)}  # pyright: ignore[reportArgumentType]
+    return [tensor for tensor in _tensors(model) if id(tensor) not in inside]
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _cast(tensors: Iterable[Tensor]) -> Callable[[], None]:
+    """Makes half-precision tensors fp32 in place; returns what makes them as they were."""
+    kept = [(tensor, tensor.data) for tensor in tensors if tensor.dtype in HALF]
+    for tensor, data in kept:
+        tensor.data = data.float()
+
+    def undo() -> None:
+        for tensor, data in kept:
+            tensor.data = data
+
+    return undo
