@@ -297,7 +297,7 @@ def test_a_failing_forward_leaves_no_layer_in_fp32() -> None:
 def test_an_fp32_model_moves_less_than_is_allowed_and_a_bfloat16_one_more() -> None:
     moved = {}
     for dtype in (torch.float32, torch.bfloat16):
-        model = tiny_model("llama").to(dtype)
+        model: Any = tiny_model("llama").to(dtype=dtype)  # pyright: ignore[reportCallIssue]
         model.set_attn_implementation("sdpa")
         embeds = [model.get_input_embeddings()(torch.arange(count)) for count in (1, 7, 40)]
         moved[dtype] = measure(model, embeds)
