@@ -5,9 +5,7 @@ Because the order needs no state, training resumes anywhere and any rank or work
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,11 +14,17 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from molora.config import ConfigError, build, require
-from molora.messages import from_llava, from_openai, from_sharegpt
+from molora.messages import conversation, rooted
+from molora.modality import MediaError
 from molora.pack import Sample
 from molora.plugins import resolve
 from molora.processor import Processor, SampleTooLong
+from molora.routing import RoutingError
+from molora.rows import JsonRows
 from molora.seeding import seed_of
+from molora.table import row_id
+
+_MAX_WEIGHT = 1e9
 
 
 class Source(Protocol):
@@ -44,165 +48,51 @@ class SourceConfig:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        require(self, 0, "weight")
         require(self, 1, "limit")
+        if not 0 < self.weight <= _MAX_WEIGHT:
+            raise ConfigError(
+                f"weight is {self.weight}; give a share above 0, up to {_MAX_WEIGHT:g}, or take the source out"
+            )
 
 
 @dataclass(kw_only=True)
 class MessagesConfig:
-    """A JSONL file of conversations in any format `molora.messages` reads; media paths are relative to `media_root`,
-    by default the file's own folder."""
+    """Conversations in any format that `molora.messages` reads: a file of JSON, one object a line or all in one list,
+    also gzipped. Media paths are relative to the file's own folder, or to `media_root`, which no path may leave."""
 
     path: str
     media_root: str | None = None
 
 
 class Messages:
-    """Conversations from a JSONL file, read by offset so that the file need not fit in memory."""
+    """Conversations from a file, read by offset so that the file need not fit in memory."""
 
     config_type = MessagesConfig
 
     def __init__(self, config: MessagesConfig) -> None:
-        self.path = Path(config.path)
-        if not self.path.is_file():
-            raise ConfigError(f"data source {self.path}: no such file")
-        self.media_root = Path(config.media_root) if config.media_root else self.path.parent
-        self.offsets: list[int] = []
-        with open(self.path, "rb") as file:
-            offset = 0
-            for line in file:
-                if line.strip():
-                    self.offsets.append(offset)
-                offset += len(line)
-        if not self.offsets:
-            raise ConfigError(f"data source {self.path}: no rows")
-
-    def __len__(self) -> int:
-        return len(self.offsets)
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        where = f"{self.path}, row {row + 1}"
-        with open(self.path, "rb") as file:
-            file.seek(self.offsets[row])
-            line = file.readline()
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where}: not valid JSON ({error})") from error
-        messages = _rooted(conversation(value, where), self.media_root)
-        return {"id": str(value.get("id", row)), "messages": messages, "tags": value.get("tags", [])}
-
-
-def conversation(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
-    """A row's messages, whichever format it is in: messages, OpenAI's, ShareGPT's or LLaVA's. Raises ValueError."""
-    if not isinstance(row, Mapping):
-        raise ValueError(f"{where}: expected an object, found {type(row).__name__}")
-    if any(key in row for key in ("images", "audios", "videos")):
-        return from_sharegpt(row, where)
-    if "conversations" in row:
-        return from_llava(row, where)
-    if "messages" in row:
-        return from_openai(row["messages"], where)
-    raise ValueError(f"{where}: neither 'messages' nor 'conversations' among its keys {sorted(row)}")
-
-
-@dataclass(kw_only=True)
-class TableConfig:
-    """A table of one-turn conversations: a parquet, CSV, TSV or JSONL file, or a dataset of the hub.
-
-    `media` maps a part type to the column that holds it (a path, or what `datasets` stores); `prompt` and `answer` are
-    templates over columns, such as "{question}". Relative paths start from `media_root`, by default the file's own
-    folder. `subset`, `split` and `revision` are a dataset's of the hub.
-    """
-
-    path: str
-    prompt: str
-    answer: str
-    media: dict[str, str] = field(default_factory=dict)
-    subset: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    media_root: str | None = None
-
-
-# How `datasets` reads a file. Cells of text are taken at their word: `null` and `NA` are words, and empty is empty.
-_LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "parquet": ("parquet", {}),
-    "csv": ("csv", {"na_filter": False}),
-    # As Common Voice and CoVoST are written: no quotes, and a backslash before a tab that is no border.
-    "tsv": ("csv", {"na_filter": False, "sep": "\t", "quoting": csv.QUOTE_NONE, "escapechar": "\\"}),
-    "jsonl": ("json", {}),
-    "json": ("json", {}),
-}
-
-
-class Table:
-    """Rows of a table as conversations. Needs the `datasets` extra."""
-
-    config_type = TableConfig
-
-    def __init__(self, config: TableConfig) -> None:
-        try:
-            import datasets
-        except ImportError as error:
-            raise ImportError("data source kind 'table' needs datasets: pip install 'molora[datasets]'") from error
-        self.config = config
-        suffix = Path(config.path).suffix.lstrip(".")
-        if suffix in _LOADERS:
-            if not Path(config.path).is_file():
-                raise ConfigError(f"data source {config.path}: no such file")
-            loader, options = _LOADERS[suffix]
-            rows = datasets.load_dataset(loader, data_files={"train": config.path}, split="train", **options)
-        else:
-            rows = datasets.load_dataset(config.path, config.subset, split=config.split, revision=config.revision)
-        # Media are decoded by the modality, not by datasets.
-        for column in config.media.values():
-            if column not in rows.column_names:
-                raise ConfigError(f"data source {config.path}: no column {column!r}; columns are {rows.column_names}")
-            if hasattr(rows.features[column], "decode"):
-                rows = rows.cast_column(column, type(rows.features[column])(decode=False))
-        for key, template in (("prompt", config.prompt), ("answer", config.answer)):
-            if template in rows.column_names:
-                raise ConfigError(
-                    f"data source {config.path}: {key} is the text {template!r} in every row, and not what the column "
-                    f"of that name holds; did you mean '{{{template}}}'?"
-                )
-        self.rows = rows
-        self.media_root = Path(config.media_root) if config.media_root else Path(config.path).parent
+        self.rows = JsonRows(Path(config.path), numbers_as_text=False)
+        self.media_root = Path(config.media_root).expanduser() if config.media_root else None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        values = self.rows[row]
-        content: list[dict[str, Any]] = []
-        for part_type, column in self.config.media.items():
-            media = values[column]
-            if isinstance(media, Mapping):
-                media = {key: media[key] for key in ("bytes", "path") if media.get(key) is not None}
-                content.append({"type": part_type, **dict(list(media.items())[:1])})
-            else:
-                content.append({"type": part_type, "bytes" if isinstance(media, bytes) else "path": media})
-        try:
-            content.append({"type": "text", "text": self.config.prompt.format(**values)})
-            answer = self.config.answer.format(**values)
-        except KeyError as error:
-            raise ConfigError(
-                f"data source {self.config.path}: no column {error}; columns are {list(values)}"
-            ) from error
-        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
-        return {"id": str(values.get("id", row)), "messages": _rooted(messages, self.media_root), "tags": []}
+        where = self.rows.where(row)
+        value = self.rows[row]
+        messages = conversation(value, where)
+        return {
+            "id": row_id(value.get("id"), row, where),
+            "messages": rooted(messages, self.rows.path.absolute().parent, self.media_root, where),
+            "tags": _tags(value.get("tags"), where),
+        }
 
 
-def _rooted(messages: list[dict[str, Any]], root: Path) -> list[dict[str, Any]]:
-    """Resolves relative media paths against `root`."""
-    for message in messages:
-        if isinstance(message["content"], list):
-            message["content"] = [
-                {**part, "path": str(root / part["path"])} if isinstance(part.get("path"), str) else part
-                for part in message["content"]
-            ]
-    return messages
+def _tags(value: Any, where: str) -> list[str]:
+    """The names that a row is counted under: a list of texts, one text, or null. Raises ValueError."""
+    tags = [value] if isinstance(value, str) else value or []
+    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+        raise ValueError(f"{where}: tags: expected a list of texts, or one text, got {value!r:.80}")
+    return [tag for tag in dict.fromkeys(tags) if tag]
 
 
 def open_source(config: SourceConfig, where: str) -> Source:
@@ -299,7 +189,15 @@ class EncodedSamples(Dataset[Sample | Skipped]):
 
     def __getitem__(self, k: int) -> Sample | Skipped:
         source, row, epoch = self.order[k]
-        example = self.sources[source][row]
+        where = f"data source {self.names[source]!r}, row {row + 1}"
+        try:
+            example = self.sources[source][row]
+        except self.skips as error:
+            return Skipped(f"{self.names[source]}/row {row + 1}@{epoch}", str(error))
+        except ValueError:
+            raise  # it says in which file
+        except Exception as error:  # a plugin's source can fail in any way
+            raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
         id = f"{self.names[source]}/{example['id']}@{epoch}"
         try:
             sample = self.processor.encode(example["messages"], id, seed=seed_of(self.seed, id))
@@ -312,7 +210,8 @@ class EncodedSamples(Dataset[Sample | Skipped]):
         except self.skips as error:
             return Skipped(id, str(error))
         except ValueError as error:
-            raise type(error)(f"data source {self.names[source]!r}, row {row + 1}: {error}") from error
+            kind = type(error) if type(error) in (MediaError, SampleTooLong, RoutingError) else ValueError
+            raise kind(f"{where}: {error}") from error
 
 
 class _Steps:
@@ -330,14 +229,32 @@ class _Steps:
         return self.steps - self.first_step
 
 
+class _Caught(Dataset[Any]):
+    """Samples, and errors in the place of those that cannot be had: a worker that raises one adds its traceback."""
+
+    def __init__(self, samples: EncodedSamples) -> None:
+        self.samples = samples
+
+    def __getitem__(self, k: int) -> Sample | Skipped | ValueError:
+        try:
+            return self.samples[k]
+        except ValueError as error:
+            return error
+
+
 def step_loader(
     dataset: EncodedSamples, *, first_step: int, steps: int, samples_per_step: int, rank: int, ranks: int, workers: int
-) -> Iterable[list[Sample | Skipped]]:
-    """Yields this rank's samples of each step from `first_step` on."""
-    return DataLoader(
-        dataset,
+) -> Iterator[list[Sample | Skipped]]:
+    """Yields this rank's samples of each step from `first_step` on. Raises ValueError."""
+    loader = DataLoader(
+        _Caught(dataset),
         batch_sampler=_Steps(first_step, steps, samples_per_step, rank, ranks),
         collate_fn=list,
         num_workers=workers,
         prefetch_factor=2 if workers else None,
     )
+    for samples in loader:
+        for sample in samples:
+            if isinstance(sample, ValueError):
+                raise sample
+        yield samples

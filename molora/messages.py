@@ -6,51 +6,78 @@ parts: {"type": "text", "text": ...} or media, such as {"type": "image", "path":
 
 from __future__ import annotations
 
+import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
+
+from molora.modality import MediaError
 
 Message = Mapping[str, Any]
 Part = Mapping[str, Any]
 
 ROLES = ("system", "user", "assistant")
 
-_SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _MARKED_TYPES = ("image", "audio", "video")
+_MEDIA_COLUMNS = tuple(f"{kind}{ending}" for kind in _MARKED_TYPES for ending in ("", "s"))
+
+# Other trainers' words for `train`.
+_TRAIN_WORDS = ("train", "training", "loss", "weight")
+
+# Columns beside the turns that say what else is told or learned. Other columns are about the row, not of it.
+_UNREAD = ("tools", "functions", "chosen", "rejected", "rejected_response", "completion", "system_prompt")
+_UNREAD_MEDIA = re.compile("(image|img|audio|wav|video)s?(_?(path|file|file_?name|url|uri|bytes|base64|data|list)s?)?")
+
+# How the base64 text of a png, jpeg, gif, riff (webp, wav), flac, ogg, mp3 or heif file begins.
+_BASE64_STARTS = ("iVBORw0KGg", "/9j/", "R0lGOD", "UklGR", "ZkxhQ", "T2dnUw", "SUQz", "AAAAGGZ0eX", "AAAAHGZ0eX")
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}[=\s]*")
+_LONGEST_PATH = 4096
 
 
-def check(messages: Sequence[Message], part_types: Mapping[str, str], where: str) -> None:
-    """Raises ValueError unless `messages` is a conversation whose parts `part_types` (type -> modality) can serve."""
+def check(messages: Sequence[Message], part_types: Mapping[str, str] | None, where: str) -> None:
+    """Raises ValueError unless `messages` is a conversation whose parts `part_types` (type -> modality) can serve; any
+    type if None."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError(f"{where}: expected a list of at least one message, got {messages!r:.80}")
     for i, message in enumerate(messages):
         here = f"{where}: message {i}"
         if not isinstance(message, Mapping):
             raise ValueError(f"{here}: expected a mapping with role and content, got {message!r:.80}")
-        surplus = sorted(k for k, v in message.items() if k not in ("role", "content", "train") and v is not None)
+        surplus = sorted(str(k) for k, v in message.items() if k not in ("role", "content", "train") and v is not None)
         if surplus:
             raise ValueError(f"{here}: has {', '.join(surplus)}; a message has role, content and train, nothing else")
-        if message.get("role") not in ROLES:
-            raise ValueError(f"{here}: role {message.get('role')!r} is none of {', '.join(ROLES)}")
+        role = message.get("role")
+        if role not in ROLES:
+            raise ValueError(f"{here}: role {role!r:.80} is none of {', '.join(ROLES)}")
         if not isinstance(message.get("train"), (bool, type(None))):
-            raise ValueError(f"{here}: train: expected true or false, got {message['train']!r}")
+            raise ValueError(f"{here}: train: expected true or false, got {message['train']!r:.80}")
+        if message.get("train") and role != "assistant":
+            raise ValueError(f"{here}: train: only what an assistant says is learned, and this is the {role}'s turn")
         if not isinstance(message.get("content"), (str, list, tuple)):
             raise ValueError(f"{here}: content: expected text or a list of parts, got {message.get('content')!r:.80}")
         for j, part in enumerate(parts(message)):
             _check_part(part, part_types, f"{here}, part {j}")
 
 
-def _check_part(part: Part, part_types: Mapping[str, str], here: str) -> None:
+def _check_part(part: Part, part_types: Mapping[str, str] | None, here: str) -> None:
     if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
         raise ValueError(f"{here}: expected a mapping with a type, got {part!r:.80}")
     if part["type"] == "text":
         if not isinstance(part.get("text"), str):
             raise ValueError(f"{here}: text: expected text, got {part.get('text')!r:.80}")
-    elif part["type"] not in part_types:
+        if surplus := sorted(str(k) for k, v in part.items() if k not in ("type", "text") and v is not None):
+            raise ValueError(f"{here}: a text part has text and nothing else; it has {', '.join(surplus)}")
+    elif part_types is not None and part["type"] not in part_types:
         there = ", ".join(f"{kind} ({modality})" for kind, modality in part_types.items())
         raise ValueError(
-            f"{here}: no modality answers to parts of type {part['type']!r}; there are text{there and ', '}{there}"
+            f"{here}: no modality answers to parts of type {part['type']!r:.80}; there are text{there and ', '}{there}"
         )
+    elif part.get("text") is not None:
+        raise ValueError(f"{here}: a part of type {part['type']!r:.80} has no text; write a text part beside it")
 
 
 def parts(message: Message) -> Sequence[Part]:
@@ -67,112 +94,255 @@ def media_parts(messages: Sequence[Message]) -> Iterator[tuple[str, Part]]:
                 yield f"message {i}, part {j} ({part['type']})", part
 
 
-def from_llava(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
-    """Messages of a LLaVA row: `conversations` of from/value, `<image>` markers, and `image`, one or a list.
+def conversation(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    """A row's messages, whichever format it is in.
 
-    Raises: ValueError for an unknown speaker or when markers and media differ in number.
+    Turns are `messages` of role/content or `conversations` of from/value, and `system` may stand beside them. Parts are
+    those of Hugging Face or of OpenAI (`image_url`, `audio_url`, `video_url`, `input_audio`). Media may also stand in
+    columns: `image` or `images`, one or a list, and so for audio and video. Each takes the next place of its kind: a
+    part of nothing but its type, or a marker (`<image>`) in what a user says. A turn is not learned where `train`,
+    `training`, `loss` or `weight` is false or 0.
+
+    Raises: ValueError, beginning with `where`, for what is none of these, for columns that hold more of the
+    conversation than is read, and where places and media differ in number.
     """
-    return _from_marked(row.get("conversations"), row, "{}", where)
-
-
-def from_sharegpt(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
-    """Messages of a ShareGPT row: `conversations` of from/value or `messages` of role/content, with markers `<image>`,
-    `<audio>`, `<video>` and columns `images`, `audios`, `videos`.
-
-    Raises: ValueError for an unknown speaker or when markers and media differ in number.
-    """
-    turns = row["conversations"] if "conversations" in row else row.get("messages")
-    return _from_marked(turns, row, "{}s", where)
-
-
-def from_openai(messages: Sequence[Message], where: str) -> list[dict[str, Any]]:
-    """Messages of OpenAI's chat format: `image_url`, `audio_url`, `video_url` and `input_audio` parts.
-
-    Raises: ValueError for a media part without its media.
-    """
-    return [
-        {
-            **message,
-            "content": [_from_openai_part(part, f"{where}: message {i}, part {j}") for j, part in enumerate(content)],
-        }
-        if isinstance(content := message.get("content"), (list, tuple))
-        else dict(message)
-        for i, message in enumerate(messages)
-    ]
-
-
-def media(kind: str, value: Any) -> dict[str, Any]:
-    """A content part from what a dataset column or a URL field holds: a path, a URL, a data URI, bytes, a mapping of
-    these (as undecoded Hugging Face columns have), or an object such as a PIL image or an array."""
-    if isinstance(value, Mapping):
-        given = {key: item for key, item in value.items() if item is not None}
-        if "bytes" in given or "array" in given:
-            given.pop("path", None)  # only the name that the file once had
-        return {"type": kind, **given}
-    if isinstance(value, (bytes, bytearray)):
-        return {"type": kind, "bytes": bytes(value)}
-    if not isinstance(value, str):
-        return {"type": kind, kind: value}
-    if value.startswith("data:"):
-        return {"type": kind, "base64": value.partition(",")[2]}
-    if value.startswith(("http://", "https://")):
-        return {"type": kind, "url": value}
-    return {"type": kind, "path": value.removeprefix("file://")}
-
-
-def _from_marked(turns: Any, row: Mapping[str, Any], column: str, where: str) -> list[dict[str, Any]]:
-    """Turns whose user text holds markers, each replaced by the next medium of its kind; `column` names the columns."""
-    if not isinstance(turns, Sequence) or not turns:
-        raise ValueError(f"{where}: expected a list of at least one turn, got {turns!r:.80}")
-    waiting = {kind: _as_list(row.get(column.format(kind))) for kind in _MARKED_TYPES}
-    given = {kind: len(media) for kind, media in waiting.items()}
-    found = dict.fromkeys(_MARKED_TYPES, 0)
-    messages = []
-    for i, turn in enumerate(turns):
-        speaker = turn.get("from", turn.get("role"))
-        if speaker not in _SHAREGPT_ROLES:
-            raise ValueError(f"{where}: turn {i}: {speaker!r} is none of {', '.join(_SHAREGPT_ROLES)}")
-        text = turn.get("value", turn.get("content"))
-        if not isinstance(text, str):
-            raise ValueError(f"{where}: turn {i}: expected text, got {text!r:.80}")
-        role = _SHAREGPT_ROLES[speaker]
-        content: list[dict[str, Any]] = []
-        # Only users show media; an answer that writes `<image>` means the word.
-        for piece in re.split("(<image>|<audio>|<video>)", text) if role == "user" else [text]:
-            kind = piece[1:-1]
-            if role == "user" and kind in found:
-                found[kind] += 1
-                if waiting[kind]:
-                    content.append(media(kind, waiting[kind].pop(0)))
-            elif piece:
-                content.append({"type": "text", "text": piece})
-        messages.append(
-            {"role": role, "content": text if content in ([], [{"type": "text", "text": text}]) else content}
-        )
-    for kind in _MARKED_TYPES:
-        if found[kind] != given[kind]:
-            raise ValueError(
-                f"{where}: {found[kind]} <{kind}> markers but {given[kind]} media in {column.format(kind)!r};"
-                " each medium needs one marker in a user turn"
-            )
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{where}: expected an object, found {type(row).__name__}")
+    given = {key: value for key, value in row.items() if value is not None}
+    if not ({"messages", "conversations"} & given.keys()):
+        raise ValueError(f"{where}: neither 'messages' nor 'conversations' among its keys {sorted(map(str, row))}")
+    if {"messages", "conversations"} <= given.keys():
+        raise ValueError(f"{where}: has both 'messages' and 'conversations'; leave one out")
+    key = "messages" if "messages" in given else "conversations"
+    turns = given[key]
+    if not isinstance(turns, (list, tuple)) or not turns:
+        raise ValueError(f"{where}: {key}: expected a list of at least one turn, got {turns!r:.80}")
+    places = _Places(row, given, where)
+    marks = _MARKED_TYPES if key == "conversations" else tuple(places.columns)
+    messages = [_message(turn, places, marks, f"{where}: message {i}") for i, turn in enumerate(turns)]
+    if system := given.get("system"):
+        if not isinstance(system, str):
+            raise ValueError(f"{where}: system: expected text, got {system!r:.80}")
+        if messages[0]["role"] == "system":
+            raise ValueError(f"{where}: has a column 'system' and begins with a system message; leave one out")
+        messages.insert(0, {"role": "system", "content": system})
+    check(messages, None, where)
+    places.check_filled()
+    _check_unread(given, bool(list(media_parts(messages))), where)
     return messages
 
 
-def _as_list(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+class _Places:
+    """The media columns of a row, which fill the places in its turns one after the other."""
+
+    def __init__(self, row: Mapping[str, Any], given: Mapping[str, Any], where: str) -> None:
+        self.where = where
+        self.columns: dict[str, str] = {}
+        self.waiting: dict[str, list[dict[str, Any]]] = {kind: [] for kind in _MARKED_TYPES}
+        for kind in _MARKED_TYPES:
+            there = [column for column in (kind, f"{kind}s") if column in row]
+            filled = [column for column in there if column in given]
+            if len(filled) > 1:
+                raise ValueError(f"{where}: has both {filled[0]!r} and {filled[1]!r}; leave one out")
+            if there:
+                self.columns[kind] = (filled or there)[0]
+                self.waiting[kind] = media_list(kind, given.get(self.columns[kind]))
+        self.num_given = {kind: len(media) for kind, media in self.waiting.items()}
+        self.num_places: Counter[str] = Counter()
+
+    def fill(self, kind: str) -> list[dict[str, Any]]:
+        """The next medium of a kind; none if there are more places than media, which `check_filled` reports."""
+        self.num_places[kind] += 1
+        return [self.waiting[kind].pop(0)] if self.waiting[kind] else []
+
+    def check_filled(self) -> None:
+        for kind, num_given in self.num_given.items():
+            if self.num_places[kind] != num_given:
+                raise ValueError(
+                    f"{self.where}: {self.num_places[kind]} places for media of type {kind} but {num_given} media "
+                    f"in {self.columns.get(kind, f'{kind}s')!r}; each medium needs one place, <{kind}> in a user's text"
+                    f' or a part {{"type": "{kind}"}}'
+                )
 
 
-def _from_openai_part(part: Part, where: str) -> Part:
-    kind = part.get("type", "")
+def _message(turn: Any, places: _Places, marks: Sequence[str], where: str) -> dict[str, Any]:
+    if not isinstance(turn, Mapping):
+        raise ValueError(f"{where}: expected a mapping with role and content, got {turn!r:.80}")
+    given = {key: value for key, value in turn.items() if value is not None}
+    speaker, content = _one_of(given, ("role", "from"), where), _one_of(given, ("content", "value"), where)
+    if not isinstance(speaker, str) or speaker not in _SPEAKERS:
+        raise ValueError(f"{where}: role {speaker!r:.80} is none of {', '.join(_SPEAKERS)}")
+    role = _SPEAKERS[speaker]
+    if isinstance(content, str):
+        # Only users show media; an answer that writes `<image>` means the word.
+        pieces = _filled(content, places, marks if role == "user" else ())
+        content = content if all(piece["type"] == "text" for piece in pieces) else pieces
+    elif isinstance(content, (list, tuple)):
+        content = [
+            piece
+            for j, part in enumerate(content)
+            for piece in _filled_part(part, places, role == "user", f"{where}, part {j}")
+        ]
+    return {"role": role, "content": content, **_train(given, where), **given}
+
+
+def _one_of(given: dict[str, Any], keys: tuple[str, str], where: str) -> Any:
+    """Takes out the value of the one key that is there."""
+    there = [key for key in keys if key in given]
+    if len(there) != 1:
+        has = " and ".join(there) or f"neither; its keys are {sorted(map(str, given))}"
+        raise ValueError(f"{where}: expected {keys[0]!r} or {keys[1]!r}, found {has}")
+    return given.pop(there[0])
+
+
+def _train(given: dict[str, Any], where: str) -> dict[str, bool]:
+    """Takes out whether a turn is learned, if it says so."""
+    said = {key: given.pop(key) for key in _TRAIN_WORDS if key in given}
+    for key, value in said.items():
+        if value not in (0, 1):
+            raise ValueError(f"{where}: {key}: {value!r:.80}; a turn is learned (true, 1) or not (false, 0)")
+    trained = {bool(value) for value in said.values()}
+    if len(trained) > 1:
+        raise ValueError(f"{where}: {' and '.join(said)} contradict each other: {list(said.values())}")
+    return {"train": trained.pop()} if trained else {}
+
+
+def _filled_part(part: Any, places: _Places, is_user: bool, where: str) -> Sequence[Any]:
+    """A part as one of Hugging Face's, with media from a column in it if it is a place."""
+    if not isinstance(part, Mapping):
+        return [part]  # for `check` to refuse
+    part = {key: value for key, value in part.items() if value is not None}
+    kind = part.get("type")
+    if kind in _MARKED_TYPES and len(part) == 1:
+        return places.fill(kind)
+    if kind == "text" and isinstance(part.get("text"), str) and len(part) == 2 and is_user:
+        return _filled(part["text"], places, [kind for kind, num_given in places.num_given.items() if num_given])
     if kind not in ("image_url", "audio_url", "video_url", "input_audio"):
-        return part
+        return [part]
     value = part.get(kind)
     field = "data" if kind == "input_audio" else "url"
     source = value.get(field) if isinstance(value, Mapping) else value
     if not isinstance(source, str):
         raise ValueError(f"{where}: {kind}.{field}: expected text, got {source!r:.80}")
-    if kind == "input_audio":
-        return {"type": "audio", "base64": source}
-    return media(kind.removesuffix("_url"), source)
+    return [{"type": "audio", "base64": source} if field == "data" else media(kind.removesuffix("_url"), source)]
+
+
+def _filled(text: str, places: _Places, marks: Sequence[str]) -> list[dict[str, Any]]:
+    """Text in parts, with the next medium of its kind for each marker of the kinds `marks`."""
+    if not marks:
+        return [{"type": "text", "text": text}]
+    content: list[dict[str, Any]] = []
+    for index, piece in enumerate(re.split(f"<({'|'.join(marks)})>", text)):
+        if index % 2:
+            content += places.fill(piece)
+        elif piece:
+            content.append({"type": "text", "text": piece})
+    return content
+
+
+def _check_unread(given: Mapping[str, Any], has_media: bool, where: str) -> None:
+    """Raises ValueError for a column that belongs to the conversation and is not read."""
+    for key, value in given.items():
+        if key in ("messages", "conversations", "system", *_MEDIA_COLUMNS) or not value:
+            continue
+        if key in _UNREAD or (isinstance(value, list) and isinstance(value[0], Mapping) and _is_turn(value[0])):
+            raise ValueError(
+                f"{where}: the column {key!r} would change what is told or learned, and is not read; take it out, or "
+                "put what it says into the messages"
+            )
+        if not has_media and _UNREAD_MEDIA.fullmatch(key) and not isinstance(value, (int, float)):
+            raise ValueError(
+                f"{where}: the column {key!r} is not read, and the conversation has no media; call it image, audio or "
+                "video, and write a place for it into the messages"
+            )
+
+
+def _is_turn(value: Mapping[str, Any]) -> bool:
+    return {"role", "content"} <= value.keys() or {"from", "value"} <= value.keys()
+
+
+def media_list(kind: str, value: Any) -> list[dict[str, Any]]:
+    """Parts from a column that holds one medium, a list of them, or nothing (null, or empty text)."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [media(kind, item) for item in values if item is not None and not (isinstance(item, str) and not item)]
+
+
+def media(kind: str, value: Any) -> dict[str, Any]:
+    """A content part from what a dataset column or a URL field holds: a path, a URL, a data URI, base64, bytes, a
+    mapping of these (as undecoded Hugging Face columns have), or an object such as a PIL image or an array.
+
+    Text is base64 if it begins as a picture or clip in base64 does, or is too long for a path, and has nothing else.
+    """
+    if isinstance(value, Mapping):
+        given = {key: item for key, item in value.items() if item is not None}
+        if "bytes" in given or "array" in given:
+            given.pop("path", None)  # only the name that the file once had
+        return {**given, "type": kind}
+    if isinstance(value, (bytes, bytearray)):
+        return {"type": kind, "bytes": bytes(value)}
+    if not isinstance(value, str):
+        return {"type": kind, kind: value}
+    scheme = value[:8].lower()
+    if scheme.startswith("data:"):
+        head, _, data = value.partition(",")
+        return {"type": kind, "base64": data} if head.endswith(";base64") else {"type": kind, "url": value}
+    if scheme.startswith(("http://", "https://")):
+        return {"type": kind, "url": value}
+    if (value.startswith(_BASE64_STARTS) or len(value) > _LONGEST_PATH) and _BASE64.fullmatch(value):
+        return {"type": kind, "base64": value}
+    return {"type": kind, "path": value}
+
+
+def rooted(messages: list[dict[str, Any]], folder: Path | None, bound: Path | None, where: str) -> list[dict[str, Any]]:
+    """Makes local paths of media absolute: `~` is the home folder, `file://` is taken off, and relative paths start
+    from `bound`, else from `folder`. Paths stand under `path`, or as text under the part's own type; `path` and `url`
+    may turn out to be the other.
+
+    Raises: MediaError for a path that leads out of `bound`, links followed, and for a relative one without a folder.
+    """
+    for i, message in enumerate(messages):
+        if isinstance(message["content"], list):
+            message["content"] = [
+                part
+                if part["type"] == "text"
+                else _rooted(part, folder, bound, f"{where}: message {i}, part {j} ({part['type']})")
+                for j, part in enumerate(message["content"])
+            ]
+    return messages
+
+
+def _rooted(part: dict[str, Any], folder: Path | None, bound: Path | None, where: str) -> dict[str, Any]:
+    for key in ("path", "url", part["type"]):
+        value = part.get(key)
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        if not isinstance(value, str):
+            continue
+        found = media(part["type"], value)
+        if "path" in found:
+            place = part["type"] if key == part["type"] else "path"
+            part = {name: item for name, item in part.items() if name != key}
+            part[place] = _local(found["path"], folder, bound, where)
+        elif key == "path":
+            part = {**{name: item for name, item in part.items() if name != key}, **found}
+    return part
+
+
+def _local(path: str, folder: Path | None, bound: Path | None, where: str) -> str:
+    given = path
+    if uri := re.fullmatch("file:(?://([^/]*))?(/.*)?", path, re.IGNORECASE | re.DOTALL):
+        if (uri[1] or "").lower() not in ("", "localhost") or not uri[2]:
+            raise MediaError(f"{where}: {given!r:.200} is no local file; write file:///folder/file, or a path")
+        path = unquote(uri[2], errors="surrogateescape")
+    path = os.path.expanduser(path)
+    start = bound or folder
+    if start is None and not os.path.isabs(path):
+        raise MediaError(f"{where}: {given!r:.200} is relative, and nothing says to what; give media_root")
+    path = os.path.join(start or "", path)
+    if bound is not None:
+        if "\0" in path:
+            raise MediaError(f"{where}: {given!r:.200} holds a NUL character")
+        path, root = os.path.realpath(path), os.path.realpath(bound)
+        if os.path.commonpath([path, root]) != root:
+            raise MediaError(f"{where}: {given!r:.200} leads out of media_root {bound}, to {path}")
+    return path

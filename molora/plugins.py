@@ -24,7 +24,7 @@ _GROUPS = {"modality": "molora.modalities", "router": "molora.routers", "source"
 
 _SOURCES = {
     "messages": "molora.data:Messages",
-    "table": "molora.data:Table",
+    "table": "molora.table:Table",
     "easy_vqa": "molora.easy_vqa:EasyVQA",
     "spoken_easy_vqa": "molora.easy_vqa:SpokenEasyVQA",
 }

@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[1]
 # A file may import files of its own tier and of those before it.
 TIERS = {
     "leaves": "config media modality plain_yaml plugins routing seeding storage terminal",
-    "parts": "attention cache data experts lora loss messages metrics pack processor projector prompt rotary speech "
-    "template tiny worker",
+    "parts": "attention cache data experts lora loss messages metrics pack processor projector prompt rotary rows "
+    "speech table template tiny worker",
     "backbone": "backbone",
     "model": "model",
     "assembly": "assembly",

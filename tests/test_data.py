@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from molora.config import ConfigError
-from molora.data import Order, SourceConfig, conversation, open_source
+from molora.data import Order, SourceConfig, open_source
+from molora.messages import conversation
 
 
 def test_every_row_comes_once_in_an_epoch_and_epochs_differ() -> None:

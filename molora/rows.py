@@ -1,0 +1,385 @@
+"""Rows of text files: CSV, TSV, JSON and JSON Lines. A cell is the text that stands in the file; no type is guessed.
+
+Rows are found once, by their offsets, so that a file need not fit in memory. Files are UTF-8. Those in UTF-16 (with its
+mark) and those that are gzipped are unpacked into memory.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import mmap
+import os
+import re
+import zlib
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from molora.config import ConfigError
+
+MAX_ROW_BYTES = 2**26
+MAX_UNPACKED_BYTES = 2**27
+MAX_DEPTH = 64
+
+_UTF8_MARK = b"\xef\xbb\xbf"
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+_GZIP = b"\x1f\x8b"
+
+# A string (to the end of the file if nothing closes it) or a bracket.
+_TOKENS = re.compile(rb'"(?>[^"\\]+|\\.)*+(?:"|\Z)|[\[\]{}]', re.DOTALL)
+_STRINGS = re.compile(r'"(?>[^"\\]+|\\.)*+"', re.DOTALL)
+_STEPS = {"[": 1, "{": 1, "]": -1, "}": -1}
+
+_Dialect = Callable[[Iterable[str]], Iterator[list[str]]]
+
+
+class _Bytes:
+    """What is read of one file, which may not change meanwhile, as the offsets of its rows would be wrong."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.expanduser()
+        if not self.path.is_file():
+            raise ConfigError(f"data source {path}: {'not a file' if self.path.exists() else 'no such file'}")
+        with open(self.path, "rb") as file:
+            head = file.read(3)
+            self.state = self._state(file)
+        self.unpacked: bytes | None = None
+        if head.startswith(_GZIP):
+            self.unpacked = self._gunzipped()
+            head = self.unpacked[:3]
+        if head.startswith(_UTF16_MARKS):
+            self.unpacked = self._from_utf16()
+            head = b""
+        self.start = len(_UTF8_MARK) if head == _UTF8_MARK else 0
+
+    def open(self) -> BinaryIO:
+        if self.unpacked is not None:
+            return io.BytesIO(self.unpacked)
+        file = open(self.path, "rb")  # noqa: SIM115 (the caller closes it)
+        if self._state(file) != self.state:
+            file.close()
+            raise ValueError(f"data source {self.path}: has changed since it was opened; start again")
+        return file
+
+    def read(self, start: int, end: int) -> bytes:
+        with self.open() as file:
+            file.seek(start)
+            return file.read(end - start)
+
+    def lines(self, row: Callable[[], str]) -> Iterator[tuple[int, bytes]]:
+        """Every line with its offset; it ends in LF, CR or both. `row` names the row that is read, for errors."""
+        with self.open() as file:
+            offset = file.seek(self.start)
+            while block := file.readline(MAX_ROW_BYTES + 1):
+                if len(block) > MAX_ROW_BYTES:
+                    raise ConfigError(f"{row()}: a line of over {MAX_ROW_BYTES} bytes, the most that is read")
+                for line in block.splitlines(keepends=True):
+                    yield offset, line
+                    offset += len(line)
+
+    def _gunzipped(self) -> bytes:
+        try:
+            with gzip.open(self.path) as file:
+                return self._bounded(file.read(MAX_UNPACKED_BYTES + 1))
+        except (OSError, EOFError, zlib.error) as error:
+            raise ConfigError(f"data source {self.path}: cannot be unpacked ({error}); download it again") from error
+
+    def _from_utf16(self) -> bytes:
+        if self.unpacked is None:
+            with open(self.path, "rb") as file:
+                self.unpacked = self._bounded(file.read(MAX_UNPACKED_BYTES + 1))
+        try:
+            return self.unpacked.decode("utf-16").encode()
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"data source {self.path}: byte {error.start + 1} is not UTF-16, as its mark says; write it as UTF-8"
+            ) from error
+
+    def _bounded(self, data: bytes) -> bytes:
+        if len(data) > MAX_UNPACKED_BYTES:
+            raise ConfigError(
+                f"data source {self.path}: over {MAX_UNPACKED_BYTES} bytes, the most that is unpacked into memory; "
+                "give it unpacked and in UTF-8, which is read row by row"
+            )
+        return data
+
+    @staticmethod
+    def _state(file: BinaryIO) -> tuple[int, int]:
+        status = os.fstat(file.fileno())
+        return status.st_size, status.st_mtime_ns
+
+
+class JsonRows:
+    """Objects, one a line or in one list, with numbers as the text that stands in the file if `numbers_as_text`."""
+
+    def __init__(self, path: Path, *, numbers_as_text: bool) -> None:
+        self.bytes = _Bytes(path)
+        self.path = self.bytes.path
+        self.numbers_as_text = numbers_as_text
+        self.starts, self.ends = array("Q"), array("Q")
+        with self.bytes.open() as file:
+            file.seek(self.bytes.start)
+            is_list = file.read(4096).lstrip().startswith(b"[")
+        for start, end in self._in_list() if is_list else self._in_lines():
+            if end - start > MAX_ROW_BYTES:
+                raise ConfigError(f"{self._next()}: {end - start} bytes; a row has at most {MAX_ROW_BYTES}")
+            self.starts.append(start)
+            self.ends.append(end)
+        if not self.starts:
+            raise ConfigError(f"data source {path}: no rows")
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, row: int) -> Mapping[str, Any]:
+        value = parse(self.bytes.read(self.starts[row], self.ends[row]), self.where(row), self.numbers_as_text)
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{self.where(row)}: expected an object, found {type(value).__name__}")
+        return value
+
+    def where(self, row: int) -> str:
+        return f"{self.path}, row {row + 1}"
+
+    def columns(self, wanted: Callable[[Iterable[str]], bool]) -> list[str]:
+        """The keys of the rows, up to the row that completes what is wanted. A row that is faulty says so when it is
+        read."""
+        names: dict[str, None] = {}
+        for row in range(len(self)):
+            try:
+                names.update(dict.fromkeys(self[row]))
+            except ValueError:
+                continue
+            if wanted(names):
+                break
+        return list(names)
+
+    def _next(self) -> str:
+        return self.where(len(self.starts))
+
+    def _in_lines(self) -> Iterator[tuple[int, int]]:
+        for offset, line in self.bytes.lines(self._next):
+            if line.strip():
+                yield offset, offset + len(line)
+
+    def _in_list(self) -> Iterator[tuple[int, int]]:
+        """The items of the list that is the whole file. Its brackets are counted here, and `parse` reads the items."""
+        with self.bytes.open() as file:
+            unpacked = self.bytes.unpacked
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if unpacked is None else unpacked
+            depth, begin, end = 0, 0, self.bytes.start
+            for token in _TOKENS.finditer(data, self.bytes.start):
+                bracket = token.group()
+                if bracket in b"[{":
+                    if depth < 2:
+                        begin = token.start()
+                        self._check_between(data, end, begin, b"," if depth and self.starts else b"")
+                        end = token.end()
+                    depth += 1
+                    if depth > MAX_DEPTH:
+                        raise ConfigError(f"{self._next()}: nested over {MAX_DEPTH} levels deep")
+                elif bracket in b"]}":
+                    depth -= 1
+                    if depth == 1:
+                        end = token.end()
+                        yield begin, end
+                    elif depth == 0:
+                        break
+            if depth:
+                raise ConfigError(f"{self._next()}: the file ends inside its list; it has been cut off")
+            self._check_between(data, end, token.start(), b"")
+            self._check_between(data, token.end(), len(data), b"")
+
+    def _check_between(self, data: mmap.mmap | bytes, start: int, end: int, expected: bytes) -> None:
+        text = data[start : min(end, start + 4096)].strip()
+        if text != expected or end - start > 4096:
+            found = text[:40].decode(errors="replace")
+            raise ConfigError(f"{self._next()}: expected objects with commas between them, found {found!r}")
+
+
+class CellRows:
+    """Lines of cells under a line of column names.
+
+    CSV: a cell in quotes may hold separators and line breaks, and doubles its quotes. The separator is a comma, or a
+    semicolon or tab if the names have no comma.
+
+    TSV: if every line, cut at its tabs, has a cell for every column, each line is a row, and quotes are text, unless
+    the quotes inside them are doubled. The same if that holds once tabs behind a backslash are taken for text.
+    Otherwise, and where the first name is in quotes, quotes are as in CSV. Backslashes are text.
+    """
+
+    def __init__(self, path: Path, *, tabs: bool) -> None:
+        self.bytes = _Bytes(path)
+        self.path = self.bytes.path
+        self.start = self.bytes.start
+        first = next((line for _, line in self.bytes.lines(self._header) if line.strip()), b"").decode(errors="replace")
+        if named := re.fullmatch("sep=(.)", first.strip(), re.IGNORECASE):  # as Excel writes and reads
+            self.start += len(first)
+        outside_quotes = re.sub('"[^"]*"', "", first)
+        separator = "\t" if tabs else next((s for s in ",;\t" if s in outside_quotes), ",")
+        dialects: list[_Dialect] = [partial(_in_quotes, separator=named[1] if named else separator)]
+        if tabs and not first.startswith('"'):
+            dialects = [partial(_in_lines, border=re.compile(border)) for border in (r"\t", r"(?<!\\)\t")] + dialects
+        for self.dialect in dialects[:-1]:
+            try:
+                self._scan()
+                break
+            except _Ragged:
+                continue
+        else:
+            self.dialect = dialects[-1]
+            self._scan()
+        if not self.starts:
+            raise ConfigError(f"data source {path}: no rows{' under the column names' if self.names else ''}")
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, row: int) -> Mapping[str, Any]:
+        text = _decoded(self.bytes.read(self.starts[row], self.ends[row]), self.starts[row], self.where(row))
+        cells = next(self.dialect(io.StringIO(text, newline="")))
+        return dict(zip(self.names, cells, strict=False))  # both may end in empty cells
+
+    def where(self, row: int) -> str:
+        return f"{self.path}, row {row + 1}"
+
+    def columns(self, wanted: Callable[[Iterable[str]], bool]) -> list[str]:
+        """The column names."""
+        return self.names
+
+    def _header(self) -> str:
+        return f"{self.path}, the line of column names"
+
+    def _next(self) -> str:
+        return self.where(len(self.starts)) if self.names else self._header()
+
+    def _scan(self) -> None:
+        """Finds where each row is. Raises ConfigError for one that cannot be read."""
+        self.names: list[str] = []
+        self.starts, self.ends = array("Q"), array("Q")
+        position = begin = self.start
+
+        def lines() -> Iterator[str]:
+            nonlocal position
+            for offset, line in self.bytes.lines(self._next):
+                if offset < self.start:
+                    continue
+                position = offset + len(line)
+                if position - begin > MAX_ROW_BYTES:
+                    raise ConfigError(
+                        f"{self._next()}: over {MAX_ROW_BYTES} bytes; is a quote not closed, or not doubled?"
+                    )
+                yield _decoded(line, offset, self._next())
+
+        rows = self.dialect(lines())
+        while True:
+            begin = position
+            try:
+                cells = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                raise ConfigError(
+                    f"{self._next()}: {error}; a cell that holds a separator, a quote or a line break stands in "
+                    "quotes, and quotes inside it are doubled"
+                ) from error
+            if len(cells) < 2 and not "".join(cells).strip():
+                continue  # an empty line
+            if not self.names:
+                self.names = cells
+                continue
+            width = len(self.names)
+            if any(cells[width:]) or (len(cells) < width and any(self.names[len(cells) :])):
+                raise _Ragged(
+                    f"{self._next()}: has {len(cells)} cells, but there are {width} column names: {self.names}"
+                )
+            self.starts.append(begin)
+            self.ends.append(position)
+
+
+class _Ragged(ConfigError):
+    """A row with another number of cells than there are columns."""
+
+
+def parse(data: bytes, where: str, numbers_as_text: bool = False) -> Any:
+    """The value of a JSON text. Half a surrogate pair becomes U+FFFD.
+
+    Raises: ValueError, beginning with `where`, for what is no JSON, for a key that stands twice, and for nesting over
+    `MAX_DEPTH`.
+    """
+    text = _decoded(data, 0, where)
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        brackets = re.sub(r"[^\[\]{}]+", "", _STRINGS.sub("", text))
+        if max(accumulate(map(_STEPS.__getitem__, brackets)), default=0) > MAX_DEPTH:
+            raise ValueError(f"{where}: nested over {MAX_DEPTH} levels deep")
+    whole, fraction = (str, str) if numbers_as_text else (int, float)
+    try:
+        value = json.loads(
+            text, object_pairs_hook=_object, parse_constant=_no_constant, parse_int=whole, parse_float=fraction
+        )
+    except ValueError as error:
+        raise ValueError(f"{where}: not valid JSON ({error})") from error
+    return _whole(value) if r"\ud" in text.lower() else value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        twice = next(key for key in value if sum(key == name for name, _ in pairs) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return value
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no value of JSON; write null, or leave the row out")
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
+    if isinstance(value, dict):
+        return {_whole(key): _whole(item) for key, item in value.items()}
+    return value
+
+
+def _decoded(data: bytes, offset: int, where: str) -> str:
+    """Raises ConfigError naming the byte that is no UTF-8 text."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{where}: byte {data[error.start]:#04x} ({offset + error.start + 1} bytes from the start of the "
+            f"{'file' if offset else 'row'}) is not UTF-8; write the file as UTF-8, for example with "
+            "`iconv -f LATIN1 -t UTF-8`"
+        ) from error
+    if "\0" in text:
+        raise ConfigError(f"{where}: a NUL byte; the file is no text, or is UTF-16 without its mark, or damaged")
+    return text
+
+
+def _in_quotes(lines: Iterable[str], separator: str) -> Iterator[list[str]]:
+    csv.field_size_limit(max(MAX_ROW_BYTES, csv.field_size_limit()))  # pictures as text are longer than its 128 KiB
+    return csv.reader(lines, delimiter=separator, strict=True)
+
+
+def _in_lines(lines: Iterable[str], border: re.Pattern[str]) -> Iterator[list[str]]:
+    escaped = border.pattern != r"\t"
+    for line in lines:
+        cells = border.split(line.rstrip("\r\n"))
+        yield [_unquoted(cell.replace("\\\t", "\t") if escaped else cell) for cell in cells]
+
+
+def _unquoted(cell: str) -> str:
+    """What a cell in quotes holds, if it is one that a writer had to put in quotes or an empty one; else the cell."""
+    if len(cell) < 2 or not (cell[0] == cell[-1] == '"'):
+        return cell
+    inner = cell[1:-1]
+    is_written_so = not inner or ('""' in inner and '"' not in inner.replace('""', ""))
+    return inner.replace('""', '"') if is_written_so else cell

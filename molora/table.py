@@ -1,0 +1,415 @@
+"""Tables as conversations of one turn: files of rows, and datasets of the hub."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import difflib
+import glob
+import math
+import re
+import string
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from molora.config import ConfigError
+from molora.messages import media_list, rooted
+from molora.rows import CellRows, JsonRows
+
+
+@dataclass(kw_only=True)
+class TableConfig:
+    """A table of one-turn conversations: a parquet, CSV, TSV, JSON or JSONL file (of text, also gzipped), a folder that
+    `save_to_disk` of `datasets` made, or a dataset of the hub.
+
+    `media` maps a part type to the column that holds it: a path, data URI, base64, URL, or what `datasets` stores; one
+    or a list; nothing for a row of text. `prompt` and `answer` are templates over columns, such as "{question}",
+    "{answers[0]}" and "{translation[en]}"; "{{" is a brace. Relative paths start from the file's own folder, or from
+    `media_root`, which no path may leave. `split` may be a slice, such as "train[:90%]". `subset`, `split` by another
+    name than train, and `revision` are a dataset's of the hub.
+    """
+
+    path: str
+    prompt: str
+    answer: str
+    media: dict[str, str] = field(default_factory=dict)
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    media_root: str | None = None
+
+
+class Table:
+    """Rows of a table as conversations. Parquet files and datasets of the hub need the `datasets` extra."""
+
+    config_type = TableConfig
+
+    def __init__(self, config: TableConfig) -> None:
+        self.where = f"data source {config.path}"
+        self.prompt = _Template(config.prompt, f"{self.where}: prompt")
+        self.answer = _Template(config.answer, f"{self.where}: answer")
+        self.media = config.media
+        self.media_root = Path(config.media_root).expanduser() if config.media_root else None
+        self.rows, (first, last) = _open(config, self._wanted)
+        self.range = range(first, last)
+        names = self.rows.columns(self._wanted)
+        for key, template in (("prompt", self.prompt), ("answer", self.answer)):
+            if template.text in names:
+                raise ConfigError(
+                    f"{self.where}: {key} is the text {template.text!r} in every row, and not what the column of that "
+                    f"name holds; did you mean '{{{template.text}}}'?"
+                )
+            template.bind(names)
+        for column in config.media.values():
+            _check_column(column, names, self.where)
+
+    def __len__(self) -> int:
+        return len(self.range)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        row = self.range[row]
+        where = self.rows.where(row)
+        values = self.rows[row]
+        content = [part for kind, column in self.media.items() for part in media_list(kind, values.get(column))]
+        content.append({"type": "text", "text": self.prompt.fill(values, f"{where}: prompt")})
+        answer = self.answer.fill(values, f"{where}: answer")
+        if not answer and self.answer.fields:
+            raise ValueError(f"{where}: answer: empty, from {self.answer.text!r}; fill it in, or leave the row out")
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+        messages = rooted(messages, self.rows.folder(row), self.media_root, where)
+        return {"id": row_id(values.get("id"), row, where), "messages": messages, "tags": []}
+
+    def _wanted(self, names: Iterable[str]) -> bool:
+        """Whether every column that the recipe names is among these."""
+        names = set(names)
+        return names.issuperset(self.media.values()) and self.prompt.fits(names) and self.answer.fits(names)
+
+
+def row_id(value: Any, row: int, where: str) -> str:
+    """The id that a row says, text or a number; else its number. Raises ValueError."""
+    if value is None or value == "":
+        return str(row)
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError(f"{where}: id: expected text or a number, got {value!r:.80}")
+    return str(value)
+
+
+class _Place(NamedTuple):
+    """A place in a template: the name in its braces, and the steps to take from the column on."""
+
+    name: str
+    column: str = ""
+    steps: tuple[str, ...] = ()
+
+
+class _Template:
+    """Text with columns in braces. It reads columns and their items, and nothing else of what a row holds."""
+
+    def __init__(self, text: str, where: str) -> None:
+        self.text = text
+        self.where = where
+        self.literals: list[str] = []
+        self.fields: list[_Place] = []
+        try:
+            pieces = list(string.Formatter().parse(text))
+        except ValueError as error:
+            raise ConfigError(f"{where}: {text!r}: {error}; write a brace that is text twice") from error
+        for literal, name, form, conversion in pieces:
+            self.literals.append(literal)
+            if name is not None:  # only the literal at the end has none
+                name += f"!{conversion}" if conversion else ""
+                self.fields.append(_Place(name + (f":{form}" if form else "")))
+        self.literals += [""] * (1 + len(self.fields) - len(self.literals))
+
+    def fits(self, names: set[str]) -> bool:
+        return all(_bound(place, names) for place in self.fields)
+
+    def bind(self, names: Sequence[str]) -> None:
+        """Finds the column of each field. Raises ConfigError if there is none."""
+        for place in self.fields:
+            if not place.name:
+                raise ConfigError(f"{self.where}: {{}} names no column; columns are {names}")
+            if not _bound(place, names):
+                _check_column(re.sub(r"[.\[!:].*", "", place.name, flags=re.DOTALL) or place.name, names, self.where)
+                raise ConfigError(
+                    f"{self.where}: {{{place.name}}} is no column, nor an item of one, such as {{answers[0]}} or "
+                    f"{{translation[en]}}; columns are {names}"
+                )
+            _check_column((_bound(place, names) or place).column, names, self.where)
+        self.fields = [_bound(place, names) or place for place in self.fields]
+
+    def fill(self, values: Mapping[str, Any], where: str) -> str:
+        """The text for a row. Raises ValueError for a column that holds no text."""
+        filled = [_text(self._value(place, values, where), place.name, where) for place in self.fields]
+        return "".join(piece for pair in zip(self.literals, [*filled, ""], strict=False) for piece in pair)
+
+    def _value(self, place: _Place, values: Mapping[str, Any], where: str) -> Any:
+        value = values.get(place.column)
+        for step in place.steps:
+            if isinstance(value, Mapping) and step in value:
+                value = value[step]
+            elif isinstance(value, (list, tuple)) and step.isdecimal() and int(step) < len(value):
+                value = value[int(step)]
+            else:
+                raise ValueError(f"{where}: {{{place.name}}}: no item {step[:80]!r} in {_described(value)}")
+        return value
+
+
+def _bound(place: _Place, names: Iterable[str]) -> _Place | None:
+    """The place with its column, if that is among the names."""
+    if place.name in names:
+        return _Place(place.name, place.name)
+    item = re.fullmatch(r"(.*?)((?:\[[^\[\]]+\])+)", place.name, re.DOTALL)
+    if item and item[1] in names:
+        return _Place(place.name, item[1], tuple(re.findall(r"\[([^\[\]]+)\]", item[2])))
+    return None
+
+
+def _check_column(column: str, names: Sequence[str], where: str) -> None:
+    if (count := list(names).count(column)) > 1:
+        raise ConfigError(f"{where}: {count} columns are called {column!r}; give each a name of its own")
+    if not count:
+        near = difflib.get_close_matches(column, names, n=1)
+        hint = f" did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{where}: no column {column!r};{hint} columns are {list(names)}")
+
+
+def _text(value: Any, name: str, where: str) -> str:
+    """A cell as text. Raises ValueError for a cell that is none."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "true" if value else "false"  # as in JSON
+    if isinstance(value, (int, decimal.Decimal, datetime.date, datetime.time)):
+        return str(value)
+    if isinstance(value, float) and not math.isnan(value):
+        return str(value)
+    advice = ""
+    if isinstance(value, (list, tuple)):
+        advice = f"write {{{name}[0]}} for the first of them, or "
+    elif isinstance(value, Mapping) and value:
+        advice = f"write {{{name}[{next(iter(value))}]}} for one of them, or "
+    raise ValueError(f"{where}: {{{name}}} is {_described(value)}, not text; {advice}mend the row, or leave it out")
+
+
+def _described(value: Any) -> str:
+    if value is None or isinstance(value, float):
+        return "empty"
+    if isinstance(value, (list, tuple)):
+        return f"a list of {len(value)}"
+    if isinstance(value, Mapping):
+        return f"a group of {', '.join(map(str, value))}"[:200]
+    return f"text ({value[:40]!r})" if isinstance(value, str) else f"of type {type(value).__name__}"
+
+
+class _Rows(Protocol):
+    """Rows by number, with the place of each for errors, and the folder that its paths start from."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int) -> Mapping[str, Any]: ...
+
+    def where(self, row: int) -> str: ...
+
+    def folder(self, row: int) -> Path | None: ...
+
+    def columns(self, wanted: Callable[[Iterable[str]], bool]) -> list[str]: ...
+
+
+class _TextFiles:
+    """Text files, one after the other."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.files = [_text_file(path) for path in paths]
+        self.ends = list(accumulate(map(len, self.files)))
+        self.folders = [Path(path).absolute().parent for path in paths]
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, row: int) -> Mapping[str, Any]:
+        file, row = self._find(row)
+        return self.files[file][row]
+
+    def where(self, row: int) -> str:
+        file, row = self._find(row)
+        return self.files[file].where(row)
+
+    def folder(self, row: int) -> Path | None:
+        return self.folders[self._find(row)[0]]
+
+    def columns(self, wanted: Callable[[Iterable[str]], bool]) -> list[str]:
+        """Those of the first file, which the others have too."""
+        names = self.files[0].columns(wanted)
+        for file in self.files[1:]:
+            if not set(names) <= set(other := file.columns(lambda there: set(names) <= set(there))):
+                raise ConfigError(f"data source {file.path}: its columns are {other}; those of the first file: {names}")
+        return names
+
+    def _find(self, row: int) -> tuple[int, int]:
+        file = bisect_right(self.ends, row)
+        return file, row - (self.ends[file - 1] if file else 0)
+
+
+class _Arrow:
+    """A dataset of `datasets`. Only the columns that are asked for are read, and no medium is decoded."""
+
+    def __init__(self, rows: Any, names: list[str], path: str, folder: Path | None) -> None:
+        self.rows = rows.with_format("arrow")
+        self.features = rows.features
+        self.names = names
+        self.path = path
+        self.root = folder
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> Mapping[str, Any]:
+        (values,) = self.rows[row].to_pylist()
+        return {name: _named(value, self.features[name]) for name, value in values.items()}
+
+    def where(self, row: int) -> str:
+        return f"{self.path}, row {row + 1}"
+
+    def folder(self, row: int) -> Path | None:
+        return self.root
+
+    def columns(self, wanted: Callable[[Iterable[str]], bool]) -> list[str]:
+        return self.names
+
+
+def _kept(names: list[str], wanted: Callable[[Iterable[str]], bool]) -> list[str]:
+    """The columns that are wanted: those whose absence would be felt."""
+    if not wanted(names):
+        return names[:1]  # enough to say what is missing
+    return [name for name in names if name == "id" or not wanted(set(names) - {name})] or names[:1]
+
+
+def _named(value: Any, feature: Any) -> Any:
+    """A stored value with the names of its classes, and with no more digits than were stored."""
+    if value is None:
+        return None
+    if names := getattr(feature, "names", None):
+        return names[value] if 0 <= value < len(names) else None  # -1 is no class
+    if getattr(feature, "dtype", "") in ("float16", "float32") and isinstance(value, float):
+        return float(str(np.float32(value)))
+    if isinstance(feature, Mapping) and isinstance(value, Mapping):
+        return {name: _named(item, feature.get(name)) for name, item in value.items()}
+    if isinstance(value, list) and (inner := getattr(feature, "feature", None)) is not None:
+        return [_named(item, inner) for item in value]
+    return value
+
+
+def _open(config: TableConfig, wanted: Callable[[Iterable[str]], bool]) -> tuple[_Rows, tuple[int, int]]:
+    """The rows of a table, and from which to which the recipe asks for."""
+    path = Path(config.path).expanduser()
+    where = f"data source {config.path}"
+    split, start, stop = _slice(config.split, where)
+    if path.is_dir() or not (path.exists() or path.suffix.lower() in _TEXT | _PARQUET):
+        rows = _dataset(config, path, split, wanted)
+    else:
+        for key, given in (("subset", config.subset), ("revision", config.revision), ("split", split != "train")):
+            if given:
+                raise ConfigError(
+                    f"{where}: {key} is for datasets, and this is one file; leave it out, and write a part of the file "
+                    "as split: train[:90%]"
+                )
+        if _suffix(path) in _TEXT:
+            rows = _TextFiles([path])
+        elif _suffix(path) in _PARQUET:
+            rows = _parquet(path, wanted)
+        else:
+            formats = ", ".join(sorted(_TEXT | _PARQUET))
+            raise ConfigError(f"{where}: its name does not say its format, which is one of {formats}")
+    if not len(rows):
+        raise ConfigError(f"{where}: no rows")
+    first, last = (_bound_of(edge, len(rows)) for edge in (start or "0", stop or str(len(rows))))
+    if first >= last:
+        raise ConfigError(f"{where}: split {config.split} leaves none of its {len(rows)} rows")
+    return rows, (first, last)
+
+
+def _text_file(path: Path) -> CellRows | JsonRows:
+    suffix = _suffix(path)
+    if suffix in _JSON:
+        return JsonRows(path, numbers_as_text=True)
+    return CellRows(path, tabs=suffix != ".csv")
+
+
+_JSON = {".json", ".jsonl", ".ndjson"}
+_TEXT = {".csv", ".tsv", ".tab"} | _JSON
+_PARQUET = {".parquet"}
+
+
+def _suffix(path: Path) -> str:
+    """The ending that tells the format, in small letters and without that of gzip."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def _slice(split: str, where: str) -> tuple[str, str, str]:
+    """A split's name, and the start and stop of its slice, as written."""
+    found = re.fullmatch(r"([^\[\]+]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
+    if not found:
+        raise ConfigError(f"{where}: split {split!r}: write a name, or a slice such as train[:1000] or train[90%:]")
+    return found[1], found[2] or "", found[3] or ""
+
+
+def _bound_of(edge: str, length: int) -> int:
+    """A row number of a slice, from a number or a percentage, which may count from the end."""
+    number = round(int(edge[:-1]) * length / 100) if edge.endswith("%") else int(edge)
+    return min(max(number + length if edge.startswith("-") else number, 0), length)
+
+
+def _parquet(path: Path, wanted: Callable[[Iterable[str]], bool]) -> _Rows:
+    datasets = _library()
+    if not path.is_file():
+        raise ConfigError(f"data source {path}: {'not a file' if path.exists() else 'no such file'}")
+    try:
+        from pyarrow import parquet
+
+        names = parquet.read_schema(path).names
+        files = {"train": glob.escape(str(path))}
+        rows = datasets.load_dataset("parquet", data_files=files, split="train", columns=_kept(names, wanted))
+    except Exception as error:  # pyarrow's and datasets' own, of many kinds
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        raise ConfigError(f"data source {path}: cannot be read as parquet ({reason})") from error
+    return _Arrow(rows, names, str(path), path.absolute().parent)
+
+
+def _dataset(config: TableConfig, path: Path, split: str, wanted: Callable[[Iterable[str]], bool]) -> _Rows:
+    """A folder or a dataset of the hub. Text files that declare no types are read here, as `datasets` would guess."""
+    datasets = _library()
+    where = f"data source {config.path}"
+    folder = path.absolute() if path.is_dir() else None
+    saved = folder is not None and next(
+        (n for n in ("dataset_dict.json", "state.json") if (folder / n).is_file()), None
+    )
+    try:
+        if saved:
+            rows = datasets.load_from_disk(str(folder))
+            rows = rows if saved == "state.json" else rows[split]
+        else:
+            name = config.path if folder is None else str(path)
+            builder = datasets.load_dataset_builder(name, config.subset, revision=config.revision)
+            if builder.name in ("csv", "json") and builder.config.features is None:
+                files = builder.config.data_files[split]
+                return _TextFiles([Path(file) for file in datasets.DownloadManager().download(list(files))])
+            rows = datasets.load_dataset(name, config.subset, split=split, revision=config.revision)
+    except KeyError as error:
+        raise ConfigError(f"{where}: no split {error}") from error
+    names = rows.column_names
+    return _Arrow(rows.select_columns(_kept(names, wanted)), names, config.path, folder)
+
+
+def _library() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("data source kind 'table' needs datasets: pip install 'molora[datasets]'") from error
+    return datasets
