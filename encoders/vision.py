@@ -11,26 +11,20 @@ Source: arXiv 2503.01743 §2.2.1; processing_phi4mm.py and modeling_phi4mm.py of
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from molora.encoders.convit import Convit
+from molora.encoders.pictures import PICTURES, decode_picture
 from molora.encoders.siglip import Built, Tower, TowerConfig, build_library_tower
-from molora.media import Sources
 from molora.modality import Encoder, Frames, MediaError, Origin, Prepared
-
-# Formats that PIL decodes by itself. Its others start programs (EPS), fetch files, or are no pictures people send.
-FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
-
-MAX_FILE_BYTES = 100 * 2**20
 
 # Source: processing_phi4mm.py refuses a picture whose resized side is shorter.
 MIN_SIDE_PIXELS = 10
@@ -147,42 +141,19 @@ class Vision:
     def __init__(self, name: str, config: VisionConfig):
         self.name = name
         self.config = config
-        self.sources = Sources(
-            part_type=self.part_type,
-            noun="picture",
-            keys=("path", "url", "base64", "bytes", "image", "array"),
-            max_file_bytes=MAX_FILE_BYTES,
-        )
 
     def load(self, part: Mapping[str, Any]) -> Image.Image:
-        """Decodes the picture of a content part to 8-bit RGB.
+        """Decodes the picture of a content part to upright 8-bit RGB on white; see `decode_picture`.
 
-        The part has one of `path`, `url`, `base64` (or a data URI), `bytes`, `image` (a PIL image, or any of the
-        others), `array`. Arrays are H x W or H x W x channels in numpy, channels x H x W in torch, of 1, 3 or 4
-        channels: uint8, uint16, or floats in [0, 1]. The picture is turned upright by its EXIF tag, 16-bit grey is
-        scaled to 8, transparency is put on white, and of an animation the first frame is taken. Colour profiles are
-        ignored.
+        The part has one of `path`, `url`, `base64` (or a data URI), `bytes`, `image` (a PIL image, any of the others,
+        or a mapping of one, as columns of datasets are), `array`.
 
         Raises: MediaError that says which part, what is wrong with it, and what to do.
         """
-        key, value = self.sources.choose(self.sources.flat(part))
-        with self.sources.named(key, value):
-            try:
-                image = self._open(key, value)
-                if image.width * image.height > self.config.max_pixels:
-                    raise MediaError(
-                        f"{image.width} x {image.height} pixels is more than max_pixels {self.config.max_pixels}; "
-                        "make it smaller, or raise the limit if you trust it"
-                    )
-                image = _rgb(image)
-                lay_out(*image.size, self.config)
-            except MediaError:
-                raise
-            except Exception as error:  # PIL's decoders raise anything on damaged data
-                raise MediaError(
-                    f"cannot be decoded, it is damaged or no picture ({type(error).__name__}: {error}); "
-                    "check that it opens in an image viewer"
-                ) from error
+        key, value = PICTURES.choose(PICTURES.flat(part))
+        with PICTURES.named(key, value):
+            image = decode_picture(key, value, self.config.max_pixels)
+            lay_out(*image.size, self.config)
         return image
 
     def prepare(self, item: Image.Image, generator: torch.Generator | None = None) -> Prepared:
@@ -240,61 +211,6 @@ class Vision:
         side = self.config.crop_pixels
         shapes = ((side, side, 3), (side, 2 * side - 3, 3), (2 * side + 5, side, 3))
         return [{"type": self.part_type, "array": draw.integers(0, 256, shape, dtype=np.uint8)} for shape in shapes]
-
-    def _open(self, key: str, value: Any) -> Image.Image:
-        if key == "array":
-            return self._from_array(value)
-        if key == "image":
-            if not isinstance(value, Image.Image):
-                raise MediaError("give a PIL image, an array, bytes, a path or a URL")
-            return value
-        data = self.sources.read(key, value)
-        Image.init()
-        try:  # this reads the header alone: pixels are decoded once the size has been seen
-            return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
-        except Image.DecompressionBombError as error:
-            raise MediaError(f"{error}; make it smaller") from error
-
-    def _from_array(self, value: Any) -> Image.Image:
-        if isinstance(value, Tensor):
-            value = value.detach().cpu().float() if value.is_floating_point() else value.cpu()  # numpy has no bfloat16
-            value = value.movedim(0, -1) if value.ndim == 3 else value
-        pixels = np.asarray(value)
-        if pixels.ndim == 2:
-            pixels = pixels[..., None]
-        if pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4) or not pixels.size:
-            raise MediaError(
-                "give H x W or H x W x channels in numpy, channels x H x W in torch; 1, 3 or 4 channels, no empty side"
-            )
-        pixels = _eight_bits(pixels)
-        return Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as upright 8-bit RGB on white; of an animation, the frame it stands at."""
-    sixteen = image.mode == "I" and image.format in ("PNG", "PPM")  # 16 bits in the file, 32 in PIL
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):
-        pixels = np.asarray(image)
-        image = Image.fromarray(_eight_bits(pixels.astype(np.uint16) if sixteen else pixels))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _eight_bits(pixels: np.ndarray) -> np.ndarray:
-    """Pixels as uint8, over the whole range of their kind."""
-    if pixels.dtype == np.uint8:
-        return np.ascontiguousarray(pixels)
-    if pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2:
-        return np.round(pixels / 257.0).astype(np.uint8)
-    if pixels.dtype.kind == "f":
-        low, high = float(pixels.min()), float(pixels.max())
-        if not (low >= 0 and high <= 1):  # false for NaN too
-            raise MediaError(f"floating-point pixels lie in [0, 1], these in [{low}, {high}]; rescale them")
-        return np.round(pixels * 255.0).astype(np.uint8)
-    raise MediaError(f"pixels of type {pixels.dtype} have no agreed range; give uint8, uint16, or floats in [0, 1]")
 
 
 class VisionEncoder(Encoder):

@@ -48,6 +48,7 @@ LAZY = (
     "jiwer",
     "matplotlib",
     "open_clip",
+    "pillow_heif",
     "sacrebleu",
     "soundfile",
     "torch.utils.tensorboard",

@@ -27,8 +27,9 @@ from transformers.models.phi4_multimodal.image_processing_phi4_multimodal import
 
 from molora.checkpoint import tensor_hash
 from molora.config import ConfigError, build, dump
+from molora.encoders.pictures import MAX_FILE_BYTES
 from molora.encoders.siglip import ConvitConfig, TowerConfig
-from molora.encoders.vision import MAX_FILE_BYTES, Vision, VisionConfig, lay_out
+from molora.encoders.vision import Vision, VisionConfig, lay_out
 from molora.modality import MediaError, Modality, Origin
 
 SCRATCH = TowerConfig(
@@ -517,7 +518,7 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     "flipped bytes": (lambda: saved(noise(80, 80), "PNG").replace(b"IDAT", b"IDAT\xff\xff"), "damaged or no picture"),
     "text": (lambda: b"not a picture at all\n" * 50, "damaged or no picture"),
     "sound": (sound, "damaged or no picture"),
-    "postscript": (lambda: saved(half_red(), "EPS"), "no picture .UnidentifiedImageError"),  # PIL would run Ghostscript
+    "postscript": (lambda: saved(half_red(), "EPS"), "no picture .none of AVIF, BMP"),  # PIL would run Ghostscript
     "svg": (lambda: b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', "damaged or no picture"),
     "bomb": (header_of_a_bomb, "10000000000 pixels"),
     "over max_pixels": (
