@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from molora.encoders.streams import UNKNOWN_BYTES, pieces
 from molora.media import Sources
 from molora.modality import MediaError
 
@@ -53,19 +54,22 @@ _MAX_FILTER_WEIGHTS = 2**24
 # A convolution with few filters is slow, so each step of it makes about this many samples.
 _SAMPLES_PER_STEP = 128
 
+# What a clip's samples may take, of all its channels: half an hour of stereo at 48 kHz is nine tenths of it.
+MAX_DECODED_BYTES = 768 * 2**20
+_SAMPLES_AT_ONCE = 2**20
+
 # libsndfile takes what there is of a file that was cut off or has holes, and says so only in its log.
 _CUT_OFF = re.compile(
-    r"^ *(?:data|SSND|Data Size|riff|Riff size) *: (?P<promised>\d+) \(should be (?P<present>\d+)\)"
+    r"^ *(?:data|SSND|BODY|Data Size|riff|Riff size) *: (?P<promised>\d+) \(should be (?P<present>\d+)\)"
     r"|^Ogg ?: (?:Junk after the last page|Last page lacks|File ended unexpectedly|Skipped \d+ bytes)",
     re.MULTILINE,
 )
-# Programs that stream do not know the size, and write one just under 2 or 4 GiB.
-_UNKNOWN_BYTES = 0x7FFF_0000
 _UNKNOWN_FRAMES = 2**63 - 1
+# NIST SPHERE, as speech corpora have it, says its length in words that libsndfile passes over.
+_NIST_SAMPLES = re.compile(rb"^sample_count -i (\d+)", re.MULTILINE)
 
-# Encoders of MP3 disagree on whether the frame that holds the count is counted, and tags may follow the last frame.
+# An MP3 may count one frame too many or too few, and decoders start late.
 _MP3_SPARE_SAMPLES = 2 * 1152
-_MP3_SPARE_BYTES = 4096
 
 
 def load_sound(part: Mapping[str, Any], *, max_seconds: float = 1800.0) -> Tensor:
@@ -95,11 +99,15 @@ def load_sound(part: Mapping[str, Any], *, max_seconds: float = 1800.0) -> Tenso
                 raise MediaError("is an array without its sampling_rate; give the rate in hertz beside it")
             wave_LC, rate_hz = _from_array(value), given_hz
             _check_limits(rate_hz, wave_LC.shape[1], len(wave_LC), max_seconds)
+            mixer = _Mixer()
+            for start in range(0, len(wave_LC), _SAMPLES_AT_ONCE):
+                mixer.add(_scaled(wave_LC[start : start + _SAMPLES_AT_ONCE]))
+            wave_L = mixer.wave_L()
         else:
-            wave_LC, rate_hz = _decode(sources.read(key, value), max_seconds)
+            wave_L, rate_hz = _decode(sources.read(key, value), max_seconds)
             if given_hz not in (None, rate_hz):
                 raise MediaError(f"is a file at {rate_hz} Hz beside a sampling_rate of {given_hz}; leave that out")
-        wave_L = resample(torch.from_numpy(_mixed(wave_LC)), rate_hz)
+        wave_L = resample(torch.from_numpy(wave_L), rate_hz)
         if len(wave_L) < MIN_SAMPLES:
             raise MediaError(
                 f"lasts {len(wave_L)} samples at 16 kHz, and {MIN_SAMPLES} (25 ms) is the least; give a longer clip"
@@ -117,12 +125,19 @@ def resample(wave_L: Tensor, rate_hz: int) -> Tensor:
     filters_OK, stride, before = _filters(rate_hz)
     num_samples = -(-len(wave_L) * SAMPLE_RATE_HZ // rate_hz)
     num_steps = -(-num_samples // len(filters_OK))
-    after = (num_steps - 1) * stride + filters_OK.shape[1] - before - len(wave_L)
-    steps_OL = F.conv1d(F.pad(wave_L, (before, after))[None], filters_OK[:, None], stride=stride)
-    return steps_OL.T.reshape(-1)[:num_samples]
+    steps_at_once = max(1, _SAMPLES_AT_ONCE // stride)
+    made = []
+    for first in range(0, num_steps, steps_at_once):  # a long clip is not copied whole
+        steps = min(steps_at_once, num_steps - first)
+        start = first * stride - before
+        stop = start + (steps - 1) * stride + filters_OK.shape[1]
+        around = wave_L[max(0, start) : max(0, stop)]
+        around = F.pad(around, (max(0, -start), stop - max(0, start) - len(around)))
+        made.append(F.conv1d(around[None], filters_OK[:, None], stride=stride).T.reshape(-1))
+    return torch.cat(made)[:num_samples]
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def _filters(rate_hz: int) -> tuple[Tensor, int, int]:
     """filters_OK from `rate_hz` to 16 kHz, by how many samples a step moves, and how many it looks back."""
     try:
@@ -150,50 +165,61 @@ def _filters(rate_hz: int) -> tuple[Tensor, int, int]:
 
 
 def _decode(data: bytes, max_seconds: float) -> tuple[np.ndarray, int]:
-    """The samples of a file as wave_LC, and their rate in hertz."""
+    """The samples of a file, its channels averaged, and their rate in hertz."""
+    found = pieces(data, max_seconds)
+    clips: list[np.ndarray] = []
+    rate_hz, num_samples = 0, 0
+    for piece in found:
+        wave_L, piece_hz = _decode_piece(piece, num_samples, max_seconds)
+        if rate_hz not in (0, piece_hz):
+            raise MediaError(f"is {len(found)} sounds joined, at {rate_hz} and {piece_hz} Hz; convert it to one rate")
+        rate_hz, num_samples = piece_hz, num_samples + len(wave_L)
+        clips.append(wave_L)
+    return clips[0] if len(clips) == 1 else np.concatenate(clips), rate_hz
+
+
+def _decode_piece(data: bytes, before: int, max_seconds: float) -> tuple[np.ndarray, int]:
+    """The samples of a file, and their rate, that come after as many `before`."""
     try:
         import soundfile
     except ImportError as error:
         raise ImportError("decoding clips needs soundfile: pip install 'molora[audio]'") from error
-    buffer = io.BytesIO(data)
+
+    class Forward(soundfile.SoundFile):
+        """Read from front to back: soundfile seeks after every read, which lossy decoders do not do exactly."""
+
+        def seekable(self) -> bool:
+            return False
+
+    mixer, num = _Mixer(), 0
     try:
-        with soundfile.SoundFile(buffer) as file:
-            rate_hz, promised = file.samplerate, file.frames
-            if promised == _UNKNOWN_FRAMES:
-                raise MediaError("does not say how long it lasts; convert it, to a file and not to a pipe")
-            is_mp3 = file.format == "MP3"
-            guessed = is_mp3 and not _counts_frames(data)  # from the size of the file, covers in its tags included
-            _check_limits(rate_hz, file.channels, 0 if guessed else promised, max_seconds)
-            most = math.floor(min(promised, max_seconds * rate_hz + 1))
-            wave_LC = file.read(most, dtype="float32", always_2d=True)
+        with Forward(io.BytesIO(data)) as file:
+            rate_hz, channels, promised = file.samplerate, file.channels, file.frames
+            is_mp3, knows = file.format == "MP3", file.frames != _UNKNOWN_FRAMES
+            _check_limits(rate_hz, channels, before + (promised if knows else 0), max_seconds)
+            while num < promised:
+                block_LC = file.read(min(_SAMPLES_AT_ONCE, promised - num), dtype="float32", always_2d=True)
+                num += len(block_LC)
+                if not len(block_LC):
+                    break
+                mixer.add(block_LC)
+                _check_limits(rate_hz, channels, before + num, max_seconds)
             cut_off = _CUT_OFF.search(file.extra_info)
     except soundfile.LibsndfileError as error:
         raise MediaError(
             f"cannot be decoded, it is damaged or no audio ({error.error_string}); check that it plays, or convert it "
             "to wav or flac"
         ) from error
-    if guessed and len(wave_LC) > max_seconds * rate_hz:
-        _check_limits(rate_hz, 1, promised, max_seconds)
-    if guessed and len(wave_LC) == promised and len(data) - buffer.tell() > _MP3_SPARE_BYTES:
-        raise MediaError(
-            "is an MP3 of varying bit rate without its length in the first frame; convert it to wav or flac"
-        )
+    if data.startswith(b"NIST_1A") and (told := _NIST_SAMPLES.search(data[:1024])):
+        promised = int(told[1])
     again = "copy or download it again"
-    if not guessed and len(wave_LC) < promised - (_MP3_SPARE_SAMPLES if is_mp3 else 0):
-        raise MediaError(f"is cut off or damaged: {promised} samples promised, {len(wave_LC)} decoded; {again}")
+    if knows and num < promised - (_MP3_SPARE_SAMPLES if is_mp3 else 0):
+        raise MediaError(f"is cut off or damaged: {promised} samples promised, {num} decoded; {again}")
     if cut_off and cut_off["promised"] is None:
         raise MediaError(f"is cut off or damaged: pages of its stream are missing; {again}")
-    if cut_off and int(cut_off["present"]) < int(cut_off["promised"]) < _UNKNOWN_BYTES:
+    if cut_off and int(cut_off["present"]) < int(cut_off["promised"]) < UNKNOWN_BYTES:
         raise MediaError(f"is cut off: {cut_off['promised']} bytes promised, {cut_off['present']} there; {again}")
-    return wave_LC, rate_hz
-
-
-def _counts_frames(data: bytes) -> bool:
-    """Whether an MP3 file says in its first frame how many there are."""
-    start = 0
-    if data[:3] == b"ID3":  # 7 bits to a byte
-        start = 10 + sum(byte << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0), strict=False))
-    return any(name in data[start : start + 64] for name in (b"Xing", b"Info"))
+    return mixer.wave_L(), rate_hz
 
 
 def _from_array(value: Any) -> np.ndarray:
@@ -211,32 +237,52 @@ def _from_array(value: Any) -> np.ndarray:
             f"is {wave.dtype} of shape {wave.shape}; give numbers (floats in [-1, 1], int16, int32 or uint8), L, or "
             f"L x channels in numpy, channels x L in torch, with {_MAX_CHANNELS} channels at most"
         )
-    if wave.dtype.kind == "f":
+    return wave_LC
+
+
+def _scaled(wave_LC: np.ndarray) -> np.ndarray:
+    """Samples in fp32, integers by their range."""
+    if wave_LC.dtype.kind == "f":
         return wave_LC.astype(np.float32)
-    limits = np.iinfo(wave.dtype)
-    middle = 128 if wave.dtype == np.uint8 else 0
-    return (wave_LC.astype(np.float32) - middle) / (limits.max + 1 - middle)
+    middle = 128 if wave_LC.dtype == np.uint8 else 0
+    return (wave_LC.astype(np.float32) - middle) / (np.iinfo(wave_LC.dtype).max + 1 - middle)
 
 
-def _mixed(wave_LC: np.ndarray) -> np.ndarray:
-    """The mean of the channels, refused if any of them is unusable."""
-    if not wave_LC.size:
-        raise MediaError("has no samples; record or export it again")
-    low, high = float(wave_LC.min()), float(wave_LC.max())
-    if not np.isfinite((low, high)).all():
-        raise MediaError("holds samples that are not finite (NaN or infinity); repair it")
-    if max(-low, high) > _MAX_OVERSHOOT:
-        raise MediaError(
-            f"has samples up to {max(-low, high):.4g}, but floats lie in [-1, 1]; 16-bit integers stored as floats "
-            "probably need division by 32768"
-        )
-    full_LC = (wave_LC >= _FULL_SCALE) | (wave_LC <= -_FULL_SCALE)
-    if full_LC.mean() > _MAX_CLIPPED_SHARE and (share := _share_in_runs(full_LC)) > _MAX_CLIPPED_SHARE:
-        raise MediaError(
-            f"is clipped: {share:.0%} of its samples lie in runs at full scale, {_MAX_CLIPPED_SHARE:.0%} is the most; "
-            "record it at a lower level"
-        )
-    return wave_LC.mean(axis=1)
+class _Mixer:
+    """The mean of channels, block by block, refused if any of them is unusable."""
+
+    def __init__(self) -> None:
+        self.blocks: list[np.ndarray] = []
+        self.low, self.high = 0.0, 0.0
+        self.num_samples, self.num_clipped = 0, 0.0
+
+    def add(self, wave_LC: np.ndarray) -> None:
+        if not wave_LC.size:
+            return
+        low, high = float(wave_LC.min()), float(wave_LC.max())
+        if not np.isfinite((low, high)).all():
+            raise MediaError("holds samples that are not finite (NaN or infinity); repair it")
+        self.low, self.high = min(low, self.low), max(high, self.high)
+        full_LC = (wave_LC >= _FULL_SCALE) | (wave_LC <= -_FULL_SCALE)
+        if full_LC.any():
+            self.num_clipped += _share_in_runs(full_LC) * wave_LC.size
+        self.num_samples += wave_LC.size
+        self.blocks.append(wave_LC.mean(axis=1))
+
+    def wave_L(self) -> np.ndarray:
+        if not self.num_samples:
+            raise MediaError("has no samples; record or export it again")
+        if max(-self.low, self.high) > _MAX_OVERSHOOT:
+            raise MediaError(
+                f"has samples up to {max(-self.low, self.high):.4g}, but floats lie in [-1, 1]; 16-bit integers stored "
+                "as floats probably need division by 32768"
+            )
+        if (share := self.num_clipped / self.num_samples) > _MAX_CLIPPED_SHARE:
+            raise MediaError(
+                f"is clipped: {share:.0%} of its samples lie in runs at full scale, {_MAX_CLIPPED_SHARE:.0%} is the "
+                "most; record it at a lower level"
+            )
+        return self.blocks[0] if len(self.blocks) == 1 else np.concatenate(self.blocks)
 
 
 def _share_in_runs(full_LC: np.ndarray) -> float:
@@ -258,6 +304,11 @@ def _check_limits(rate_hz: int, channels: int, num_samples: int, max_seconds: fl
     if num_samples > max_seconds * rate_hz:
         raise MediaError(
             f"lasts {num_samples / rate_hz:.1f} seconds, max_seconds is {max_seconds:g}; cut it, or raise the limit"
+        )
+    if 4 * channels * num_samples > MAX_DECODED_BYTES:
+        raise MediaError(
+            f"has {num_samples} samples of {channels} channels, {4 * channels * num_samples} bytes, and "
+            f"{MAX_DECODED_BYTES} is the most; lower its rate, or mix it down"
         )
 
 

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from molora.encoders import sound
 from molora.encoders.logmel import log_mel
 from molora.encoders.sound import MIN_SAMPLES, SAMPLE_RATE_HZ, load_sound, resample
+from molora.encoders.streams import pieces
 from molora.modality import MediaError
 
 soundfile = pytest.importorskip("soundfile")
@@ -51,6 +53,11 @@ def mp3(wave: np.ndarray, mode: str) -> bytes:
 def with_sizes(wav: bytes, riff: int, data: int) -> bytes:
     """A plain 16-bit wav file whose header names these sizes."""
     return wav[:4] + riff.to_bytes(4, "little") + wav[8:40] + data.to_bytes(4, "little") + wav[44:]
+
+
+def streamed(flac: bytes) -> bytes:
+    """A FLAC that does not say how long it is, as an encoder writes it into a pipe."""
+    return flac[:21] + bytes([flac[21] & 0xF0]) + bytes(4) + flac[26:]
 
 
 def load(value: Any, key: str = "bytes", **rest: Any) -> torch.Tensor:
@@ -174,6 +181,85 @@ def test_an_mp3_of_constant_bit_rate_need_not_count_its_frames():
         load_sound({"bytes": tag + plain}, max_seconds=2.5)
 
 
+@pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
+def test_an_mp3_that_does_not_say_how_long_it_is_is_decoded_whole(mode: str):
+    """Only the silence that encoders put before and after the sound is then not known, and stays."""
+    whole = mp3(QUIETER, mode)
+    wanted, loaded = load(whole).numpy(), load(without_count(whole)).numpy()
+    assert len(wanted) == len(QUIETER) <= len(loaded) <= len(QUIETER) + 4 * 1152
+    delays = [delay for delay in range(4 * 1152) if delay + len(wanted) <= len(loaded)]
+    differences = [float(np.abs(loaded[delay : delay + 4000] - wanted[:4000]).mean()) for delay in delays]
+    best = delays[int(np.argmin(differences))]
+    assert np.abs(loaded[best : best + len(wanted)] - wanted)[2000:].max() < 1e-3
+
+
+JOINED = [("WAV", "PCM_16"), ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III"),
+          ("AIFF", "PCM_16"), ("AU", "PCM_16"), ("CAF", "PCM_16"), ("W64", "PCM_16"), ("RF64", "PCM_16")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "subtype"), JOINED)
+def test_sounds_joined_end_to_end_are_all_heard(kind: str, subtype: str):
+    low, high = tones(16_000, (440.0,)), tones(16_000, (1700.0,), seconds=0.7)
+    parts = [encoded(wave, 16_000, kind, subtype) for wave in (low, high, low)]
+    wanted = torch.cat([load(part) for part in parts])
+    assert torch.equal(load(b"".join(parts)), wanted)
+    assert len(wanted) == 2 * 16_000 + 11_200
+    if kind == "MP3":  # with the tags that such files often have
+        tag, last = b"ID3\x04\x00\x00\x00\x00\x00\x05title", b"TAG" + bytes(125)
+        assert torch.equal(load(b"".join(tag + part + last for part in parts)), wanted)
+        joined = b"".join(map(without_count, parts))
+        assert len(wanted) <= len(load(joined)) <= len(wanted) + 3 * 4 * 1152
+
+
+def test_streams_side_by_side_are_no_chain():
+    """A page that begins a stream right after another one belongs to the same link."""
+    vorbis = encoded(WAVE, kind="OGG", subtype="VORBIS")
+    first = 28 + vorbis[27]
+    other = vorbis[:14] + b"\x09\x09\x09\x09" + vorbis[18:first]
+    assert len(pieces(vorbis[:first] + other + vorbis[first:], 10)) == 1
+    assert len(pieces(vorbis + vorbis, 10)) == 2
+
+
+def test_headers_that_were_never_filled_in_are_no_empty_files():
+    wanted = load(encoded(WAVE))
+    wav, au, caf = encoded(WAVE), encoded(WAVE, kind="AU"), encoded(WAVE, kind="CAF")
+    at = caf.index(b"data")
+    aiff = encoded(WAVE, kind="AIFF")
+    form, count, samples = 4, aiff.index(b"COMM") + 10, aiff.index(b"SSND") + 4
+    unfilled = {
+        "wav, no sizes": with_sizes(wav, 0, 0),
+        "wav, no data": with_sizes(wav, len(wav) - 8, 0),
+        "wav of ffmpeg": with_sizes(wav, 2**32 - 1, 2**32 - 1),
+        "wav of sox": with_sizes(wav, 0x7FFFF024, 0x7FFFF000),
+        "au, no size": au[:8] + bytes(4) + au[12:],
+        "au of a pipe": au[:8] + b"\xff" * 4 + au[12:],
+        "caf of a recorder": caf[: at + 4] + b"\xff" * 8 + caf[at + 12 :],
+    }
+    flac = encoded(WAVE, kind="FLAC")
+    assert torch.equal(load(streamed(flac)), load(flac))
+    for sizes in ((0, 0, 0), (0x7F00_002E, 0x3F80_0000, 0x7F00_0008)):
+        changed = bytearray(aiff)
+        for place, size in zip((form, count, samples), sizes, strict=True):
+            changed[place : place + 4] = size.to_bytes(4, "big")
+        unfilled[f"aiff {sizes}"] = bytes(changed)
+    for name, data in unfilled.items():
+        assert torch.equal(load(data), wanted), name
+    with pytest.raises(MediaError, match="has no samples"):  # truly empty, with a chunk after
+        load(with_sizes(wav[:44], 36, 0) + b"LIST\x04\0\0\0INFO")
+
+
+def test_a_long_clip_is_resampled_in_pieces_as_in_one(monkeypatch: pytest.MonkeyPatch):
+    wave = torch.from_numpy(tones(44_100, seconds=3.3))
+    whole = resample(wave, 44_100)
+    monkeypatch.setattr(sound, "_SAMPLES_AT_ONCE", 10_000)
+    torch.testing.assert_close(resample(wave, 44_100), whole, rtol=0, atol=1e-5)
+    monkeypatch.undo()
+    once = load(encoded(wave.numpy(), 44_100, "OGG", "VORBIS"))
+    monkeypatch.setattr(sound, "_SAMPLES_AT_ONCE", 10_000)
+    again = load(encoded(wave.numpy(), 44_100, "OGG", "VORBIS"))
+    torch.testing.assert_close(again, once, rtol=0, atol=1e-5)
+
+
 def test_columns_of_datasets_are_taken_as_they_are():
     data = encoded(WAVE)
     wanted = load(data)
@@ -181,6 +267,8 @@ def test_columns_of_datasets_are_taken_as_they_are():
         {"bytes": data, "path": "the name it had.wav"},
         {"array": WAVE, "sampling_rate": 16_000, "path": "gone.wav"},
         {"array": WAVE.tolist(), "sampling_rate": 16_000.0, "bytes": None},
+        {"array": [[float(x), float(x)] for x in WAVE], "sampling_rate": 16_000},
+        {"path": None, "base64": base64.b64encode(data).decode()},
     ]
     for column in columns:
         np.testing.assert_allclose(load(column, "audio").numpy(), wanted.numpy(), atol=1e-4)
@@ -215,6 +303,7 @@ def test_silence_full_scale_tones_and_loud_music_are_not_refused():
 
 
 LONG = tones(16_000, seconds=8)
+# Its bit rate falls after three seconds.
 QUIETER = np.concatenate([0.3 * np.random.default_rng(0).standard_normal(48_000), 0.001 * LONG]).astype(np.float32)
 
 
@@ -263,8 +352,35 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "cut vorbis": (lambda: {"bytes": encoded(LONG, 16_000, "OGG", "VORBIS")[:-20]}, "is cut off"),
     "cut opus": (lambda: {"bytes": encoded(LONG, 16_000, "OGG", "OPUS")[:-20]}, "is cut off"),
     "vorbis with a hole": (lambda: {"bytes": holed(encoded(LONG, 16_000, "OGG", "VORBIS"))}, "is cut off or damaged"),
-    "cut mp3": (lambda: {"bytes": mp3(LONG, "CONSTANT")[:-9000]}, "is cut off or damaged: 128000 samples promised"),
-    "mp3 without its length": (lambda: {"bytes": without_count(mp3(QUIETER, "VARIABLE"))}, "MP3 of varying bit rate"),
+    "cut mp3": (
+        lambda: {"bytes": mp3(LONG, "CONSTANT")[:-9000]},
+        "is cut off or damaged: 225 frames promised, 200 there",
+    ),
+    "cut mp3 without its length": (
+        lambda: {"bytes": without_count(mp3(LONG, "VARIABLE")[:-50])},
+        "is cut off: .* bytes of its last frame",
+    ),
+    "holed mp3": (lambda: {"bytes": holed(mp3(LONG, "CONSTANT"))}, "is cut off or damaged: 225 frames promised"),
+    "holed mp3 without its length": (
+        lambda: {"bytes": holed(without_count(mp3(LONG, "CONSTANT")))},
+        "is cut off or damaged: [0-9]+ bytes after its last frame are no sound",
+    ),
+    "cut nist": (lambda: {"bytes": encoded(WAVE, kind="NIST")[:-2000]}, "16000 samples promised, 15000 decoded"),
+    "cut rf64": (lambda: {"bytes": encoded(WAVE, kind="RF64")[:-2000]}, "is cut off"),
+    "cut w64": (lambda: {"bytes": encoded(WAVE, kind="W64")[:-2000]}, "is cut off"),
+    "cut caf": (lambda: {"bytes": encoded(WAVE, kind="CAF")[:-2000]}, "is cut off"),
+    "cut au": (lambda: {"bytes": encoded(WAVE, kind="AU")[:-2000]}, "is cut off"),
+    "streamed flac, cut": (lambda: {"bytes": streamed(encoded(WAVE, kind="FLAC"))[:-9]}, "damaged or no audio"),
+    "joined, the second cut": (
+        lambda: {"bytes": encoded(WAVE, kind="FLAC") + encoded(WAVE, kind="FLAC")[:-2000]},
+        "damaged or no audio",
+    ),
+    "joined at two rates": (
+        lambda: {"bytes": encoded(WAVE, 16_000) + encoded(WAVE, 8_000)},
+        "is 2 sounds joined, at 16000 and 8000 Hz",
+    ),
+    "joined and too long": (lambda: {"bytes": encoded(LONG) * 2}, "lasts 16.0 seconds, max_seconds is 10"),
+    "joined mp3 and too long": (lambda: {"bytes": mp3(LONG, "VARIABLE") * 2}, "max_seconds is 10"),
     "what is it": (lambda: {"audio": 3}, "give a path, a URL, bytes, an array, or a mapping"),
 }
 
