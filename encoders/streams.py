@@ -23,7 +23,7 @@ _MP3_SPARE_BYTES = 4096
 _OGG_BEGINS = re.compile(rb"OggS\0[\x02\x03\x06\x07]")
 _FLAC_BEGINS = re.compile(rb"fLaC[\0\x80]\0\0\x22")
 _ZEROS = re.compile(rb"\0*")
-_W64 = bytes.fromhex("726966662e91cf11a5d628db04c10000")
+_W64 = b"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb\x04\xc1\0\0"
 
 _KBPS = {  # by MPEG 1 or not, and layer
     (True, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),

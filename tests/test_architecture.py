@@ -72,7 +72,7 @@ IMPORTED_AS = {
 # Calls that make a constant; anything else at the top of a module is work at import.
 CONSTANT_MAKERS = (
     *("dict", "float", "frozenset", "int", "len", "max", "min", "range", "set", "sorted", "sum", "tuple"),
-    *("Console", "ContextVar", "NewType", "ParamSpec", "Path", "TypeVar", "logging.getLogger", "re.compile"),
+    *("Console", "ContextVar", "NewType", "ParamSpec", "Path", "Sources", "TypeVar", "logging.getLogger", "re.compile"),
     *("typer.Argument", "typer.Option", "typer.Typer"),
 )
 
