@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,6 +14,7 @@ import typer
 
 if TYPE_CHECKING:
     from molora.conformance import Finding
+    from molora.loading import LoadedModel
 
 app = typer.Typer(
     name="molora",
@@ -40,6 +41,7 @@ PrivateOption = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]…", help="Settings that replace the file's.")
 ]
+StrictOption = Annotated[bool, typer.Option("--strict", help="Stop at the first row that fails.")]
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG.yaml")]
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Lower-case, such as heart_rate.")]
 PackageOption = Annotated[
@@ -65,6 +67,8 @@ app.add_typer(convert_app, name="convert")
 
 # Rows of each data source on which `verify` checks the promises.
 VERIFIED_ROWS = 6
+# The exit code of a command that did its work but for some rows.
+FAILED_ROWS = 2
 
 
 @app.callback()
@@ -117,10 +121,12 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     seed: int = 0,
+    strict: StrictOption = False,
     allow_urls: UrlsOption = False,
     allow_private_addresses: PrivateOption = False,
 ) -> None:
-    """Answer one question, streamed; or, with --messages and --output, a mixed batch."""
+    """Answer one question, streamed; or, with --messages and --output, a mixed batch: a row that fails gets its error
+    for an answer, and exit code 2 says so."""
     from molora.config import ConfigError
     from molora.generate import GenerationConfig
     from molora.loading import load
@@ -138,17 +144,20 @@ def generate(
         parts.append({"type": type, "path": path})
     if messages is None and not prompt and not parts:
         raise ConfigError("nothing to answer: give a PROMPT, a picture, or --messages with --output")
-    loaded = load(
-        model,
-        modality or (),
-        router=_rules(rule),
-        allow_urls=allow_urls,
-        allow_private_addresses=allow_private_addresses,
-    )
     config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+
+    def opened() -> LoadedModel:
+        return load(
+            model,
+            modality or (),
+            router=_rules(rule),
+            allow_urls=allow_urls,
+            allow_private_addresses=allow_private_addresses,
+        )
+
     if messages is not None and output is not None:
-        _generate_rows(loaded, messages, output, config)
-        return
+        raise typer.Exit(_generate_rows(opened, messages, output, config, strict))
+    loaded = opened()
     content = parts + ([{"type": "text", "text": prompt}] if prompt else [])
     for piece in loaded.stream([{"role": "user", "content": content}], config):
         print(visible(piece), end="", flush=True)
@@ -169,38 +178,18 @@ def _rules(given: list[str] | None) -> Any:
     return RouterConfig(options={"rules": rules}) if rules else None
 
 
-def _generate_rows(loaded: Any, messages: Path, output: Path, config: Any) -> None:
-    """Answers the rows that have none yet. A half-written last line, left by a kill, is dropped and answered again."""
-    from molora.config import ConfigError
-    from molora.data import Messages, MessagesConfig
-    from molora.terminal import progress
+def _generate_rows(load: Callable[[], LoadedModel], messages: Path, output: Path, config: Any, strict: bool) -> int:
+    """Answers the rows that have no answer yet; returns the exit code."""
+    from molora.answers import answer_file
+    from molora.terminal import progress, warn
 
-    source = Messages(MessagesConfig(path=str(messages)))
-    rows = [source[index] for index in range(len(source))]
-    if len({row["id"] for row in rows}) != len(rows):
-        raise ConfigError(f"{messages}: ids are not unique; answers could not be told apart")
-    done: set[str] = set()
-    if output.exists():
-        lines = output.read_bytes().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith(b"\n")]
-        done = {json.loads(line)["id"] for line in whole}
-        os.truncate(output, sum(map(len, whole)))
-    left = {row["id"]: row for row in rows if row["id"] not in done}
-    samples = (loaded.encode(row["messages"], id) for id, row in left.items())
-    with open(output, "a", encoding="utf-8") as file, progress() as bars:
-        bar = bars.add_task("generate", total=len(rows), completed=len(rows) - len(left), note="")
-        for answer in loaded.answers(samples, config):
-            line = {
-                "id": answer.id,
-                "messages": left[answer.id]["messages"],
-                "answer": answer.text,
-                "adapters": list(answer.adapters),
-                "prompt_tokens": answer.prompt_tokens,
-                "answer_tokens": answer.answer_tokens,
-            }
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
-            bars.advance(bar)
+    with answer_file(messages, output) as rows, progress() as bars:
+        loaded = load()
+        bar = bars.add_task("generate", total=len(rows.ids), completed=len(rows.ids) - len(rows.left), note="")
+        rows.fill(loaded, config, strict=strict, advance=lambda: bars.advance(bar))
+    if faults := rows.faults():
+        warn(f"{output}: {faults}")
+    return FAILED_ROWS if faults else 0
 
 
 @app.command("eval")

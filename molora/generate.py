@@ -5,9 +5,9 @@ Letters: T tokens in a pack, N running samples, D backbone width, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Literal
 
 import torch
@@ -17,6 +17,9 @@ from molora.cache import PackedCache
 from molora.model import MoLoRA
 from molora.pack import Pack, Sample, collate
 from molora.seeding import seed_of
+
+# A softmax over smaller ones would divide by zero in single precision; such a temperature means greedy: 0.
+LEAST_TEMPERATURE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -30,26 +33,52 @@ class GenerationConfig:
     max_running_samples: int = 64
 
     def __post_init__(self) -> None:
-        for name, ok in (
-            ("max_new_tokens", self.max_new_tokens >= 1),
-            ("temperature", self.temperature >= 0),
-            ("top_p", 0 < self.top_p <= 1),
-            ("max_running_samples", self.max_running_samples >= 1),
+        for name, ok, needed in (
+            ("max_new_tokens", _positive(self.max_new_tokens), "a whole number, 1 or more"),
+            (
+                "temperature",
+                self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature < math.inf,
+                f"0, which is greedy, or {LEAST_TEMPERATURE:g} or more",
+            ),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("max_running_samples", _positive(self.max_running_samples), "a whole number, 1 or more"),
         ):
             if not ok:
-                raise ValueError(f"generation: {name} cannot be {getattr(self, name)}")
+                raise ValueError(f"generation: {name} cannot be {getattr(self, name)}; give {needed}")
+
+
+class SampleFailed(ValueError):
+    """A sample that a plugin or an encoder fails on."""
+
+
+class NotFinite(SampleFailed):
+    """A sample whose logits are no numbers."""
+
+
+def _positive(number: int) -> bool:
+    return isinstance(number, int) and number >= 1
+
+
+@dataclass(frozen=True)
+class Failed:
+    """In the place of a sample that could not be made."""
+
+    id: str
+    error: Exception
 
 
 @dataclass(frozen=True)
 class Step:
     """One new token of one sample.
 
-    `finished` is set on its last one: "stop" (a stop token, not part of the answer) or "length".
+    `finished` is set on its last one: "stop" (a stop token, not part of the answer), "length", or "error": then there
+    is no token (-1), and `error` says why.
     """
 
     id: str
     token_id: int
-    finished: Literal["stop", "length"] | None
+    finished: Literal["stop", "length", "error"] | None
+    error: Exception | None = None
 
 
 @dataclass
@@ -69,33 +98,75 @@ class _Running:
 
 
 @torch.no_grad()
-def generate(model: MoLoRA, samples: Iterable[Sample], config: GenerationConfig | None = None) -> Iterator[Step]:
+def generate(
+    model: MoLoRA,
+    samples: Iterable[Sample | Failed],
+    config: GenerationConfig | None = None,
+    *,
+    keep_going: bool = False,
+) -> Iterator[Step]:
     """Decodes samples, yielding tokens as they come; samples enter as others finish.
 
     A sample's tokens do not depend on its neighbours: it draws from a generator of its own, seeded by the config's seed
     and the sample's id. Ids must be unique.
+
+    With `keep_going` a sample that fails (could not be made, collated or encoded, or has logits that are no numbers)
+    ends with a step that has its error, and the others go on as if it had never been there. Else its error is raised.
     """
     config = config or GenerationConfig()
     model.eval()
     waiting = iter(samples)
     running: list[_Running] = []
     cache = PackedCache()
-    while (entering := list(islice(waiting, config.max_running_samples - len(running)))) or running:
+
+    def failed(id: str, error: Exception) -> Step:
+        if not keep_going:
+            raise error
+        return Step(id, -1, "error", error)
+
+    while True:
         logits: list[Tensor] = []
         if running:
             logits, cache = _decode(model, running, cache)
-        if entering:
-            newcomers, their_logits, their_cache = _prefill(model, entering, config)
+        entering: list[Sample] = []
+        entered = None
+        while entered is None:
+            while len(entering) < config.max_running_samples - len(running):
+                if (sample := next(waiting, None)) is None:
+                    break
+                if isinstance(sample, Failed):
+                    yield failed(sample.id, sample.error)
+                else:
+                    entering.append(sample)
+            if not entering:
+                break
+            try:
+                entered = _prefill(model, entering, config)
+            except Exception:
+                faults = _faults(model, entering)
+                if not faults:
+                    raise
+                for id, error in faults.items():
+                    yield failed(id, error)
+                entering = [sample for sample in entering if sample.id not in faults]
+        if entered is not None:
+            newcomers, their_logits, their_cache = entered
             running, logits = running + newcomers, logits + their_logits
             cache.join(their_cache)
+        if not running:
+            return
         kept: list[int] = []
         for index, (sample, logits_V) in enumerate(zip(running, logits, strict=True)):
-            token_id = _choose(logits_V, sample.generator, config)
+            try:
+                token_id = _choose(logits_V, sample.generator, config)
+            except NotFinite as error:
+                yield failed(sample.id, NotFinite(f"sample {sample.id}: {error}"))
+                continue
             sample.answer.append(token_id)
             finished = None
             if token_id in model.backbone.stop_ids:
                 finished = "stop"
-            elif len(sample.answer) == config.max_new_tokens or sample.length == model.backbone.max_tokens:
+            elif len(sample.answer) == config.max_new_tokens or sample.length >= model.backbone.max_tokens:
                 finished = "length"
             yield Step(sample.id, token_id, finished)
             if finished is None:
@@ -104,6 +175,20 @@ def generate(model: MoLoRA, samples: Iterable[Sample], config: GenerationConfig 
         kept.sort(key=lambda index: model.router.order(running[index].modalities))
         running = [running[index] for index in kept]
         cache.select(kept)
+
+
+def _faults(model: MoLoRA, samples: Sequence[Sample]) -> dict[str, Exception]:
+    """The samples that fail on their own before they reach the backbone, with their errors."""
+    faults: dict[str, Exception] = {}
+    for sample in samples:
+        try:
+            pack = collate([sample], model.modalities, model.router.order).to(model.device)
+            model.router(pack, model.embed(pack))
+        except Exception as error:
+            fault = SampleFailed(f"sample {sample.id}: {type(error).__name__}: {error}; --debug shows where")
+            fault.__cause__ = error
+            faults[sample.id] = fault
+    return faults
 
 
 def _prefill(
@@ -173,8 +258,11 @@ def _continuation(samples: Sequence[_Running], lengths: tuple[int, ...], token_i
 
 
 def _choose(logits_V: Tensor, generator: torch.Generator, config: GenerationConfig) -> int:
+    likeliest = int(logits_V.argmax())  # of logits that are not all numbers, one that is none
+    if not math.isfinite(highest := float(logits_V[likeliest])):
+        raise NotFinite(f"its logits are not finite ({highest}); look at its media, and at the weights it runs with")
     if config.temperature == 0:
-        return int(logits_V.argmax())
+        return likeliest
     probabilities_V = torch.softmax(logits_V.float().cpu() / config.temperature, dim=-1)
     if config.top_p < 1:
         ordered, ids = probabilities_V.sort(descending=True)

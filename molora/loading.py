@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from molora.assembly import Blueprint, RouterConfig, assemble, pick_device
 from molora.backbone import load_backbone
 from molora.checkpoint import RunAbout, load_modality, load_router, read_about, read_blueprint, read_run
 from molora.config import ConfigError
-from molora.generate import GenerationConfig, generate
+from molora.generate import Failed, GenerationConfig, generate
 from molora.media import MediaPolicy
 from molora.messages import Message
 from molora.model import MoLoRA
@@ -23,14 +24,16 @@ from molora.terminal import warn
 
 @dataclass(frozen=True)
 class Answer:
-    """A finished answer. `finished` is "stop" if the model ended it, "length" if a limit did."""
+    """A finished answer. `finished` is "stop" if the model ended it, "length" if a limit did, "error" if there is none:
+    then `error` says why."""
 
     id: str
     text: str
     adapters: tuple[str, ...]
     prompt_tokens: int
     answer_tokens: int
-    finished: Literal["stop", "length"]
+    finished: Literal["stop", "length", "error"]
+    error: Exception | None = None
 
 
 class LoadedModel:
@@ -41,39 +44,66 @@ class LoadedModel:
         self.processor = processor
 
     def generate(
-        self, conversations: Sequence[Message] | Sequence[Sequence[Message]], config: GenerationConfig | None = None
+        self,
+        conversations: Sequence[Message] | Sequence[Sequence[Message]],
+        config: GenerationConfig | None = None,
+        *,
+        errors: Literal["raise", "return"] = "raise",
     ) -> Any:
-        """The answer to a conversation as text, or to several, any mix, as a list in their order."""
+        """The answer to a conversation as text, or to several, any mix, as a list in their order.
+
+        A conversation that cannot be answered raises its error, which names it by its place. With `errors="return"` the
+        error stands in its place in the list, and the others are answered.
+        """
         single = bool(conversations) and isinstance(conversations[0], Mapping)
         several: Any = [conversations] if single else conversations
-        samples = (self.encode(messages, str(index)) for index, messages in enumerate(several))
-        answers = {answer.id: answer.text for answer in self.answers(samples, config)}
-        texts = [answers[str(index)] for index in range(len(several))]
-        return texts[0] if single else texts
+        ids = [str(index) for index in range(len(several))]
+        samples = (self.attempt(partial(several.__getitem__, index), id) for index, id in enumerate(ids))
+        answers = {answer.id: answer for answer in self.answers(samples, config, keep_going=errors == "return")}
+        given = [answers[id].error or answers[id].text for id in ids]
+        return given[0] if single else given
 
     def encode(self, messages: Sequence[Message], id: str = "0") -> Sample:
         """A conversation as a sample to answer."""
         return self.processor.encode(messages, id, generate=True)
 
-    def answers(self, samples: Iterable[Sample], config: GenerationConfig | None = None) -> Iterator[Answer]:
-        """Answers in the order in which they finish. Sample ids must be unique."""
+    def attempt(self, read: Callable[[], Sequence[Message]], id: str) -> Sample | Failed:
+        """The sample of a conversation that is read here, or what is wrong with it."""
+        try:
+            return self.encode(read(), id)
+        except ImportError:  # no row's fault
+            raise
+        except Exception as error:
+            return Failed(id, error)
+
+    def answers(
+        self, samples: Iterable[Sample | Failed], config: GenerationConfig | None = None, *, keep_going: bool = False
+    ) -> Iterator[Answer]:
+        """Answers in the order in which they finish. Sample ids must be unique.
+
+        With `keep_going` a sample that fails is an answer with its error; else its error is raised.
+        """
         known: dict[str, Sample] = {}
         tokens: dict[str, list[int]] = {}
 
-        def remembered() -> Iterator[Sample]:
+        def remembered() -> Iterator[Sample | Failed]:
             for sample in samples:
-                known[sample.id] = sample
-                tokens[sample.id] = []
+                if isinstance(sample, Sample):
+                    if sample.id in known:
+                        raise ValueError(f"two samples have the id {sample.id!r}; answers could not be told apart")
+                    known[sample.id] = sample
+                    tokens[sample.id] = []
                 yield sample
 
-        for step in generate(self.model, remembered(), config):
-            if step.finished != "stop":
+        for step in generate(self.model, remembered(), config, keep_going=keep_going):
+            if step.finished is None or step.finished == "length":
                 tokens[step.id].append(step.token_id)
             if step.finished:
-                sample, answer = known.pop(step.id), tokens.pop(step.id)
-                adapters = tuple(sorted(self.model.router.adapters(sample.modalities)))
+                sample, answer = known.pop(step.id, None), tokens.pop(step.id, [])
+                modalities = frozenset() if sample is None else sample.modalities
+                adapters = () if sample is None else tuple(sorted(self.model.router.adapters(modalities)))
                 text = self.processor.decode(answer).strip()
-                yield Answer(step.id, text, adapters, len(sample), len(answer), step.finished)
+                yield Answer(step.id, text, adapters, len(sample or ()), len(answer), step.finished, step.error)
 
     def stream(self, messages: Sequence[Message], config: GenerationConfig | None = None) -> Iterator[str]:
         """Pieces of the answer to one conversation, as text that is final."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from molora.media import MediaPolicy
-from molora.messages import Message, check, media_parts
+from molora.messages import Message, check, media_parts, parts
 from molora.modality import MediaError, Modality, Prepared
 from molora.pack import Item, Pack, Sample, collate
 from molora.prompt import ChatTemplate
@@ -64,6 +65,7 @@ class Processor:
         """
         where = f"sample {id}"
         check(messages, self.part_types, where)
+        self._check_texts(messages, where)
         media = [(place, self.part_types[part["type"]], part) for place, part in media_parts(messages)]
         company = frozenset(modality for _, modality, _ in media)
         try:
@@ -71,10 +73,17 @@ class Processor:
         except RoutingError as error:
             raise RoutingError(f"{where}: {error}") from error
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        items = []
+        items: list[Item] = []
+        num_tokens = 0
         for place, name, part in media:
-            prepared = self._prepare(self.modalities[name], part, generator, f"{where}: {place}")
-            items.append(Item(name, self.modalities[name].projector(company), prepared))
+            item = self._prepare(self.modalities[name], part, company, generator, f"{where}: {place}")
+            num_tokens += item.prepared.num_tokens
+            if num_tokens > self.max_tokens:  # before more is decoded, and before positions are laid out
+                raise SampleTooLong(
+                    f"{where}: has {num_tokens:,} tokens of media up to {place}, but at most {self.max_tokens:,} fit; "
+                    "shorten it or skip it"
+                )
+            items.append(item)
         lengths = [item.prepared.num_tokens for item in items]
         prompt = self._template.encode(messages, lengths, generate=generate, where=where)
         if len(prompt.token_ids) > self.max_tokens:
@@ -123,17 +132,61 @@ class Processor:
         """The text of token ids, without special tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)  # pyright: ignore[reportReturnType]
 
+    def _check_texts(self, messages: Sequence[Message], where: str) -> None:
+        """Refuses what cannot fit before it is read by a template or a tokenizer, which would take long."""
+        num_parts = sum(1 if isinstance(message["content"], str) else len(message["content"]) for message in messages)
+        for count, what in ((len(messages), "messages"), (num_parts, "parts")):
+            if count > self.max_tokens:
+                raise SampleTooLong(
+                    f"{where}: has {count:,} {what}, but at most {self.max_tokens:,} tokens fit; shorten it or skip it"
+                )
+        texts = [part["text"] for message in messages for part in parts(message) if part["type"] == "text"]
+        characters = sum(map(len, texts))
+        if characters > self.max_tokens * self._longest_token:
+            raise SampleTooLong(
+                f"{where}: has {characters:,} characters of text, but at most {self.max_tokens:,} tokens fit, and the "
+                f"longest token has {self._longest_token} characters; shorten it or skip it"
+            )
+
+        for text in texts:
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"{where}: character {error.start + 1} of a text is {text[error.start]!r}, half of one; read "
+                    "or cut the text again, by whole characters"
+                ) from error
+
+    @cached_property
+    def _longest_token(self) -> int:
+        return max(map(len, self.tokenizer.get_vocab()))
+
     def _prepare(
-        self, modality: Modality, part: Mapping[str, Any], generator: torch.Generator | None, where: str
-    ) -> Prepared:
+        self,
+        modality: Modality,
+        part: Mapping[str, Any],
+        company: frozenset[str],
+        generator: torch.Generator | None,
+        where: str,
+    ) -> Item:
+        """Whatever a plugin raises is this part's fault, and so this sample's."""
         try:
             self.media_policy.check(part)
             with self.media_policy.in_force():
                 prepared = modality.prepare(modality.load(part), generator)
+            projector = modality.projector(company)
         except MediaError as error:
             raise MediaError(f"{where}: {error}") from error
+        except ImportError:  # what is not installed here is no fault of the part
+            raise
+        except Exception as error:
+            raise MediaError(
+                f"{where}: modality {modality.name} fails on it: {type(error).__name__}: {error}; --debug shows where"
+            ) from error
+        if not isinstance(prepared, Prepared) or type(prepared.num_tokens) is not int:
+            raise MediaError(f"{where}: modality {modality.name} makes {prepared!r:.80} of it, needs a Prepared")
         if prepared.num_tokens < 1:
             raise MediaError(
                 f"{where}: modality {modality.name} makes {prepared.num_tokens} tokens of it, needs 1 or more"
             )
-        return prepared
+        return Item(modality.name, projector, prepared)

@@ -11,7 +11,7 @@ import torch
 
 def seed_of(*key: int | str) -> int:
     """A 63-bit seed from a run seed and names."""
-    digest = hashlib.sha256("\0".join(map(str, key)).encode()).digest()
+    digest = hashlib.sha256("\0".join(map(str, key)).encode(errors="surrogatepass")).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 

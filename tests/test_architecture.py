@@ -27,7 +27,7 @@ TIERS = {
     "model": "model",
     "assembly": "assembly",
     "around": "checkpoint easy_vqa evaluate features figures generate optim phi4mm release rounding trial",
-    "runs": "against conformance fit loading pretrain report router_conformance testing train verify",
+    "runs": "against answers conformance fit loading pretrain report router_conformance testing train verify",
     "acts": "catalogue demo doctor scaffold",
     "top": "__init__ __main__ cli",
 }

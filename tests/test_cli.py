@@ -300,3 +300,22 @@ def test_verify_holds_on_a_trained_run_and_notices_a_moved_backbone(
         loaded.model.backbone.model.model.norm.weight[0] += 1e-3
     assert not verify(loaded, [], {})
     assert "BROKEN" in capsys.readouterr().out
+
+
+def test_a_bad_row_is_answered_with_its_error_and_exit_code_2(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(row) for row in (home / "rows.jsonl").read_text().splitlines()]
+    questions = [{"id": row["id"], "messages": row["messages"][:-1]} for row in rows]
+    questions[1]["messages"][0]["content"][0]["path"] = "none.png"
+    (home / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    out = tmp_path / "out.jsonl"
+    call = ("generate", str(home / "run"), "--messages", str(home / "bad.jsonl"), "--output", str(out))
+    assert run_cli(*call, "--max-new-tokens", "3") == 2
+    answers = {row["id"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert [id for id in sorted(answers) if "error" in answers[id]] == ["row 1"]
+    assert "none.png" in answers["row 1"]["error"] and len(answers) == 4
+    told = " ".join(capsys.readouterr().err.split())
+    assert "1 of 4 rows have no answer but an error" in told and "Traceback" not in told
+    out.unlink()
+    refused(capsys, home, "none.png", *call, "--strict")

@@ -1,0 +1,173 @@
+"""Answering the rows of a file into another: what is done stays done, and a row that fails does not stop the others."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from molora.config import ConfigError
+from molora.data import Messages, MessagesConfig, Source
+from molora.generate import GenerationConfig
+from molora.loading import Answer, LoadedModel
+from molora.storage import hold, write_atomically
+
+_BEGINNING = b'{"id": '
+_MAX_NAMED = 5
+
+
+@dataclass
+class AnswerFile:
+    """Rows to answer and the file of their answers, which goes on where it stopped.
+
+    A row that failed before is tried again. `failed` names those that failed this time.
+    """
+
+    source: Source
+    output: Path
+    ids: list[str]
+    done: set[str]
+    failed: list[str]
+
+    @property
+    def left(self) -> list[int]:
+        """The rows without an answer."""
+        return [row for row, id in enumerate(self.ids) if id not in self.done]
+
+    def fill(
+        self,
+        loaded: LoadedModel,
+        config: GenerationConfig,
+        *,
+        strict: bool = False,
+        advance: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Answers the rows that have no answer, each written as it finishes. `strict` raises the first row's error."""
+        messages: dict[str, Any] = {}
+
+        def read(row: int) -> Any:
+            messages[self.ids[row]] = self.source[row]["messages"]
+            return messages[self.ids[row]]
+
+        samples = (loaded.attempt(partial(read, row), self.ids[row]) for row in self.left)
+
+        # A half of a character has no bytes; its escape is JSON's own.
+        with open(self.output, "a", encoding="utf-8", errors="backslashreplace") as file:
+            for answer in loaded.answers(samples, config, keep_going=not strict):
+                line = {"id": answer.id, "messages": messages.pop(answer.id, None), **_told(answer)}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.flush()
+                if answer.error is not None:
+                    self.failed.append(f"{answer.id}: {answer.error}")
+                advance()
+
+    def faults(self) -> str:
+        """A sentence on the rows that failed; empty if none did."""
+        if not self.failed:
+            return ""
+        named = "; ".join(self.failed[:_MAX_NAMED]) + ("; …" if len(self.failed) > _MAX_NAMED else "")
+        return (
+            f"{len(self.failed)} of {len(self.ids)} rows have no answer but an error, and are tried again by the next "
+            f"call: {named}"
+        )
+
+
+def _told(answer: Answer) -> dict[str, Any]:
+    if answer.error is not None:
+        return {"error": str(answer.error)}
+    return {
+        "answer": answer.text,
+        "adapters": list(answer.adapters),
+        "prompt_tokens": answer.prompt_tokens,
+        "answer_tokens": answer.answer_tokens,
+        "finished": answer.finished,
+    }
+
+
+@contextmanager
+def answer_file(messages: Path, output: Path) -> Iterator[AnswerFile]:
+    """Opens rows, and keeps other processes from the file of their answers.
+
+    A half-written last line, left by a kill, is dropped. Raises ConfigError for ids that are not unique, and for an
+    output that is the input, holds anything but answers, or is in use; it is left as it is then.
+    """
+    source = Messages(MessagesConfig(path=str(messages)))
+    ids = [_id(source, row) for row in range(len(source))]
+    _check_unique(ids, messages)
+    if not output.parent.is_dir():
+        raise ConfigError(f"--output {output}: no folder {output.parent}; make it first")
+    if output.exists():
+        if output.samefile(messages):
+            raise ConfigError(f"--output {output}: is {messages}, where the rows come from; give it another name")
+        if not output.is_file():
+            raise ConfigError(f"--output {output}: is no file; name one")
+    with hold(output):
+        yield AnswerFile(source, output, ids, _answered(output), [])
+
+
+def _id(source: Source, row: int) -> str:
+    try:
+        return source[row]["id"]
+    except Exception:  # told when its turn comes
+        return f"row {row + 1}"
+
+
+def _check_unique(ids: list[str], messages: Path) -> None:
+    first: dict[str, int] = {}
+    for row, id in enumerate(ids):
+        if first.setdefault(id, row) != row:
+            raise ConfigError(
+                f"{messages}: ids are not unique: rows {first[id] + 1} and {row + 1} are both {id!r}; answers could "
+                "not be told apart"
+            )
+
+
+def _answered(output: Path) -> set[str]:
+    """The ids that have an answer. Half a line and lines with an error are taken out of the file."""
+    if not output.exists():
+        return set()
+    first: dict[str, int] = {}
+    half, errors = 0, 0
+    with open(output, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n") and line[: len(_BEGINNING)] == _BEGINNING[: len(line)]:
+                half = len(line)
+            elif line.strip():
+                row = _answer(line, output, number)
+                if "error" in row:
+                    errors += 1
+                elif first.setdefault(row["id"], number) != number:
+                    raise ConfigError(
+                        f"--output {output}: lines {first[row['id']]} and {number} both answer {row['id']!r}; take one "
+                        "away"
+                    )
+    if errors:
+        write_atomically(Path(os.path.realpath(output)), lambda temporary: _copy_answers(output, temporary))
+    elif half:
+        os.truncate(output, output.stat().st_size - half)
+    return set(first)
+
+
+def _copy_answers(output: Path, to: Path) -> None:
+    with open(output, "rb") as old, open(to, "wb") as new:
+        new.writelines(
+            line for line in old if line.endswith(b"\n") and line.strip() and "error" not in json.loads(line)
+        )
+
+
+def _answer(line: bytes, output: Path, number: int) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        row = None
+    if not (isinstance(row, dict) and isinstance(row.get("id"), str) and ("answer" in row or "error" in row)):
+        raise ConfigError(
+            f"--output {output}: line {number} is no answer of molora: {line[:40]!r}; name a new file, or this one's "
+            "right name"
+        )
+    return row
