@@ -199,19 +199,22 @@ def evaluate(
     overrides: Overrides = None,
     modality: ModalityOption = None,
     rule: RuleOption = None,
+    strict: StrictOption = False,
     allow_urls: UrlsOption = False,
     allow_private_addresses: PrivateOption = False,
 ) -> None:
-    """Answer the evaluations of a config or a recipe: a table, and JSON in MODEL/evaluation.json or on standard
-    output."""
+    """Answer the evaluations of a config or a recipe: a table, and JSON in MODEL/evaluation.json, or alone on standard
+    output if MODEL is no run. Questions that cannot be asked are counted, and exit code 2 says so."""
     from molora.config import read
     from molora.data import open_source
-    from molora.evaluate import Evaluations, judge, scores
-    from molora.loading import load
-    from molora.storage import write_json
-    from molora.terminal import print_table, progress
+    from molora.evaluate import Evaluations, complaints, judge, record, scores
+    from molora.loading import load, model_hashes
+    from molora.terminal import console, print_table, progress, warn
 
+    is_run = (Path(model) / "molora.json").is_file()
+    console.stderr = not is_run
     evaluations = read(Evaluations, config, overrides or (), in_part=True).evaluations
+    sources = {name: open_source(one.data, f"evaluations.{name}.data") for name, one in evaluations.items()}
     loaded = load(
         model,
         modality or (),
@@ -219,25 +222,37 @@ def evaluate(
         allow_urls=allow_urls,
         allow_private_addresses=allow_private_addresses,
     )
+    about = {**model_hashes(model, modality or ()), "rules": sorted(rule or ())}
     results: dict[str, dict[str, float]] = {}
+    told: list[str] = []
     with progress() as bars:
         for name, evaluation in evaluations.items():
-            source = open_source(evaluation.data, f"evaluations.{name}.data")
-            bar = bars.add_task(name, total=len(source), note="")
+            bar = bars.add_task(name, total=len(sources[name]), note="")
             judged = judge(
-                loaded.model, loaded.processor, source, evaluation, advance=lambda bar=bar: bars.advance(bar)
+                loaded.model,
+                loaded.processor,
+                sources[name],
+                evaluation,
+                strict=strict,
+                advance=lambda bar=bar: bars.advance(bar),
             )
             results[name] = scores(judged, evaluation)
+            told += complaints(name, judged, evaluation)
+            if is_run and (gone := record(Path(model) / "evaluation.json", about, {name: results[name]})):
+                told.append(f"evaluation.json: took out {', '.join(gone)}, which another state of the model gave")
+    counts = ("questions", "failed", "cut_off")
     rows = [
-        (name, metric, f"{value:.0f}" if metric.startswith("questions") else f"{value:.4f}")
+        (name, metric, f"{value:.0f}" if metric.startswith(counts) else f"{value:.4f}")
         for name, metrics in results.items()
         for metric, value in metrics.items()
     ]
     print_table(("evaluation", "metric", "value"), rows)
-    if (Path(model) / "molora.json").is_file():
-        write_json(Path(model) / "evaluation.json", {"format_version": "1.0", "evaluations": results})
-    else:
+    for complaint in told:
+        warn(complaint)
+    if not is_run:
         print(json.dumps(results))
+    if any(metrics["failed"] for metrics in results.values()):
+        raise typer.Exit(FAILED_ROWS)
 
 
 @app.command()

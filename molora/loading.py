@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from molora.assembly import Blueprint, RouterConfig, assemble, pick_device
 from molora.backbone import load_backbone
-from molora.checkpoint import RunAbout, load_modality, load_router, read_about, read_blueprint, read_run
+from molora.checkpoint import RunAbout, file_hash, load_modality, load_router, read_about, read_blueprint, read_run
 from molora.config import ConfigError
-from molora.generate import Failed, GenerationConfig, generate
+from molora.generate import Failed, GenerationConfig, attempt, generate
 from molora.media import MediaPolicy
 from molora.messages import Message
 from molora.model import MoLoRA
@@ -58,7 +58,7 @@ class LoadedModel:
         single = bool(conversations) and isinstance(conversations[0], Mapping)
         several: Any = [conversations] if single else conversations
         ids = [str(index) for index in range(len(several))]
-        samples = (self.attempt(partial(several.__getitem__, index), id) for index, id in enumerate(ids))
+        samples = (attempt(partial(self.encode, several[index], id), id) for index, id in enumerate(ids))
         answers = {answer.id: answer for answer in self.answers(samples, config, keep_going=errors == "return")}
         given = [answers[id].error or answers[id].text for id in ids]
         return given[0] if single else given
@@ -66,15 +66,6 @@ class LoadedModel:
     def encode(self, messages: Sequence[Message], id: str = "0") -> Sample:
         """A conversation as a sample to answer."""
         return self.processor.encode(messages, id, generate=True)
-
-    def attempt(self, read: Callable[[], Sequence[Message]], id: str) -> Sample | Failed:
-        """The sample of a conversation that is read here, or what is wrong with it."""
-        try:
-            return self.encode(read(), id)
-        except ImportError:  # no row's fault
-            raise
-        except Exception as error:
-            return Failed(id, error)
 
     def answers(
         self, samples: Iterable[Sample | Failed], config: GenerationConfig | None = None, *, keep_going: bool = False
@@ -155,6 +146,13 @@ def locate(source: str | Path, modalities: Sequence[str | Path] = ()) -> Layout:
             )
         folders[name] = folder
     return Layout(backbone, folders, run)
+
+
+def model_hashes(source: str | Path, modalities: Sequence[str | Path] = ()) -> dict[str, str]:
+    """What tells one state of a model from another: the hash of each file that has the hashes of the others."""
+    layout = locate(source, modalities)
+    hashes = {name: file_hash(folder / "modality.json") for name, folder in sorted(layout.folders.items())}
+    return hashes if layout.run is None else {"molora.json": file_hash(layout.run.folder / "molora.json"), **hashes}
 
 
 def load(
