@@ -179,6 +179,9 @@ def load(
         router, where = run.router, str(run.folder / "molora.json")
     dtype = dtype or (None if run is None else run.backbone["dtype"])
     backbone, tokenizer = load_backbone(layout.backbone, dtype=dtype, device=pick_device(device))
+    if run is not None:
+        for warning in backbone.identity.check(run.backbone, str(run.folder / "molora.json")):
+            console.print(f"[yellow]{warning}[/]")
     plans: dict[str, Blueprint] = {}
     for name, folder in layout.folders.items():
         plans[name], warnings = read_blueprint(folder, backbone.identity, name)

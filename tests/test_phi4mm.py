@@ -45,8 +45,8 @@ from molora.model import MoLoRA
 from molora.pack import collate
 from molora.phi4mm import Place, Release
 from molora.plugins import resolve
+from molora.received import read_json
 from molora.release import export_release, import_release, layout_of
-from molora.storage import read_json
 from tests.reference_release import FULL_DEPTH, Sizes, hub_shapes, save_hub, save_native
 
 QUESTION = "What is it?"
