@@ -351,11 +351,9 @@ def _check_folder(folder: Path) -> None:
             f"backbone {folder}: transformers_weights in config.json names {other!r:.80}; take it out, and call the "
             "weights model.safetensors"
         )
-    if missing := sorted(name for name in shard_names(folder) if not (folder / name).is_file()):
-        raise ValueError(
-            f"backbone {folder}: {missing[0]} is missing, and so are {len(missing)} files of weights in "
-            "all (molora reads safetensors, no pickles); was its download interrupted?"
-        )
+    for name in sorted(shard_names(folder)):
+        if any(folder.glob("*.safetensors")) and not (folder / name).is_file():
+            raise ValueError(f"{folder / name}: missing; copy the whole folder, in which it holds part of the weights")
 
 
 def identify(folder: Path, source: str) -> Identity:

@@ -181,7 +181,7 @@ def load(
     backbone, tokenizer = load_backbone(layout.backbone, dtype=dtype, device=pick_device(device))
     if run is not None:
         for warning in backbone.identity.check(run.backbone, str(run.folder / "molora.json")):
-            console.print(f"[yellow]{warning}[/]")
+            warn(warning)
     plans: dict[str, Blueprint] = {}
     for name, folder in layout.folders.items():
         plans[name], warnings = read_blueprint(folder, backbone.identity, name)

@@ -51,6 +51,8 @@ _OF_PEFT_ALONE = ("auto_mapping", "base_model_name_or_path", "revision", "infere
 _MAX_TARGETS = 4096
 _MAX_PATTERN_LENGTH = 4096
 _FEW = 100
+# A higher one is allowed where a layer's smaller width is.
+_MAX_RANK = 1024
 _MAX_MATCHING_SECONDS = 2
 # Tries patterns as PEFT does, in a process of its own, as nothing else stops one that takes for ever.
 _MATCH = """
@@ -225,12 +227,12 @@ def _check_patterns(config: LoraConfig, layers: Mapping[str, nn.Module], where: 
 
 
 def _check_rank(config: LoraConfig, path: str, layer: nn.Linear, where: str) -> None:
-    """Raises ConfigError for a rank that a layer's matrix cannot have."""
+    """Raises ConfigError for a rank whose matrices would be larger than any use, before they take memory."""
     ranks = config.rank_pattern or {}
     rank = ranks.get(get_pattern_key([*ranks], path), config.r)
-    most = min(layer.in_features, layer.out_features)
+    most = max(min(layer.in_features, layer.out_features), _MAX_RANK)
     if rank > most:
-        raise ConfigError(f"{where}.r: {rank} is more than {path} can have, which is {most}; lower r, or rank_pattern")
+        raise ConfigError(f"{where}.r: rank {rank} at {path}, allowed {most} there; lower r, or rank_pattern")
 
 
 def check_config(config: LoraConfig, where: str) -> None:
