@@ -302,13 +302,13 @@ def load_backbone(
     tokenizer = _load_tokenizer(folder)
     identity, remembered = _identify(folder, source, tokenizer)
     transformers.logging.disable_progress_bar()  # the hub's bar for downloads has been shown; loading is quick
-    model = AutoModelForCausalLM.from_pretrained(
+    model = _opened(
+        AutoModelForCausalLM,
         folder,
         dtype="auto" if dtype is None else getattr(torch, dtype),
         attn_implementation="eager",  # some released configs name flash attention, which may not be installed
         use_safetensors=True,
-        trust_remote_code=False,
-    ).to(device)  # pyright: ignore[reportArgumentType]
+    ).to(device)
     if _stamps(folder) != stamps:
         raise ValueError(f"backbone {folder}: was written to while it was opened; let what writes it finish")
     key = f"{transformers.__version__} {torch.__version__} {model.dtype} {torch.device(device).type}"
@@ -361,8 +361,19 @@ def identify(folder: Path, source: str) -> Identity:
     return _identify(folder, source, _load_tokenizer(folder))[0]
 
 
+def _opened(auto: Any, folder: Path, **options: Any) -> Any:
+    """What a class of transformers makes of a folder, without running code of it. Raises OSError, ValueError."""
+    try:
+        return auto.from_pretrained(folder, trust_remote_code=False, **options)
+    except (OSError, ValueError, MemoryError):
+        raise
+    except Exception as error:  # files that are damaged or edited end in errors of every kind there
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"backbone {folder}: transformers cannot open it ({told:.300}); is it whole?") from error
+
+
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = _opened(AutoTokenizer, folder)
     if tokenizer.chat_template is None:
         raise ValueError(f"backbone {folder}: its tokenizer has no chat template; add one (chat_template.jinja)")
     return tokenizer
@@ -437,7 +448,7 @@ def _settings(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str,
 def _identify(folder: Path, source: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Identity, dict[str, Any]]:
     remembered = _remembered(folder)
     config = read_json(folder / "config.json")
-    whole = AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
+    whole = _opened(AutoConfig, folder).to_dict()
     rope_keys = (
         "rope_theta",
         "rope_scaling",

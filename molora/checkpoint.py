@@ -57,7 +57,7 @@ def check_format(value: Mapping[str, Any], path: Path) -> None:
     version = str(value.get("format_version"))
     if version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
         raise ValueError(
-            f"{path}: format version {version!r}, this molora reads {FORMAT_VERSION}; upgrade molora, or use "
+            f"{path}: format version {version!r:.80}, this molora reads {FORMAT_VERSION}; upgrade molora, or use "
             "the one that wrote it"
         )
 
@@ -196,7 +196,7 @@ def read_blueprint(folder: Path, identity: Identity, name: str) -> tuple[Bluepri
     about = read_about(folder)
     warnings = identity.check(about["backbone"], str(path))
     for file, expected in about["files"].items():
-        if not (folder / file).is_file():
+        if not (folder / file).exists():
             raise ValueError(f"{folder / file}: missing, though {path} lists it; copy the whole folder")
         check_hash(file_hash(folder / file, folder), expected, folder / file, path)
     return read_plan(folder, name), warnings

@@ -29,9 +29,9 @@ from molora.modality import Modality
 from molora.model import MoLoRA
 from molora.pack import Pack, Sample, collate
 from molora.processor import SampleTooLong
+from molora.received import read_tensors
 from molora.rounding import HALF, difference, in_fp32, measure
 from molora.routing import Flow, Routing, RoutingError
-from molora.storage import read_tensors
 from molora.terminal import print_table, styled
 
 _TOLERANCE = 1e-5
