@@ -13,8 +13,9 @@ from typing import Any
 
 from molora.config import ConfigError
 from molora.data import Messages, MessagesConfig, Source
-from molora.generate import GenerationConfig
+from molora.generate import GenerationConfig, attempt
 from molora.loading import Answer, LoadedModel
+from molora.pack import Sample
 from molora.storage import hold, write_atomically
 
 _BEGINNING = b'{"id": '
@@ -50,11 +51,11 @@ class AnswerFile:
         """Answers the rows that have no answer, each written as it finishes. `strict` raises the first row's error."""
         messages: dict[str, Any] = {}
 
-        def read(row: int) -> Any:
+        def encoded(row: int) -> Sample:
             messages[self.ids[row]] = self.source[row]["messages"]
-            return messages[self.ids[row]]
+            return loaded.encode(messages[self.ids[row]], self.ids[row])
 
-        samples = (loaded.attempt(partial(read, row), self.ids[row]) for row in self.left)
+        samples = (attempt(partial(encoded, row), self.ids[row]) for row in self.left)
 
         # A half of a character has no bytes; its escape is JSON's own.
         with open(self.output, "a", encoding="utf-8", errors="backslashreplace") as file:

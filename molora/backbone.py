@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import struct
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +21,20 @@ import transformers
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from molora import attention
 from molora.cache import PackedCache
 from molora.experts import Choices
 from molora.prompt import ChatTemplate
+from molora.received import TensorFile, read_json, shard_names
 from molora.rotary import wrap_rotary
 from molora.routing import Flow, current_flow, flowing
-from molora.storage import cache_folder, read_json, write_json
+from molora.storage import cache_folder, read_cached_json, write_cached
 from molora.terminal import warn
-from molora.trust import check_backbone
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # What is fetched of a model on the hub; no pickles, no code.
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 # A probe longer than this is not worth its time; windows beyond it stay unexercised.
@@ -40,6 +42,14 @@ _PROBE_TOKENS = 8192
 # Logits of all positions are gigabytes with a large vocabulary; final hidden states are compared at every position.
 _PROBE_LOGITS = 16
 _PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# Settings in config.json that no logit depends on, or that have a hash of their own.
+_SILENT = re.compile(
+    r"_.*|architectures|auto_map|transformers_version|(torch_)?dtype|use_cache|.*dropout.*|.*pdrop|.*_token_ids?|"
+    r"initializer_range|id2label|label2id|problem_type|tokenizer_class|return_dict|output_.*|chunk_size_feed_forward|"
+    r"router_aux_loss_coef|gradient_checkpointing|rope_.*|partial_rotary_factor|original_max_position_embeddings"
+)
+# File systems tell times apart that are as far apart as this.
+_TICK_SECONDS = 0.02
 
 
 class BackboneRefused(ValueError):
@@ -48,28 +58,44 @@ class BackboneRefused(ValueError):
 
 @dataclass(frozen=True)
 class Identity:
-    """What a modality was trained on. Other weights or another tokenizer are another backbone."""
+    """What a modality was trained on. Other weights, settings or another tokenizer are another backbone.
+
+    `settings` are those of config.json that logits depend on, with the defaults of those that it leaves out, by name;
+    those of inner configs have a dot. What only one of two versions of transformers knows is not compared.
+    """
 
     source: str
     weights: str
     rope: str
     tokenizer: str
     template: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
-    def check(self, other: Mapping[str, str], where: str) -> list[str]:
+    def check(self, other: Mapping[str, Any], where: str) -> list[str]:
         """Compares with a recorded identity; returns warnings, raises ValueError for another backbone."""
         for key, what in (
             ("weights", "other backbone weights"),
             ("rope", "another RoPE configuration"),
             ("tokenizer", "another tokenizer"),
         ):
-            if other[key] != getattr(self, key):
+            if other.get(key) != getattr(self, key):
                 raise ValueError(
-                    f"{where}: trained with {what} ({key} hash {other[key][:12]}, source {other['source']!r}) than "
-                    f"the backbone given has ({getattr(self, key)[:12]}, source {self.source!r}); load it on the "
-                    "backbone it was trained on"
+                    f"{where}: trained with {what} ({key} hash {other.get(key)!s:.12}, source "
+                    f"{other.get('source')!r:.200}) than the backbone given has ({getattr(self, key)[:12]}, source "
+                    f"{self.source!r}); load it on the backbone it was trained on"
                 )
-        if other["template"] != self.template:
+        settings = other.get("settings")  # which folders of older versions lack
+        then, now = settings if isinstance(settings, Mapping) else {}, self.settings
+        if changed := [
+            f"{key} was {then[key]!r:.80}, is {now[key]!r:.80}"
+            for key in sorted(then.keys() & now.keys())
+            if then[key] != now[key]
+        ]:
+            raise ValueError(
+                f"{where}: trained with other settings in the backbone's config.json than {self.source!r} has: "
+                f"{'; '.join(changed[:8])}; put them back, or load it on the backbone it was trained on"
+            )
+        if other.get("template") != self.template:
             return [f"{where}: trained with another chat template; answers may suffer"]
         return []
 
@@ -272,22 +298,27 @@ def load_backbone(
     Raises FileNotFoundError, ValueError for what cannot be read, BackboneRefused for what cannot be run.
     """
     folder = fetch(source, revision)
+    stamps = _stamps(folder)
     tokenizer = _load_tokenizer(folder)
     identity, remembered = _identify(folder, source, tokenizer)
     transformers.logging.disable_progress_bar()  # the hub's bar for downloads has been shown; loading is quick
-    model = AutoModelForCausalLM.from_pretrained(
+    model = _opened(
+        AutoModelForCausalLM,
         folder,
         dtype="auto" if dtype is None else getattr(torch, dtype),
         attn_implementation="eager",  # some released configs name flash attention, which may not be installed
-    ).to(device)  # pyright: ignore[reportArgumentType]
+        use_safetensors=True,
+    ).to(device)
+    if _stamps(folder) != stamps:
+        raise ValueError(f"backbone {folder}: was written to while it was opened; let what writes it finish")
     key = f"{transformers.__version__} {torch.__version__} {model.dtype} {torch.device(device).type}"
-    probes = remembered.setdefault("probes", {})
+    probes = remembered["probes"]
     backbone = Backbone(model, identity, probe=probes.get(key))
     for warning in backbone.stop_at(ChatTemplate(tokenizer).turn_ends(), tokenizer):
         warn(warning)
     if key not in probes:
         probes[key] = backbone.probe
-        write_json(_memory(folder), remembered)
+        _remember(folder, remembered)
     return backbone, tokenizer
 
 
@@ -300,8 +331,29 @@ def fetch(source: str, revision: str | None = None) -> Path:
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=_FILES))
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"backbone {folder}: no config.json; expected a folder that transformers can open")
-    check_backbone(read_json(folder / "config.json"), f"backbone {folder}: config.json")
+    _check_folder(folder)
     return folder
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises ValueError if transformers would open anything but regular files of this folder, or other weights than
+    those that are hashed."""
+    for path in folder.iterdir():
+        if not (path.is_file() or path.is_dir()):
+            raise ValueError(f"backbone {folder}: {path.name} is no regular file, or a link to nowhere; take it away")
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"backbone {folder}: holds adapter_config.json, so transformers would open the model that it names; "
+            "take the adapter's files away, and name the folder of the whole model"
+        )
+    if other := read_json(folder / "config.json").get("transformers_weights"):
+        raise ValueError(
+            f"backbone {folder}: transformers_weights in config.json names {other!r:.80}; take it out, and call the "
+            "weights model.safetensors"
+        )
+    for name in sorted(shard_names(folder)):
+        if any(folder.glob("*.safetensors")) and not (folder / name).is_file():
+            raise ValueError(f"{folder / name}: missing; copy the whole folder, in which it holds part of the weights")
 
 
 def identify(folder: Path, source: str) -> Identity:
@@ -309,8 +361,19 @@ def identify(folder: Path, source: str) -> Identity:
     return _identify(folder, source, _load_tokenizer(folder))[0]
 
 
+def _opened(auto: Any, folder: Path, **options: Any) -> Any:
+    """What a class of transformers makes of a folder, without running code of it. Raises OSError, ValueError."""
+    try:
+        return auto.from_pretrained(folder, trust_remote_code=False, **options)
+    except (OSError, ValueError, MemoryError):
+        raise
+    except Exception as error:  # files that are damaged or edited end in errors of every kind there
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"backbone {folder}: transformers cannot open it ({told:.300}); is it whole?") from error
+
+
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = _opened(AutoTokenizer, folder)
     if tokenizer.chat_template is None:
         raise ValueError(f"backbone {folder}: its tokenizer has no chat template; add one (chat_template.jinja)")
     return tokenizer
@@ -328,20 +391,10 @@ def weights_hash(folder: Path) -> str:
         )
     lines = []
     for shard in shards:
-        with open(shard, "rb") as file:
-            (header_bytes,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(header_bytes))
-            for name, entry in header.items():
-                if name == "__metadata__":
-                    continue
-                start, stop = entry["data_offsets"]
-                file.seek(8 + header_bytes + start)
-                digest = hashlib.sha256()
-                while start < stop:
-                    chunk = file.read(min(2**24, stop - start))
-                    digest.update(chunk)
-                    start += len(chunk)
-                lines.append(f"{name} {entry['dtype']} {entry['shape']} {digest.hexdigest()}")
+        with TensorFile(shard) as file:
+            for name, digest in file.hashes():
+                entry = file.entries[name]
+                lines.append(f"{name} {entry.dtype} {[*entry.shape]} {digest}")
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
@@ -349,16 +402,53 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def _stamps(folder: Path) -> list[tuple[str, int, int, int, int]]:
+    """What changes when a file that decides about logits is written or replaced, even one of the same size whose time
+    was set back."""
+    files = [folder / "config.json", *sorted(folder.resolve().glob("*.safetensors"))]
+    found = [(path.name, path.stat()) for path in files]
+    return [(name, at.st_size, at.st_ino, at.st_mtime_ns, at.st_ctime_ns) for name, at in found]
+
+
 def _memory(folder: Path) -> Path:
     """Where hashes and probe results of this folder's present files are remembered."""
-    stamps = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.resolve().glob("*.safetensors"))]
-    return cache_folder() / "backbones" / f"{_digest([str(folder.resolve()), stamps, FORMAT_VERSION])}.json"
+    key = _digest([str(folder.resolve()), _stamps(folder), FORMAT_VERSION])
+    return cache_folder() / "backbones" / f"{key}.json"
+
+
+def _remember(folder: Path, value: Mapping[str, Any]) -> None:
+    write_cached(_memory(folder), lambda path: path.write_text(json.dumps(value, indent=2), encoding="utf-8"))
+
+
+def _remembered(folder: Path) -> dict[str, Any]:
+    """The hash of the weights and the results of probes; a file of the cache that is damaged is made anew."""
+    found = read_cached_json(_memory(folder)) or {}
+    weights, probes = found.get("weights"), found.get("probes")
+    if not (isinstance(weights, str) and re.fullmatch("[0-9a-f]{64}", weights) and isinstance(probes, dict)):
+        time.sleep(_TICK_SECONDS)  # so that a write from now on has another time
+        return {"weights": weights_hash(folder), "probes": {}}
+    return {"weights": weights, "probes": {key: probe for key, probe in probes.items() if _is_probe(probe)}}
+
+
+def _is_probe(probe: object) -> bool:
+    scale = probe.get("embed_scale") if isinstance(probe, dict) else None
+    return isinstance(scale, float) and math.isfinite(scale)
+
+
+def _settings(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings of a model that its logits depend on."""
+    for key, value in config.items():
+        if not _SILENT.fullmatch(str(key)):
+            if isinstance(value, Mapping):
+                yield from _settings(value, f"{above}{key}.")
+            else:
+                yield f"{above}{key}", value
 
 
 def _identify(folder: Path, source: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Identity, dict[str, Any]]:
-    memory = _memory(folder)
-    remembered = read_json(memory) if memory.is_file() else {"weights": weights_hash(folder)}
+    remembered = _remembered(folder)
     config = read_json(folder / "config.json")
+    whole = _opened(AutoConfig, folder).to_dict()
     rope_keys = (
         "rope_theta",
         "rope_scaling",
@@ -374,6 +464,7 @@ def _identify(folder: Path, source: str, tokenizer: PreTrainedTokenizerBase) -> 
         rope=_digest({key: config.get(key) for key in rope_keys}),
         tokenizer=_digest(vocabulary),
         template=_digest(tokenizer.chat_template),
+        settings=json.loads(json.dumps(dict(_settings(whole)), default=str)),
     )
     return identity, remembered
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,19 +16,40 @@ import torch
 from torch import Tensor
 
 from molora import lora
-from molora.assembly import Blueprint, RouterConfig, RouterPlan, blueprint, router_plan
+from molora.assembly import Blueprint, RouterConfig, blueprint
 from molora.backbone import Identity
-from molora.config import ConfigError
+from molora.config import ConfigError, build
 from molora.modality import Origin
 from molora.model import MoLoRA
-from molora.plugins import Found, file_of
-from molora.storage import read_json, read_tensors, sync, write_atomically, write_json, write_tensors, write_text
-from molora.trust import Untrusted, find_received
+from molora.received import (
+    MAX_JSON_BYTES,
+    TensorFile,
+    check_finite,
+    check_hash,
+    check_name,
+    copy_file,
+    file_hash,
+    listed_files,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_tensors,
+)
+from molora.storage import check_shapes, write_atomically, write_folder, write_json, write_tensors, write_text
 
 FORMAT_VERSION = "1.0"
 _ROUTER = "router.safetensors"
-_MODALITY_KEYS = ("name", "plugin", "options", "part_type", "frame_width", "projectors", "backbone", "encoder", "files")
-_RUN_KEYS = ("backbone", "modalities", "router")
+# What is loaded of a modality's folder, if modality.json lists it.
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+_PROJECTOR = "projector.safetensors"
+_ENCODER = "encoder.safetensors"
+_MODALITY_KEYS = {
+    **{"name": str, "plugin": str, "options": dict, "part_type": str, "frame_width": int, "projectors": list},
+    **{"backbone": dict, "encoder": dict, "files": dict},
+}
+_RUN_KEYS = {"backbone": dict, "modalities": list, "router": dict}
+_STATE = re.compile(r"step-\d{1,18}")
+_KINDS = {str: "a text", dict: "values by name", int: "a whole number", list: "a list"}
 
 
 def check_format(value: Mapping[str, Any], path: Path) -> None:
@@ -35,16 +57,22 @@ def check_format(value: Mapping[str, Any], path: Path) -> None:
     version = str(value.get("format_version"))
     if version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
         raise ValueError(
-            f"{path}: format version {version!r}, this molora reads {FORMAT_VERSION}; upgrade molora, or use "
+            f"{path}: format version {version!r:.80}, this molora reads {FORMAT_VERSION}; upgrade molora, or use "
             "the one that wrote it"
         )
 
 
-def _read(path: Path, keys: Sequence[str]) -> dict[str, Any]:
-    about = read_json(path)
+def _read(path: Path, keys: Mapping[str, type]) -> dict[str, Any]:
+    return _checked(read_json(path, path.parent), path, keys)
+
+
+def _checked(about: dict[str, Any], path: Path, keys: Mapping[str, type]) -> dict[str, Any]:
     check_format(about, path)
     if missing := [key for key in keys if key not in about]:
         raise ValueError(f"{path}: lacks {', '.join(missing)}; copy it again from where it was written")
+    if wrong := [key for key, kind in keys.items() if not isinstance(about[key], kind)]:
+        told = "; ".join(f"{key} is {about[key]!r:.80}, expected {_KINDS[keys[key]]}" for key in wrong)
+        raise ValueError(f"{path}: {told}; copy it again from where it was written")
     return about
 
 
@@ -58,14 +86,6 @@ def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def file_hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(2**22):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 # Modality folders ------------------------------------------------------------------------------------------------
 
 
@@ -75,20 +95,21 @@ def save_modality(model: MoLoRA, name: str, plan: Blueprint, folder: Path, prist
     The encoder is left out only if it can be fetched again: its origin is known, and its tensors still have the hash
     that they had when it was built (`pristine`).
     """
-    files: dict[str, Mapping[str, Tensor]] = {"projector.safetensors": model.projectors[name].state_dict()}
+    files: dict[str, Mapping[str, Tensor]] = {_PROJECTOR: model.projectors[name].state_dict()}
     encoder: Any = model.encoders[name]
     encoder_hash = tensor_hash(encoder.state_dict())
     origin: Any = encoder.origin
     with_weights = origin is None or encoder_hash != pristine[name]
     if with_weights:
-        files["encoder.safetensors"] = encoder.state_dict()
+        files[_ENCODER] = encoder.state_dict()
     for file, tensors in files.items():
         write_tensors(folder / file, tensors)
     names = sorted(files)
     if plan.adapter is not None:
-        write_tensors(folder / "adapter_model.safetensors", lora.adapter_tensors(model.backbone.model, name))
-        write_text(folder / "adapter_config.json", lora.adapter_json(plan.adapter, model.backbone.identity.source))
-        names += ["adapter_model.safetensors", "adapter_config.json"]
+        config, tensors = (folder / file for file in _ADAPTER)
+        write_tensors(tensors, lora.adapter_tensors(model.backbone.model, name))
+        write_text(config, lora.adapter_json(plan.adapter, model.backbone.identity.source))
+        names += _ADAPTER
     options = encoder.saved_config(with_weights) or plan.modality.config
     widths = (encoder.width, model.backbone.width)
     describe_modality(folder, plan, options, widths, model.backbone.identity, encoder_hash, origin, names)
@@ -106,13 +127,14 @@ def describe_modality(
 ) -> None:
     """Writes `modality.json`, the last file of a modality's folder. `widths` are those of its frames and of the
     backbone."""
+    for file in {_PROJECTOR, _ENCODER, *_ADAPTER} - set(files):
+        (folder / file).unlink(missing_ok=True)
     write_json(
         folder / "modality.json",
         {
             "format_version": FORMAT_VERSION,
             "name": plan.modality.name,
             "plugin": plan.plugin,
-            "plugin_sha256": plan.plugin_sha256,
             "options": asdict(options),
             "part_type": plan.modality.part_type,
             "frame_width": widths[0],
@@ -126,9 +148,16 @@ def describe_modality(
 
 
 def copy_modality(source: Path, folder: Path) -> None:
-    """Copies a modality folder byte by byte. `modality.json` comes last, as when it is saved."""
-    for path in sorted(files_in(source), key=lambda path: path.name == "modality.json"):
-        write_atomically(folder / path.name, partial(shutil.copyfile, path))
+    """Copies the files that a modality folder lists, byte by byte, and `modality.json`: last, as when it is saved.
+
+    Raises ValueError for a file that does not have its hash; it is not written then.
+    """
+    path = source / "modality.json"
+    data = read_bytes(path, MAX_JSON_BYTES, source)
+    about = _checked(parse_json(data, str(path)), path, _MODALITY_KEYS)
+    for file, sha256 in listed_files(about["files"], path).items():
+        write_atomically(folder / file, partial(copy_file, source / file, folder=source, sha256=sha256, where=path))
+    write_atomically(folder / path.name, lambda temporary: temporary.write_bytes(data))
 
 
 def files_in(folder: Path) -> list[Path]:
@@ -143,68 +172,66 @@ def read_about(folder: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{folder}: not a modality folder (no modality.json); give one that a run wrote as modalities/<name>"
         )
-    return _read(path, _MODALITY_KEYS)
+    about = _read(path, _MODALITY_KEYS)
+    check_name(about["name"], f'{path}: "name"')
+    files = listed_files(about["files"], path)
+    for file in (_PROJECTOR, *(_ADAPTER if files.keys() & {*_ADAPTER} else ())):
+        if file not in files:
+            raise ValueError(f'{path}: "files" lacks {file}, which is loaded too; copy the whole folder again')
+    for file in (_ENCODER, *_ADAPTER):
+        if file not in files and (folder / file).exists():
+            raise ValueError(
+                f"{folder / file}: is there, but {path} does not list it, so it would not be loaded; take it away, or "
+                "copy the whole folder again"
+            )
+    return about
 
 
-def read_blueprint(
-    folder: Path, identity: Identity, name: str, trusted: Sequence[str | Found] = ()
-) -> tuple[Blueprint, list[str]]:
+def read_blueprint(folder: Path, identity: Identity, name: str) -> tuple[Blueprint, list[str]]:
     """Reads the description of a modality folder, to be called `name`, and checks it against the backbone.
 
-    `trusted` are plugins that the folder may name though they do not come by name; see `molora.trust`. Returns its
-    blueprint and warnings. Raises ConfigError or ValueError naming the file.
-    """
-    warnings = check_modality(folder, identity)
-    return read_plan(folder, name, trusted), warnings
-
-
-def check_modality(folder: Path, identity: Identity) -> list[str]:
-    """Checks that a modality folder is whole and fits the backbone, without its plugin. Returns warnings.
-
-    Raises ConfigError or ValueError naming the file.
+    Returns its blueprint and warnings. Raises ConfigError or ValueError naming the file.
     """
     path = folder / "modality.json"
     about = read_about(folder)
     warnings = identity.check(about["backbone"], str(path))
     for file, expected in about["files"].items():
-        if not (folder / file).is_file():
+        if not (folder / file).exists():
             raise ValueError(f"{folder / file}: missing, though {path} lists it; copy the whole folder")
-        if file_hash(folder / file) != expected:
-            raise ValueError(
-                f"{folder / file}: does not have the hash in {path}; it was changed, or a run was stopped while "
-                "writing the folder (resuming that run writes it again)"
-            )
-    return warnings
+        check_hash(file_hash(folder / file, folder), expected, folder / file, path)
+    return read_plan(folder, name), warnings
 
 
-def read_plan(folder: Path, name: str, trusted: Sequence[str | Found] = ()) -> Blueprint:
+def read_plan(folder: Path, name: str) -> Blueprint:
     """The blueprint of a modality folder, to be called `name`, whatever backbone and files it has.
 
     Raises ConfigError or ValueError naming the file.
     """
     path = folder / "modality.json"
     about = read_about(folder)
-    may_run = partial(find_received, sha256=about.get("plugin_sha256"), trusted=trusted)
     try:
-        plan = blueprint(name, about["plugin"], about["options"], None, str(path), saved=True, find=may_run)
-    except Untrusted:
-        raise
+        plan = blueprint(name, about["plugin"], about["options"], None, str(path), saved=True)
     except ConfigError as error:
-        raise ConfigError(f"{error}; {_how_to_get_plugin(about['plugin'])}") from error
-    adapter = lora.read_adapter(folder) if "adapter_config.json" in about["files"] else None
+        raise ConfigError(f"{error}; {_how_to_get_plugin(about['plugin'], path)}") from error
+    sha256 = about["files"].get(_ADAPTER[0])
+    adapter = None if sha256 is None else lora.read_adapter(folder, sha256, path)
     return replace(plan, adapter=adapter)
 
 
-def _how_to_get_plugin(plugin: str) -> str:
-    if file_of(plugin):
-        return "a modality folder does not contain its plugin: get the file that made this one"
+def _how_to_get_plugin(plugin: str, path: Path) -> str:
+    if ".py:" in plugin:
+        return (
+            "a modality folder names the file of its plugin and does not contain it: get the file that made this one, "
+            f'and write where it lies as "plugin" in {path}'
+        )
     return "install the package that brings its plugin, in the version that made the folder"
 
 
 def load_modality(model: MoLoRA, name: str, folder: Path) -> None:
     """Fills a modality's modules from its folder. Raises ValueError listing tensors that do not fit."""
     path = folder / "modality.json"
-    about = read_json(path)
+    about = read_about(folder)
+    files = about["files"]
     modality: Any = model.modalities[name]
     encoder: Any = model.encoders[name]
     now = {
@@ -215,15 +242,12 @@ def load_modality(model: MoLoRA, name: str, folder: Path) -> None:
     if changed := [f"{key} was {about[key]!r}, is {now[key]!r}" for key in now if about[key] != now[key]]:
         raise ValueError(
             f"{path}: plugin {about['plugin']!r} has changed since: {'; '.join(changed)}; "
-            f"{_how_to_get_plugin(about['plugin'])}"
+            f"{_how_to_get_plugin(about['plugin'], path)}"
         )
-    path = folder / "projector.safetensors"
-    lora.load_exactly(model.projectors[name].state_dict(), read_tensors(path), str(path))
-    path = folder / "encoder.safetensors"
-    if path.name in about["files"]:
-        tensors = read_tensors(path)
+    _load(model.projectors[name].state_dict(), folder / _PROJECTOR, files[_PROJECTOR], path)
+    if _ENCODER in files:
         try:
-            lora.load_exactly(encoder.state_dict(), tensors, str(path))
+            _load(encoder.state_dict(), folder / _ENCODER, files[_ENCODER], path, finite=False)
         except ValueError as error:
             raise ValueError(f"{error}; did the plugin's code change? train it anew, under another run=") from error
     elif tensor_hash(encoder.state_dict()) != about["encoder"]["hash"]:
@@ -231,9 +255,24 @@ def load_modality(model: MoLoRA, name: str, folder: Path) -> None:
             f"{folder}: its encoder comes from {about['encoder']['origin']}, whose tensors now have another hash than "
             "when the modality was saved"
         )
-    path = folder / "adapter_model.safetensors"
-    if path.name in about["files"]:
-        lora.load_adapter_tensors(model.backbone.model, name, read_tensors(path), str(path))
+    if _ADAPTER[1] in files:
+        _load(lora.adapter_tensors(model.backbone.model, name), folder / _ADAPTER[1], files[_ADAPTER[1]], path)
+
+
+def _load(
+    parameters: Mapping[str, Tensor], path: Path, sha256: str | None, where: Path, *, finite: bool = True
+) -> None:
+    """Copies a file's tensors, one by one, into parameters of the same names and shapes.
+
+    Raises ValueError listing what does not fit before anything is read, for other bytes than those with the hash in
+    `where`, and for numbers that are not finite; an encoder's masks may hold them.
+    """
+    with TensorFile(path, path.parent) as file:
+        check_shapes(file.shapes, {key: parameter.shape for key, parameter in parameters.items()}, str(path))
+        tensors = file.tensors(sha256, where)
+        with torch.no_grad():
+            for key, tensor in check_finite(tensors, str(path)) if finite else tensors:
+                parameters[key].copy_(tensor)
 
 
 # Runs ------------------------------------------------------------------------------------------------------------
@@ -243,7 +282,7 @@ def write_run(
     run: Path,
     backbone: Identity,
     modalities: Sequence[str],
-    router: RouterConfig | RouterPlan,
+    router: RouterConfig,
     *,
     dtype: str | None = None,
     learned: Mapping[str, Tensor] | None = None,
@@ -252,18 +291,17 @@ def write_run(
 
     A backbone folder is named by its path from the run, so that the two can be moved together.
     """
-    folder = os.path.relpath(backbone.source, run) if Path(backbone.source).is_dir() else None
+    source = backbone.source
+    folder = os.path.relpath(os.path.realpath(source), os.path.realpath(run)) if Path(source).is_dir() else None
     if learned:
         write_tensors(run / _ROUTER, learned)
-    plan = router if isinstance(router, RouterPlan) else router_plan(router)
     write_json(
         run / "molora.json",
         {
             "format_version": FORMAT_VERSION,
             "backbone": {**asdict(backbone), "folder": folder, "dtype": dtype},
             "modalities": list(modalities),
-            "router": {"plugin": plan.found.spec, "options": plan.options},
-            "router_sha256": plan.found.sha256,
+            "router": {"plugin": router.plugin, "options": router.options},
             "files": {_ROUTER: file_hash(run / _ROUTER)} if learned else {},
         },
     )
@@ -271,31 +309,29 @@ def write_run(
 
 @dataclass(frozen=True)
 class RunAbout:
-    """What the molora.json in `folder` says."""
+    """What the molora.json in `folder` says. `files` is None if an older molora wrote it, which listed none."""
 
     folder: Path
     backbone: dict[str, Any]
     modalities: list[str]
     router: RouterConfig
-    files: dict[str, str]
-    router_sha256: str | None = None
+    files: Mapping[str, str] | None
 
     def backbone_source(self) -> str:
-        """The folder or hub id of the backbone. Raises ConfigError for a folder that is not there."""
+        """The folder or hub id of the backbone. Raises ConfigError for a folder that is not there.
+
+        The path may lead anywhere, as backbones lie beside runs, and begins where the run really is, links followed.
+        What it leads to is only read, runs no code, and has to have the hashes that are recorded here.
+        """
         if self.backbone["folder"] is None:
             return self.backbone["source"]
-        path = os.path.normpath(self.folder / self.backbone["folder"])
+        path = os.path.realpath(self.folder / self.backbone["folder"])
         if not Path(path).is_dir():
             raise ConfigError(
                 f"{self.folder / 'molora.json'}: its backbone is not in {path}; move the two together, or write its "
                 f'path from {self.folder} as "folder" there'
             )
         return path
-
-    def router_plan(self, trusted: Sequence[str | Found] = ()) -> RouterPlan:
-        """The run's router; `trusted` as in `read_blueprint`. Raises ConfigError."""
-        may_run = partial(find_received, sha256=self.router_sha256, trusted=trusted)
-        return router_plan(self.router, str(self.folder / "molora.json"), may_run)
 
     def modality_folders(self) -> dict[str, Path]:
         """Modality folders by name; others that molora.json does not name are not part of the run. Raises ConfigError
@@ -317,10 +353,19 @@ def read_run(run: Path) -> RunAbout:
             f"{run}: not a run folder (no molora.json); was its training finished or saved at least once?"
         )
     about = _read(path, _RUN_KEYS)
-    router = RouterConfig(**about["router"])
-    return RunAbout(
-        run, about["backbone"], about["modalities"], router, about.get("files", {}), about.get("router_sha256")
-    )
+    backbone, names = about["backbone"], about["modalities"]
+    for key in ("source", "folder", "dtype"):
+        if not isinstance(value := backbone.get(key, ""), str) and (value is not None or key == "source"):
+            raise ValueError(f'{path}: "backbone": {key} is {value!r:.80}, expected a text; copy it again')
+    for name in names:
+        check_name(name, f'{path}: "modalities"')
+    if len(set(names)) < len(names):
+        raise ValueError(f'{path}: "modalities" lists one twice: {", ".join(names):.200}; copy it again')
+    router = build(RouterConfig, about["router"], f"{path}: router")
+    if router.path is not None:
+        raise ValueError(f"{path}: router.path is {router.path!r:.80}, but a run has its own router; copy it again")
+    files = listed_files(about["files"], path) if "files" in about else None
+    return RunAbout(run, {"folder": None, "dtype": None, **backbone}, names, router, files)
 
 
 def load_router(model: MoLoRA, run: Path) -> None:
@@ -329,12 +374,13 @@ def load_router(model: MoLoRA, run: Path) -> None:
         path = run / _ROUTER
         if not path.is_file():
             raise ValueError(f"{path}: missing, though the run's router learns; copy the whole run folder")
-        if file_hash(path) != read_run(run).files.get(path.name, file_hash(path)):
-            raise ValueError(
-                f"{path}: does not have the hash in {run / 'molora.json'}; it was changed, or a run was stopped while "
-                "writing the folder (resuming that run writes it again)"
-            )
-        lora.load_exactly(own, read_tensors(path), str(path))
+        files = read_run(run).files
+        if files is not None and _ROUTER not in files:
+            raise ValueError(f"{path}: is not listed in {run / 'molora.json'}; copy the whole run folder again")
+        sha256 = None if files is None else files[_ROUTER]
+        if sha256 is not None:
+            check_hash(file_hash(path, run), sha256, path, run / "molora.json")
+        _load(own, path, sha256, run / "molora.json")
 
 
 # States ----------------------------------------------------------------------------------------------------------
@@ -343,26 +389,20 @@ def load_router(model: MoLoRA, run: Path) -> None:
 def save_state(run: Path, name: str, tensors: Mapping[str, Mapping[str, Tensor]], about: Mapping[str, Any]) -> None:
     """Writes `state/<name>/` in one step, then removes older states: a kill at any instant leaves one whole state."""
     root = run / "state"
-    temporary = root / f".{name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for file, values in tensors.items():
-        write_tensors(temporary / f"{file}.safetensors", values)
-    write_json(temporary / "state.json", {"format_version": FORMAT_VERSION, **about})
-    sync(temporary)
-    if (root / name).exists():
-        shutil.rmtree(root / name)
-    os.replace(temporary, root / name)
-    sync(root)
+    with write_folder(root / name) as draft:
+        for file, values in tensors.items():
+            write_tensors(draft / f"{file}.safetensors", values)
+        write_json(draft / "state.json", {"format_version": FORMAT_VERSION, **about})
     for other in root.iterdir():
-        if other.name != name:
+        if _STATE.fullmatch(other.name) and other.name != name:
             shutil.rmtree(other)
 
 
 def latest_state(run: Path) -> Path | None:
     """The newest whole state of a run, if it has one."""
-    states = [path for path in (run / "state").glob("step-*") if (path / "state.json").is_file()]
-    return max(states, key=lambda path: int(path.name.removeprefix("step-")), default=None)
+    states = [path for path in (run / "state").glob("step-*") if _STATE.fullmatch(path.name)]
+    whole = [path for path in states if (path / "state.json").is_file()]
+    return max(whole, key=lambda path: int(path.name.removeprefix("step-")), default=None)
 
 
 def read_state(state: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:

@@ -7,7 +7,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -38,14 +37,6 @@ RuleOption = Annotated[
 UrlsOption = Annotated[bool, typer.Option("--allow-urls", help="Fetch media over HTTP where messages name a URL.")]
 PrivateOption = Annotated[
     bool, typer.Option("--allow-private-addresses", help="With --allow-urls: from inside a network too.")
-]
-TrustOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--trust-plugin",
-        metavar="SPEC",
-        help="Run this plugin's code where a folder names it: path/to/file.py:Class or package.module:Class; repeat.",
-    ),
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]…", help="Settings that replace the file's.")
@@ -89,7 +80,7 @@ def _options(
 
 
 @app.command()
-def train(config: ConfigArgument, overrides: Overrides = None, trust_plugin: TrustOption = None) -> None:
+def train(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Run a recipe: writes a run folder, and goes on where it stopped."""
     from molora.config import read
     from molora.terminal import say
@@ -97,7 +88,7 @@ def train(config: ConfigArgument, overrides: Overrides = None, trust_plugin: Tru
     from molora.train import train as run_recipe
 
     recipe = read(Recipe, config, overrides or ())
-    run = run_recipe(recipe, trust=trust_plugin or ())
+    run = run_recipe(recipe)
     say(f"done: {run}")
 
 
@@ -133,7 +124,6 @@ def generate(
     strict: StrictOption = False,
     allow_urls: UrlsOption = False,
     allow_private_addresses: PrivateOption = False,
-    trust_plugin: TrustOption = None,
 ) -> None:
     """Answer one question, streamed; or, with --messages and --output, a mixed batch: a row that fails gets its error
     for an answer, and exit code 2 says so."""
@@ -163,7 +153,6 @@ def generate(
             router=_rules(rule),
             allow_urls=allow_urls,
             allow_private_addresses=allow_private_addresses,
-            trust=trust_plugin or (),
         )
 
     if messages is not None and output is not None:
@@ -210,47 +199,60 @@ def evaluate(
     overrides: Overrides = None,
     modality: ModalityOption = None,
     rule: RuleOption = None,
+    strict: StrictOption = False,
     allow_urls: UrlsOption = False,
     allow_private_addresses: PrivateOption = False,
-    trust_plugin: TrustOption = None,
 ) -> None:
-    """Answer the evaluations of a config or a recipe: a table, and JSON in MODEL/evaluation.json or on standard
-    output."""
+    """Answer the evaluations of a config or a recipe: a table, and JSON in MODEL/evaluation.json, or alone on standard
+    output if MODEL is no run. Questions that cannot be asked are counted, and exit code 2 says so."""
     from molora.config import read
     from molora.data import open_source
-    from molora.evaluate import Evaluations, judge, scores
-    from molora.loading import load
-    from molora.storage import write_json
-    from molora.terminal import print_table, progress
+    from molora.evaluate import Evaluations, complaints, judge, record, scores
+    from molora.loading import load, model_hashes
+    from molora.terminal import console, print_table, progress, warn
 
+    is_run = (Path(model) / "molora.json").is_file()
+    console.stderr = not is_run
     evaluations = read(Evaluations, config, overrides or (), in_part=True).evaluations
+    sources = {name: open_source(one.data, f"evaluations.{name}.data") for name, one in evaluations.items()}
     loaded = load(
         model,
         modality or (),
         router=_rules(rule),
         allow_urls=allow_urls,
         allow_private_addresses=allow_private_addresses,
-        trust=trust_plugin or (),
     )
+    about = {**model_hashes(model, modality or ()), "rules": sorted(rule or ())}
     results: dict[str, dict[str, float]] = {}
+    told: list[str] = []
     with progress() as bars:
         for name, evaluation in evaluations.items():
-            source = open_source(evaluation.data, f"evaluations.{name}.data")
-            bar = bars.add_task(name, total=len(source), note="")
+            bar = bars.add_task(name, total=len(sources[name]), note="")
             judged = judge(
-                loaded.model, loaded.processor, source, evaluation, advance=lambda bar=bar: bars.advance(bar)
+                loaded.model,
+                loaded.processor,
+                sources[name],
+                evaluation,
+                strict=strict,
+                advance=lambda bar=bar: bars.advance(bar),
             )
             results[name] = scores(judged, evaluation)
+            told += complaints(name, judged, evaluation)
+            if is_run and (gone := record(Path(model) / "evaluation.json", about, {name: results[name]})):
+                told.append(f"evaluation.json: took out {', '.join(gone)}, which another state of the model gave")
+    counts = ("questions", "failed", "cut_off")
     rows = [
-        (name, metric, f"{value:.0f}" if metric.startswith("questions") else f"{value:.4f}")
+        (name, metric, f"{value:.0f}" if metric.startswith(counts) else f"{value:.4f}")
         for name, metrics in results.items()
         for metric, value in metrics.items()
     ]
     print_table(("evaluation", "metric", "value"), rows)
-    if (Path(model) / "molora.json").is_file():
-        write_json(Path(model) / "evaluation.json", {"format_version": "1.0", "evaluations": results})
-    else:
+    for complaint in told:
+        warn(complaint)
+    if not is_run:
         print(json.dumps(results))
+    if any(metrics["failed"] for metrics in results.values()):
+        raise typer.Exit(FAILED_ROWS)
 
 
 @app.command()
@@ -272,49 +274,35 @@ def verify(
     messages: Annotated[
         Path | None, typer.Option(metavar="IN.jsonl", help="Conversations with media to check on.")
     ] = None,
-    recipe_data: Annotated[
-        bool,
-        typer.Option(
-            "--recipe-data", help="Check on rows of the run's recipe too, from wherever its config.yaml says."
-        ),
-    ] = False,
     against: Annotated[
         str | None, typer.Option(metavar="OLD", help="Compare with this model instead: nothing they share has moved.")
     ] = None,
     allow_urls: UrlsOption = False,
     allow_private_addresses: PrivateOption = False,
-    trust_plugin: TrustOption = None,
 ) -> None:
-    """Check the promises on this model and print a table. It brings its own samples, examples of its modalities; rows
-    of its recipe or of a file can be added."""
+    """Check the promises on this model and print a table. It brings its own samples: examples of its modalities and,
+    if it is a run, its recipe's data."""
     from molora.against import unmoved
     from molora.config import ConfigError, read
     from molora.data import SourceConfig, open_source
     from molora.loading import load, locate
     from molora.messages import media_parts
     from molora.train import Recipe
-    from molora.trust import find_received
     from molora.verify import verify as check
 
     if against is not None:
-        if messages is not None or recipe_data:
-            raise ConfigError("--against compares on samples of its own; leave --messages and --recipe-data out")
+        if messages is not None:
+            raise ConfigError("--against compares on samples of its own; leave --messages out")
         if rule:
             raise ConfigError("--against compares what the two models' own routers take; leave --rule out")
-        raise typer.Exit(0 if unmoved(against, model, modality or (), trust_plugin or ()) else 1)
+        raise typer.Exit(0 if unmoved(against, model, modality or ()) else 1)
     run = Path(model)
     sources: list[SourceConfig] = []
     if messages is not None:
         sources = [SourceConfig(kind="messages", options={"path": str(messages)})]
-        if recipe_data:
-            raise ConfigError("--messages and --recipe-data both say on which rows to check; give one of them")
-    elif recipe_data:
-        if not (run / "config.yaml").is_file():
-            raise ConfigError(f"{run}: no config.yaml, so no recipe whose data could be read; leave --recipe-data out")
+    elif (run / "config.yaml").is_file():
         sources = [source for stage in read(Recipe, run / "config.yaml").stages for source in stage.data.values()]
-    trust = trust_plugin or ()
-    may_run = partial(find_received, sha256=None, trusted=trust)
-    opened = [open_source(source, "data", may_run) for source in sources]
+    opened = [open_source(source, "data") for source in sources]
     rows = [source[row] for source in opened for row in range(min(len(source), VERIFIED_ROWS))]
     loaded = load(
         model,
@@ -322,7 +310,6 @@ def verify(
         router=_rules(rule),
         allow_urls=allow_urls,
         allow_private_addresses=allow_private_addresses,
-        trust=trust,
     )
     if messages is None:  # the recipe may know modalities that have been taken out since
         known = loaded.processor.part_types
@@ -468,7 +455,6 @@ def doctor(
         ),
     ] = None,
     modality: ModalityOption = None,
-    trust_plugin: TrustOption = None,
     device_memory: Annotated[
         float | None, typer.Option(metavar="GIB", help="Ask about a device that has this much, instead of this one's.")
     ] = None,
@@ -479,9 +465,9 @@ def doctor(
     if fit is not None:
         from molora.fit import main as measure
 
-        raise typer.Exit(measure(fit, overrides or (), modality or (), device_memory, trust_plugin or ()))
-    if overrides or modality or trust_plugin or device_memory is not None:
-        raise ConfigError("settings, --modality, --trust-plugin and --device-memory go with --fit: say what is to fit")
+        raise typer.Exit(measure(fit, overrides or (), modality or (), device_memory))
+    if overrides or modality or device_memory is not None:
+        raise ConfigError("settings, --modality and --device-memory go with --fit: say what is to fit")
     from molora.doctor import main as examine
 
     raise typer.Exit(examine())

@@ -25,10 +25,11 @@ from molora.generate import GenerationConfig
 from molora.loading import LoadedModel, load, locate
 from molora.optim import PartConfig
 from molora.pretrain import PretrainConfig, pretrain
+from molora.received import read_json
 from molora.report import Example, Media, Report, read_history
 from molora.report import write as write_report
 from molora.seeding import seed_of
-from molora.storage import read_json, write_json, write_text
+from molora.storage import write_json, write_text
 from molora.terminal import print_table, progress, say
 from molora.train import Recipe, StageConfig, train
 

@@ -3,33 +3,54 @@
 from __future__ import annotations
 
 import re
+import time
+import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
 
-from molora.config import require
+from molora.config import ConfigError, require
 from molora.data import Source, SourceConfig
-from molora.generate import GenerationConfig, generate
+from molora.generate import Failed, GenerationConfig, Step, attempt, generate
 from molora.model import MoLoRA
 from molora.pack import Sample
 from molora.processor import Processor
+from molora.storage import hold, read_json, write_json
+
+# Every character that Unicode calls a full stop, and those that close a sentence in scripts where none has that name.
+FULL_STOPS = (
+    ".\u0589\u06d4\u0701\u0702\u0964\u0965\u0f0d\u0f0e\u104b\u1362\u166e\u17d4\u17d5\u1803\u1809\u2cf9\u2cfe\u2e3c"
+    "\u3002\ua4ff\ua60e\ua6f3\ufe12\ufe52\uff0e\uff61"
+    "\U00011047\U00011141\U0001144b\U000115c2\U00016af5\U00016e98\U0001bc9f\U0001da88"
+)
+_INVISIBLE = re.compile("[\u00ad\u200b\u200e\u200f\u2060\ufeff]")
+# Thai, Lao, Myanmar, Khmer, Javanese, Chinese characters, kana, bopomofo: written without spaces between words.
+_WITHOUT_SPACES = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\ua980-\ua9ff\uaa60-\uaa7f\u2e80-\u2fdf\u3005-\u3007\u3040-\u312f\u31a0-\u31bf"
+    "\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+_MAX_NAMED = 3
+_LOCK_TRIES = 50
 
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
     """Questions to answer. `without_media` leaves the media parts out, to see what the text alone gives away;
-    `word_errors` adds the word error rate, for transcripts; `macro_f1` the mean F1 over the expected answers, each
-    answer a class; `bleu` names the tokeniser of sacrebleu to count BLEU with, for translations: 13a, or for a language
-    without spaces its own, such as zh and ja-mecab."""
+    `word_errors` adds the word error rate, for transcripts, `character_errors` the character error rate; `macro_f1` the
+    mean F1 over the expected answers, each answer a class; `bleu` names the tokeniser of sacrebleu to count BLEU with,
+    for translations: 13a, or for a language without spaces its own, such as zh and ja-mecab."""
 
     data: SourceConfig
     max_new_tokens: int = 16
     max_running_samples: int = 128
     without_media: bool = False
     word_errors: bool = False
+    character_errors: bool = False
     macro_f1: bool = False
     bleu: str | None = None
 
@@ -48,7 +69,7 @@ class Evaluations:
 
 @dataclass(frozen=True)
 class Judged:
-    """One answered question."""
+    """One answered question. `cut_off` says that a limit ended the answer, `error` why there is none."""
 
     id: str
     messages: list[dict[str, Any]]
@@ -56,11 +77,20 @@ class Judged:
     answer: str
     correct: bool
     tags: list[str] = field(default_factory=list)
+    cut_off: bool = False
+    error: str | None = None
+
+    @property
+    def row(self) -> int:
+        """The number of its row in the source, from 0."""
+        return int(self.id.partition(":")[0])
 
 
 def normalise(text: str) -> str:
-    """Lower case, single spaces, no closing full stop: what exact match ignores."""
-    return re.sub(r"\s+", " ", text).strip().rstrip(".").lower()
+    """What exact match compares: composed characters without case, single spaces, no closing full stop of any script,
+    and nothing that no one sees, such as marks of direction."""
+    composed = unicodedata.normalize("NFC", _INVISIBLE.sub("", text)).casefold()
+    return re.sub(r"\s+", " ", unicodedata.normalize("NFC", composed)).strip().rstrip(FULL_STOPS).rstrip()
 
 
 def exact_match(answer: str, expected: str) -> bool:
@@ -75,29 +105,49 @@ def judge(
     *,
     rank: int = 0,
     ranks: int = 1,
+    strict: bool = False,
     advance: Callable[[], None] = lambda: None,
 ) -> list[Judged]:
-    """Answers this rank's share of the questions, in order. The last assistant message is the expected answer."""
+    """Answers this rank's share of the questions, in order. The last assistant message is the expected answer.
+
+    A question that cannot be read, asked or answered is judged with its `error`; `strict` raises the first one's.
+    """
     rows: dict[str, dict[str, Any]] = {}
 
-    def prompts() -> Iterator[Sample]:
+    def prompts() -> Iterator[Sample | Failed]:
         for index in range(rank, len(source), ranks):
-            row = question(source, index, config.without_media)
-            rows[row["id"]] = row
-            yield processor.encode(row["prompt"], row["id"], generate=True)
+            unread = f"{index}:"
+            row = attempt(partial(question, source, index, config.without_media), unread)
+            if isinstance(row, Failed):
+                rows[unread] = {"prompt": [], "expected": "", "tags": []}
+                yield row
+            else:
+                rows[row["id"]] = row
+                yield attempt(partial(processor.encode, row["prompt"], row["id"], generate=True), row["id"])
 
     answers: dict[str, list[int]] = defaultdict(list)
+    last: dict[str, Step] = {}
     decoding = GenerationConfig(max_new_tokens=config.max_new_tokens, max_running_samples=config.max_running_samples)
-    for step in generate(model, prompts(), decoding):
-        if step.finished != "stop":
+    for step in generate(model, prompts(), decoding, keep_going=not strict):
+        if step.finished is None or step.finished == "length":
             answers[step.id].append(step.token_id)
         if step.finished:
+            last[step.id] = step
             advance()
     judged = []
     for id, row in rows.items():
-        answer = processor.decode(answers[id]).strip()
+        answer, error = processor.decode(answers[id]).strip(), last[id].error
         judged.append(
-            Judged(id, row["prompt"], row["expected"], answer, exact_match(answer, row["expected"]), row["tags"])
+            Judged(
+                id,
+                row["prompt"],
+                row["expected"],
+                answer,
+                error is None and exact_match(answer, row["expected"]),
+                row["tags"],
+                cut_off=last[id].finished == "length",
+                error=None if error is None else str(error),
+            )
         )
     return judged
 
@@ -120,36 +170,117 @@ def question(source: Source, index: int, without_media: bool) -> dict[str, Any]:
 
 
 def scores(judged: list[Judged], config: EvaluationConfig) -> dict[str, float]:
-    """Rates over all questions and over those of each tag, with the counts."""
-    by_tag: dict[str, list[Judged]] = {"": judged}
-    for item in judged:
+    """Rates over all questions that were answered and over those of each tag, with the counts.
+
+    `failed` counts the questions that are in no rate, because they could not be asked or answered; `cut_off` the
+    answers that a limit ended, which are in every rate. A rate without anything to count is left out.
+    """
+    answered = [item for item in judged if item.error is None]
+    by_tag: dict[str, list[Judged]] = {"": answered}
+    for item in answered:
         for tag in item.tags:
             by_tag.setdefault(tag, []).append(item)
     results: dict[str, float] = {}
     for tag, items in by_tag.items():
+        rates: dict[str, float | None] = {}
+        if items:
+            rates["exact_match"] = sum(item.correct for item in items) / len(items)
+            rates["word_error_rate"] = word_error_rate(items) if config.word_errors else None
+            rates["character_error_rate"] = character_error_rate(items) if config.character_errors else None
+            rates["macro_f1"] = macro_f1(items) if config.macro_f1 else None
+            rates["bleu"] = bleu(items, config.bleu) if config.bleu is not None else None
+        rates["questions"] = len(items)
         suffix = f"/{tag}" if tag else ""
-        results[f"exact_match{suffix}"] = sum(item.correct for item in items) / max(1, len(items))
-        if config.word_errors:
-            results[f"word_error_rate{suffix}"] = word_error_rate(items)
-        if config.macro_f1:
-            results[f"macro_f1{suffix}"] = macro_f1(items)
-        if config.bleu is not None:
-            results[f"bleu{suffix}"] = bleu(items, config.bleu)
-        results[f"questions{suffix}"] = len(items)
+        results |= {f"{name}{suffix}": rate for name, rate in rates.items() if rate is not None}
+    results["failed"] = len(judged) - len(answered)
+    results["cut_off"] = sum(item.cut_off for item in answered)
     return results
 
 
-def word_error_rate(judged: Sequence[Judged]) -> float:
-    """Wrong, missing and added words for each expected one, by jiwer, after Whisper's basic normalisation (lower case,
-    no punctuation). Raises ImportError without the `audio` extra."""
+def complaints(name: str, judged: Sequence[Judged], config: EvaluationConfig) -> list[str]:
+    """What one should know before one believes the scores of an evaluation."""
+    told = []
+    failed = [f"row {item.row + 1}: {item.error}" for item in judged if item.error is not None]
+    cut_off = sum(item.cut_off for item in judged)
+    if failed:
+        named = "; ".join(failed[:_MAX_NAMED]) + ("; …" if len(failed) > _MAX_NAMED else "")
+        told.append(f"{name}: {len(failed)} of {len(judged)} questions were not answered and are in no rate: {named}")
+    if cut_off:
+        told.append(
+            f"{name}: {cut_off} of {len(judged) - len(failed)} answers were cut off at max_new_tokens "
+            f"({config.max_new_tokens}) and are judged as they are; raise it if answers may be longer"
+        )
+    return told
+
+
+def record(path: Path, model: Mapping[str, Any], results: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Adds results to those in a file. Returns the names of results that go, because another `model` gave them."""
+    for again in reversed(range(_LOCK_TRIES)):
+        try:
+            with hold(path):
+                known = read_json(path) if path.is_file() else {}
+                old = known.get("evaluations", {})
+                kept = old if known.get("model") == model else {}
+                write_json(path, {"format_version": "1.0", "model": model, "evaluations": {**kept, **results}})
+                return sorted(old.keys() - kept.keys() - results.keys())
+        except ConfigError:  # another evaluation of the run ends at the same moment
+            if not again:
+                raise
+            time.sleep(0.1)
+    raise AssertionError("the last try returns or raises")
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, for error rates: letters, marks and numbers of every script, without case, what stands in
+    brackets left out (as Whisper does). Scripts that are written without spaces have a word for every character."""
+    folded = unicodedata.normalize("NFKC", text.replace("\u200b", " ")).casefold()
+    kept = re.sub(r"[<\[][^>\]]*[>\]]|\([^)]+?\)", "", folded)
+    pieces: list[str] = []
+    for character in unicodedata.normalize("NFKC", kept):
+        kind = unicodedata.category(character)
+        if kind == "Cf":  # joiners and marks of direction
+            continue
+        alone = _WITHOUT_SPACES.match(character) is not None
+        if kind[0] == "M":
+            pieces.append(character)
+        elif kind[0] in "LN":
+            border = alone or (pieces and _WITHOUT_SPACES.match(pieces[-1][-1]))
+            pieces.append(f" {character}" if border else character)
+        else:
+            pieces.append(" ")
+    return "".join(pieces).split()
+
+
+def word_error_rate(judged: Sequence[Judged]) -> float | None:
+    """Wrong, missing and added words for each expected one; None if none is expected. Raises ImportError without the
+    `audio` extra."""
+    return _error_rate([(words(item.expected), words(item.answer)) for item in judged])
+
+
+def character_error_rate(judged: Sequence[Judged]) -> float | None:
+    """Wrong, missing and added characters for each expected one, of the words and the spaces between them; scripts that
+    are written without spaces have none. None if none is expected. Raises ImportError without the `audio` extra."""
+    return _error_rate([(_characters(item.expected), _characters(item.answer)) for item in judged])
+
+
+def _characters(text: str) -> list[str]:
+    joined = " ".join(words(text))
+    apart = _WITHOUT_SPACES.pattern
+    return list(re.sub(rf"(?<={apart}) | (?={apart})", "", joined).replace(" ", "_"))
+
+
+def _error_rate(pairs: Sequence[tuple[list[str], list[str]]]) -> float | None:
     try:
         import jiwer
     except ImportError as error:
-        raise ImportError("word error rates need jiwer: pip install 'molora[audio]'") from error
-    from transformers.models.whisper.english_normalizer import BasicTextNormalizer
-
-    plain = BasicTextNormalizer()
-    return jiwer.wer([plain(item.expected).strip() for item in judged], [plain(item.answer).strip() for item in judged])
+        raise ImportError("error rates need jiwer: pip install 'molora[audio]'") from error
+    expected = sum(len(reference) for reference, _ in pairs)
+    if not expected:
+        return None
+    added = sum(len(answer) for reference, answer in pairs if not reference)
+    compared = [(" ".join(reference), " ".join(answer)) for reference, answer in pairs if reference]
+    found = jiwer.process_words([reference for reference, _ in compared], [answer for _, answer in compared])
+    return (found.substitutions + found.deletions + found.insertions + added) / expected
 
 
 def macro_f1(judged: Sequence[Judged]) -> float:
@@ -180,4 +311,4 @@ def bleu_metric(tokeniser: str) -> Any:
 def gathered(judged: list[Judged]) -> list[Judged]:
     """Every rank's answers, in the order of the questions."""
     everyone: list[Judged] = gather_object(judged)
-    return sorted(everyone, key=lambda item: int(item.id.partition(":")[0]))
+    return sorted(everyone, key=lambda item: item.row)

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from molora.checkpoint import tensor_hash
 from molora.model import MoLoRA
 from molora.pack import Item, Sample
-from molora.storage import write_atomically
+from molora.received import read_tensors
+from molora.storage import save_tensors, write_cached
 
 
 class FeatureCache:
@@ -50,10 +50,20 @@ class FeatureCache:
         about = self._keys[item.modality] + tensor_hash(item.prepared.tensors)
         key = hashlib.sha256(about.encode()).hexdigest()[:40]
         path = self.folder / item.modality / key[:2] / f"{key}.safetensors"
-        if not path.is_file():
+        frames_SC = self._kept(path, item)
+        if frames_SC is None:
             frames_SC = self._encoded(item).cpu().contiguous()
-            write_atomically(path, lambda temporary: save_file({"frames_SC": frames_SC}, temporary))
-        return replace(item, frames_SC=load_file(path)["frames_SC"])
+            write_cached(path, lambda temporary: save_tensors({"frames_SC": frames_SC}, temporary))
+        return replace(item, frames_SC=frames_SC)
+
+    def _kept(self, path: Path, item: Item) -> Tensor | None:
+        """The frames in a file; None if there is none, or a damaged one, which is made again."""
+        try:
+            frames_SC = read_tensors(path).get("frames_SC")
+        except (OSError, ValueError):
+            return None
+        encoder: Any = self.model.encoders[item.modality]
+        return frames_SC if frames_SC is not None and frames_SC.shape[1:] == (encoder.width,) else None
 
     @torch.no_grad()
     def _encoded(self, item: Item) -> Tensor:

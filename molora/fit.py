@@ -26,27 +26,31 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from molora.assembly import Blueprint, RouterConfig, RouterPlan, assemble, blueprint, pick_device
+from molora.assembly import Blueprint, RouterConfig, assemble, blueprint, pick_device
 from molora.backbone import Backbone, Identity
 from molora.cache import PackedCache
 from molora.checkpoint import read_plan
 from molora.config import ConfigError, build, options, read
+from molora.data import EncodedSamples, step_loader
 from molora.generate import GenerationConfig, generate
 from molora.loading import locate
-from molora.modality import Modality
+from molora.media import MediaPolicy
+from molora.modality import MediaError, Modality
 from molora.model import MoLoRA
 from molora.optim import PartOptimizer, count, set_trainable
 from molora.pack import Sample
 from molora.processor import Processor, SampleTooLong
 from molora.release import layout_of
 from molora.routing import Flow, RoutingError, flowing
+from molora.seeding import seed_of
 from molora.terminal import console, print_table, say, styled
 from molora.tiny import byte_tokenizer
-from molora.train import Recipe, StageConfig, recipe_router, train_step
-from molora.trust import Untrusted, check_backbone
+from molora.train import Recipe, StageConfig, router_config, train_step
 
+# Rows of a stage's data from which its packs are known.
+_SAMPLED_ROWS = 64
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
@@ -72,10 +76,12 @@ class Need:
 
 @dataclass(frozen=True)
 class Moment:
-    """What some work holds beside the weights when it holds the most."""
+    """What some work holds beside the weights when it holds the most; `given` is the same with the packs that the data
+    of a stage give, where `needs` are those of the largest packs that its recipe allows."""
 
     name: str
     needs: tuple[Need, ...]
+    given: Moment | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -84,31 +90,38 @@ class Moment:
 
 @dataclass(frozen=True)
 class Fit:
-    """What a run needs: its weights all the time, and its moments one after another."""
+    """What a run needs: its weights all the time, and its moments one after another. `process` is what the interpreter
+    and its libraries take on a CPU; `unknown` says why there are no packs of its data."""
 
     weights: tuple[Need, ...]
     moments: tuple[Moment, ...]
+    process: Need | None = None
+    unknown: str | None = None
 
     @property
     def weight_bytes(self) -> int:
         return sum(need.num_bytes for need in self.weights)
 
     @property
+    def constant_bytes(self) -> int:
+        """Bytes that are there at any moment."""
+        return self.weight_bytes + (self.process.num_bytes if self.process else 0)
+
+    @property
     def num_bytes(self) -> int:
-        """Bytes at the fullest moment."""
-        return self.weight_bytes + max(moment.num_bytes for moment in self.moments)
+        """Bytes at the fullest moment, with the largest packs that a recipe allows."""
+        return self.constant_bytes + max(moment.num_bytes for moment in self.moments)
+
+    @property
+    def given_bytes(self) -> int:
+        """Bytes at the fullest moment, with packs as the data give them."""
+        return self.constant_bytes + max((moment.given or moment).num_bytes for moment in self.moments)
 
 
 # A model without weights -----------------------------------------------------------------------------------------
 
 
-def on_meta(
-    source: Recipe | str | Path,
-    modalities: Sequence[str | Path] = (),
-    *,
-    dtype: str | None = None,
-    trust: Sequence[str] = (),
-) -> MoLoRA:
+def on_meta(source: Recipe | str | Path, modalities: Sequence[str | Path] = (), *, dtype: str | None = None) -> MoLoRA:
     """The model of a recipe, of a run, or of a backbone (folder or hub id) with modality folders, on the meta device.
 
     It has every parameter and buffer, with shape and dtype, and none of their values. Of the hub it needs descriptions
@@ -118,9 +131,9 @@ def on_meta(
     """
     if isinstance(source, Recipe):
         path, revision, dtype = source.backbone.path, source.backbone.revision, dtype or source.backbone.dtype
-        router = recipe_router(source, trust)
+        router = router_config(source)
         plans = {
-            name: read_plan(Path(config.path), name, trust)
+            name: read_plan(Path(config.path), name)
             if config.path is not None
             else blueprint(name, str(config.plugin), config.options, config.adapter, f"modalities.{name}")
             for name, config in source.modalities.items()
@@ -131,20 +144,15 @@ def on_meta(
         layout = locate(source, modalities)
         path, revision = layout.backbone, None
         dtype = dtype or (None if layout.run is None else layout.run.backbone["dtype"])
-        router = RouterConfig() if layout.run is None else layout.run.router_plan(trust)
-        plans = {name: read_plan(folder, name, trust) for name, folder in layout.folders.items()}
+        router = RouterConfig() if layout.run is None else layout.run.router
+        plans = {name: read_plan(folder, name) for name, folder in layout.folders.items()}
     with torch.device("meta"):
         return _assembled(_backbone(path, revision, dtype), plans, router)
 
 
 def _backbone(source: str, revision: str | None, dtype: str | None) -> Backbone:
     try:
-        check_backbone(
-            PretrainedConfig.get_config_dict(source, revision=revision)[0], f"backbone {source!r}: config.json"
-        )
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except Untrusted:
-        raise
+        config = AutoConfig.from_pretrained(source, revision=revision)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"backbone {source!r}: its config.json cannot be read, or fetched from the hub ({_first_line(error)}); "
@@ -153,10 +161,7 @@ def _backbone(source: str, revision: str | None, dtype: str | None) -> Backbone:
     if dtype is None and config.dtype is None:
         raise ConfigError(f"backbone {source!r}: its config.json names no dtype, and weights are not read; give dtype")
     model = AutoModelForCausalLM.from_config(
-        config,
-        dtype=config.dtype if dtype is None else getattr(torch, dtype),
-        attn_implementation="eager",
-        trust_remote_code=False,
+        config, dtype=config.dtype if dtype is None else getattr(torch, dtype), attn_implementation="eager"
     )
     # What a probe finds is a factor, which takes no memory.
     return Backbone(model, Identity(source, "", "", "", ""), probe={"embed_scale": 1.0})
@@ -166,7 +171,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def _assembled(backbone: Backbone, plans: Mapping[str, Blueprint], router: RouterConfig | RouterPlan) -> MoLoRA:
+def _assembled(backbone: Backbone, plans: Mapping[str, Blueprint], router: RouterConfig) -> MoLoRA:
     try:
         return assemble(backbone, byte_tokenizer(), plans, router)[0]
     except (RuntimeError, NotImplementedError) as error:
@@ -306,14 +311,16 @@ class DryRun(TorchDispatchMode):
 # What is run -----------------------------------------------------------------------------------------------------
 
 
-def fit_recipe(recipe: Recipe, trust: Sequence[str] = ()) -> Fit:
+def fit_recipe(recipe: Recipe) -> Fit:
     """What a recipe needs in each of its stages and evaluations, in one process.
 
     Weights, gradients and the optimiser's state are exact. Activations are all else that a `train_step` holds at its
     fullest moment, kept for backward or just in use, if its pack is full: `tokens_per_pack` tokens of at most
     `samples_per_step` samples, each with the largest of its plugin's `examples` and text for the rest; of the sets of
     modalities that train something, the one that needs the most. Larger items than the examples need more in an encoder
-    that trains, and shorter samples need less of everything.
+    that trains, and shorter samples need less of everything. So a stage is counted twice: as above, and with the packs
+    that the recipe's own data give in its first steps (the heaviest of them, from `_SAMPLED_ROWS` rows or so). If data
+    cannot be opened here, `unknown` says why.
 
     On the CPU, activations were between 0.2 % below and 0.01 % above what the allocator gave out (tiny and small
     backbones, fp32 and bf16, with checkpointing and without). It is the CPU's path that is followed; the kernel that
@@ -323,26 +330,37 @@ def fit_recipe(recipe: Recipe, trust: Sequence[str] = ()) -> Fit:
     Raises ConfigError or ValueError as `on_meta` does, and RuntimeError for layers whose shapes depend on values, or of
     which torch tells none (experts that are not in bf16).
     """
-    model = on_meta(recipe, trust=trust)
+    model = on_meta(recipe)
     owned = weights(model)
     learned = [_learned(model, stage, f"stages.{index}.train") for index, stage in enumerate(recipe.stages)]
     dry = DryRun(model)
     model.backbone.activation_checkpointing = recipe.activation_checkpointing
     accelerator = Accelerator(cpu=recipe.device == "cpu")
-    moments = []
+    moments, unknown = [], None
+    cached = recipe.feature_cache is not None
     for index, (stage, (gradients, optimiser)) in enumerate(zip(recipe.stages, learned, strict=True)):
         set_trainable(model, stage.train, stage.steps, f"stages.{index}.train")
         companies = [company for company in _companies(model) if model.trains(company)] or _companies(model)
-        steps = [_step(dry, company, stage, accelerator, recipe.feature_cache is not None) for company in companies]
+        full = [full_pack(model, company, stage) for company in companies]
+        packs = [f"a pack of {len(its)} x {len(its[0]):,} tokens of {_named(its[0].modalities)}" for its in full]
+        steps = [_step(dry, its, stage, accelerator, cached, pack) for its, pack in zip(full, packs, strict=True)]
         hungriest = max(steps, key=lambda needs: sum(need.num_bytes for need in needs))
-        moments.append(Moment(f"stage {stage.name}", (gradients, optimiser, *hungriest)))
+        given = None
+        try:
+            samples, origin = _heaviest_step(model, recipe, index)
+        except (ImportError, OSError, ValueError) as error:
+            unknown = f"stages.{index}.data: {_first_line(error)}"
+        else:
+            needs = _step(dry, samples, stage, accelerator, cached, origin)
+            given = Moment(f"stage {stage.name}, as its data are", (gradients, optimiser, *needs))
+        moments.append(Moment(f"stage {stage.name}", (gradients, optimiser, *hungriest), given))
     optimiser = max((optimiser for _, optimiser in learned), key=lambda need: need.num_bytes)
     for name, evaluation in recipe.evaluations.items():
         running = min(evaluation.max_running_samples, evaluation.data.limit or evaluation.max_running_samples)
         decoding = GenerationConfig(max_new_tokens=evaluation.max_new_tokens, max_running_samples=running)
         moment = max(_answering(dry, decoding, 0), key=lambda moment: moment.num_bytes)
         moments.append(Moment(f"evaluation {name}, {moment.name}", (optimiser, *moment.needs)))
-    return Fit(owned, tuple(moments))
+    return Fit(owned, tuple(moments), unknown=unknown)
 
 
 def fit_model(model: MoLoRA, config: AnsweringConfig) -> Fit:
@@ -393,12 +411,48 @@ def _ruled(model: MoLoRA, company: frozenset[str]) -> bool:
     return True
 
 
+def _heaviest_step(model: MoLoRA, recipe: Recipe, index: int) -> tuple[list[Sample], str]:
+    """The samples of the step with the largest pack, of the first steps of a stage; and what is to be said of them."""
+    stage, path = recipe.stages[index], recipe.backbone.path
+    tokenizer = AutoTokenizer.from_pretrained(path, revision=recipe.backbone.revision, trust_remote_code=False)
+    policy = MediaPolicy(allow_urls=recipe.allow_urls, allow_private_addresses=recipe.allow_private_addresses)
+    processor = Processor(tokenizer, model.modalities, model.router.order, model.backbone.max_tokens, policy)
+    dataset = EncodedSamples(
+        stage.data,
+        processor,
+        seed=seed_of(recipe.seed, stage.name),
+        max_tokens=stage.tokens_per_pack,
+        skips=(SampleTooLong, MediaError),
+        where=f"stages.{index}.data",
+    )
+    number = min(stage.steps, max(1, _SAMPLED_ROWS // stage.samples_per_step))
+    loader = step_loader(
+        dataset,
+        first_step=0,
+        steps=number,
+        samples_per_step=stage.samples_per_step,
+        rank=0,
+        ranks=1,
+        workers=0,
+    )
+    steps = [[sample for sample in samples if isinstance(sample, Sample)] for samples in loader]
+
+    def largest_pack(samples: list[Sample]) -> int:
+        learning = [sample for sample in samples if model.trains(sample.modalities)]
+        return max((sum(pack.lengths) for pack in processor.packs(learning, stage.tokens_per_pack)), default=0)
+
+    samples = max(steps, key=largest_pack)
+    if not samples:
+        raise ConfigError(f"none of the first {number * stage.samples_per_step} rows can be used")
+    rows = number * stage.samples_per_step
+    return samples, f"a pack of {largest_pack(samples):,} tokens, the largest from {rows} rows of its data"
+
+
 def _step(
-    dry: DryRun, company: frozenset[str], stage: StageConfig, accelerator: Accelerator, cached: bool
+    dry: DryRun, samples: list[Sample], stage: StageConfig, accelerator: Accelerator, cached: bool, pack: str
 ) -> tuple[Need, ...]:
     """What a training step holds beside weights, gradients and optimiser: logits, and everything else."""
     model = dry.model
-    samples = full_pack(model, company, stage)
     if cached:
         samples = [_with_frames(model, sample) for sample in samples]
     dry.gradients(p for parameters in model.parts().values() for p in parameters.values() if p.requires_grad)
@@ -406,10 +460,9 @@ def _step(
     with dry:
         train_step(model, _processor(model), samples, stage.tokens_per_pack, {}, accelerator)
     full, checkpointing = dry.fullest, "on" if model.backbone.activation_checkpointing else "off"
-    pack = f"{len(samples)} x {len(samples[0]):,} tokens of {_named(company)}"
     return (
         Need("logits", full.logits, _logits(full.logits, "chunk by chunk", model)),
-        Need("activations", full.num_bytes - full.logits, f"a pack of {pack}, checkpointing {checkpointing}"),
+        Need("activations", full.num_bytes - full.logits, f"{pack}, checkpointing {checkpointing}"),
     )
 
 
@@ -572,17 +625,24 @@ def show(fit: Fit, there: Iterable[Device]) -> None:
             rows.append((need.what, amount(need.num_bytes), need.origin))
         rows.append(("total", styled(amount(total), "bold"), origin))
 
-    add("weights", fit.weights, fit.weight_bytes, "")
+    constant = (*fit.weights, fit.process) if fit.process else fit.weights
+    add("weights", constant, fit.constant_bytes, "")
     for moment in fit.moments:
-        rows.append(())
-        add(moment.name, moment.needs, fit.weight_bytes + moment.num_bytes, "with the weights")
+        for said in (moment, moment.given) if moment.given else (moment,):
+            rows.append(())
+            add(said.name, said.needs, fit.constant_bytes + said.num_bytes, "with the weights")
     print_table(("what", "how much", "where it comes from"), rows, wide="where it comes from", right=("how much",))
     say()
+    if fit.unknown:
+        say(f"The packs that its data give are not counted: {fit.unknown}")
+    needed = f"{amount(fit.given_bytes)} needed"
+    if any(moment.given for moment in fit.moments):
+        needed += f" as its data are, {amount(fit.num_bytes)} with the largest packs that it allows"
     for device in there:
-        fits = fit.num_bytes <= device.free_bytes
+        fits = fit.given_bytes <= device.free_bytes
         mark, verdict = (styled("ok", "green"), "it fits") if fits else (styled("no", "red"), "it does not fit")
         has = f"{amount(device.free_bytes)} free of {amount(device.num_bytes)}"
-        say(mark, f" {device.name}: {verdict}, {amount(fit.num_bytes)} needed, {has}")
+        say(mark, f" {device.name}: {verdict}, {needed}, {has}")
 
 
 def amount(num_bytes: int) -> str:
@@ -596,7 +656,6 @@ def main(
     overrides: Sequence[str] = (),
     modalities: Sequence[str | Path] = (),
     device_memory_gib: float | None = None,
-    trust: Sequence[str] = (),
 ) -> int:
     """Prints what a recipe (a YAML file, with its overrides) or a model needs. Returns 1 if it does not fit, else 0.
 
@@ -604,20 +663,24 @@ def main(
     `device_memory_gib`.
     """
     transformers.logging.set_verbosity_error()
+    libraries = psutil.Process().memory_info().rss
     name = None
     with console.status("building it without weights"):
         if Path(source).suffix in (".yaml", ".yml"):
             if modalities:
                 raise ConfigError(f"{source}: a recipe names its modalities itself; --modality goes with a backbone")
             recipe = read(Recipe, source, overrides)
-            name, fit = recipe.device, fit_recipe(recipe, trust)
+            name, fit = recipe.device, fit_recipe(recipe)
         else:
             config = build(AnsweringConfig, options(overrides), "--fit")
-            fit = fit_model(on_meta(source, modalities, dtype=config.dtype, trust=trust), config)
+            fit = fit_model(on_meta(source, modalities, dtype=config.dtype), config)
+    kind = pick_device(name).type
+    if kind == "cpu" and device_memory_gib is None:
+        fit = replace(fit, process=Need("Python", libraries, "the interpreter and its libraries"))
     if device_memory_gib is None:
-        there = devices(pick_device(name).type)
+        there = devices(kind)
     else:
         num_bytes = int(device_memory_gib * 2**30)
         there = [Device("such a device", num_bytes, num_bytes)]
     show(fit, there)
-    return int(fit.num_bytes > there[0].free_bytes)
+    return int(fit.given_bytes > there[0].free_bytes)

@@ -6,9 +6,9 @@ Letters: T tokens in a pack, N running samples, D backbone width, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from molora.cache import PackedCache
 from molora.model import MoLoRA
 from molora.pack import Pack, Sample, collate
 from molora.seeding import seed_of
+
+T = TypeVar("T")
 
 # A softmax over smaller ones would divide by zero in single precision; such a temperature means greedy: 0.
 LEAST_TEMPERATURE = 1e-6
@@ -65,6 +67,16 @@ class Failed:
 
     id: str
     error: Exception
+
+
+def attempt(make: Callable[[], T], id: str) -> T | Failed:
+    """What `make` makes for a sample, or what is wrong with the sample."""
+    try:
+        return make()
+    except ImportError:  # what is not installed here is no fault of the sample
+        raise
+    except Exception as error:
+        return Failed(id, error)
 
 
 @dataclass(frozen=True)

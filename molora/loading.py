@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from molora.assembly import RouterConfig, assemble, pick_device
+from molora.assembly import Blueprint, RouterConfig, assemble, pick_device
 from molora.backbone import load_backbone
-from molora.checkpoint import RunAbout, check_modality, load_modality, load_router, read_about, read_plan, read_run
+from molora.checkpoint import RunAbout, file_hash, load_modality, load_router, read_about, read_blueprint, read_run
 from molora.config import ConfigError
-from molora.generate import Failed, GenerationConfig, generate
+from molora.generate import Failed, GenerationConfig, attempt, generate
 from molora.media import MediaPolicy
 from molora.messages import Message
 from molora.model import MoLoRA
@@ -58,7 +58,7 @@ class LoadedModel:
         single = bool(conversations) and isinstance(conversations[0], Mapping)
         several: Any = [conversations] if single else conversations
         ids = [str(index) for index in range(len(several))]
-        samples = (self.attempt(partial(several.__getitem__, index), id) for index, id in enumerate(ids))
+        samples = (attempt(partial(self.encode, several[index], id), id) for index, id in enumerate(ids))
         answers = {answer.id: answer for answer in self.answers(samples, config, keep_going=errors == "return")}
         given = [answers[id].error or answers[id].text for id in ids]
         return given[0] if single else given
@@ -66,15 +66,6 @@ class LoadedModel:
     def encode(self, messages: Sequence[Message], id: str = "0") -> Sample:
         """A conversation as a sample to answer."""
         return self.processor.encode(messages, id, generate=True)
-
-    def attempt(self, read: Callable[[], Sequence[Message]], id: str) -> Sample | Failed:
-        """The sample of a conversation that is read here, or what is wrong with it."""
-        try:
-            return self.encode(read(), id)
-        except ImportError:  # no row's fault
-            raise
-        except Exception as error:
-            return Failed(id, error)
 
     def answers(
         self, samples: Iterable[Sample | Failed], config: GenerationConfig | None = None, *, keep_going: bool = False
@@ -157,6 +148,13 @@ def locate(source: str | Path, modalities: Sequence[str | Path] = ()) -> Layout:
     return Layout(backbone, folders, run)
 
 
+def model_hashes(source: str | Path, modalities: Sequence[str | Path] = ()) -> dict[str, str]:
+    """What tells one state of a model from another: the hash of each file that has the hashes of the others."""
+    layout = locate(source, modalities)
+    hashes = {name: file_hash(folder / "modality.json") for name, folder in sorted(layout.folders.items())}
+    return hashes if layout.run is None else {"molora.json": file_hash(layout.run.folder / "molora.json"), **hashes}
+
+
 def load(
     source: str | Path,
     modalities: Sequence[str | Path] = (),
@@ -166,12 +164,8 @@ def load(
     device: str | None = None,
     allow_urls: bool = False,
     allow_private_addresses: bool = False,
-    trust: Sequence[str] = (),
 ) -> LoadedModel:
     """Opens a run folder, or a backbone (folder or hub id) with modality folders.
-
-    Folders name their plugins. Those that are neither molora's nor declared by an installed package run only if `trust`
-    names them, as `path/to/file.py:Class` or `package.module:Class`, or did so before; see `molora.trust`.
 
     `allow_urls`: whether media may be fetched over HTTP, whatever the messages say; `allow_private_addresses`: from
     inside a network too (see `MediaPolicy`).
@@ -180,20 +174,25 @@ def load(
     """
     layout = locate(source, modalities)
     run = layout.run
-    own = run.router_plan(trust) if run is not None and router is None else None
-    where = str(run.folder / "molora.json") if run is not None and own is not None else "router"
-    plans = {name: read_plan(folder, name, trust) for name, folder in layout.folders.items()}
+    where = "router"
+    if router is None and run is not None:
+        router, where = run.router, str(run.folder / "molora.json")
     dtype = dtype or (None if run is None else run.backbone["dtype"])
     backbone, tokenizer = load_backbone(layout.backbone, dtype=dtype, device=pick_device(device))
-    for folder in layout.folders.values():
-        for warning in check_modality(folder, backbone.identity):
+    if run is not None:
+        for warning in backbone.identity.check(run.backbone, str(run.folder / "molora.json")):
+            warn(warning)
+    plans: dict[str, Blueprint] = {}
+    for name, folder in layout.folders.items():
+        plans[name], warnings = read_blueprint(folder, backbone.identity, name)
+        for warning in warnings:
             warn(warning)
     media_policy = MediaPolicy(allow_urls=allow_urls, allow_private_addresses=allow_private_addresses)
     model, processor = assemble(
-        backbone, tokenizer, plans, own or router or RouterConfig(), where=where, media_policy=media_policy
+        backbone, tokenizer, plans, router or RouterConfig(), where=where, media_policy=media_policy
     )
     for name, folder in layout.folders.items():
         load_modality(model, name, folder)
-    if run is not None and own is not None:
+    if run is not None and router is run.router:
         load_router(model, run.folder)
     return LoadedModel(model.eval(), processor)

@@ -7,7 +7,12 @@ Letters: T tokens in a pack or slice, D input width, O output width, R rank, E a
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,10 +24,12 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from molora.config import ConfigError
 from molora.experts import untargetable
+from molora.received import MAX_JSON_BYTES, check_hash, parse_json, read_bytes
 from molora.routing import current_flow
 from molora.storage import check_shapes
 
@@ -37,7 +44,34 @@ _REFUSED = {
     "target_parameters": (None, "fused expert weights have no routed form"),
     "trainable_token_indices": (None, "trains the frozen embedding"),
     "layer_replication": (None, "changes the backbone"),
+    "megatron_config": (None, "names a module to import"),
 }
+# What PEFT writes for its own way of opening a model, which is not molora's.
+_OF_PEFT_ALONE = ("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version")
+_MAX_TARGETS = 4096
+_MAX_PATTERN_LENGTH = 4096
+_FEW = 100
+# A higher one is allowed where a layer's smaller width is.
+_MAX_RANK = 1024
+_MAX_MATCHING_SECONDS = 2
+# Tries patterns as PEFT does, in a process of its own, as nothing else stops one that takes for ever.
+_MATCH = """
+import json, re, resource, sys
+resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[1]), int(sys.argv[1])))
+resource.setrlimit(resource.RLIMIT_AS, (2**29, 2**29))
+patterns, keys, names, linear = json.load(sys.stdin)
+for pattern in patterns + keys:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        sys.exit(f"{pattern!r:.200} is no regular expression: {error}")
+for name in names:
+    for pattern in patterns:
+        re.fullmatch(pattern, name)
+for name in linear:
+    for key in keys:
+        re.match(rf"(.*\\.)?({key})$", name)
+"""
 
 
 class RoutedLinear(LoraLinear):
@@ -108,9 +142,97 @@ def lora_config(options: Mapping[str, Any], where: str) -> LoraConfig:
             raise ConfigError(f"{where}.{key}: PEFT's LoraConfig has no such option")
     if not options.get("target_modules"):
         raise ConfigError(f"{where}.target_modules: missing; name the backbone's linear layers to adapt")
-    config = LoraConfig(**{**options, "task_type": "CAUSAL_LM"})
+    return _config(options, where)
+
+
+def _config(options: Mapping[str, Any], where: str) -> LoraConfig:
+    _check_values(options, where)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=UserWarning)  # of PEFT, about what is refused below
+            config = LoraConfig(**{**options, "task_type": "CAUSAL_LM"})
+    except (TypeError, ValueError, AttributeError, ImportError) as error:
+        raise ConfigError(f"{where}: PEFT refuses these options: {error}") from error
     check_config(config, where)
     return config
+
+
+def _check_values(options: Mapping[str, Any], where: str) -> None:
+    """Raises ConfigError for numbers out of bounds, names that are none, and lists and patterns that are too long."""
+
+    def require(ok: bool, key: str, what: str) -> None:
+        if not ok:
+            raise ConfigError(f"{where}.{key}: {options[key]!r:.80} is refused; write {what}")
+
+    def number(value: object) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+    def rank(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+    def names(value: object) -> bool:
+        some = [value] if isinstance(value, str) else value
+        return (
+            isinstance(some, (list, tuple, set))
+            and len(some) <= _MAX_TARGETS
+            and all(isinstance(name, str) and 0 < len(name) <= _MAX_PATTERN_LENGTH for name in some)
+        )
+
+    given = {key for key, value in options.items() if value is not None}
+    several = f"one pattern or a list of names, at most {_MAX_TARGETS} of at most {_MAX_PATTERN_LENGTH} characters"
+    if "r" in given:
+        require(rank(options["r"]), "r", "a whole number over 0")
+    if "lora_alpha" in given:
+        require(number(options["lora_alpha"]), "lora_alpha", "a finite number")
+    if "lora_dropout" in given:
+        dropout = options["lora_dropout"]
+        require(number(dropout) and 0 <= dropout < 1, "lora_dropout", "a number from 0 to below 1")
+    for key in given & {"target_modules", "exclude_modules"}:
+        require(not options[key] or names(options[key]), key, several)
+    for key, valid in (("rank_pattern", rank), ("alpha_pattern", number)):
+        if key in given:
+            by_name = options[key]
+            sound = isinstance(by_name, Mapping) and (not by_name or names([*by_name]))
+            require(sound and all(map(valid, by_name.values())), key, f"numbers by name; names as {several}")
+    if options.get("layers_pattern"):
+        layers = options["layers_pattern"]
+        some = [layers] if isinstance(layers, str) else layers
+        plain = names(some) and all(re.fullmatch(r"\w+", name) for name in some)
+        require(plain, "layers_pattern", "the name of the list of layers, such as layers")
+    if options.get("layers_to_transform") is not None:
+        layers = options["layers_to_transform"]
+        some = [layers] if isinstance(layers, int) else layers
+        whole = isinstance(some, (list, tuple)) and len(some) <= _MAX_TARGETS
+        whole = whole and all(isinstance(layer, int) for layer in some)
+        require(whole, "layers_to_transform", f"at most {_MAX_TARGETS} whole numbers")
+
+
+def _check_patterns(config: LoraConfig, layers: Mapping[str, nn.Module], where: str) -> None:
+    """Tries every regular expression on the layers' names. Raises ConfigError for one that is none or never ends."""
+    whole = [config.target_modules, config.exclude_modules]
+    patterns = [pattern for pattern in whole if isinstance(pattern, str) and pattern]
+    keys = sorted({*(config.rank_pattern or ()), *(config.alpha_pattern or ())})
+    if not patterns and len(keys) < _FEW and all(re.fullmatch(r"[\w.]+", key) for key in keys):
+        return
+    linear = [path for path, layer in layers.items() if isinstance(layer, nn.Linear)]
+    command = [sys.executable, "-I", "-S", "-c", _MATCH, str(_MAX_MATCHING_SECONDS)]
+    given = json.dumps([patterns, keys, [*layers], linear])
+    done = subprocess.run(command, input=given, capture_output=True, text=True, check=False)
+    if done.returncode:
+        written = ", ".join(map(repr, [*patterns, *keys]))
+        why = f"{written:.200}: matching the backbone's layers takes over {_MAX_MATCHING_SECONDS} s; name the layers"
+        if done.returncode == 1:  # it could say why
+            why = (done.stderr.strip().splitlines() or [why])[-1]
+        raise ConfigError(f"{where}: a pattern of target_modules, exclude_modules or rank_pattern is refused: {why}")
+
+
+def _check_rank(config: LoraConfig, path: str, layer: nn.Linear, where: str) -> None:
+    """Raises ConfigError for a rank whose matrices would be larger than any use, before they take memory."""
+    ranks = config.rank_pattern or {}
+    rank = ranks.get(get_pattern_key([*ranks], path), config.r)
+    most = max(min(layer.in_features, layer.out_features), _MAX_RANK)
+    if rank > most:
+        raise ConfigError(f"{where}.r: rank {rank} at {path}, allowed {most} there; lower r, or rank_pattern")
 
 
 def check_config(config: LoraConfig, where: str) -> None:
@@ -141,6 +263,11 @@ def inject(model: nn.Module, name: str, config: LoraConfig, where: str) -> None:
     mixture = untargetable(model)
     fit = (path for path, layer in layers.items() if isinstance(layer, nn.Linear) and layer is not head)
     here = sorted({path.rsplit(".", 1)[-1] for path in fit if path not in mixture})
+    _check_patterns(config, layers, where)
+    for path, layer in layers.items():
+        every_linear = str(targets).lower() == "all-linear" and layer is not head
+        if isinstance(layer, nn.Linear) and (every_linear or check_target_module_exists(config, path)):
+            _check_rank(config, path, layer, where)
     for path, what in mixture.items():
         every_linear = str(targets).lower() == "all-linear" and isinstance(layers.get(path), nn.Linear)
         if every_linear or check_target_module_exists(config, path):
@@ -206,23 +333,32 @@ def adapter_json(config: LoraConfig, base_model: str) -> str:
     )
 
 
-def read_adapter(folder: Path) -> LoraConfig:
-    """Reads `adapter_config.json`, as PEFT or molora wrote it. Raises ConfigError."""
-    where = str(folder / "adapter_config.json")
-    if not Path(where).is_file():
-        raise ConfigError(f"{where}: no such file; is {folder} an adapter folder?")
-    config = LoraConfig.from_pretrained(str(folder))
-    if not isinstance(config, LoraConfig):
-        raise ConfigError(f"{where}: peft_type is {config.peft_type!r}, expected LORA")
-    check_config(config, where)
+def read_adapter(folder: Path, sha256: str | None = None, listed: Path | None = None) -> LoraConfig:
+    """Reads `adapter_config.json`, as PEFT or molora wrote it, with the hash that `listed` gives it.
+
+    Raises ConfigError or ValueError.
+    """
+    path = folder / "adapter_config.json"
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file; is {folder} an adapter folder?")
+    data = read_bytes(path, MAX_JSON_BYTES, folder)
+    if sha256 is not None:
+        check_hash(hashlib.sha256(data).hexdigest(), sha256, path, listed or path)
+    options = parse_json(data, str(path))
+    kind = options.pop("peft_type", "LORA")
+    if kind != "LORA":
+        raise ConfigError(f"{path}: peft_type is {kind!r:.80}, expected LORA")
+    # Another version of PEFT may write what this one does not know; that is harmless only where it is off.
+    for key in sorted(options.keys() - LoraConfig.__dataclass_fields__.keys()):
+        if options.pop(key):
+            raise ConfigError(
+                f"{path}.{key}: this PEFT's LoraConfig has no such option; upgrade peft, or take it out if no output "
+                "depends on it"
+            )
+    options = {key: value for key, value in options.items() if key not in _OF_PEFT_ALONE}
+    config = _config(options, str(path))
     config.inference_mode = False
     return config
-
-
-def load_adapter_tensors(model: nn.Module, name: str, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Copies saved tensors into adapter `name`. Raises ValueError listing every tensor that does not fit."""
-    parameters = {_PREFIX + path: parameter for path, parameter in adapter_parameters(model, name).items()}
-    load_exactly(parameters, tensors, where)
 
 
 def load_exactly(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:

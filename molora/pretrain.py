@@ -24,7 +24,6 @@ import tokenizers
 import torch
 import transformers
 from rich.progress import Progress
-from safetensors.torch import load_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
@@ -34,8 +33,9 @@ from molora.config import ConfigError, require
 from molora.loss import target_losses
 from molora.messages import Message, check, parts
 from molora.prompt import ChatTemplate
+from molora.received import read_json, read_tensors
 from molora.seeding import seeded
-from molora.storage import read_json, sync, write_json, write_tensors
+from molora.storage import settle, sync, write_json, write_tensors
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TURN = "<|end|>"
@@ -361,7 +361,7 @@ def _save_state(
 
 def _load_state(path: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> list[float]:
     """Restores what `_save_state` wrote and returns the losses so far, one per step."""
-    state = load_file(path)
+    state = read_tensors(path)
     for name, parameter in parameters.items():
         parameter.data.copy_(state[f"parameter.{name}"])
         optimizer.state[parameter] = {key: state[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
@@ -534,8 +534,7 @@ def _save(model: Phi3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     transformers.logging.disable_progress_bar()  # writing is quick, and a display of ours may be on the screen
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    for path in folder.iterdir():
-        sync(path)
+    settle(folder)
 
 
 def _require(condition: bool, message: str) -> None:

@@ -10,9 +10,7 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -21,8 +19,6 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
@@ -62,12 +58,13 @@ from molora.phi4mm import (
     from_hub,
     to_hub,
 )
+from molora.received import SHARD_INDEX, TensorFile, copy_file, read_json, read_tensors, shard_names
 from molora.storage import (
     cache_folder,
     check_shapes,
-    read_json,
-    read_tensors,
+    save_tensors,
     write_atomically,
+    write_folder,
     write_json,
     write_tensors,
     write_text,
@@ -77,7 +74,6 @@ from molora.terminal import say
 FORMAT_VERSION = "1.0"
 # Kept in the backbone's folder: what the release held besides.
 _KEPT, _ABOUT, _FILES = Path(UNUSED_FILE).parent.name, "about.json", "files"
-_INDEX = "model.safetensors.index.json"
 # Files that belong to the backbone alone; the others of a release describe the whole.
 _BACKBONE_FILE = re.compile(
     r"(tokenizer.*\.json|vocab\.json|merges\.txt|special_tokens_map\.json|added_tokens\.json|chat_template\..*"
@@ -96,13 +92,10 @@ class _Tensors(Mapping[str, Tensor]):
     """
 
     def __init__(self, files: Mapping[Path, str]) -> None:
-        self._found: dict[str, tuple[Any, str]] = {}
+        self._found: dict[str, tuple[TensorFile, str]] = {}
         for path, prefix in files.items():
-            try:
-                file: Any = safe_open(path, framework="pt")
-            except SafetensorError as error:
-                raise ValueError(f"{path}: not a whole safetensors file ({error}); copy it again") from error
-            for name in file.keys():  # noqa: SIM118  (the file itself is no iterable)
+            file = TensorFile(path)
+            for name in file.entries:
                 if f"{prefix}{name}" in self._found:
                     raise ValueError(f"{path}: tensor {name} is in another file too; copy the folder again")
                 self._found[f"{prefix}{name}"] = file, name
@@ -115,15 +108,15 @@ class _Tensors(Mapping[str, Tensor]):
 
     def shape(self, key: str) -> tuple[int, ...]:
         file, name = self._found[key]
-        return tuple(file.get_slice(name).get_shape())
+        return file.entries[name].shape
 
     def dtype(self, key: str) -> str:
         file, name = self._found[key]
-        return file.get_slice(name).get_dtype()
+        return file.entries[name].dtype
 
     def __getitem__(self, key: str) -> Tensor:
         file, name = self._found[key]
-        return file.get_tensor(name)
+        return file.tensor(name)
 
     def check(self, expected: Mapping[str, tuple[int, ...]], where: str) -> None:
         """Raises ValueError listing what is unknown, missing, of another shape, or no float."""
@@ -194,7 +187,7 @@ def import_release(source: str | Path, run: Path) -> None:
         elif layout == "native" and all(place.of_adapter for place in here.values()):
             for name in ("adapter_model.safetensors", "adapter_config.json"):
                 adapter = folder / ADAPTERS[Path(file).parent.name][0] / name
-                write_atomically((run / file).with_name(name), partial(shutil.copyfile, adapter))
+                write_atomically((run / file).with_name(name), partial(copy_file, adapter, folder=folder))
         else:
             values = {name: tensors[place.named(layout)].reshape(place.shape) for name, place in here.items()}
             added = {key.partition(":")[2]: shape for key, shape in COLOURS.items() if key.startswith(f"{file}:")}
@@ -203,9 +196,9 @@ def import_release(source: str | Path, run: Path) -> None:
     backbone = run / "backbone"
     write_text(backbone / "config.json", release.backbone_config().to_json_string())
     for path in files_in(folder):
-        if path.suffix != ".safetensors" and path.name != _INDEX:
+        if path.suffix != ".safetensors" and path.name != SHARD_INDEX:
             there = backbone if _BACKBONE_FILE.match(path.name) else backbone / _KEPT / _FILES
-            write_atomically(there / path.name, partial(shutil.copyfile, path))
+            write_atomically(there / path.name, partial(copy_file, path, folder=folder))
     write_json(
         backbone / _KEPT / _ABOUT,
         {
@@ -246,9 +239,7 @@ def _read_release(folder: Path, layout: Layout) -> tuple[_Tensors, Release]:
     """The tensors of a release and what they are. Raises ConfigError for settings that our modules lack."""
     path = folder / "config.json"
     values = read_json(path)
-    index = folder / _INDEX
-    names = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-    files = {folder / name: "" for name in sorted(names)}
+    files = {folder / name: "" for name in sorted(shard_names(folder))}
     if layout == "native":
         files |= {folder / f / "adapter_model.safetensors": f"{f}/" for f, _ in ADAPTERS.values()}
     for file in files:
@@ -303,10 +294,10 @@ def _write_shards(folder: Path, sizes: Mapping[str, int], read: Callable[[str], 
         file = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
         weight_map |= dict.fromkeys(names, file)
         values = {name: read(name).contiguous() for name in names}
-        write_atomically(folder / file, lambda path, values=values: save_file(values, path, {"format": "pt"}))
+        write_atomically(folder / file, partial(save_tensors, values, metadata={"format": "pt"}))
         del values
     if count > 1:
-        write_json(folder / _INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+        write_json(folder / SHARD_INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
 
 
 # From a run to a release ----------------------------------------------------------------------------------------
@@ -363,8 +354,6 @@ def export_release(run: Path, folder: Path, layout: Layout | None = None) -> Non
     tensors = _Tensors(files)
     tensors.check({place.key: place.shape for place in places} | COLOURS, str(run))
 
-    draft = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(draft, ignore_errors=True)
     baked = {place.named(layout): place for place in places if layout == "hub" or not place.of_adapter}
     dtypes = {name: about["dtypes"][place.native] for name, place in baked.items()}
 
@@ -373,20 +362,20 @@ def export_release(run: Path, folder: Path, layout: Layout | None = None) -> Non
         return tensors[place.key].reshape(place.released_shape).to(_DTYPES[dtypes[name]])
 
     sizes = {name: _num_bytes(place.shape, dtypes[name]) for name, place in baked.items()}
-    _write_shards(draft, sizes, read)
-    for name, path in folders.items():
-        for file in ("adapter_model.safetensors", "adapter_config.json"):
-            write_atomically(draft / ADAPTERS[name][0] / file, partial(shutil.copyfile, path / file))
-    for path in [p for p in files_in(backbone) if _BACKBONE_FILE.match(p.name)]:
-        write_atomically(draft / path.name, partial(shutil.copyfile, path))
-    if layout == own:
-        for path in files_in(kept / _FILES):
-            write_atomically(draft / path.name, partial(shutil.copyfile, path))
-    else:
-        _describe_release(draft, release, layout)
-    if layout == "hub":
-        write_json(draft / "config.json", adapters_to_hub(release, read_json(draft / "config.json")))
-    os.replace(draft, folder)
+    with write_folder(folder) as draft:
+        _write_shards(draft, sizes, read)
+        for name, path in folders.items():
+            for file in ("adapter_model.safetensors", "adapter_config.json"):
+                write_atomically(draft / ADAPTERS[name][0] / file, partial(copy_file, path / file, folder=path))
+        for path in [p for p in files_in(backbone) if _BACKBONE_FILE.match(p.name)]:
+            write_atomically(draft / path.name, partial(copy_file, path, folder=backbone))
+        if layout == own:
+            for path in files_in(kept / _FILES):
+                write_atomically(draft / path.name, partial(copy_file, path, folder=backbone))
+        else:
+            _describe_release(draft, release, layout)
+        if layout == "hub":
+            write_json(draft / "config.json", adapters_to_hub(release, read_json(draft / "config.json")))
 
 
 def _describe_release(folder: Path, release: Release, layout: Layout) -> None:

@@ -9,18 +9,21 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from molora.config import ConfigError
+from molora.received import read_json
 
 _MAX_NAMED = 8
 # A kill can leave files of such names; `hold` removes them from a run folder.
@@ -62,13 +65,37 @@ def _new_file(folder: Path) -> tuple[Path, int]:
         os.close(descriptor)
 
 
-def follow_umask(folder: Path) -> None:
-    """Gives the files of a folder that a library wrote the mode that the umask gives; safetensors' are the owner's."""
+@contextlib.contextmanager
+def write_folder(path: Path) -> Iterator[Path]:
+    """A draft to write files into, which then becomes the folder at `path`, in place of one that is there.
+
+    After an error the draft is removed, and what was at `path` is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.parent / f".molora-{secrets.token_hex(8)}.tmp"
+    draft.mkdir()
+    try:
+        yield draft
+        settle(draft)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(draft, path)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    sync(path.parent)
+
+
+def settle(folder: Path) -> None:
+    """Syncs the files of a folder that a library wrote, and gives them the mode that the umask gives; safetensors
+    lets only their owner read them."""
     probe, mode = _new_file(folder)
     probe.unlink()
     for path in folder.iterdir():
         if path.is_file() and not path.is_symlink():
             path.chmod(mode)
+            sync(path)
+    sync(folder)
 
 
 def sync(path: Path) -> None:
@@ -90,22 +117,15 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-    def write(temporary: Path) -> None:
-        try:
-            save_file(contiguous, temporary)
-        except SafetensorError as error:  # of a full disk too
-            raise OSError(f"{path}: cannot be written ({error}); what was there before is still there") from error
-
-    write_atomically(path, write)
+    write_atomically(path, partial(save_tensors, contiguous))
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Raises ValueError naming the file if it is not whole safetensors."""
+def save_tensors(tensors: Mapping[str, Tensor], temporary: Path, metadata: dict[str, str] | None = None) -> None:
+    """What `write_atomically` calls for safetensors. Raises OSError for a full disk, as other writers do."""
     try:
-        return load_file(path)
+        save_file(dict(tensors), temporary, metadata)
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error}); copy it again") from error
+        raise OSError(f"{temporary.parent}: tensors cannot be written there ({error}); free some space") from error
 
 
 def check_shapes(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]], where: str) -> None:
@@ -120,17 +140,6 @@ def check_shapes(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequ
     if problems:
         more = f"; and {len(problems) - _MAX_NAMED} more" if len(problems) > _MAX_NAMED else ""
         raise ValueError(f"{where}: the tensors do not fit: {'; '.join(problems[:_MAX_NAMED])}{more}")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises ValueError naming the file if it is not a JSON object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 # The cache -------------------------------------------------------------------------------------------------------
@@ -150,8 +159,9 @@ def write_cached(path: Path, write: Callable[[Path], object]) -> bool:
         write_atomically(path, write)
     except OSError as error:
         _warn_once(
-            f"{path.parent}: nothing can be kept there ({error.strerror or error}); going on without, so that hashes, "
-            "probes and frames are made anew every time; set MOLORA_CACHE to a folder that can be written"
+            f"{path.parent}: nothing can be kept there ({error.strerror or error}); going on without, so that what "
+            "would be kept is made anew every time; name a folder that can be written (MOLORA_CACHE; feature_cache "
+            "in a recipe)"
         )
         return False
     return True
@@ -254,4 +264,4 @@ def _sweep(folder: Path) -> None:
                     f"it leads to in its place, or make the whole of {folder} a link"
                 )
             if _TEMPORARY.fullmatch(path.name):
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()

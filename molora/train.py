@@ -9,7 +9,7 @@ import math
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,10 +28,8 @@ from molora.assembly import (
     Blueprint,
     ModalityConfig,
     RouterConfig,
-    RouterPlan,
     assemble,
     blueprint,
-    router_plan,
 )
 from molora.backbone import load_backbone
 from molora.checkpoint import (
@@ -58,13 +56,11 @@ from molora.modality import MediaError
 from molora.model import MoLoRA
 from molora.optim import PartConfig, PartOptimizer, count, matches, set_trainable
 from molora.pack import Pack, Sample
-from molora.plugins import Kind, find
 from molora.processor import Processor, SampleTooLong
 from molora.routing import Routing
 from molora.seeding import seed_of
 from molora.storage import write_text
 from molora.terminal import progress, say, warn
-from molora.trust import remember
 
 
 class TrainingError(RuntimeError):
@@ -136,16 +132,13 @@ class Recipe:
             )
 
 
-def train(recipe: Recipe, *, show: bool = True, trust: Sequence[str] = ()) -> Path:
+def train(recipe: Recipe, *, show: bool = True) -> Path:
     """Runs a recipe to its end, going on from the latest state if the run has one. Returns the run folder.
-
-    What the recipe names may run, and is trusted from then on; plugins that a folder it names (`path`) names in turn
-    may run if `trust` names them, as in `molora.load`.
 
     Raises ConfigError for a recipe that cannot work and TrainingError when training must stop.
     """
     accelerator = Accelerator(cpu=recipe.device == "cpu", log_with="tensorboard", project_dir=recipe.run)
-    run = _Run(recipe, accelerator, show and accelerator.is_main_process, trust)
+    run = _Run(recipe, accelerator, show and accelerator.is_main_process)
     run.begin()
     if run.show and run.position.stage == len(recipe.stages):
         steps = sum(stage.steps for stage in recipe.stages)
@@ -158,10 +151,8 @@ def train(recipe: Recipe, *, show: bool = True, trust: Sequence[str] = ()) -> Pa
     return run.folder
 
 
-def build_model(
-    recipe: Recipe, device: torch.device, trust: Sequence[str] = ()
-) -> tuple[MoLoRA, Processor, dict[str, Blueprint]]:
-    """The model a recipe describes, before training, with its processor and blueprints. `trust` as in `train`."""
+def build_model(recipe: Recipe, device: torch.device) -> tuple[MoLoRA, Processor, dict[str, Blueprint]]:
+    """The model a recipe describes, before training, with its processor and blueprints."""
     backbone, tokenizer = load_backbone(
         recipe.backbone.path, dtype=recipe.backbone.dtype, revision=recipe.backbone.revision, device=device
     )
@@ -170,7 +161,7 @@ def build_model(
     for name, config in recipe.modalities.items():
         if config.path is not None:
             saved[name] = Path(config.path)
-            plans[name], warnings = read_blueprint(saved[name], backbone.identity, name, trust)
+            plans[name], warnings = read_blueprint(saved[name], backbone.identity, name)
             for warning in warnings:
                 warn(warning)
         else:
@@ -180,7 +171,7 @@ def build_model(
         backbone,
         tokenizer,
         plans,
-        recipe_router(recipe, trust),
+        router_config(recipe),
         seed=recipe.seed,
         where=where,
         media_policy=MediaPolicy(allow_urls=recipe.allow_urls, allow_private_addresses=recipe.allow_private_addresses),
@@ -192,28 +183,14 @@ def build_model(
     return model, processor, plans
 
 
-def recipe_router(recipe: Recipe, trust: Sequence[str] = ()) -> RouterPlan:
-    """The router's plugin and options, the recipe's own or those of the run it names. `trust` as in `train`."""
+def router_config(recipe: Recipe) -> RouterConfig:
+    """The router's plugin and options, the recipe's own or those of the run it names."""
     router = recipe.router
     if router.path is None:
-        return router_plan(router)
+        return router
     if router != RouterConfig(path=router.path):
         raise ConfigError(f"router: path {router.path!r} brings plugin and options with it; leave them out")
-    return read_run(Path(router.path)).router_plan(trust)
-
-
-def remember_plugins(recipe: Recipe) -> None:
-    """Trusts the files and modules that a recipe of the user's names, wherever folders made with them name them."""
-    sources = [source for stage in recipe.stages for source in stage.data.values()]
-    sources += [evaluation.data for evaluation in recipe.evaluations.values()]
-    named: dict[Kind, Iterable[str | None]] = {
-        "modality": (config.plugin for config in recipe.modalities.values()),
-        "router": [recipe.router.plugin],
-        "source": (source.kind for source in sources),
-    }
-    for kind, specs in named.items():
-        for spec in filter(None, specs):
-            remember(find(kind, spec))
+    return read_run(Path(router.path)).router
 
 
 def describe(model: MoLoRA, stage: StageConfig) -> None:
@@ -366,13 +343,12 @@ def environment(model: MoLoRA, accelerator: Accelerator) -> dict[str, Any]:
 class _Run:
     """A recipe in progress: the model, where it stands, and what it leaves on disk."""
 
-    def __init__(self, recipe: Recipe, accelerator: Accelerator, show: bool, trust: Sequence[str] = ()) -> None:
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, show: bool) -> None:
         self.recipe = recipe
         self.accelerator = accelerator
         self.show = show
-        self.trust = trust
         self.folder = Path(recipe.run)
-        self.model, self.processor, self.plans = build_model(recipe, accelerator.device, trust)
+        self.model, self.processor, self.plans = build_model(recipe, accelerator.device)
         self.model.backbone.activation_checkpointing = recipe.activation_checkpointing
         self.pristine = {name: tensor_hash(encoder.state_dict()) for name, encoder in self.model.encoders.items()}
         self.log = MetricsLog(self.folder, accelerator)
@@ -390,7 +366,6 @@ class _Run:
         else:
             self.log.truncate({})
         if self.accelerator.is_main_process:
-            remember_plugins(self.recipe)
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / "config.yaml", dump(self.recipe))
             if state:  # a kill may have come between the state and the folders made from it
@@ -511,7 +486,7 @@ class _Run:
             self.folder,
             self.model.backbone.identity,
             list(self.model.modalities),
-            recipe_router(self.recipe, self.trust),
+            router_config(self.recipe),
             dtype=self.recipe.backbone.dtype,
             learned=self.model.router_tensors(),
         )

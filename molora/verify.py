@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from molora.backbone import decoder_layers, stock_attention, weights_hash
-from molora.checkpoint import check_modality, read_about
+from molora.checkpoint import read_about, read_blueprint
 from molora.experts import Choices, routers
 from molora.generate import GenerationConfig, generate
 from molora.loading import LoadedModel
@@ -29,9 +29,9 @@ from molora.modality import Modality
 from molora.model import MoLoRA
 from molora.pack import Pack, Sample, collate
 from molora.processor import SampleTooLong
+from molora.received import read_tensors
 from molora.rounding import HALF, difference, in_fp32, measure
 from molora.routing import Flow, Routing, RoutingError
-from molora.storage import read_tensors
 from molora.terminal import print_table, styled
 
 _TOLERANCE = 1e-5
@@ -348,7 +348,7 @@ def _whole(model: MoLoRA, folders: Mapping[str, Path]) -> Check:
     """Modality folders have the hashes that they list, and what runs is what they hold."""
     other: list[str] = []
     for name, path in folders.items():
-        check_modality(path, model.backbone.identity)
+        read_blueprint(path, model.backbone.identity, name)
         here = {
             "projector.safetensors": model.projectors[name].state_dict(),
             "encoder.safetensors": model.encoders[name].state_dict(),

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import struct
+import subprocess
 import sys
 import zlib
 from collections.abc import Callable
@@ -319,3 +320,43 @@ def test_a_bad_row_is_answered_with_its_error_and_exit_code_2(
     assert "1 of 4 rows have no answer but an error" in told and "Traceback" not in told
     out.unlink()
     refused(capsys, home, "none.png", *call, "--strict")
+
+
+def test_eval_counts_and_names_bad_rows_and_cut_answers(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(row) for row in (home / "rows.jsonl").read_text().splitlines()]
+    rows[1]["messages"][0]["content"][0]["path"] = "none.png"
+    lines = [*map(json.dumps, rows), "{no JSON", json.dumps({"messages": rows[0]["messages"][:1]})]
+    (home / "bad.jsonl").write_text("\n".join(lines) + "\n")
+    evaluation = {"data": {"kind": "messages", "options": {"path": str(home / "bad.jsonl")}}, "max_new_tokens": 2}
+    (tmp_path / "evaluations.yaml").write_text(json.dumps({"evaluations": {"bad": evaluation}}))
+    call = ("eval", str(home / "run"), str(tmp_path / "evaluations.yaml"))
+    assert run_cli(*call) == 2
+    told = capsys.readouterr()
+    scores = json.loads((home / "run/evaluation.json").read_text())["evaluations"]["bad"]
+    assert (scores["questions"], scores["failed"]) == (3, 3) and scores["cut_off"] > 0
+    warned = " ".join(told.err.split())
+    assert "3 of 6 questions were not answered and are in no rate: row 2: " in warned and "none.png" in warned
+    assert "answers were cut off at max_new_tokens (2)" in warned and "Traceback" not in warned
+    refused(capsys, home, "none.png", *call, "--strict")
+
+
+def test_a_second_evaluation_leaves_the_first(home: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        evaluation = {"data": {"kind": "messages", "options": {"path": str(home / "rows.jsonl")}}, "max_new_tokens": 1}
+        (tmp_path / "evaluations.yaml").write_text(json.dumps({"evaluations": {name: evaluation}}))
+        assert run_cli("eval", str(home / "run"), str(tmp_path / "evaluations.yaml")) == 0
+    assert {"one", "two"} <= json.loads((home / "run/evaluation.json").read_text())["evaluations"].keys()
+
+
+def test_eval_without_a_run_prints_json_alone_on_standard_output(home: Path, tmp_path: Path) -> None:
+    evaluation = {"data": {"kind": "messages", "options": {"path": str(home / "rows.jsonl")}}, "max_new_tokens": 1}
+    (tmp_path / "evaluations.yaml").write_text(json.dumps({"evaluations": {"rows": evaluation}}))
+    call = ("eval", str(home / "backbone"), str(tmp_path / "evaluations.yaml"), "--modality")
+    told = subprocess.run(
+        [sys.executable, "-m", "molora", *call, str(home / "run/modalities/vision")],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert json.loads(told.stdout)["rows"]["questions"] == 4
+    assert "exact_match" in told.stderr

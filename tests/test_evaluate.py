@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
+import unicodedata
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from molora.config import ConfigError, build
 from molora.data import SourceConfig
-from molora.evaluate import EvaluationConfig, Judged, bleu, exact_match, macro_f1, question, scores, word_error_rate
+from molora.evaluate import (
+    FULL_STOPS,
+    EvaluationConfig,
+    Judged,
+    bleu,
+    character_error_rate,
+    complaints,
+    exact_match,
+    macro_f1,
+    question,
+    record,
+    scores,
+    word_error_rate,
+    words,
+)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +48,8 @@ def test_scores_count_by_tag() -> None:
         "questions/a": 4,
         "exact_match/b": 1.0,
         "questions/b": 2,
+        "failed": 0,
+        "cut_off": 0,
     }
 
 
@@ -91,6 +110,7 @@ def test_bleu_is_counted_over_all_answers_together() -> None:
     assert scores(tagged, config) == {
         "exact_match": 0.0, "bleu": bleu(judged, "13a"), "questions": 2,
         "exact_match/cats": 0.0, "bleu/cats": bleu(judged[:1], "13a"), "questions/cats": 1,
+        "failed": 0, "cut_off": 0,
     }  # fmt: skip
 
 
@@ -118,3 +138,214 @@ def test_a_missing_sacrebleu_is_named_with_its_extra(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics.bleu", None)
     with pytest.raises(ImportError, match=r"BLEU needs sacrebleu: pip install 'molora\[audio\]'"):
         EvaluationConfig(data=SourceConfig(kind="messages"), bleu="13a")
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "same"),
+    [
+        ("caf\u00e9", "cafe\u0301", True),
+        ("Ti\u1ebfng Vi\u1ec7t", "Tie\u0302\u0301ng Vie\u0323\u0302t", True),
+        ("\ud55c\uad6d", unicodedata.normalize("NFD", "\ud55c\uad6d"), True),
+        ("\u7ea2\u8272\u3002", "\u7ea2\u8272", True),
+        ("\u8d64\uff61", "\u8d64", True),
+        ("\u0939\u093e\u0901\u0964", "\u0939\u093e\u0901", True),
+        ("\u06c1\u0627\u06ba\u06d4", "\u06c1\u0627\u06ba", True),
+        ("\u12a0\u12ce\u1362", "\u12a0\u12ce", True),
+        ("\u1794\u17b6\u1791\u17d4", "\u1794\u17b6\u1791", True),
+        ("\u0561\u0575\u0578\u0589", "\u0561\u0575\u0578", True),
+        ("yes .", "Yes", True),
+        ("yes\u200f", "\ufeffyes", True),
+        ("STRASSE", "Stra\u00dfe", True),
+        ("\u039f\u0394\u039f\u03a3", "\u03bf\u03b4\u03cc\u03c2", False),  # the accent is part of the word
+        ("\u039f\u0394\u03cc\u03a3", "\u03bf\u03b4\u03cc\u03c2", True),
+        ("yes?", "yes", False),
+        ("x\u00b2", "x2", False),
+        ("resume", "r\u00e9sum\u00e9", False),
+        ("\u0e2a\u0e35", "\u0e2a\u0e34", False),
+        ("**yes**", "yes", False),
+    ],
+)
+def test_exact_match_holds_across_normal_forms_and_scripts(answer: str, expected: str, same: bool) -> None:
+    assert exact_match(answer, expected) == exact_match(expected, answer) == same
+
+
+def test_every_full_stop_of_unicode_is_one() -> None:
+    named = {c for c in map(chr, range(0x110000)) if "FULL STOP" in unicodedata.name(c, "")}
+    assert {c for c in named if unicodedata.category(c) == "Po"} <= set(FULL_STOPS)
+    assert not set(FULL_STOPS) & set("?!\u061f\uff1f,\u3001")
+
+
+def distance(expected: list[str], answer: list[str]) -> int:
+    """Levenshtein's, as it is taught."""
+    row = list(range(len(answer) + 1))
+    for i, one in enumerate(expected, start=1):
+        before, row[0] = row[0], i
+        for j, other in enumerate(answer, start=1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (one != other))
+    return row[-1]
+
+
+# Expected and given, and the words as someone who reads the language counts them: all, and those that are wrong.
+LANGUAGES: dict[str, tuple[str, str, int, int]] = {
+    "English": ("Don't stop, please!", "dont stop please", 4, 2),
+    "German": ("Gr\u00fc\u00dfe an M\u00fcller.", "gr\u00fcsse an muller", 3, 1),
+    "French": ("L'\u00e9t\u00e9 est fini.", "l'e\u0301te\u0301 est fini", 4, 0),
+    "Vietnamese, decomposed": ("Ti\u1ebfng Vi\u1ec7t", "Tie\u0302\u0301ng Vie\u0323\u0302t", 2, 0),
+    "Vietnamese, another tone": ("m\u00e1 m\u00e0", "m\u00e1 m\u1ea3", 2, 1),
+    "Turkish": ("\u0130stanbul \u0131l\u0131k", "\u0130STANBUL \u0131l\u0131k", 2, 0),
+    "Greek": (
+        "\u039f\u03b4\u03cc\u03c2 \u03b1\u03c5\u03c4\u03ae",
+        "\u03bf\u03b4\u03cc\u03c3 \u03b1\u03c5\u03c4\u03b7",
+        2,
+        1,
+    ),
+    "Russian": (
+        "\u0401\u043b\u043a\u0430, \u0441\u0442\u043e\u0439!",
+        "\u0451\u043b\u043a\u0430 \u0441\u0442\u043e\u0438",
+        2,
+        1,
+    ),
+    "Hindi": (
+        "\u0939\u093f\u0928\u094d\u0926\u0940 \u092e\u0947\u0902\u0964",
+        "\u0939\u0928\u0926\u0940 \u092e\u0947\u0902",
+        2,
+        1,
+    ),
+    "Bengali": (
+        "\u09ac\u09be\u0982\u09b2\u09be \u09ad\u09be\u09b7\u09be\u0964",
+        "\u09ac\u09be\u0982\u09b2\u09be \u09ad\u09be\u09b7",
+        2,
+        1,
+    ),
+    "Tamil": (
+        "\u0ba4\u0bae\u0bbf\u0bb4\u0bcd \u0bae\u0bca\u0bb4\u0bbf",
+        "\u0ba4\u0bae\u0bb4 \u0bae\u0bca\u0bb4\u0bbf",
+        2,
+        1,
+    ),
+    "Arabic with vowels": (
+        "\u0643\u064e\u062a\u064e\u0628\u064e \u0627\u0644\u062f\u0631\u0633",
+        "\u0643\u062a\u0628 \u0627\u0644\u062f\u0631\u0633",
+        2,
+        1,
+    ),
+    "Persian with a joiner": (
+        "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645 \u0628\u0631\u0648\u0645",
+        "\u0645\u06cc\u062e\u0648\u0627\u0647\u0645 \u0628\u0631\u0648",
+        2,
+        1,
+    ),
+    "Hebrew": (
+        "\u05e9\u05b8\u05c1\u05dc\u05d5\u05b9\u05dd \u05dc\u05da",
+        "\u05e9\u05b8\u05c1\u05dc\u05d5\u05b9\u05dd \u05dc\u05d4",
+        2,
+        1,
+    ),
+    "Korean": (
+        "\ud55c\uad6d\uc5b4 \ubb38\uc7a5",
+        unicodedata.normalize("NFD", "\ud55c\uad6d\uc5b4 \ubb38\uc791"),
+        2,
+        1,
+    ),
+    "Amharic": ("\u12a0\u121b\u122d\u129b \u1290\u12cd\u1362", "\u12a0\u121b\u122d\u129b \u1290\u12ed", 2, 1),
+    "Georgian": (
+        "\u10d3\u10d8\u10d0\u10ee, \u10d2\u10db\u10d0\u10d3\u10da\u10dd\u10d1\u10d7",
+        "\u10d3\u10d8\u10d0\u10ee",
+        2,
+        1,
+    ),
+    # Written without spaces: a character with its marks is a word.
+    "Chinese": ("\u4f60\u597d\uff0c\u4e16\u754c\u3002", "\u4f60\u574f \u4e16 \u754c", 4, 1),
+    "Japanese": ("\u3053\u308c\u306f\u304c\u304d\u3067\u3059", "\u3053\u308c\u306f\u304b\u304d\u3067\u3059", 7, 1),
+    "Thai": ("\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35", "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e34", 4, 1),
+    "Khmer": ("\u1797\u17b6\u179f\u17b6", "\u1797\u17b6\u179f", 2, 1),
+    "Burmese": ("\u1019\u103c\u1014\u103a\u1019\u102c", "\u1019\u103c\u1014\u103a", 3, 1),
+    "Lao": ("\u0ea5\u0eb2\u0ea7", "\u0ea5\u0eb2", 3, 1),
+    "Chinese with English": ("\u6253\u5f00 Wi Fi \u8bbe\u7f6e", "\u6253\u5f00wi fi\u8bbe\u5907", 6, 1),
+}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_word_errors_are_what_a_reader_of_the_language_counts(language: str) -> None:
+    expected, answer, number, wrong = LANGUAGES[language]
+    assert len(words(expected)) == number and distance(words(expected), words(answer)) == wrong
+    assert word_error_rate([Judged("0:", [], expected, answer, False)]) == pytest.approx(wrong / number)
+
+
+def test_error_rates_are_jiwers_and_english_words_are_whispers() -> None:
+    jiwer = pytest.importorskip("jiwer")
+    from transformers.models.whisper.english_normalizer import BasicTextNormalizer
+
+    plain = BasicTextNormalizer()
+    pairs = [
+        ("Mr. Smith (laughs) isn't here, is he?", "mister smith isnt here is he"),
+        ("It costs $5.50 \u2014 or \u20ac7!", "it costs 5 50 or 7"),
+        ("[music] The year 1984, A.M. & P.M.", "the year 84 am and pm"),
+        ("a-b_c/d", "a b c d e"),
+    ]
+    judged = [Judged(f"{i}:", [], expected, answer, False) for i, (expected, answer) in enumerate(pairs)]
+    for text in (text for pair in pairs for text in pair):
+        assert words(text) == plain(text).split()
+    texts = [" ".join(words(one)) for one, _ in pairs], [" ".join(words(other)) for _, other in pairs]
+    assert word_error_rate(judged) == pytest.approx(jiwer.wer(*texts))
+    assert character_error_rate(judged) == pytest.approx(jiwer.cer(*texts))
+
+
+@pytest.mark.parametrize(
+    ("expected", "answer", "rate"),
+    [
+        ("abc", "abd", 1 / 3),
+        ("ab cd", "abcd", 1 / 5),
+        ("\u4f60\u597d", "\u4f60 \u597d\u3002", 0),
+        ("\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35", "\u0e2a\u0e27\u0e2a\u0e14\u0e35", 1 / 6),
+        ("caf\u00e9", "cafe\u0301", 0),
+        ("a", "abc", 2),
+        ("", "abc", None),
+        ("?!", "", None),
+    ],
+)
+def test_character_errors_count_letters_and_marks(expected: str, answer: str, rate: float | None) -> None:
+    found = character_error_rate([Judged("0:", [], expected, answer, False)])
+    assert found is rate is None or found == pytest.approx(rate)
+    config = EvaluationConfig(data=SourceConfig(kind="messages"), character_errors=True)
+    assert ("character_error_rate" in scores([Judged("0:", [], expected, answer, False)], config)) == (rate is not None)
+
+
+def test_what_is_said_where_nothing_was_to_be_said_counts_as_added_words() -> None:
+    judged = [Judged("0:", [], "one two", "one two", True), Judged("1:", [], "", "three", False)]
+    assert word_error_rate(judged) == pytest.approx(1 / 2)
+
+
+def test_a_question_that_failed_is_in_no_rate_and_is_named_with_its_row() -> None:
+    judged = [
+        Judged("0:a", [], "x", "x", True, ["t"]),
+        Judged("1:b", [], "x", "", False, ["t"], error="no such picture"),
+        Judged("2:", [], "", "", False, error="not valid JSON"),
+        Judged("3:d", [], "x", "xx", False, cut_off=True),
+    ]
+    config = EvaluationConfig(data=SourceConfig(kind="messages"), max_new_tokens=2)
+    assert scores(judged, config) == {
+        "exact_match": 0.5,
+        "questions": 2,
+        "exact_match/t": 1.0,
+        "questions/t": 1,
+        "failed": 2,
+        "cut_off": 1,
+    }
+    failed, cut_off = complaints("test", judged, config)
+    assert "2 of 4 questions" in failed and "row 2: no such picture; row 3: not valid JSON" in failed
+    assert "1 of 2 answers were cut off at max_new_tokens (2)" in cut_off
+    assert scores(judged[1:3], config) == {"questions": 0, "failed": 2, "cut_off": 0}
+    assert complaints("test", judged[:1], config) == []
+
+
+def test_results_of_one_model_gather_and_those_of_another_go(tmp_path: Path) -> None:
+    path, one, other = tmp_path / "evaluation.json", {"vision": "1"}, {"vision": "2"}
+    assert record(path, one, {"a": {"exact_match": 1.0}}) == []
+    assert record(path, one, {"b": {"exact_match": 0.5}}) == []
+    assert set(json.loads(path.read_text())["evaluations"]) == {"a", "b"}
+    assert record(path, one, {"a": {"exact_match": 0.0}}) == []
+    assert json.loads(path.read_text())["evaluations"] == {"a": {"exact_match": 0.0}, "b": {"exact_match": 0.5}}
+    assert record(path, other, {"b": {"exact_match": 0.1}}) == ["a"]
+    assert json.loads(path.read_text())["evaluations"] == {"b": {"exact_match": 0.1}}
+    assert [file.name for file in tmp_path.iterdir()] == ["evaluation.json"]

