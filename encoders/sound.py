@@ -193,7 +193,7 @@ def _decode_piece(data: bytes, before: int, max_seconds: float) -> tuple[np.ndar
 
     mixer, num = _Mixer(), 0
     try:
-        with Forward(io.BytesIO(data)) as file:
+        with Forward(_Within(data)) as file:
             rate_hz, channels, promised = file.samplerate, file.channels, file.frames
             is_mp3, knows = file.format == "MP3", file.frames != _UNKNOWN_FRAMES
             _check_limits(rate_hz, channels, before + (promised if knows else 0), max_seconds)
@@ -248,6 +248,15 @@ def _scaled(wave_LC: np.ndarray) -> np.ndarray:
     return (wave_LC.astype(np.float32) - middle) / (np.iinfo(wave_LC.dtype).max + 1 - middle)
 
 
+class _Within(io.BytesIO):
+    """A file whose reader never leaves it: damaged headers make libsndfile seek before its begin and beyond its end."""
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        size = self.getbuffer().nbytes
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: size}[whence]
+        return super().seek(min(max(base + offset, 0), size))
+
+
 class _Mixer:
     """The mean of channels, block by block, refused if any of them is unusable."""
 
@@ -263,6 +272,11 @@ class _Mixer:
         if not np.isfinite((low, high)).all():
             raise MediaError("holds samples that are not finite (NaN or infinity); repair it")
         self.low, self.high = min(low, self.low), max(high, self.high)
+        if max(-self.low, self.high) > _MAX_OVERSHOOT:
+            raise MediaError(
+                f"has samples up to {max(-self.low, self.high):.4g}, but floats lie in [-1, 1]; 16-bit integers stored "
+                "as floats probably need division by 32768"
+            )
         full_LC = (wave_LC >= _FULL_SCALE) | (wave_LC <= -_FULL_SCALE)
         if full_LC.any():
             self.num_clipped += _share_in_runs(full_LC) * wave_LC.size
@@ -272,11 +286,6 @@ class _Mixer:
     def wave_L(self) -> np.ndarray:
         if not self.num_samples:
             raise MediaError("has no samples; record or export it again")
-        if max(-self.low, self.high) > _MAX_OVERSHOOT:
-            raise MediaError(
-                f"has samples up to {max(-self.low, self.high):.4g}, but floats lie in [-1, 1]; 16-bit integers stored "
-                "as floats probably need division by 32768"
-            )
         if (share := self.num_clipped / self.num_samples) > _MAX_CLIPPED_SHARE:
             raise MediaError(
                 f"is clipped: {share:.0%} of its samples lie in runs at full scale, {_MAX_CLIPPED_SHARE:.0%} is the "

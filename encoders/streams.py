@@ -48,6 +48,8 @@ def pieces(data: bytes, max_seconds: float) -> list[bytes]:
         found = _between(data, [match.start() for match in _FLAC_BEGINS.finditer(data)])
     else:
         found = [_filled_in(piece) for piece in _between(data, _header_starts(data))]
+        if data[:4] == b"caff" and (promised := _length(found[-1], 0) or 0) > len(found[-1]):
+            raise MediaError(f"is cut off: {promised} bytes promised, {len(found[-1])} there; {_AGAIN}")
     if len(found) > _MAX_PIECES:
         raise MediaError(f"is {len(found)} sounds joined end to end, and {_MAX_PIECES} is the most; convert it")
     return found
@@ -239,7 +241,8 @@ def _counted(data: bytes, at: int, frame: _Frame) -> int | None:
         return None
     place = at + 4 + frame.side_bytes
     if data[place : place + 4] in (b"Xing", b"Info"):
-        return int.from_bytes(data[place + 8 : place + 12], "big") if data[place + 7] & 1 else 0
+        has_count = int.from_bytes(data[place + 4 : place + 8], "big") & 1
+        return int.from_bytes(data[place + 8 : place + 12], "big") if has_count else 0
     if data[at + 36 : at + 40] == b"VBRI":
         return int.from_bytes(data[at + 50 : at + 54], "big")
     return None
