@@ -172,9 +172,12 @@ class JsonRows:
         with self.bytes.open() as file:
             unpacked = self.bytes.unpacked
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if unpacked is None else unpacked
-            depth, begin, end = 0, 0, self.bytes.start
-            for token in _TOKENS.finditer(data, self.bytes.start):
-                bracket = token.group()
+            depth, begin, end, position = 0, 0, self.bytes.start, self.bytes.start
+            while token := _TOKENS.search(data, position, position + MAX_ROW_BYTES + 1):
+                if token.end() - position > MAX_ROW_BYTES:
+                    raise ConfigError(f"{self._next()}: a text of over {MAX_ROW_BYTES} bytes, the most that is read")
+                position = token.end()
+                bracket = data[token.start()]
                 if bracket in b"[{":
                     if depth < 2:
                         begin = token.start()
@@ -190,7 +193,7 @@ class JsonRows:
                         yield begin, end
                     elif depth == 0:
                         break
-            if depth:
+            if not token:
                 raise ConfigError(f"{self._next()}: the file ends inside its list; it has been cut off")
             self._check_between(data, end, token.start(), b"")
             self._check_between(data, token.end(), len(data), b"")

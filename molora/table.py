@@ -114,18 +114,18 @@ class _Template:
     def __init__(self, text: str, where: str) -> None:
         self.text = text
         self.where = where
-        self.literals: list[str] = []
+        self.literals = [""]
         self.fields: list[_Place] = []
         try:
             pieces = list(string.Formatter().parse(text))
         except ValueError as error:
             raise ConfigError(f"{where}: {text!r}: {error}; write a brace that is text twice") from error
         for literal, name, form, conversion in pieces:
-            self.literals.append(literal)
-            if name is not None:  # only the literal at the end has none
+            self.literals[-1] += literal
+            if name is not None:
                 name += f"!{conversion}" if conversion else ""
                 self.fields.append(_Place(name + (f":{form}" if form else "")))
-        self.literals += [""] * (1 + len(self.fields) - len(self.literals))
+                self.literals.append("")
 
     def fits(self, names: set[str]) -> bool:
         return all(_bound(place, names) for place in self.fields)
@@ -147,7 +147,7 @@ class _Template:
     def fill(self, values: Mapping[str, Any], where: str) -> str:
         """The text for a row. Raises ValueError for a column that holds no text."""
         filled = [_text(self._value(place, values, where), place.name, where) for place in self.fields]
-        return "".join(piece for pair in zip(self.literals, [*filled, ""], strict=False) for piece in pair)
+        return "".join(piece for pair in zip(self.literals, [*filled, ""], strict=True) for piece in pair)
 
     def _value(self, place: _Place, values: Mapping[str, Any], where: str) -> Any:
         value = values.get(place.column)
@@ -311,7 +311,7 @@ def _open(config: TableConfig, wanted: Callable[[Iterable[str]], bool]) -> tuple
     path = Path(config.path).expanduser()
     where = f"data source {config.path}"
     split, start, stop = _slice(config.split, where)
-    if path.is_dir() or not (path.exists() or path.suffix.lower() in _TEXT | _PARQUET):
+    if path.is_dir() or not (path.exists() or _suffix(path) in _TEXT | _PARQUET):
         rows = _dataset(config, path, split, wanted)
     else:
         for key, given in (("subset", config.subset), ("revision", config.revision), ("split", split != "train")):
@@ -403,6 +403,11 @@ def _dataset(config: TableConfig, path: Path, split: str, wanted: Callable[[Iter
             rows = datasets.load_dataset(name, config.subset, split=split, revision=config.revision)
     except KeyError as error:
         raise ConfigError(f"{where}: no split {error}") from error
+    except ConfigError:
+        raise
+    except Exception as error:  # those of datasets, pyarrow and the hub, of many kinds
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        raise ConfigError(f"{where}: cannot be opened by datasets ({type(error).__name__}: {reason})") from error
     names = rows.column_names
     return _Arrow(rows.select_columns(_kept(names, wanted)), names, config.path, folder)
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from PIL import Image
 
-from molora.config import ConfigError
-from molora.data import Order, SourceConfig, open_source
+from molora.config import ConfigError, build
+from molora.data import EncodedSamples, MessagesConfig, Order, Skipped, Source, SourceConfig, open_source, step_loader
 from molora.messages import conversation
+from molora.modality import MediaError
+from molora.processor import Processor
+from molora.tiny import byte_tokenizer
 
 
 def test_every_row_comes_once_in_an_epoch_and_epochs_differ() -> None:
@@ -72,86 +76,110 @@ def test_unknown_kinds_and_empty_files_are_refused(tmp_path: Path) -> None:
         open_source(SourceConfig(kind="messages", options={"path": str(tmp_path / "empty.jsonl")}), "data")
 
 
-def test_a_table_of_encoded_pictures_becomes_conversations(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
-    Image.new("RGB", (3, 2)).save(tmp_path / "x.png")
-    picture = (tmp_path / "x.png").read_bytes()
-    table = datasets.Dataset.from_dict({"image": [picture], "question": ["what?"], "answer": ["that"]})
-    table.to_parquet(tmp_path / "t.parquet")
-    options = {
-        "path": str(tmp_path / "t.parquet"),
-        "media": {"image": "image"},
-        "prompt": "{question}",
-        "answer": "{answer}",
-    }
-    row = open_source(SourceConfig(kind="table", options=options), "data")[0]
-    content = row["messages"][0]["content"]
-    assert content[0] == {"type": "image", "bytes": picture} and content[1]["text"] == "what?"
-    assert row["messages"][1] == {"role": "assistant", "content": "that"}
-    with pytest.raises(ConfigError, match="no column 'picture'"):
-        open_source(SourceConfig(kind="table", options={**options, "media": {"image": "picture"}}), "data")
-
-
-@pytest.mark.parametrize("key", ["prompt", "answer"])
-def test_a_template_that_is_a_column_without_braces_is_refused(tmp_path: Path, key: str) -> None:
-    pytest.importorskip("datasets")
-    (tmp_path / "t.csv").write_text("tide,question,answer\na.txt,up or down?,up\n")
-    options = {"path": str(tmp_path / "t.csv"), "media": {"tide": "tide"}, "prompt": "{question}", "answer": "{answer}"}
-    (user, reply) = open_source(SourceConfig(kind="table", options=options), "data")[0]["messages"]
-    assert user["content"][0] == {"type": "tide", "path": str(tmp_path / "a.txt")} and reply["content"] == "up"
-    for constant in ("", "say it", "answers"):
-        open_source(SourceConfig(kind="table", options={**options, key: constant}), "data")
-    with pytest.raises(ConfigError, match=rf"t.csv: {key} is the text 'tide' in every row.* did you mean '{{tide}}'\?"):
-        open_source(SourceConfig(kind="table", options={**options, key: "tide"}), "data")
-
-
-def test_text_tables_are_taken_at_their_word(tmp_path: Path) -> None:
-    """Quotes, missing values and other things that mean something elsewhere are what somebody said or chose."""
-    pytest.importorskip("datasets")
-    said = ['"Yes."', "null", "NA", "", "it's 5\\\ttabs", "007"]
-    (tmp_path / "t.tsv").write_text("path\tsaid\n" + "".join(f"{i}.mp3\t{text}\n" for i, text in enumerate(said)))
-    rows = ("0.jpg,who?, A: none ", '1.jpg,"Which, and ""why""?",NA', "2.jpg,when?,")
-    (tmp_path / "t.csv").write_text("Figure_path,Question,Choice A\n" + "\n".join(rows))
-    texts = {
-        name: [row["messages"][0]["content"][-1]["text"] for row in map(table.__getitem__, range(len(table)))]
-        for name, table in (
-            (name, open_source(SourceConfig(kind="table", options=options), "data"))
-            for name, options in {
-                "t.tsv": {"path": str(tmp_path / "t.tsv"), "prompt": "{said}", "answer": ""},
-                "t.csv": {"path": str(tmp_path / "t.csv"), "prompt": "{Question}|{Choice A}", "answer": ""},
-            }.items()
-        )
-    }
-    assert texts["t.tsv"] == [*said[:4], "it's 5\ttabs", "007"]
-    assert texts["t.csv"] == ["who?| A: none ", 'Which, and "why"?|NA', "when?|"]
-
-
-def test_a_dataset_of_several_subsets_is_read_by_the_one_that_is_named(tmp_path: Path) -> None:
-    """As the hub stores them: a folder of parquet files for each, listed in the card."""
-    datasets = pytest.importorskip("datasets")
-    card = "---\nconfigs:\n"
-    for name in ("en_sl", "en_de"):
-        clip = {"bytes": name.encode(), "path": "common_voice_en_1.mp3"}
-        table = datasets.Dataset.from_dict({"audio": [clip], "translation": [f"to {name}"]})
-        table.cast_column("audio", datasets.Audio()).to_parquet(tmp_path / name / "test-00000-of-00001.parquet")
-        card += f"- config_name: {name}\n  data_files:\n  - {{split: test, path: {name}/test-*}}\n"
-    (tmp_path / "README.md").write_text(f"{card}---\n")
-    options = {
-        "path": str(tmp_path),
-        "split": "test",
-        "media": {"audio": "audio"},
-        "prompt": "",
-        "answer": "{translation}",
-    }
-    for name in ("en_sl", "en_de"):
-        row = open_source(SourceConfig(kind="table", options={**options, "subset": name}), "data")[0]
-        assert row["messages"][0]["content"][0] == {"type": "audio", "bytes": name.encode()}
-        assert row["messages"][1]["content"] == f"to {name}"
-
-
 def test_limits_keep_the_first_rows(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(
         "\n".join(json.dumps({"messages": [{"role": "user", "content": "x"}]}) for _ in range(5))
     )
     config = SourceConfig(kind="messages", options={"path": str(tmp_path / "rows.jsonl")}, limit=2)
     assert len(open_source(config, "data")) == 2
+
+
+def test_a_limit_or_weight_that_means_nothing_is_refused_with_its_key() -> None:
+    for limit in (0, -1):
+        with pytest.raises(ConfigError, match=f"data: d: limit is {limit}"):
+            build(dict[str, SourceConfig], {"d": {"kind": "messages", "limit": limit}}, "data")
+    for weight in (0.0, -1.0, float("nan"), float("inf"), 2e9):
+        with pytest.raises(ConfigError, match=f"data: d: weight is {weight}"):
+            build(dict[str, SourceConfig], {"d": {"kind": "messages", "weight": weight}}, "data")
+
+
+def rows_of(tmp_path: Path, *rows: Any, name: str = "rows.jsonl", **options: Any) -> Source:
+    (tmp_path / name).write_text("\n".join(json.dumps(row) for row in rows))
+    return open_source(SourceConfig(kind="messages", options={"path": str(tmp_path / name), **options}), "data")
+
+
+ASKED = [{"role": "user", "content": "x"}]
+
+
+@pytest.mark.parametrize("value, id", [(None, "1"), ("", "1"), ("a", "a"), (7, "7"), (0, "0"), (1.5, "1.5")])
+def test_an_id_is_text_or_a_number_or_the_rows_number(tmp_path: Path, value: Any, id: str) -> None:
+    assert rows_of(tmp_path, {"messages": ASKED}, {"id": value, "messages": ASKED})[1]["id"] == id
+
+
+@pytest.mark.parametrize("value, tags", [(None, []), ("", []), ("a", ["a"]), (["a", "b", "a", ""], ["a", "b"])])
+def test_tags_are_names_or_one_name_or_none(tmp_path: Path, value: Any, tags: list[str]) -> None:
+    assert rows_of(tmp_path, {"tags": value, "messages": ASKED})[0]["tags"] == tags
+
+
+@pytest.mark.parametrize(
+    "about", [{"id": True}, {"id": [1]}, {"id": {}}, {"tags": {"a": 1}}, {"tags": [1]}, {"tags": 7}]
+)
+def test_other_ids_and_tags_are_refused_with_their_row(tmp_path: Path, about: dict[str, Any]) -> None:
+    (key,) = about
+    with pytest.raises(ValueError, match=f"rows.jsonl, row 1: {key}: expected"):
+        rows_of(tmp_path, {**about, "messages": ASKED})[0]
+
+
+def test_messages_stand_in_a_list_too_packed_or_not(tmp_path: Path) -> None:
+    data = json.dumps([{"messages": ASKED}, {"messages": [{"role": "user", "content": "y"}]}], indent=1).encode()
+    for name, content in (("a.json", data), ("[v2] b.JSON.gz", gzip.compress(data))):
+        (tmp_path / name).write_bytes(content)
+        source = open_source(SourceConfig(kind="messages", options={"path": str(tmp_path / name)}), "data")
+        assert [source[row]["messages"][0]["content"] for row in range(len(source))] == ["x", "y"]
+
+
+def test_media_start_from_media_root_and_stay_in_it(tmp_path: Path) -> None:
+    (tmp_path / "media").mkdir()
+    shown = [{"messages": [{"role": "user", "content": [{"type": "image", "path": path}]}]} for path in ("a", "../a")]
+    source = rows_of(tmp_path, *shown, media_root=str(tmp_path / "media"))
+    assert source[0]["messages"][0]["content"][0]["path"] == str((tmp_path / "media/a").resolve())
+    with pytest.raises(MediaError, match=r"rows.jsonl, row 2: message 0, part 0 \(image\): '../a' leads out of"):
+        source[1]
+
+
+def samples(folder: Path, *, skips: tuple[type[ValueError], ...] = (), rows: list[Any], **options: Any) -> Any:
+    """Samples of a file of rows, in the order of an epoch."""
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    config = SourceConfig(kind="messages", options={"path": str(folder / "rows.jsonl"), **options})
+    processor = Processor(byte_tokenizer(), {}, lambda company: (), 1000)
+    return EncodedSamples({"d": config}, processor, seed=0, max_tokens=1000, skips=skips, where="data")
+
+
+def test_a_medium_out_of_bounds_can_be_left_out_and_other_faults_cannot(tmp_path: Path) -> None:
+    outside = {"messages": [{"role": "user", "content": [{"type": "image", "path": "/etc/passwd"}]}]}
+    found = samples(tmp_path, rows=[outside], skips=(MediaError,), media_root=str(tmp_path))[0]
+    assert isinstance(found, Skipped) and "leads out of media_root" in found.reason
+    with pytest.raises(MediaError, match="rows.jsonl, row 1: message 0, part 0"):
+        samples(tmp_path, rows=[outside], media_root=str(tmp_path))[0]
+    with pytest.raises(ValueError, match="rows.jsonl, row 1: neither 'messages'"):
+        samples(tmp_path, rows=[{}], skips=(MediaError,))[0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_in_a_worker_is_the_error_and_no_traceback(tmp_path: Path, workers: int) -> None:
+    order = {"first_step": 0, "steps": 1, "samples_per_step": 1, "rank": 0, "ranks": 1}
+    with pytest.raises(ValueError) as raised:
+        list(step_loader(samples(tmp_path, rows=[{"messages": "hello"}]), **order, workers=workers))
+    assert str(raised.value).endswith("row 1: messages: expected a list of at least one turn, got 'hello'")
+
+
+class Broken:
+    """A plugin's source that fails in its own way."""
+
+    config_type = MessagesConfig
+
+    def __init__(self, config: MessagesConfig) -> None: ...
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        raise KeyError("wave")
+
+
+def test_a_plugins_source_that_fails_is_named_with_its_row() -> None:
+    config = SourceConfig(kind=f"{__name__}:Broken", options={"path": "x"})
+    processor = Processor(byte_tokenizer(), {}, lambda company: (), 1000)
+    source = EncodedSamples({"d": config}, processor, seed=0, max_tokens=9, skips=(), where="data")
+    with pytest.raises(ValueError, match="data source 'd', row 1: KeyError: 'wave'"):
+        source[0]
