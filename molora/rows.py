@@ -39,13 +39,19 @@ _STEPS = {"[": 1, "{": 1, "]": -1, "}": -1}
 _Dialect = Callable[[Iterable[str]], Iterator[list[str]]]
 
 
+def check_file(path: Path) -> None:
+    """Raises ConfigError for what is no file; its rows are read more than once."""
+    if not path.is_file():
+        why = "not a file" if path.exists() else "no such file"
+        raise ConfigError(f"data source {path}: {why}{'' if path.is_absolute() else f' in {Path.cwd()}'}")
+
+
 class _Bytes:
     """What is read of one file, which may not change meanwhile, as the offsets of its rows would be wrong."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.expanduser()
-        if not self.path.is_file():
-            raise ConfigError(f"data source {path}: {'not a file' if self.path.exists() else 'no such file'}")
+        check_file(self.path)
         with open(self.path, "rb") as file:
             head = file.read(3)
             self.state = self._state(file)

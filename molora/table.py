@@ -20,7 +20,7 @@ import numpy as np
 
 from molora.config import ConfigError
 from molora.messages import media_list, rooted
-from molora.rows import CellRows, JsonRows
+from molora.rows import CellRows, JsonRows, check_file
 
 
 @dataclass(kw_only=True)
@@ -368,8 +368,7 @@ def _bound_of(edge: str, length: int) -> int:
 
 def _parquet(path: Path, wanted: Callable[[Iterable[str]], bool]) -> _Rows:
     datasets = _library()
-    if not path.is_file():
-        raise ConfigError(f"data source {path}: {'not a file' if path.exists() else 'no such file'}")
+    check_file(path)
     try:
         from pyarrow import parquet
 
