@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +10,8 @@ import torch
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
 
-from molora.backbone import Backbone
-from molora.config import ConfigError, build
+from molora.backbone import Backbone, read_dtype
+from molora.config import ConfigError, build, plain
 from molora.lora import lora_config
 from molora.media import MediaPolicy
 from molora.modality import Modality
@@ -28,6 +28,10 @@ class BackboneConfig:
     path: str
     dtype: str | None = None
     revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None:
+            self.dtype = str(read_dtype(self.dtype)).removeprefix("torch.")
 
 
 @dataclass(kw_only=True)
@@ -92,8 +96,27 @@ def blueprint(
         key = former[0]
         raise ConfigError(f"{where}.options.{key}: is no option of a modality any more; {FORMER_OPTIONS[key]}")
     options = {key: value for key, value in options.items() if key not in former}
-    modality = modality_class(name, build(modality_class.config_type, options, f"{where}.options"))
+    config = build(modality_class.config_type, options, f"{where}.options")
+    try:
+        modality = modality_class(name, config)
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{_option_in(error, config, where) or where}: {error}") from error
     return Blueprint(plugin, modality, None if adapter is None else lora_config(adapter, f"{where}.adapter"), where)
+
+
+def _option_in(error: Exception, config: Any, where: str) -> str | None:
+    """The key of the option whose text an error repeats, such as the path of a file that is missing."""
+
+    def texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
+        if isinstance(value, str) and len(value) > 1 and value in str(error):
+            yield value, key
+        inner = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+        for name, item in inner:
+            yield from texts(item, f"{key}.{name}")
+
+    return max(texts(plain(config), f"{where}.options"), key=lambda found: len(found[0]), default=("", None))[1]
 
 
 def assemble(
@@ -128,7 +151,13 @@ def assemble(
     except (ConfigError, RoutingError) as error:
         raise type(error)(f"{where}: {error}") from error
     modalities = {name: plan.modality for name, plan in blueprints.items()}
-    model = MoLoRA(backbone, modalities, adapters, decide, seed=seed)
+    try:
+        model = MoLoRA(backbone, modalities, adapters, decide, seed=seed)
+    except OSError as error:
+        keys = (_option_in(error, plan.modality.config, plan.where) for plan in blueprints.values())
+        if key := next(filter(None, keys), None):
+            raise ConfigError(f"{key}: {error}") from error
+        raise
     processor = Processor(tokenizer, modalities, decide.order, backbone.max_tokens, media_policy)
     return model, processor
 

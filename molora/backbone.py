@@ -26,6 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from molora import attention
 from molora.cache import PackedCache
+from molora.config import ConfigError
 from molora.experts import Choices
 from molora.prompt import ChatTemplate
 from molora.received import TensorFile, read_json, shard_names
@@ -41,6 +42,19 @@ _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _PROBE_TOKENS = 8192
 # Logits of all positions are gigabytes with a large vocabulary; final hidden states are compared at every position.
 _PROBE_LOGITS = 16
+_DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "float": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "half": torch.float16,
+    "float64": torch.float64,
+    "fp64": torch.float64,
+    "double": torch.float64,
+}
 _PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 # Settings in config.json that no logit depends on, or that have a hash of their own.
 _SILENT = re.compile(
@@ -305,7 +319,7 @@ def load_backbone(
     model = _opened(
         AutoModelForCausalLM,
         folder,
-        dtype="auto" if dtype is None else getattr(torch, dtype),
+        dtype="auto" if dtype is None else read_dtype(dtype),
         attn_implementation="eager",  # some released configs name flash attention, which may not be installed
         use_safetensors=True,
     ).to(device)
@@ -320,6 +334,15 @@ def load_backbone(
         probes[key] = backbone.probe
         _remember(folder, remembered)
     return backbone, tokenizer
+
+
+def read_dtype(given: str) -> torch.dtype:
+    """The floating-point type that a word means. Raises ConfigError for any other word."""
+    found = _DTYPES.get(given.lower().removeprefix("torch."))
+    if found is None:
+        words = ", ".join(_DTYPES)
+        raise ConfigError(f"dtype {given!r} is none that a backbone runs in; give one of {words}, or leave it out")
+    return found
 
 
 def fetch(source: str, revision: str | None = None) -> Path:

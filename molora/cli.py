@@ -6,7 +6,8 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -88,8 +89,22 @@ def train(config: ConfigArgument, overrides: Overrides = None) -> None:
     from molora.train import train as run_recipe
 
     recipe = read(Recipe, config, overrides or ())
-    run = run_recipe(recipe)
+    with _stoppable():
+        run = run_recipe(recipe)
     say(f"done: {run}")
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Tells how stopped work goes on, and ends with the exit code of the signal."""
+    from molora.interrupt import Stopped
+    from molora.terminal import visible
+
+    try:
+        yield
+    except Stopped as stopped:
+        print(visible(str(stopped)), file=sys.stderr)
+        raise typer.Exit(stopped.exit_code) from stopped
 
 
 @app.command()
@@ -100,7 +115,7 @@ def pretrain(config: ConfigArgument, overrides: Overrides = None) -> None:
     from molora.pretrain import pretrain as run_pretraining
     from molora.terminal import progress, say
 
-    with progress() as bars:
+    with _stoppable(), progress() as bars:
         folder = run_pretraining(read(PretrainConfig, config, overrides or ()), bars)
     say(f"done: {folder}")
 
@@ -263,7 +278,8 @@ def demo(
     """The main job end to end: make a backbone, teach it to see and to hear, ask it questions, write a report."""
     from molora.demo import run_demo
 
-    run_demo(run, quick=quick)
+    with _stoppable():
+        run_demo(run, quick=quick)
 
 
 @app.command()
@@ -487,7 +503,7 @@ def main() -> None:
         from molora.terminal import visible
 
         print(f"error: {visible(str(error))}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(getattr(error, "exit_code", 1))
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)

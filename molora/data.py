@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from molora.config import ConfigError, build, require
+from molora.interrupt import leave_interrupts_to_parent
 from molora.messages import conversation, rooted
 from molora.modality import MediaError
 from molora.pack import Sample
@@ -251,6 +252,7 @@ def step_loader(
         batch_sampler=_Steps(first_step, steps, samples_per_step, rank, ranks),
         collate_fn=list,
         num_workers=workers,
+        worker_init_fn=leave_interrupts_to_parent,
         prefetch_factor=2 if workers else None,
     )
     for samples in loader:

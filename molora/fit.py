@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from molora.assembly import Blueprint, RouterConfig, assemble, blueprint, pick_device
-from molora.backbone import Backbone, Identity
+from molora.backbone import Backbone, Identity, read_dtype
 from molora.cache import PackedCache
 from molora.checkpoint import read_plan
 from molora.config import ConfigError, build, options, read
@@ -161,7 +161,7 @@ def _backbone(source: str, revision: str | None, dtype: str | None) -> Backbone:
     if dtype is None and config.dtype is None:
         raise ConfigError(f"backbone {source!r}: its config.json names no dtype, and weights are not read; give dtype")
     model = AutoModelForCausalLM.from_config(
-        config, dtype=config.dtype if dtype is None else getattr(torch, dtype), attn_implementation="eager"
+        config, dtype=config.dtype if dtype is None else read_dtype(dtype), attn_implementation="eager"
     )
     # What a probe finds is a factor, which takes no memory.
     return Backbone(model, Identity(source, "", "", "", ""), probe={"embed_scale": 1.0})

@@ -7,6 +7,7 @@ Letters: T tokens in a pack or slice, D input width, O output width, R rank, E a
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
@@ -139,7 +140,9 @@ def lora_config(options: Mapping[str, Any], where: str) -> LoraConfig:
     known = LoraConfig.__dataclass_fields__
     for key in options:
         if key not in known:
-            raise ConfigError(f"{where}.{key}: PEFT's LoraConfig has no such option")
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{where}.{key}: PEFT's LoraConfig has no such option{hint}")
     if not options.get("target_modules"):
         raise ConfigError(f"{where}.target_modules: missing; name the backbone's linear layers to adapt")
     return _config(options, where)

@@ -312,7 +312,8 @@ def rooted(messages: list[dict[str, Any]], folder: Path | None, bound: Path | No
 
 
 def _rooted(part: dict[str, Any], folder: Path | None, bound: Path | None, where: str) -> dict[str, Any]:
-    for key in ("path", "url", part["type"]):
+    own = [part["type"]] if part["type"] in _MARKED_TYPES else []  # what a plugin's parts hold is no path to us
+    for key in ("path", "url", *own):
         value = part.get(key)
         if isinstance(value, os.PathLike):
             value = os.fspath(value)

@@ -15,10 +15,11 @@ import json
 import math
 import os
 import shutil
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import tokenizers
 import torch
@@ -28,14 +29,16 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from torch import Tensor
 from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
+from molora.backbone import read_dtype
 from molora.checkpoint import FORMAT_VERSION, check_format
 from molora.config import ConfigError, require
+from molora.interrupt import Interrupt, Stopped
 from molora.loss import target_losses
 from molora.messages import Message, check, parts
 from molora.prompt import ChatTemplate
 from molora.received import read_json, read_tensors
 from molora.seeding import seeded
-from molora.storage import settle, sync, write_json, write_tensors
+from molora.storage import hold, settle, sync, write_json, write_tensors
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TURN = "<|end|>"
@@ -102,7 +105,7 @@ class PretrainConfig:
     weight_decay: float = 0.1
     max_gradient_norm: float = 1.0
     held_out_share: float = 0.02
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: str = "float32"
     checkpoint_every_steps: int = 100
     seed: int = 0
 
@@ -110,6 +113,8 @@ class PretrainConfig:
         require(self, 1, "vocab_size", "width", "mlp_width", "layers", "heads", "key_value_heads", "window_tokens")
         require(self, 1, "windows_per_step", "steps", "checkpoint_every_steps")
         require(self, 0, "learning_rate", "warmup_steps", "weight_decay")
+        self.precision = str(read_dtype(self.precision)).removeprefix("torch.")
+        _require(self.precision in ("float32", "bfloat16"), f"precision {self.precision} is not float32 or bfloat16")
         _require(
             self.width % (8 * self.heads) == 0,
             f"width {self.width} must be a multiple of 8 x heads ({8 * self.heads}), so that three quarters of a head "
@@ -184,24 +189,27 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Path:
     pieces = _cut(progress.track(documents, task_id=bar), tokenizer, config.window_tokens)
     train_pieces, held_out_pieces = _hold_out(pieces, config)
 
-    model = _build_model(config, tokenizer)
-    write_json(partial / "pretrain.json", made_from)
-    losses = _train(model, train_pieces, config, state, progress)
-    held_out_loss = _evaluate(model, held_out_pieces, config)
+    partial.mkdir(parents=True, exist_ok=True)
+    with hold(partial):
+        model = _build_model(config, tokenizer)
+        write_json(partial / "pretrain.json", made_from)
+        with Interrupt() as interrupt:
+            losses = _train(model, train_pieces, config, state, progress, interrupt)
+        held_out_loss = _evaluate(model, held_out_pieces, config)
 
-    _save(model, tokenizer, partial / "backbone")
-    record = {
-        **made_from,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "tokens": sum(map(len, train_pieces)),
-        "losses": losses,
-        "held_out_loss": held_out_loss,
-        "held_out_perplexity": math.exp(held_out_loss),
-    }
-    write_json(partial / "backbone" / "pretrain.json", record)
-    os.rename(partial / "backbone", output)
-    sync(output.absolute().parent)
-    shutil.rmtree(partial)
+        _save(model, tokenizer, partial / "backbone")
+        record = {
+            **made_from,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "tokens": sum(map(len, train_pieces)),
+            "losses": losses,
+            "held_out_loss": held_out_loss,
+            "held_out_perplexity": math.exp(held_out_loss),
+        }
+        write_json(partial / "backbone" / "pretrain.json", record)
+        os.rename(partial / "backbone", output)
+        sync(output.absolute().parent)
+        shutil.rmtree(partial)
     return output
 
 
@@ -292,9 +300,15 @@ def _build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> 
 
 
 def _train(
-    model: Phi3ForCausalLM, pieces: Sequence[Piece], config: PretrainConfig, state_path: Path, progress: Progress
+    model: Phi3ForCausalLM,
+    pieces: Sequence[Piece],
+    config: PretrainConfig,
+    state_path: Path,
+    progress: Progress,
+    interrupt: Interrupt,
 ) -> list[float]:
-    """Trains `model` in place and returns the loss of every step; continues from `state_path` if it is there."""
+    """Trains `model` in place and returns the loss of every step; continues from `state_path` if it is there, and
+    leaves it there when interrupted."""
     parameters = dict(model.named_parameters())
     decayed = [parameter for parameter in parameters.values() if parameter.ndim >= 2]
     others = [parameter for parameter in parameters.values() if parameter.ndim < 2]
@@ -316,9 +330,13 @@ def _train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm)
         optimizer.step()
         optimizer.zero_grad()
-        if (step + 1) % config.checkpoint_every_steps == 0:
+        if interrupt.number or (step + 1) % config.checkpoint_every_steps == 0:
             _save_state(state_path, parameters, optimizer, losses)
         progress.update(task, completed=step + 1, note=f"loss {losses[-1]:.3f}")
+        if interrupt.number:
+            name = signal.Signals(interrupt.number).name
+            told = f"stopped by {name} after step {step + 1} of {config.steps}, which is saved"
+            raise Stopped(f"{told}; run it again to go on", interrupt.number)
     return losses
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
+import errno
 import hashlib
 import itertools
 import json
 import math
 import platform
+import shutil
+import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,7 +27,6 @@ from torch import Tensor
 
 from molora import lora
 from molora.assembly import (
-    FORMER_OPTIONS,
     BackboneConfig,
     Blueprint,
     ModalityConfig,
@@ -33,12 +36,14 @@ from molora.assembly import (
 )
 from molora.backbone import load_backbone
 from molora.checkpoint import (
+    check_format,
     copy_modality,
     latest_state,
     load_modality,
     load_router,
     read_about,
     read_blueprint,
+    read_plan,
     read_run,
     read_state,
     save_modality,
@@ -46,25 +51,37 @@ from molora.checkpoint import (
     tensor_hash,
     write_run,
 )
-from molora.config import ConfigError, build, dump, environment_in, require
+from molora.config import ConfigError, build, dump, environment_in, plain, require
 from molora.data import EncodedSamples, Skipped, SourceConfig, open_source, step_loader
 from molora.evaluate import EvaluationConfig, gathered, judge, scores
 from molora.features import FeatureCache
+from molora.interrupt import Interrupt, Stopped
 from molora.media import MediaPolicy
 from molora.metrics import MetricsLog
 from molora.modality import MediaError
 from molora.model import MoLoRA
-from molora.optim import PartConfig, PartOptimizer, count, matches, set_trainable
+from molora.optim import PartConfig, PartOptimizer, count, learning_rate, matches, set_trainable
 from molora.pack import Pack, Sample
+from molora.preflight import Trial
 from molora.processor import Processor, SampleTooLong
+from molora.received import read_json
 from molora.routing import Routing
 from molora.seeding import seed_of
-from molora.storage import write_text
+from molora.storage import hold, write_json, write_text
 from molora.terminal import progress, say, warn
+
+# What a full disk, a quota or a limit on the size of files says.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; what was saved stays as it is."""
+
+
+class EvaluationFailed(RuntimeError):
+    """Training is done and saved, and an evaluation is not; running the recipe again runs that alone."""
+
+    exit_code = 2
 
 
 @dataclass(kw_only=True)
@@ -135,43 +152,96 @@ class Recipe:
 def train(recipe: Recipe, *, show: bool = True) -> Path:
     """Runs a recipe to its end, going on from the latest state if the run has one. Returns the run folder.
 
-    Raises ConfigError for a recipe that cannot work and TrainingError when training must stop.
+    The first SIGINT or SIGTERM saves after the step under way and raises Stopped, a second one acts at once.
+
+    Raises ConfigError for a recipe that cannot work, ValueError for data that cannot be used, TrainingError when
+    training must stop, EvaluationFailed when it is done and an evaluation is not.
     """
-    accelerator = Accelerator(cpu=recipe.device == "cpu", log_with="tensorboard", project_dir=recipe.run)
-    run = _Run(recipe, accelerator, show and accelerator.is_main_process)
-    run.begin()
-    if run.show and run.position.stage == len(recipe.stages):
-        steps = sum(stage.steps for stage in recipe.stages)
-        told = f"{run.folder}: trained already, {steps} of {steps} steps; give another run= to train anew"
-        say(told)
-    with run.bars:
-        for index in range(run.position.stage, len(recipe.stages)):
-            run.run_stage(index)
-    run.log.close()
-    return run.folder
+    accelerator = Accelerator(cpu=recipe.device == "cpu")
+    folder = Path(recipe.run)
+    state = latest_state(folder)
+    position = _Position() if state is None else _checked_position(state, recipe)
+    trials = _open_sources(recipe, position)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run: {folder} cannot be made ({error.strerror}); give another run=") from error
+    with hold(folder), Interrupt() as interrupt:
+        if latest_state(folder) != state:
+            raise ConfigError(f"{folder}: another process trained it meanwhile; start again to go on from there")
+        run = _Run(recipe, accelerator, position, interrupt, show and accelerator.is_main_process)
+        try:
+            run.begin(state, trials)
+            with run.bars:
+                run.go_on()
+        except OSError as error:
+            if not any(error.errno == number or f"(os error {number})" in str(error) for number in _NO_ROOM):
+                raise
+            raise TrainingError(run.no_room(error)) from error
+        finally:
+            run.log.close()
+    if run.failed:
+        raise EvaluationFailed(
+            f"{folder}: trained to the end and saved, but {'; '.join(run.failed)}. Run it again to evaluate only"
+        )
+    return folder
+
+
+def _checked_position(state: Path, recipe: Recipe) -> _Position:
+    """Where a run stands. Raises ConfigError naming the settings in which the recipe differs from what was done."""
+    about = read_json(state / "state.json")
+    check_format(about, state / "state.json")
+    # Built again, so that a setting that is younger than the run has its default.
+    then = build(Recipe, about["recipe"], f"{state}: recipe")
+    if changed := _changes(then, recipe, _Position(about["stage"], about["step"])):
+        raise ConfigError(
+            f"{recipe.run}: this run was begun with other settings: {'; '.join(changed)}. Give the recipe another run "
+            "folder, or restore the settings to go on"
+        )
+    return _position(about, recipe)
+
+
+def _open_sources(recipe: Recipe, position: _Position) -> dict[str, Trial]:
+    """Every source that is still needed, opened and tried, by its key in the recipe. Raises ConfigError, ValueError."""
+    trials: dict[str, Trial] = {}
+    for index, stage in list(enumerate(recipe.stages))[position.stage :]:
+        for name, config in stage.data.items():
+            where = f"stages.{index}.data.{name}"
+            trials[where] = Trial(where, config, may_skip=(stage.unusable == "skip", stage.too_long == "skip"))
+    for name, evaluation in recipe.evaluations.items():
+        if trials or name in position.evaluate:
+            where = f"evaluations.{name}.data"
+            trials[where] = Trial(where, evaluation.data, evaluation=evaluation)
+    return trials
 
 
 def build_model(recipe: Recipe, device: torch.device) -> tuple[MoLoRA, Processor, dict[str, Blueprint]]:
     """The model a recipe describes, before training, with its processor and blueprints."""
+    plans: dict[str, Blueprint] = {}
+    saved: dict[str, Path] = {}
+    for name, config in recipe.modalities.items():  # first, since a backbone takes long
+        if config.path is not None:
+            saved[name] = Path(config.path)
+            try:
+                plans[name] = read_plan(saved[name], name)
+            except ConfigError as error:
+                raise ConfigError(f"modalities.{name}.path: {error}") from error
+        else:
+            plans[name] = blueprint(name, str(config.plugin), config.options, config.adapter, f"modalities.{name}")
+    router = router_config(recipe)
     backbone, tokenizer = load_backbone(
         recipe.backbone.path, dtype=recipe.backbone.dtype, revision=recipe.backbone.revision, device=device
     )
-    plans: dict[str, Blueprint] = {}
-    saved: dict[str, Path] = {}
-    for name, config in recipe.modalities.items():
-        if config.path is not None:
-            saved[name] = Path(config.path)
-            plans[name], warnings = read_blueprint(saved[name], backbone.identity, name)
-            for warning in warnings:
-                warn(warning)
-        else:
-            plans[name] = blueprint(name, str(config.plugin), config.options, config.adapter, f"modalities.{name}")
+    for name, folder in saved.items():
+        plans[name], warnings = read_blueprint(folder, backbone.identity, name)
+        for warning in warnings:
+            warn(warning)
     where = "router" if recipe.router.path is None else str(Path(recipe.router.path) / "molora.json")
     model, processor = assemble(
         backbone,
         tokenizer,
         plans,
-        router_config(recipe),
+        router,
         seed=recipe.seed,
         where=where,
         media_policy=MediaPolicy(allow_urls=recipe.allow_urls, allow_private_addresses=recipe.allow_private_addresses),
@@ -203,18 +273,25 @@ def describe(model: MoLoRA, stage: StageConfig) -> None:
     say(f"  frozen  {'backbone':<24} {count(_frozen(model)):>12,} parameters")
 
 
-def copy_parts(model: MoLoRA, start_from: Mapping[str, str], where: str) -> None:
-    """Gives parts the weights of others. Raises ConfigError for parts that are not there, differ or do not train."""
+def check_start(model: MoLoRA, start_from: Mapping[str, str], where: str) -> None:
+    """Raises ConfigError for parts of `start_from` that are not there, differ or do not train."""
     parts = model.parts()
     for target, source in start_from.items():
-        if unknown := {target, source} - parts.keys():
-            raise ConfigError(f"{where}: no part {sorted(unknown)}; the parts of this model are {sorted(parts)}")
+        if unknown := sorted({target, source} - parts.keys()):
+            near = _nearest(unknown[0], list(parts))
+            raise ConfigError(f"{where}: no part {unknown}{near} the parts of this model are {sorted(parts)}")
         shapes = [{key: tuple(p.shape) for key, p in parts[part].items()} for part in (target, source)]
         if shapes[0] != shapes[1]:
             raise ConfigError(f"{where}: {target} cannot start from {source}: {shapes[0]} and {shapes[1]} differ")
         if not all(p.requires_grad for p in parts[target].values()):
             raise ConfigError(f"{where}: {target} does not train in this stage, so nothing may change it")
-        with torch.no_grad():
+
+
+def copy_parts(model: MoLoRA, start_from: Mapping[str, str]) -> None:
+    """Gives parts the weights of others."""
+    parts = model.parts()
+    with torch.no_grad():
+        for target, source in start_from.items():
             for key, parameter in parts[target].items():
                 parameter.copy_(parts[source][key])
 
@@ -320,11 +397,24 @@ def _reduce_gradients(optimizer: PartOptimizer, accelerator: Accelerator) -> Non
 
 @dataclass
 class _Position:
-    """Where a run stands: the stage, the steps of it that are done, and the updates each part has taken in it."""
+    """Where a run stands: the stage, the steps of it that are done, the updates each part has taken in it, and the
+    evaluations to do before it goes on."""
 
     stage: int = 0
     step: int = 0
     part_steps: dict[str, int] = field(default_factory=dict)
+    evaluate: list[str] = field(default_factory=list)
+
+
+def _position(about: Mapping[str, Any], recipe: Recipe) -> _Position:
+    """Where the run of a state stands for a recipe, which may give more steps to a stage that was at its end."""
+    position = _Position(about["stage"], about["step"], about["part_steps"], about.get("evaluate", []))
+    last = position.stage - 1
+    if position.step == 0 and 0 <= last < len(recipe.stages):
+        steps = about["recipe"]["stages"][last]["steps"]
+        if recipe.stages[last].steps > steps:
+            position.stage, position.step = last, steps
+    return position
 
 
 def environment(model: MoLoRA, accelerator: Accelerator) -> dict[str, Any]:
@@ -343,9 +433,12 @@ def environment(model: MoLoRA, accelerator: Accelerator) -> dict[str, Any]:
 class _Run:
     """A recipe in progress: the model, where it stands, and what it leaves on disk."""
 
-    def __init__(self, recipe: Recipe, accelerator: Accelerator, show: bool) -> None:
+    def __init__(
+        self, recipe: Recipe, accelerator: Accelerator, position: _Position, interrupt: Interrupt, show: bool
+    ) -> None:
         self.recipe = recipe
         self.accelerator = accelerator
+        self.interrupt = interrupt
         self.show = show
         self.folder = Path(recipe.run)
         self.model, self.processor, self.plans = build_model(recipe, accelerator.device)
@@ -353,25 +446,57 @@ class _Run:
         self.pristine = {name: tensor_hash(encoder.state_dict()) for name, encoder in self.model.encoders.items()}
         self.log = MetricsLog(self.folder, accelerator)
         self.bars = progress(shown=show)
-        self.position = _Position()
+        self.position = position
         self.optimizers: dict[str, PartOptimizer] = {}
         self.optimizer_tensors: dict[str, Tensor] = {}
         self.features: FeatureCache | None = None
+        self.failed: list[str] = []
 
-    def begin(self) -> None:
-        """Opens the run folder and puts the latest state back, if there is one."""
-        state = latest_state(self.folder)
+    def begin(self, state: Path | None, trials: Mapping[str, Trial]) -> None:
+        """Tries all that is to come on the model, opens the run folder and puts the latest state back, if there is
+        one."""
+        self._try_stages(trials)
         if state:
             self._restore(state)
         else:
             self.log.truncate({})
+        if self.show and state:
+            done, total = self._steps_done(), sum(stage.steps for stage in self.recipe.stages)
+            if self.position.stage < len(self.recipe.stages):
+                name = self.recipe.stages[self.position.stage].name
+                say(f"{self.folder}: resuming from step {done} of {total}, in stage {name}")
+            elif self.position.evaluate:
+                say(f"{self.folder}: trained already; evaluating {', '.join(self.position.evaluate)}")
+            else:
+                say(f"{self.folder}: trained already, {done} of {total} steps; give another run= to train anew")
         if self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / "config.yaml", dump(self.recipe))
             if state:  # a kill may have come between the state and the folders made from it
                 self._export()
         self.accelerator.wait_for_everyone()
         self.log.open()
+
+    def _try_stages(self, trials: Mapping[str, Trial]) -> None:
+        """Raises ConfigError or ValueError for what the model of a recipe cannot do."""
+        _check_names(self.recipe, self.model)
+        for index, stage in enumerate(self.recipe.stages):
+            set_trainable(self.model, stage.train, stage.steps, f"stages.{index}.train")
+            check_start(self.model, stage.start_from, f"stages.{index}.start_from")
+            for name in stage.data:
+                if trial := trials.get(f"stages.{index}.data.{name}"):
+                    trial.encode(self.processor, stage.tokens_per_pack)
+        for name in self.recipe.evaluations:
+            if trial := trials.get(f"evaluations.{name}.data"):
+                trial.encode(self.processor, 0)
+
+    def _steps_done(self) -> int:
+        return sum(stage.steps for stage in self.recipe.stages[: self.position.stage]) + self.position.step
+
+    def go_on(self) -> None:
+        """Does what is left: evaluations that were due when the run stopped, and the stages to come."""
+        self._evaluate_due()
+        for index in range(self.position.stage, len(self.recipe.stages)):
+            self.run_stage(index)
 
     def run_stage(self, index: int) -> None:
         """Trains a stage from where the run stands to the stage's end."""
@@ -379,7 +504,7 @@ class _Run:
         first_step = self.position.step
         self.optimizers = set_trainable(self.model, stage.train, stage.steps, f"stages.{index}.train")
         if not first_step:
-            copy_parts(self.model, stage.start_from, f"stages.{index}.start_from")
+            copy_parts(self.model, stage.start_from)
         for part, optimizer in self.optimizers.items() if first_step else ():
             optimizer.load(self.optimizer_tensors, self.position.part_steps.get(part, 0))
         if self.recipe.feature_cache is not None:
@@ -410,15 +535,40 @@ class _Run:
             notes += [f"{row['skipped']} samples skipped"] if row["skipped"] else []
             self.bars.update(bar, advance=1, note=", ".join(notes))
             finished = step + 1 == stage.steps
-            about = {"stage": stage.name, "step": sum(s.steps for s in self.recipe.stages[:index]) + step + 1}
-            if (step + 1) % self.recipe.log_every_steps == 0:
-                self.log.write({**about, **row})
-            if finished or (stage.evaluate_every_steps and (step + 1) % stage.evaluate_every_steps == 0):
-                for name, evaluation in self.recipe.evaluations.items():
-                    self.log.write({**about, **self._evaluate(name, evaluation)})
             self.position = _Position(index + 1) if finished else _Position(index, step + 1)
-            if finished or (step + 1) % self.recipe.save_every_steps == 0:
-                self._save(about["step"])
+            if finished or (stage.evaluate_every_steps and (step + 1) % stage.evaluate_every_steps == 0):
+                self.position.evaluate = list(self.recipe.evaluations)
+            if (step + 1) % self.recipe.log_every_steps == 0:
+                self.log.write({**self._about(), **row})
+            stopping = next((number for number in gather_object([self.interrupt.number]) if number), 0)
+            if finished or stopping or self.position.evaluate or (step + 1) % self.recipe.save_every_steps == 0:
+                self._save()
+            if stopping:
+                self._stop(stopping)
+            self._evaluate_due()
+
+    def _about(self) -> dict[str, Any]:
+        """What every row of the log says: the stage and the step of the run that it is about."""
+        index = self.position.stage - (self.position.step == 0)
+        return {"stage": self.recipe.stages[index].name, "step": self._steps_done()}
+
+    def _stop(self, number: int) -> None:
+        """Says how the run, which is saved, goes on."""
+        at = f"step {self._steps_done()} of {sum(stage.steps for stage in self.recipe.stages)}"
+        told = f"stopped by {signal.Signals(number).name} after {at}, which is saved"
+        how = f"go on with: molora train {self.folder / 'config.yaml'}"
+        raise Stopped(f"{told}; {how}", number)
+
+    def no_room(self, error: OSError) -> str:
+        """What a full disk means for the run."""
+        state, free = latest_state(self.folder), shutil.disk_usage(self.folder).free
+        size = sum(p.numel() * p.element_size() for p in self._trained().values()) * 3  # with AdamW's two moments
+        at = "nothing was saved before it" if state is None else f"{state} is whole, and the run goes on from it"
+        return (
+            f"{self.folder}: no room to write ({error}); {free / 2**20:,.0f} MiB are free, and a state of this run "
+            f"takes {size / 2**20:,.1f} MiB or more. {at[0].upper()}{at[1:]}: make room (or raise the "
+            "quota, or the limit on file sizes), and start it again"
+        )
 
     def _step(self, stage: StageConfig, step: int, encoded: Sequence[Sample | Skipped]) -> dict[str, Any]:
         started = time.monotonic()
@@ -439,22 +589,63 @@ class _Run:
         row["seconds"] = time.monotonic() - started
         return row
 
-    def _evaluate(self, name: str, config: EvaluationConfig) -> dict[str, float]:
-        source = open_source(config.data, f"evaluations.{name}.data")
-        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        bar = self.bars.add_task(name, total=len(range(rank, len(source), ranks)), note="")
-        judged = judge(
-            self.model, self.processor, source, config, rank=rank, ranks=ranks, advance=lambda: self.bars.advance(bar)
-        )
-        self.bars.remove_task(bar)
-        return {f"{name}/{key}": value for key, value in scores(gathered(judged), config).items()}
+    def _evaluate_due(self) -> None:
+        """Runs the evaluations that are due. What fails is told and logged, and stops nothing: all is saved already."""
+        if not self.position.evaluate:
+            return
+        left: list[str] = []
+        for name in self.position.evaluate:
+            if name in self.recipe.evaluations:
+                row, fault = self._evaluate(name, self.recipe.evaluations[name])
+                self.log.write({**self._about(), **row})
+                if fault:
+                    left.append(name)
+                    self.failed.append(f"evaluation {name} at step {self._steps_done()} failed: {fault}")
+                    if self.show:
+                        warn(self.failed[-1])
+        ended = self.position.stage == len(self.recipe.stages)
+        self.position.evaluate = left if ended else []
+        if ended and self.accelerator.is_main_process:
+            path = self._state() / "state.json"
+            write_json(path, {**read_json(path), "evaluate": left, "logs": self.log.lengths()})
 
-    def _save(self, step: int) -> None:
+    def _evaluate(self, name: str, config: EvaluationConfig) -> tuple[dict[str, Any], str | None]:
+        """An evaluation's row of the log; and what was wrong, the same on every rank."""
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        judged, fault, results = [], None, {}
+        try:
+            source = open_source(config.data, f"evaluations.{name}.data")
+            bar = self.bars.add_task(name, total=len(range(rank, len(source), ranks)), note="")
+
+            def advance() -> None:
+                if self.interrupt.number and ranks == 1:
+                    self._stop(self.interrupt.number)
+                self.bars.advance(bar)
+
+            judged = judge(self.model, self.processor, source, config, rank=rank, ranks=ranks, advance=advance)
+            self.bars.remove_task(bar)
+        except Exception as error:  # whatever an evaluation does wrong, the training goes on
+            fault = f"{type(error).__name__}: {error}"
+        faults = [other for other in gather_object([fault]) if other is not None]
+        if not faults:
+            try:
+                results = scores(gathered(judged), config)
+            except Exception as error:  # the same answers, so the same error on every rank
+                faults = [f"{type(error).__name__}: {error}"]
+        if faults:
+            return {f"{name}/error": faults[0]}, faults[0]
+        return {f"{name}/{key}": value for key, value in results.items()}, None
+
+    def _state(self) -> Path:
+        """The folder of the state at the run's position."""
+        return self.folder / "state" / f"step-{self._steps_done()}"
+
+    def _save(self) -> None:
         self.position.part_steps = {part: optimizer.steps_taken for part, optimizer in self.optimizers.items()}
         if self.accelerator.is_main_process:
             save_state(
                 self.folder,
-                f"step-{step}",
+                self._state().name,
                 {
                     "weights": self._trained(),
                     "optimizer": {k: v for o in self.optimizers.values() for k, v in o.tensors().items()},
@@ -462,7 +653,7 @@ class _Run:
                 },
                 {
                     **asdict(self.position),
-                    "recipe": asdict(self.recipe),
+                    "recipe": plain(self.recipe),
                     "backbone": asdict(self.model.backbone.identity),
                     "environment": environment(self.model, self.accelerator),
                     "logs": self.log.lengths(),
@@ -493,7 +684,11 @@ class _Run:
 
     def _trained(self) -> dict[str, Tensor]:
         """Every weight that a stage up to the run's position trains; the others are as the recipe built them."""
-        patterns = [pattern for stage in self.recipe.stages[: self.position.stage + 1] for pattern in stage.train]
+        return self._matching(itertools.chain(*(s.train for s in self.recipe.stages[: self.position.stage + 1])))
+
+    def _matching(self, patterns: Iterable[str]) -> dict[str, Tensor]:
+        """The weights that one of the patterns matches."""
+        patterns = list(patterns)
         return {
             f"{part}.{key}": parameter
             for part, parameters in self.model.parts().items()
@@ -505,18 +700,6 @@ class _Run:
         """Puts a saved state back. Raises ConfigError naming what differs from the run that saved it."""
         about, tensors = read_state(state)
         self.model.backbone.identity.check(about["backbone"], str(state))
-        self.position = _Position(about["stage"], about["step"], about["part_steps"])
-        begun = self.position.stage + (self.position.step > 0)
-        # Built again, so that a setting that is younger than the run has its default.
-        recipes = (build(Recipe, about["recipe"], f"{state}: recipe"), self.recipe)
-        for modality in recipes[0].modalities.values():  # what is no option any more has not changed what was trained
-            modality.options = {key: value for key, value in modality.options.items() if key not in FORMER_OPTIONS}
-        changed = _changes(*(json.loads(json.dumps(asdict(recipe))) for recipe in recipes), begun=begun)
-        if changed:
-            raise ConfigError(
-                f"{self.folder}: this run was begun with other settings: {'; '.join(changed)}. Give the recipe another "
-                "run folder, or restore the settings to go on"
-            )
         then, now = about["environment"], environment(self.model, self.accelerator)
         different = [f"{key} {then.get(key)!r} then, {now[key]!r} now" for key in now if now[key] != then.get(key)]
         if different and not self.recipe.allow_changed_environment:
@@ -525,21 +708,77 @@ class _Run:
                 "allow_changed_environment=true to go on all the same"
             )
         try:
-            lora.load_exactly(self._trained(), tensors["weights"], str(state))
+            trained_then = [stage["train"] for stage in about["recipe"]["stages"][: about["stage"] + 1]]
+            lora.load_exactly(self._matching(itertools.chain(*trained_then)), tensors["weights"], str(state))
         except ValueError as error:
             raise ConfigError(f"{error}; did the plugin's code change? give another run=") from error
         self.optimizer_tensors = tensors["optimizer"]
         self.log.truncate(about["logs"])
 
 
-def _changes(then: dict[str, Any], now: dict[str, Any], begun: int) -> list[str]:
-    """Settings that must not change once a run has begun; stages not yet begun may."""
-    kept = ("seed", "modalities", "router")
-    before, after = (
-        {**{key: recipe[key] for key in kept}, "stages": dict(enumerate(recipe["stages"][:begun]))}
-        for recipe in (then, now)
-    )
-    return list(_differences(before, after))
+# What may change once a run has begun, as all that is done would have been the same. Of a recipe, only these must stay:
+_KEPT = ("seed", "modalities", "router")
+# Of a stage that has begun all must, but for what it evaluates, what would have stopped the run before, and `steps`.
+_FREE_IN_STAGE = ("evaluate_every_steps",)
+_FREE_FROM_ERROR = ("too_long", "unusable")
+
+
+def _changes(then: Recipe, now: Recipe, position: _Position) -> list[str]:
+    """Settings that changed and must not, each with both values and, for a schedule, why."""
+    begun = position.stage + (position.step > 0)
+    # What came from the environment is compared as it is written, or by its value, as older states have it.
+    found = []
+    for as_values in (plain, asdict):
+        before, after = (json.loads(json.dumps(as_values(recipe))) for recipe in (then, now))
+        for old, new in zip(before["stages"], after["stages"], strict=False):
+            free = {"steps", *_FREE_IN_STAGE, *(key for key in _FREE_FROM_ERROR if old[key] == "error")}
+            for key in free:
+                del old[key], new[key]
+        kept = [
+            {**{key: recipe[key] for key in _KEPT}, "stages": dict(enumerate(recipe["stages"][:begun]))}
+            for recipe in (before, after)
+        ]
+        found.append(list(_differences(kept[0], kept[1])))
+    changed = min(found, key=len)
+    for index, (old, new) in enumerate(zip(then.stages[:begun], now.stages[:begun], strict=False)):
+        done = position.step if index == position.stage else old.steps
+        if old.steps != new.steps and (why := _other_past(old, new, done, last=index == begun - 1)):
+            changed.append(f"stages.{index}.steps: was {old.steps}, is {new.steps}, but {why}")
+    return changed
+
+
+def _other_past(old: StageConfig, new: StageConfig, done: int, last: bool) -> str:
+    """Why another number of steps would have changed what a run has done; empty if it would not have."""
+    if not last:
+        return "a later stage began from its end"
+    if new.steps <= done:
+        return f"{done} steps of it are done"
+    for name, config in old.train.items():
+        for step in range(done):
+            was, would = (learning_rate(config, step, stage.steps) for stage in (old, new))
+            if was != would:
+                return (
+                    f"the {config.schedule} schedule of {name} runs over all steps, so that step {step + 1} would have "
+                    f"had a learning rate of {would:.9g}, not {was:.9g}; keep {old.steps}, and add a stage to go on"
+                )
+    return ""
+
+
+def _check_names(recipe: Recipe, model: MoLoRA) -> None:
+    """Raises ConfigError for modalities that the recipe's rules name and that are not there."""
+    known = sorted(model.modalities)
+    for name in sorted(getattr(model.router, "named", frozenset()) - set(known)) if recipe.router.path is None else ():
+        raise ConfigError(f"router.options: a rule names modality {name!r}{_nearest(name, known)} there is {known}")
+    for owner, modality in model.modalities.items():
+        others = [other for other in known if other != owner]
+        for name in getattr(modality.config, "beside", None) or ():
+            if name not in others and (near := _nearest(name, others)) != ";":
+                raise ConfigError(f"modalities.{owner}.options.beside: names modality {name!r}{near} there is {others}")
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ";"
 
 
 def _differences(then: Mapping[Any, Any], now: Mapping[Any, Any], above: str = "") -> Iterator[str]:

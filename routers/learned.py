@@ -74,6 +74,8 @@ class LearnedRouter(nn.Module):
         self.config = config
         self.known = tuple(sorted(adapters))
         self.rules = {modality_set(key, "rules"): adapter for key, adapter in config.rules.items()}
+        if strange := sorted(frozenset().union(*self.rules) - set(config.modalities)):
+            raise RoutingError(f"rules name modalities {strange}; the router is made for {config.modalities}")
         for key, adapter in config.rules.items():
             if adapter not in config.modalities:
                 raise RoutingError(f"rule {key!r} names adapter {adapter!r}; expected one of {config.modalities}")

@@ -30,6 +30,7 @@ class SumRouter(nn.Module):
         super().__init__()
         self.known = frozenset(adapters)
         self.rules = {modality_set(key, "weights"): weights for key, weights in config.weights.items()}
+        self.named = frozenset().union(*self.rules)
         for key, weights in config.weights.items():
             if unknown := weights.keys() - self.known:
                 raise RoutingError(

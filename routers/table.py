@@ -40,6 +40,7 @@ class TableRouter(nn.Module):
                 )
             self.table[modalities] = adapter
         self.table[frozenset()] = None
+        self.named = frozenset().union(*self.table)
 
     def adapter(self, modalities: frozenset[str]) -> str | None:
         """The adapter for a set of modalities. Raises RoutingError if no rule covers the set."""

@@ -20,13 +20,13 @@ ROOT = Path(__file__).parents[1]
 
 # A file may import files of its own tier and of those before it.
 TIERS = {
-    "leaves": "config media modality plain_yaml plugins received routing seeding storage terminal",
+    "leaves": "config interrupt media modality plain_yaml plugins received routing seeding storage terminal",
     "parts": "attention cache data experts lora loss messages metrics pack processor projector prompt rotary rows "
     "speech table template tiny worker",
     "backbone": "backbone",
     "model": "model",
     "assembly": "assembly",
-    "around": "checkpoint easy_vqa evaluate features figures generate optim phi4mm release rounding trial",
+    "around": "checkpoint easy_vqa evaluate features figures generate optim phi4mm preflight release rounding trial",
     "runs": "against answers conformance fit loading pretrain report router_conformance testing train verify",
     "acts": "catalogue demo doctor scaffold",
     "top": "__init__ __main__ cli",
@@ -51,14 +51,13 @@ LAZY = (
     "pillow_heif",
     "sacrebleu",
     "soundfile",
-    "torch.utils.tensorboard",
+    "tensorboard",
     "torchaudio",
 )
 
 # Installed because something else needs them to work for us.
 NEEDED_UNSEEN = {
     "jinja2": "transformers renders chat templates with it",
-    "tensorboard": "torch.utils.tensorboard writes with it",
     "torchvision": "timm imports it, and it must match torch",
 }
 IMPORTED_AS = {

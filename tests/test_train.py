@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -23,11 +24,14 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 import molora
+from molora.assembly import BackboneConfig
 from molora.config import ConfigError, build, dump
+from molora.interrupt import Stopped
 from molora.optim import PartConfig, set_trainable
 from molora.received import read_json
+from molora.storage import hold
 from molora.testing import save_backbone
-from molora.train import Recipe, TrainingError, _Run, build_model, train, train_step
+from molora.train import EvaluationFailed, Recipe, TrainingError, _Run, build_model, train, train_step
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["molora.train", "molora.testing"])
@@ -293,9 +297,9 @@ def test_what_a_router_learned_is_saved_resumed_and_taken_over(home: Path, tmp_p
     halves = recipe(home, tmp_path / "halves", **{**changes, "stages": [{**stage, "steps": 6}]})
     stopped = _Run._save
 
-    def stop_after_four(self: _Run, step: int) -> None:
-        stopped(self, step)
-        if step == 4:
+    def stop_after_four(self: _Run) -> None:
+        stopped(self)
+        if self.position.step == 4:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
@@ -428,7 +432,7 @@ def test_a_part_starts_from_another(home: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("start_from", "message"),
     [
-        ({"projectors.letters": "projectors.numbers.default"}, r"no part \['projectors.letters'\]; the parts of this"),
+        ({"projectors.letters": "projectors.numbers.default"}, r"no part \['projectors.letters'\]; did you mean"),
         ({"projectors.letters.default": "encoders.numbers"}, "cannot start from encoders.numbers: .* differ"),
         ({"adapters.letters": "adapters.numbers"}, "adapters.letters does not train in this stage"),
     ],
@@ -466,8 +470,8 @@ def test_a_setting_that_is_younger_than_the_run_has_its_default(home: Path, tmp_
     del about["recipe"]["stages"][0]["unusable"]
     (state / "state.json").write_text(json.dumps(about))
     train(config, show=False)
-    config.stages[0].unusable = "skip"
-    with pytest.raises(ConfigError, match="settings: stages.0.unusable: was 'error', is 'skip'"):
+    config.stages[0].samples_per_step = 7
+    with pytest.raises(ConfigError, match="settings: stages.0.samples_per_step: was 6, is 7"):
         train(config, show=False)
 
 
@@ -511,7 +515,7 @@ def test_samples_that_cannot_be_learned_from_stop_the_run_or_are_counted(
     config.stages[0].tokens_per_pack = tokens_per_pack
     other = {"too_long": "unusable", "unusable": "too_long"}[option]
     setattr(config.stages[0], other, "skip")
-    with pytest.raises(ValueError, match=f"data source 'rows', row 2: {says}"):
+    with pytest.raises(ValueError, match=f"stages.0.data.rows, row 2: {says}"):
         train(config, show=False)
     setattr(config.stages[0], other, "error")
     setattr(config.stages[0], option, "skip")
@@ -520,3 +524,313 @@ def test_samples_that_cannot_be_learned_from_stop_the_run_or_are_counted(
     assert sum(r["skipped"] for r in rows) == 15 and all(r["samples"] + r["skipped"] == 6 for r in rows)
     reasons = [reason for r in rows for reason in r.get("skipped_because", [])]
     assert len(reasons) == 15 and all(re.search(says.replace("@0", r"@\d+"), reason) for reason in reasons)
+
+
+# Tried before anything trains ---------------------------------------------------------------------------------------
+
+
+def rows_of(path: Path, count: int, broken: range = range(0)) -> dict[str, Any]:
+    """A source of rows of letters; those in `broken` have none."""
+    letters = [{"type": "letters", "letters": "" if index in broken else "abc"} for index in range(count)]
+    turns = [[{"role": "user", "content": [part]}, {"role": "assistant", "content": "y"}] for part in letters]
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
+    return {"kind": "messages", "options": {"path": str(path)}}
+
+
+def table(folder: Path, **options: str) -> dict[str, Any]:
+    (folder / "rows.csv").write_text("question,answer\nwhat?,this\n")
+    given = {"path": str(folder / "rows.csv"), "prompt": "{question}", "answer": "{answer}", **options}
+    return {"kind": "table", "options": given}
+
+
+ADAPTER = {"r": 4, "target_modules": ["qkv_proj"]}
+
+# What is wrong in a recipe whose backbone is not there, so that the error shows what was tried before it.
+MISTAKES: list[tuple[str, Any, str]] = [
+    ("the file of a stage", ("data", {"kind": "messages", "options": {"path": "gone.jsonl"}}), r"data\.d.*gone.jsonl"),
+    (
+        "the file of an evaluation",
+        ("evaluation", {"kind": "messages", "options": {"path": "gone.jsonl"}}),
+        "gone.jsonl",
+    ),
+    ("a kind of source", ("evaluation", {"kind": "tabel"}), r"evaluations.t.data.kind: .*did you mean 'table'"),
+    ("a column of a stage", ("data", {"answer": "{anser}"}), r"stages.0.data.d.*anser"),
+    ("a column of an evaluation", ("evaluation", {"prompt": "{qestion}"}), r"evaluations.t.data.*qestion"),
+    ("a modality's folder", ("modalities", {"numbers": {"path": "gone"}}), r"modalities.numbers.path: gone: not a mod"),
+    ("a router's run", ("router", {"path": "gone"}), "gone: not a run folder"),
+    (
+        "an option of an adapter",
+        ("modalities", {"numbers": {"plugin": "molora.testing:Numbers", "adapter": {**ADAPTER, "lora_alfa": 8}}}),
+        r"modalities.numbers.adapter.lora_alfa: .*did you mean 'lora_alpha'",
+    ),
+    (
+        "a file that a plugin opens",
+        ("modalities", {"numbers": {"plugin": "PLUGIN:Labelled", "options": {"more": {"labels": "gone.txt"}}}}),
+        r"modalities.numbers.options.more.labels: .*gone.txt",
+    ),
+]
+
+
+@pytest.mark.parametrize(("what", "change", "says"), MISTAKES, ids=[what for what, *_ in MISTAKES])
+def test_a_mistake_is_told_before_the_backbone_is_opened(
+    home: Path, tmp_path: Path, what: str, change: tuple[str, Any], says: str
+) -> None:
+    config = recipe(home, tmp_path / "run")
+    where, value = change
+    (tmp_path / "plugin.py").write_text(
+        "from dataclasses import dataclass, field\nfrom pathlib import Path\nfrom molora.testing import Numbers\n"
+        "@dataclass\nclass Config:\n    scale: float = 1.0\n    projector_beside: None = None\n"
+        "    more: dict[str, str] = field(default_factory=dict)\n"
+        "class Labelled(Numbers):\n    config_type = Config\n"
+        "    def __init__(self, name, config):\n        super().__init__(name, config)\n"
+        "        Path(config.more['labels']).read_text()\n"
+    )
+    changes: dict[str, Any] = {"backbone": {"path": str(tmp_path / "no-backbone")}}
+    if where in ("data", "evaluation"):
+        source = value if "kind" in value else table(tmp_path, **value)
+        if where == "data":
+            stage = {"name": "s", "train": {"projectors": {"learning_rate": 1e-3}}, "steps": 1, "samples_per_step": 1}
+            changes |= {"stages": [{**stage, "data": {"d": source}}]}
+        else:
+            changes |= {"evaluations": {"t": {"data": source}}}
+    else:
+        changes |= {where: json.loads(json.dumps(value).replace("PLUGIN", str(tmp_path / "plugin.py")))}
+    with pytest.raises(ConfigError, match=says):
+        train(recipe(home, tmp_path / "run", **changes), show=False)
+    assert not (tmp_path / "run/state").exists() and not (tmp_path / "run/config.yaml").exists()
+    with pytest.raises(FileNotFoundError, match="no-backbone"):
+        config.backbone.path = str(tmp_path / "no-backbone")
+        train(config, show=False)
+
+
+def test_rows_that_cannot_be_encoded_stop_a_run_before_its_first_step(home: Path, tmp_path: Path) -> None:
+    config = recipe(home, tmp_path / "run", evaluations={})
+    config.stages[0].data["rows"].options = rows_of(tmp_path / "rows.jsonl", 5, range(4, 5))["options"]
+    with pytest.raises(ValueError, match=r"stages.0.data.rows, row 5: .*no letters"):
+        train(config, show=False)
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_an_evaluation_may_have_a_bad_row_and_not_bad_rows_alone(home: Path, tmp_path: Path) -> None:
+    config = recipe(home, tmp_path / "run")
+    evaluation = config.evaluations["rows"]
+    evaluation.data.limit = None
+    evaluation.data.options = rows_of(tmp_path / "rows.jsonl", 40, range(40))["options"]
+    with pytest.raises(ValueError, match=r"evaluations.rows.data: none of the 32 rows tried can be used"):
+        train(config, show=False)
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_rules_name_modalities_that_are_there(home: Path, tmp_path: Path) -> None:
+    rules = {"numbers+letters": "numbers", "numbers+leters": "letters"}
+    with pytest.raises(ConfigError, match=r"names modality 'leters'; did you mean 'letters'\? there is"):
+        train(recipe(home, tmp_path / "run", router={"options": {"rules": rules}}), show=False)
+    weights = {"leters+numbers": {"numbers": 1.0}}
+    with pytest.raises(ConfigError, match=r"names modality 'leters'; did you mean 'letters'"):
+        train(recipe(home, tmp_path / "run", router={"plugin": "sum", "options": {"weights": weights}}), show=False)
+    learned = {"modalities": ["letters", "numbers"], "rules": {"leters+numbers": "numbers"}}
+    with pytest.raises(ValueError, match=r"rules name modalities \['leters'\]"):
+        train(recipe(home, tmp_path / "run", router={"plugin": "learned", "options": learned}), show=False)
+
+
+def test_a_later_stage_is_tried_before_the_first(home: Path, tmp_path: Path) -> None:
+    config = recipe(home, tmp_path / "run")
+    config.stages[1].train = {"adapter.letters": config.stages[1].train["adapters.*"]}
+    with pytest.raises(ConfigError, match=r"stages.1.train: \['adapter.letters'\] train nothing"):
+        train(config, show=False)
+    config = recipe(home, tmp_path / "run")
+    config.stages[1].start_from = {"adapters.letters": "adapters.number"}
+    with pytest.raises(ConfigError, match=r"stages.1.start_from: no part .*did you mean 'adapters.numbers'"):
+        train(config, show=False)
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "dtype"),
+    [("bf16", "bfloat16"), ("torch.bfloat16", "bfloat16"), ("FP32", "float32"), ("half", "float16"), (None, None)],
+)
+def test_a_dtype_is_read_in_its_usual_spellings(given: str | None, dtype: str | None) -> None:
+    assert BackboneConfig(path="x", dtype=given).dtype == dtype
+
+
+@pytest.mark.parametrize("given", ["int8", "nn", "float8_e4m3fn", "", "auto", "Tensor"])
+def test_a_dtype_that_no_backbone_runs_in_is_refused(home: Path, tmp_path: Path, given: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"backbone: dtype {given!r} is none that .* give one of float32, fp32, .*bf16"
+    ):
+        recipe(home, tmp_path / "run", backbone={"path": "x", "dtype": given})
+    if given:
+        with pytest.raises(ConfigError, match=f"dtype {given!r}"):
+            molora.load(home / "backbone", dtype=given)
+
+
+# Going on -----------------------------------------------------------------------------------------------------------
+
+FLAKY = """
+from pathlib import Path
+from molora.data import Messages
+class Flaky(Messages):
+    def __len__(self):
+        if Path("{broken}").exists() and Path("{run}/state").exists():
+            raise RuntimeError("the server is down")
+        return super().__len__()
+"""
+
+
+def test_an_evaluation_that_fails_costs_nothing_but_itself(home: Path, tmp_path: Path) -> None:
+    broken, run = tmp_path / "broken", tmp_path / "run"
+    broken.touch()
+    (tmp_path / "flaky.py").write_text(FLAKY.format(broken=broken, run=run))
+    config = recipe(home, run)
+    config.evaluations["flaky"] = build(type(config.evaluations["rows"]), asdict(config.evaluations["rows"]), "test")
+    config.evaluations["flaky"].data.kind = f"{tmp_path / 'flaky.py'}:Flaky"
+    with pytest.raises(EvaluationFailed, match=r"trained to the end and saved, but .*flaky at step 12 .*server is"):
+        train(config, show=False)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "flaky/error" in row] == [5, 8, 11, 12]
+    assert sum("rows/exact_match" in row and row["step"] == 12 for row in rows) == 1, "what worked is not done again"
+    weights = {path: path.read_bytes() for path in sorted((run / "modalities").rglob("*.safetensors"))}
+    broken.unlink()
+    train(config, show=False)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 12 and "flaky/exact_match" in rows[-1]
+    assert sum("samples_digest" in row for row in rows) == 12, "no step was trained again"
+    assert {path: path.read_bytes() for path in weights} == weights
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_says_so_and_the_run_goes_on_exactly(home: Path, tmp_path: Path, number: int) -> None:
+    config = recipe(home, tmp_path / "run", save_every_steps=1000, evaluations={}, data_workers=1)
+    config.stages[1].steps = 400
+    config.stages[1].samples_per_step = 2
+    (tmp_path / "recipe.yaml").write_text(dump(config))
+    command = [sys.executable, "-m", "molora", "train", str(tmp_path / "recipe.yaml")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    log = tmp_path / "run/metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 20):
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, told
+    (state,) = (tmp_path / "run/state").iterdir()
+    done = int(state.name.removeprefix("step-"))
+    name = signal.Signals(number).name
+    assert f"stopped by {name} after step {done} of 405, which is saved; go on with: molora train " in told
+    assert 20 < done < 405 and log.read_text().count("\n") == done
+
+    config.run, config.stages[1].steps = str(tmp_path / "short"), 6
+    straight = outcome(train(config, show=False))
+    interrupted = recipe(home, tmp_path / "interrupted", save_every_steps=1000, evaluations={})
+    interrupted.stages[1].steps, interrupted.stages[1].samples_per_step = 6, 2
+    with pytest.MonkeyPatch.context() as patch:
+        step = _Run._step
+
+        def signalled(self: _Run, stage: Any, at: int, encoded: Any) -> dict[str, Any]:
+            if at == 3:
+                signal.raise_signal(number)
+            return step(self, stage, at, encoded)
+
+        patch.setattr(_Run, "_step", signalled)
+        for _ in interrupted.stages:
+            with pytest.raises(Stopped):
+                train(interrupted, show=False)
+    assert outcome(train(interrupted, show=False)) == straight
+
+
+def constant(home: Path, run: Path, steps: int, **changes: Any) -> Recipe:
+    """A recipe whose last stage has the same learning rates however many steps it has."""
+    config = recipe(home, run, **changes)
+    config.stages[0].steps = 2
+    for part in config.stages[1].train.values():
+        part.schedule, part.warmup_steps = "constant", 2
+    config.stages[1].steps = steps
+    return config
+
+
+def test_a_finished_run_goes_on_for_more_steps_as_if_it_had_not_stopped(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(constant(home, tmp_path / "whole", 9), show=False)
+    train(constant(home, tmp_path / "parts", 4), show=False)
+    later = constant(home, tmp_path / "parts", 9, save_every_steps=3, log_every_steps=1)
+    later.stages[1].unusable = "skip"  # the steps that are done had no such sample
+    capsys.readouterr()
+    train(later)
+    assert f"{tmp_path / 'parts'}: resuming from step 6 of 11, in stage tune" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    ours, expected = outcome(tmp_path / "parts"), outcome(tmp_path / "whole")
+    # The shorter run was evaluated at its end, which was no end of the longer one.
+    ours["rows"] = [row for row in ours["rows"] if not ("rows/exact_match" in row and row["step"] == 6)]
+    for key in expected:
+        assert ours[key] == expected[key], key
+
+
+def test_a_stage_is_added_to_a_finished_run(home: Path, tmp_path: Path) -> None:
+    whole = recipe(home, tmp_path / "whole")
+    first = recipe(home, tmp_path / "parts")
+    first.stages = first.stages[:1]
+    train(whole, show=False)
+    train(first, show=False)
+    train(recipe(home, tmp_path / "parts"), show=False)
+    ours, expected = outcome(tmp_path / "parts"), outcome(tmp_path / "whole")
+    assert ours == expected
+
+
+def test_more_steps_that_would_have_changed_the_past_are_refused(home: Path, tmp_path: Path) -> None:
+    config = recipe(home, tmp_path / "run")
+    train(config, show=False)
+    config.stages[1].steps = 20
+    with pytest.raises(
+        ConfigError,
+        match=r"stages.1.steps: was 7, is 20, but the cosine schedule of adapters.\* runs over all steps, so that "
+        r"step 2 would have had a learning rate of 0.00\d+, not 0.00\d+; keep 7, and add a stage",
+    ):
+        train(config, show=False)
+    config.stages[1].steps = 7
+    config.stages[0].steps = 6
+    with pytest.raises(ConfigError, match=r"stages.0.steps: was 5, is 6, but a later stage began from its end"):
+        train(config, show=False)
+    config.stages[0].steps, config.stages[1].steps = 5, 6
+    with pytest.raises(ConfigError, match=r"stages.1.steps: was 7, is 6, but 7 steps of it are done"):
+        train(config, show=False)
+
+
+def test_a_run_folder_in_use_is_refused_by_name(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with hold(tmp_path / "run"), pytest.raises(ConfigError, match=f"run: in use by process {os.getpid()} on "):
+        train(recipe(home, tmp_path / "run"), show=False)
+    assert not (tmp_path / "run/config.yaml").exists()
+
+
+def test_a_full_disk_leaves_the_last_state_whole(home: Path, tmp_path: Path) -> None:
+    config = recipe(home, tmp_path / "run")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for stages, size, says in ((1, 10_000, "Nothing was saved before it: make room"), (2, 30_000, r"step-5 is whole")):
+        config.stages = recipe(home, tmp_path / "run").stages[:stages]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            with pytest.raises(TrainingError, match=rf"no room to write .* a state of this run takes 0.\d MiB.*{says}"):
+                train(config, show=False)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        if stages == 1:
+            train(config, show=False)
+    train(config, show=False)
+    train(recipe(home, tmp_path / "straight"), show=False)
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "straight")
+
+
+def test_tensorboard_reads_what_was_logged(home: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = recipe(home, tmp_path / "run", evaluations={})
+    config.stages = config.stages[:1]
+    train(config, show=False)
+    (path,) = (tmp_path / "run/tensorboard").iterdir()
+    events = EventAccumulator(str(path)).Reload()
+    rows = outcome(tmp_path / "run")["rows"]
+    assert [(event.step, event.value) for event in events.Scalars("loss/text")] == [
+        (row["step"], pytest.approx(row["loss/text"])) for row in rows if "loss/text" in row
+    ]

@@ -1,0 +1,53 @@
+"""Ctrl-C and SIGTERM: the first is noted, so that work can end at a good place, and the second acts at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(KeyboardInterrupt):
+    """Work was stopped by a signal, at a place from which it goes on; the message says how."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+class Interrupt:
+    """While entered, notes the first signal that asks this process to stop in `number`, which is 0 before it.
+
+    Outside the main thread, where Python takes no signals, it notes none.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._before: dict[int, Any] = {}
+        self._process = os.getpid()
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.__exit__()
+        if os.getpid() == self._process:  # and not a data worker that was forked from it
+            self.number = number
+
+
+def leave_interrupts_to_parent(worker: int = 0) -> None:
+    """For a data worker: Ctrl-C in a terminal, or a scheduler's SIGTERM, reaches it too, and it must serve its parent
+    until that is done. It ends when its parent does."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

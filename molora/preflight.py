@@ -1,0 +1,94 @@
+"""What a recipe names, opened and tried before training: a typo shows in seconds, and not after the last step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from molora.config import ConfigError
+from molora.data import Source, SourceConfig, open_source
+from molora.evaluate import EvaluationConfig, Judged, question, scores
+from molora.processor import Processor, SampleTooLong
+
+# Rows of a source that are tried, spread over it; more of them if none of these can be used.
+TRIED_ROWS = 4
+TRIED_ROWS_AT_MOST = 32
+
+
+class Trial:
+    """A source, opened, with its first rows read. `where` is its key in the recipe.
+
+    `may_skip` says whether a row that is unusable, and one that is too long, may be left out; of an evaluation any may.
+
+    Raises ConfigError for a source that cannot be opened; ValueError for rows that cannot be read.
+    """
+
+    def __init__(
+        self,
+        where: str,
+        config: SourceConfig,
+        *,
+        evaluation: EvaluationConfig | None = None,
+        may_skip: tuple[bool, bool] = (True, True),
+    ) -> None:
+        self.where = where
+        self.evaluation = evaluation
+        self.may_skip = may_skip
+        try:
+            self.source: Source = open_source(config, where)
+        except ConfigError as error:
+            told = str(error)
+            raise ConfigError(told if told.startswith(where) else f"{where}: {told}") from error
+        if not len(self.source):
+            raise ConfigError(f"{where}: no rows")
+        self._try(None)
+        if evaluation is not None:
+            scores([Judged("0:0", [], "a", "a", True)], evaluation)  # what its metrics need is installed
+
+    def encode(self, processor: Processor, max_tokens: int) -> None:
+        """Decodes and encodes the rows too. Raises ValueError for rows that cannot be."""
+        self._try(processor, max_tokens)
+
+    def _try(self, processor: Processor | None, max_tokens: int = 0) -> None:
+        faults: list[ValueError] = []
+        tried = 0
+        for row in _spread(len(self.source), TRIED_ROWS, TRIED_ROWS_AT_MOST):
+            if tried >= TRIED_ROWS and len(faults) < tried:
+                return
+            tried += 1
+            try:
+                self._try_row(row, processor, max_tokens)
+            except ConfigError as error:
+                raise ConfigError(f"{self.where}, row {row + 1}: {error}") from error
+            except ValueError as error:
+                if not self.may_skip[isinstance(error, SampleTooLong)]:
+                    raise ValueError(f"{self.where}, row {row + 1}: {error}") from error
+                faults.append(error)
+        if len(faults) == tried:
+            raise ValueError(f"{self.where}: none of the {tried} rows tried can be used; the first: {faults[0]}")
+
+    def _try_row(self, row: int, processor: Processor | None, max_tokens: int) -> None:
+        if self.evaluation is not None:
+            asked = question(self.source, row, self.evaluation.without_media)
+            if processor is not None:
+                processor.encode(asked["prompt"], asked["id"], generate=True)
+            return
+        example = self.source[row]
+        if processor is not None:
+            id = f"{self.where.rpartition('.')[2]}/{example['id']}@0"
+            sample = processor.encode(example["messages"], id)
+            if len(sample) > max_tokens:
+                raise SampleTooLong(
+                    f"sample {id}: has {len(sample)} tokens, but a pack of this stage holds {max_tokens}; raise "
+                    "tokens_per_pack, or leave such samples out with `too_long: skip`"
+                )
+
+
+def _spread(length: int, few: int, many: int) -> Iterator[int]:
+    """Rows from the first to the last: a few, and then others up to many, none twice."""
+    seen: set[int] = set()
+    for count in (few, many):
+        for index in range(count):
+            row = round(index * (length - 1) / (count - 1))
+            if row not in seen and len(seen) < many:
+                seen.add(row)
+                yield row
