@@ -64,6 +64,7 @@ class Processor:
         modalities without a rule, MediaError for media that cannot be used, SampleTooLong.
         """
         where = f"sample {id}"
+        self._check_counts(messages, where)
         check(messages, self.part_types, where)
         self._check_texts(messages, where)
         media = [(place, self.part_types[part["type"]], part) for place, part in media_parts(messages)]
@@ -132,14 +133,19 @@ class Processor:
         """The text of token ids, without special tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)  # pyright: ignore[reportReturnType]
 
-    def _check_texts(self, messages: Sequence[Message], where: str) -> None:
-        """Refuses what cannot fit before it is read by a template or a tokenizer, which would take long."""
-        num_parts = sum(1 if isinstance(message["content"], str) else len(message["content"]) for message in messages)
+    def _check_counts(self, messages: Any, where: str) -> None:
+        """Refuses what cannot fit, each message and part being a token or more, before it is looked at one by one."""
+        messages = messages if isinstance(messages, (list, tuple)) else ()
+        contents = [message.get("content") for message in messages if isinstance(message, Mapping)]
+        num_parts = sum(len(content) for content in contents if isinstance(content, (list, tuple)))
         for count, what in ((len(messages), "messages"), (num_parts, "parts")):
             if count > self.max_tokens:
                 raise SampleTooLong(
                     f"{where}: has {count:,} {what}, but at most {self.max_tokens:,} tokens fit; shorten it or skip it"
                 )
+
+    def _check_texts(self, messages: Sequence[Message], where: str) -> None:
+        """Refuses what cannot fit before it is read by a template or a tokenizer, which would take long."""
         texts = [part["text"] for message in messages for part in parts(message) if part["type"] == "text"]
         characters = sum(map(len, texts))
         if characters > self.max_tokens * self._longest_token:

@@ -129,7 +129,8 @@ class ChatTemplate:
                 continue
             if index == 0:
                 raise ValueError(
-                    f"{where}: starts with an assistant turn, which nothing asks for; give it `train: false`"
+                    f"{where}: starts with an assistant turn, which nothing asks for, so it cannot be learned; take it"
+                    " away, put a user turn before it, or, in a row of `messages`, give it `train: false`"
                 )
             turn = layout.turns[index]
             start = self._start(turn, index, roles, contents, rendered, where)

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from molora.answers import answer_file
+from molora.config import ConfigError
+from molora.generate import GenerationConfig
+from molora.modality import Prepared
+from molora.processor import Processor
 from molora.template import render
+from molora.testing import Numbers, NumbersConfig, byte_tokenizer
 
 HELLO = [{"role": "user", "content": "hello"}]
 DOUBLED = (
@@ -115,3 +126,112 @@ def test_a_template_does_not_leave_its_sandbox(escape: str, canary: Path) -> Non
     with pytest.raises(ValueError):
         render(ESCAPES[escape].replace("CANARY", str(canary)), HELLO, True, {})
     assert HELLO == [{"role": "user", "content": "hello"}]
+
+
+class Hostile(Numbers):
+    """A plugin whose items say what it does with them."""
+
+    def load(self, part: Mapping[str, Any]) -> Any:
+        return part["do"]
+
+    def prepare(self, item: Any, generator: torch.Generator | None = None) -> Any:
+        values = {"values": torch.zeros(1)}
+        tricks: dict[str, Any] = {
+            "a trillion tokens": lambda: Prepared(values, 10**12),
+            "no tokens": lambda: Prepared(values, 0),
+            "fewer than none": lambda: Prepared(values, -5),
+            "half a token": lambda: Prepared(values, 1.5),  # pyright: ignore[reportArgumentType]
+            "true tokens": lambda: Prepared(values, True),
+            "nothing": lambda: None,
+            "an error without words": lambda: (_ for _ in ()).throw(AssertionError),
+            "recursion": lambda: self.prepare(item),
+            "a long error": lambda: (_ for _ in ()).throw(OSError("no " * 10)),
+            "an exit": lambda: (_ for _ in ()).throw(StopIteration("stop")),
+        }
+        return tricks[item]()
+
+
+@pytest.mark.parametrize(
+    ("trick", "says"),
+    [
+        ("a trillion tokens", "has 1,000,000,000,000 tokens of media"),
+        ("no tokens", "makes 0 tokens"),
+        ("fewer than none", "makes -5 tokens"),
+        ("half a token", "needs a Prepared"),
+        ("true tokens", "needs a Prepared"),
+        ("nothing", "makes None of it"),
+        ("an error without words", "AssertionError"),
+        ("recursion", "RecursionError"),
+        ("a long error", "OSError"),
+        ("an exit", "fails on it"),
+        ("what it does not know", "KeyError"),
+    ],
+)
+def test_what_a_plugin_does_is_the_samples_fault(trick: str, says: str) -> None:
+    processor = Processor(byte_tokenizer(), {"numbers": Hostile("numbers", NumbersConfig())}, sorted, 256)
+    with pytest.raises(ValueError) as refused:
+        processor.encode([{"role": "user", "content": [{"type": "numbers", "do": trick}]}], "7", generate=True)
+    assert says in str(refused.value) and "sample 7" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("x" * 200_000_000, "200,000,000 characters of text"),
+        ([{"type": "text", "text": "x" * 1_000_000}] * 200, "200,000,000 characters of text"),
+        ([{"type": "text", "text": ""}] * 1_000_000, "1,000,000 parts"),
+        ([{"type": "numbers", "numbers": [1.0] * 100}] * 250, "300 tokens of media"),
+        ("<|end|>" * 300, "at most 256 fit"),
+        ("\ud800", "half of one"),
+    ],
+)
+def test_a_prompt_that_cannot_fit_is_refused_before_work(content: Any, says: str) -> None:
+    processor = Processor(byte_tokenizer(), {"numbers": Numbers("numbers", NumbersConfig())}, sorted, 256)
+    with pytest.raises(ValueError, match=says):
+        processor.encode([{"role": "user", "content": content}], "7", generate=True)
+
+
+def test_a_million_messages_are_refused_before_work() -> None:
+    processor = Processor(byte_tokenizer(), {}, sorted, 256)
+    with pytest.raises(ValueError, match="1,000,000 messages"):
+        processor.encode([{"role": "user", "content": ""}] * 1_000_000, "7", generate=True)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"temperature": 1e-320},
+        {"temperature": 1e-7},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"top_p": math.nan},
+        {"top_p": 1.0000001},
+        {"max_new_tokens": 0},
+        {"max_new_tokens": 1.5},
+        {"max_running_samples": math.inf},
+    ],
+)
+def test_settings_that_make_no_numbers_are_refused(setting: dict[str, Any]) -> None:
+    (name,) = setting
+    with pytest.raises(ValueError, match=f"generation: {name} cannot be .*; give"):
+        GenerationConfig(**setting)
+
+
+@pytest.mark.parametrize("name", ["../canary", "canary\x00", "/dev/full/x", "a/../../canary"])
+def test_an_id_is_no_path(name: str, tmp_path: Path, canary: Path) -> None:
+    (tmp_path / "in.jsonl").write_text(json.dumps({"id": name, "messages": HELLO}) + "\n")
+    with answer_file(tmp_path / "in.jsonl", tmp_path / "out.jsonl") as file:
+        assert file.ids == [name]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl"]
+
+
+def test_a_link_planted_for_the_lock_is_not_followed(tmp_path: Path, canary: Path) -> None:
+    (tmp_path / "in.jsonl").write_text(json.dumps({"id": "a", "messages": HELLO}) + "\n")
+    (tmp_path / ".out.jsonl.lock").symlink_to(canary)
+    with (
+        pytest.raises(ConfigError, match="cannot be locked"),
+        answer_file(tmp_path / "in.jsonl", tmp_path / "out.jsonl"),
+    ):
+        pass
