@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -64,6 +65,7 @@ from molora.storage import (
     check_shapes,
     save_tensors,
     write_atomically,
+    write_cached,
     write_folder,
     write_json,
     write_tensors,
@@ -128,6 +130,11 @@ class _Tensors(Mapping[str, Tensor]):
             )
 
 
+_ABOUT_KEPT = "Checkpoints that molora converted once, to open them faster. They can be deleted.\n"
+# Where the cache cannot be written, for as long as the process lives.
+_converted: list[TemporaryDirectory[str]] = []
+
+
 # From a release to a run ----------------------------------------------------------------------------------------
 
 
@@ -151,7 +158,11 @@ def opened(source: str | Path) -> str | Path:
     folder = fetch(str(source))
     stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.resolve().rglob("*.safetensors"))]
     key = hashlib.sha256(json.dumps([stamps, FORMAT_VERSION]).encode()).hexdigest()
-    run = cache_folder() / _KEPT / key
+    kept = cache_folder() / _KEPT
+    if not (kept / key).is_dir() and not write_cached(kept / "about.txt", lambda path: path.write_text(_ABOUT_KEPT)):
+        _converted.append(TemporaryDirectory(prefix="molora-"))
+        kept = Path(_converted[-1].name)
+    run = kept / key
     if not (run / "molora.json").is_file():
         say(f"converting {source}, this once, to {run}")
         import_release(source, run)

@@ -138,3 +138,16 @@ def test_an_encoder_that_trains_is_not_cached(recipe: Callable[..., Recipe], tmp
     sample = processor.encode([{"role": "user", "content": content}], "x", generate=True)
     (filled,) = FeatureCache(tmp_path / "cache", model).fill([sample])
     assert filled.items[0].frames_SC is None and not (tmp_path / "cache").exists()
+
+
+def test_frames_that_cannot_be_kept_or_read_are_made_again(
+    recipe: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    blocked = losses(train(recipe("blocked", feature_cache=str(tmp_path / "file")), show=False))
+    assert capsys.readouterr().err.count("nothing can be kept there") >= 1
+    kept = losses(train(recipe("kept", feature_cache=str(tmp_path / "frames")), show=False))
+    for path, size in zip(sorted((tmp_path / "frames").rglob("*.safetensors")), (0, 50, -1, 7) * 2, strict=False):
+        path.write_bytes(path.read_bytes()[:size])
+    again = losses(train(recipe("again", feature_cache=str(tmp_path / "frames")), show=False))
+    assert blocked == kept == again

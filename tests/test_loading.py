@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import molora
 from molora.assembly import RouterConfig, assemble, blueprint
 from molora.backbone import load_backbone
-from molora.checkpoint import save_modality
+from molora.checkpoint import read_run, save_modality, write_run
 from molora.cli import app
 from molora.config import ConfigError, build
 from molora.terminal import visible
@@ -394,3 +394,51 @@ def test_a_backbone_without_a_generation_config_stops_at_the_end_of_turn(home: P
     shutil.copytree(home / "backbone", tmp_path / "backbone")
     (tmp_path / "backbone/generation_config.json").unlink()
     assert molora.load(tmp_path / "backbone").model.backbone.stop_ids == {256, 260}
+
+
+def test_a_run_opens_through_a_link_from_anywhere(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    link = tmp_path / "deep" / "er" / "latest"
+    link.symlink_to(home / "run")
+    assert Path(read_run(link).backbone_source()) == Path(read_run(home / "run").backbone_source())
+    assert molora.load(link, device="cpu").model.modalities
+
+
+def test_a_run_written_through_a_link_names_its_backbone_from_where_it_is(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk" / "runs").mkdir(parents=True)
+    (tmp_path / "here").symlink_to("disk/runs")
+    backbone, _ = load_backbone(str(home / "backbone"))
+    write_run(tmp_path / "here" / "x", backbone.identity, [], RouterConfig())
+    for run in (tmp_path / "here" / "x", tmp_path / "disk" / "runs" / "x"):
+        assert Path(read_run(run).backbone_source()).samefile(home / "backbone")
+
+
+def test_a_run_without_modalities_is_checked_against_its_backbone(home: Path, tmp_path: Path) -> None:
+    backbone, _ = load_backbone(str(home / "backbone"))
+    write_run(tmp_path / "run", backbone.identity, [], RouterConfig())
+    about = json.loads((tmp_path / "run" / "molora.json").read_text())
+    about["backbone"]["settings"]["rms_norm_eps"] = 1.0
+    (tmp_path / "run" / "molora.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="molora.json: .* rms_norm_eps was 1.0, is 1e-05"):
+        molora.load(tmp_path / "run", device="cpu")
+
+
+def test_a_run_from_before_settings_were_recorded_still_opens(home: Path, tmp_path: Path) -> None:
+    run = copied_run(home, tmp_path)
+    for path in (run / "molora.json", *run.glob("modalities/*/modality.json")):
+        about = json.loads(path.read_text())
+        del about["backbone"]["settings"]
+        if path.name == "molora.json":
+            del about["files"]
+        path.write_text(json.dumps(about))
+    assert molora.load(run, device="cpu").model.modalities
+
+
+def test_a_model_opens_where_nothing_can_be_remembered(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MOLORA_CACHE", str(tmp_path / "file" / "cache"))
+    assert molora.load(home / "run", device="cpu").model.modalities
+    told = capsys.readouterr().err
+    assert "nothing can be kept there" in told and "MOLORA_CACHE" in told

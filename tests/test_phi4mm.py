@@ -46,7 +46,7 @@ from molora.pack import collate
 from molora.phi4mm import Place, Release
 from molora.plugins import resolve
 from molora.received import read_json
-from molora.release import export_release, import_release, layout_of
+from molora.release import export_release, import_release, layout_of, opened
 from tests.reference_release import FULL_DEPTH, Sizes, hub_shapes, save_hub, save_native
 
 QUESTION = "What is it?"
@@ -624,6 +624,15 @@ def test_what_sizes_are_read_from_may_be_missing(one_shard: Path, tmp_path: Path
     name = f"model.embed_tokens_extend.image_embed.img_processor.{layer}"
     with pytest.raises(ValueError, match=f"missing {name}"):
         import_release(damaged(tmp_path / "bad", one_shard, lambda tensors: tensors.pop(name)), tmp_path / "run")
+
+
+def test_a_release_opens_where_nothing_can_be_kept(
+    one_shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MOLORA_CACHE", str(tmp_path / "file" / "cache"))
+    assert (Path(opened(one_shard)) / "molora.json").is_file()
+    assert "nothing can be kept there" in capsys.readouterr().err
 
 
 def test_a_broken_shard_is_named(one_shard: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from molora import received, storage
+from molora.checkpoint import latest_state, read_state, save_state
 from molora.config import ConfigError
 from molora.storage import hold, settle, write_atomically, write_cached, write_tensors, write_text
 
@@ -170,3 +171,23 @@ def test_a_user_without_a_home_has_a_cache_that_cannot_be_written(monkeypatch: p
     monkeypatch.setenv("MOLORA_CACHE", "~no-such-user-here/cache")
     assert not (storage.cache_folder() / "x").is_file()
     assert not write_cached(storage.cache_folder() / "x", lambda path: path.write_text(""))
+
+
+def test_a_full_disk_leaves_the_last_state_whole(tmp_path: Path, small_files: None) -> None:
+    save_state(tmp_path, "step-1", {"weights": {"x": torch.ones(3)}}, {"step": 1})
+    with pytest.raises(OSError, match="free some space"):
+        save_state(tmp_path, "step-2", {"small": {"x": torch.ones(3)}, "large": {"x": torch.ones(2**16)}}, {"step": 2})
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["step-1"]
+    state = latest_state(tmp_path)
+    assert state is not None
+    about, tensors = read_state(state)
+    assert about["step"] == 1 and tensors["weights"]["x"].tolist() == [1, 1, 1]
+
+
+def test_a_state_follows_the_umask_and_replaces_older_ones_alone(tmp_path: Path, umask: int) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "notes").write_text("mine")
+    for step in (1, 2, 2):
+        save_state(tmp_path, f"step-{step}", {"weights": {"x": torch.ones(3)}}, {})
+    assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["notes", "step-2"]
+    assert modes(tmp_path / "state" / "step-2") == {0o666 & ~umask}
