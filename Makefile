@@ -53,5 +53,5 @@ $(VENV)/demo.stamp: $(VENV)/made.stamp setup.cfg pyproject.toml
 
 $(VENV)/dev.stamp: $(VENV)/made.stamp setup.cfg pyproject.toml
 	@echo "installing molora with its extras and the tools into $(VENV) (about 5 GB on disk; a few minutes)"
-	$(PIP) --editable '.[audio,datasets,demo,dev,open_clip]'
+	$(PIP) --editable '.[audio,datasets,demo,dev,heif,open_clip]'
 	@touch $@ $(VENV)/demo.stamp

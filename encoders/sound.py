@@ -134,7 +134,7 @@ def resample(wave_L: Tensor, rate_hz: int) -> Tensor:
         around = wave_L[max(0, start) : max(0, stop)]
         around = F.pad(around, (max(0, -start), stop - max(0, start) - len(around)))
         made.append(F.conv1d(around[None], filters_OK[:, None], stride=stride).T.reshape(-1))
-    return torch.cat(made)[:num_samples]
+    return (made[0] if len(made) == 1 else torch.cat(made))[:num_samples]
 
 
 @lru_cache(maxsize=4)

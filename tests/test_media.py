@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import http.server
+import io
 import json
 import pickle
 import threading
@@ -16,10 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from typer.testing import CliRunner
 
 import molora
 from molora.assembly import RouterConfig
 from molora.checkpoint import save_modality
+from molora.cli import app
 from molora.config import ConfigError, build
 from molora.media import MediaPolicy, Sources, fetch, policy
 from molora.modality import MediaError
@@ -355,3 +359,23 @@ def test_a_folder_that_was_saved_with_a_policy_opens_and_cannot_widen_the_caller
     assert loaded.processor.modalities["vision"].config == plans["vision"].modality.config
     with pytest.raises(MediaError, match="URLs are not fetched unless you allow it"):
         loaded.encode([{"role": "user", "content": [{"type": "image", "url": "http://127.0.0.1/a.png"}]}])
+
+
+def test_the_command_line_says_whether_media_may_be_fetched(backbone: Path, tmp_path: Path):
+    """Kept off, kept out of the network, and fetched."""
+    model, _, plans = build_model(recipe(backbone), torch.device("cpu"))
+    save_modality(model, "vision", plans["vision"], tmp_path / "vision", {"vision": ""})
+    Image.new("RGB", (64, 64)).save(picture := io.BytesIO(), "PNG")
+    with serving({"/a.png": picture.getvalue()}) as server:
+        row = {"id": "1", "messages": [{"role": "user", "content": [{"type": "image", "url": f"{server}/a.png"}]}]}
+        (tmp_path / "in.jsonl").write_text(json.dumps(row))
+        answers = []
+        for number, flags in enumerate(([], ["--allow-urls"], ["--allow-urls", "--allow-private-addresses"])):
+            out = tmp_path / f"out{number}.jsonl"
+            command = ["generate", str(backbone), "--modality", str(tmp_path / "vision"), "--rule", "vision=none"]
+            command += ["--messages", str(tmp_path / "in.jsonl"), "--output", str(out), "--max-new-tokens", "1"]
+            CliRunner().invoke(app, [*command, *flags])
+            answers.append(json.loads(out.read_text()))
+    assert "URLs are not fetched unless you allow it" in answers[0]["error"]
+    assert "an address inside a network" in answers[1]["error"]
+    assert "answer" in answers[2] and not answers[2].get("error")
