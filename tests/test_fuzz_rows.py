@@ -150,7 +150,8 @@ def test_changed_files_are_read_or_refused_in_plain_words(tmp_path: Path, name: 
             check(row["messages"], None, "row")
             assert isinstance(row["id"], str) and all(isinstance(tag, str) for tag in row["tags"]), (case, row)
             texts(row).encode()  # what is read can be written: no half surrogates
-            assert "None" not in texts(row) and "{'" not in texts(row), (case, changed, row)
+            for python in ("None", "{'", "['"):  # Python's spelling of a value, unless the file spells it so
+                assert python not in texts(row) or python.encode() in changed.replace(b"\0", b""), (case, changed, row)
     path.write_bytes(data)
     assert read(path, kind) == right
 
