@@ -355,7 +355,8 @@ def read_run(run: Path) -> RunAbout:
     about = _read(path, _RUN_KEYS)
     backbone, names = about["backbone"], about["modalities"]
     for key in ("source", "folder", "dtype"):
-        if not isinstance(value := backbone.get(key, ""), str) and (value is not None or key == "source"):
+        value = backbone.get(key)
+        if (not isinstance(value, str) and (value is not None or key == "source")) or len(value or "") > 4096:
             raise ValueError(f'{path}: "backbone": {key} is {value!r:.80}, expected a text; copy it again')
     for name in names:
         check_name(name, f'{path}: "modalities"')

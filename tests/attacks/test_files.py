@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import random
 import shutil
 import struct
 from collections.abc import Callable
@@ -20,7 +21,15 @@ from safetensors.torch import load_file, save_file
 import molora
 from molora.assembly import RouterConfig, assemble, blueprint
 from molora.backbone import load_backbone
-from molora.checkpoint import copy_modality, load_modality, read_blueprint, save_modality, write_run
+from molora.checkpoint import (
+    copy_modality,
+    load_modality,
+    read_blueprint,
+    read_plan,
+    read_run,
+    save_modality,
+    write_run,
+)
 from molora.received import TensorFile, read_json
 from molora.storage import cache_folder, hold, write_text
 from molora.testing import save_backbone
@@ -280,6 +289,67 @@ def test_a_header_that_is_longer_than_its_file_is_refused(length: int, tmp_path:
     path.write_bytes(struct.pack("<Q", length) + b"{}")
     with pytest.raises(ValueError, match="allowed 16777216|interrupted"), TensorFile(path):
         pass
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_mutated_tensors_are_refused_or_read_and_never_have_the_hash(tmp_path: Path, seed: int) -> None:
+    generator = random.Random(seed)
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.arange(6.0).view(2, 3), "b": torch.ones(3, dtype=torch.bfloat16)}, path, {"format": "pt"})
+    whole = path.read_bytes()
+    sha256 = hashlib.sha256(whole).hexdigest()
+    refused = 0
+    for _ in range(500):
+        data = bytearray(whole)
+        for _ in range(generator.randint(1, 4)):
+            at = generator.randrange(len(data))
+            kind = generator.randrange(4)
+            if kind == 0:
+                data[at] = generator.randrange(256)
+            elif kind == 1:
+                data[at : at + 1] = generator.choice([b"0", b"9", b"-", b'"', b"{", b"]", b",", b"1e9", b"null"])
+            elif kind == 2:
+                del data[at : at + generator.randint(1, 30)]
+            else:
+                data[at:at] = data[at : at + generator.randint(1, 30)]
+        path.write_bytes(data)
+        try:
+            with TensorFile(path) as file:
+                found = dict(file.tensors())
+            assert sum(tensor.numel() * tensor.element_size() for tensor in found.values()) <= len(data)
+        except ValueError as error:
+            assert "\n" not in str(error) and str(path) in str(error)
+            refused += 1
+        if data != whole:
+            with pytest.raises(ValueError), TensorFile(path) as file:
+                dict(file.tensors(sha256))
+    assert 100 < refused < 500  # bytes of a tensor may be any
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_mutated_descriptions_are_refused_in_one_paragraph_or_open(run: Path, seed: int) -> None:
+    generator = random.Random(seed)
+    values = [None, 7, -1, 2**70, 1e308, True, "", "../x", "\0", [], {}, [[]], {"a": {"b": 1}}, "x" * 500]
+    for path in (run / "molora.json", run / "modalities" / "vision" / "modality.json"):
+        whole = json.loads(path.read_text())
+        for _ in range(150):
+            about = json.loads(json.dumps(whole))
+            place = about
+            while True:
+                key = generator.choice(sorted(place))
+                if not isinstance(place[key], dict) or not place[key] or generator.random() < 0.3:
+                    break
+                place = place[key]
+            place[key] = generator.choice(values)
+            path.write_text(json.dumps(about))
+            try:
+                there = read_run(run)
+                there.backbone_source()
+                for name, folder in there.modality_folders().items():
+                    read_plan(folder, name)
+            except (ValueError, OSError) as error:
+                assert len(str(error)) < 2000, str(error)[:300]
+        path.write_text(json.dumps(whole))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
