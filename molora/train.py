@@ -53,7 +53,7 @@ from molora.checkpoint import (
 )
 from molora.config import ConfigError, build, dump, environment_in, plain, require
 from molora.data import EncodedSamples, Skipped, SourceConfig, open_source, step_loader
-from molora.evaluate import EvaluationConfig, gathered, judge, scores
+from molora.evaluate import EvaluationConfig, complaints, gathered, judge, scores
 from molora.features import FeatureCache
 from molora.interrupt import Interrupt, Stopped
 from molora.media import MediaPolicy
@@ -629,7 +629,11 @@ class _Run:
         faults = [other for other in gather_object([fault]) if other is not None]
         if not faults:
             try:
-                results = scores(gathered(judged), config)
+                everyone = gathered(judged)
+                results = scores(everyone, config)
+                if self.show:
+                    for complaint in complaints(name, everyone, config):
+                        warn(complaint)
             except Exception as error:  # the same answers, so the same error on every rank
                 faults = [f"{type(error).__name__}: {error}"]
         if faults:

@@ -360,3 +360,11 @@ def test_eval_without_a_run_prints_json_alone_on_standard_output(home: Path, tmp
     )  # fmt: skip
     assert json.loads(told.stdout)["rows"]["questions"] == 4
     assert "exact_match" in told.stderr
+
+
+def test_training_says_which_answers_its_evaluations_cut_off(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli("train", str(home / "recipe.yaml"), f"run={tmp_path / 'run'}", "stages.0.steps=1") == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "rows: " in told and "answers were cut off at max_new_tokens (2) and are judged as they are" in told
