@@ -81,8 +81,8 @@ class Processor:
             num_tokens += item.prepared.num_tokens
             if num_tokens > self.max_tokens:  # before more is decoded, and before positions are laid out
                 raise SampleTooLong(
-                    f"{where}: has {num_tokens:,} tokens of media up to {place}, but at most {self.max_tokens:,} fit; "
-                    "shorten it or skip it"
+                    f"{where}: has {num_tokens} tokens ({num_tokens} of media), but at most {self.max_tokens} fit; that"
+                    f" is up to {place}, the rest was not read; shorten it or skip it"
                 )
             items.append(item)
         lengths = [item.prepared.num_tokens for item in items]

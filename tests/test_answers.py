@@ -70,7 +70,7 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "much too long": (ask("x" * 1_000_000), "1,000,000 characters of text"),
     "many parts": ([{"role": "user", "content": [{"type": "text", "text": ""}] * 999}], "has 999 parts"),
     "many messages": (ask("a") * 999, "has 999 messages"),
-    "too many numbers": (ask([1.0] * 300), "300 tokens of media"),
+    "too many numbers": (ask([1.0] * 300), "300 tokens (300 of media)"),
     "media without a rule": (
         [{"role": "user", "content": [{"type": "numbers", "numbers": [1]}, {"type": "letters", "letters": "a"}]}],
         "no routing rule",

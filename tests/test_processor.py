@@ -166,7 +166,7 @@ def test_a_set_of_modalities_without_a_rule_is_refused_before_any_media_is_read(
         (
             [{"type": "text", "text": "x"}, {"type": "sky", "n": 300}],
             SampleTooLong,
-            r"has 300 tokens of media up to message 0, part 1 \(sky\), but at most 200 fit",
+            r"has 300 tokens \(300 of media\), but at most 200 fit; that is up to message 0, part 1 \(sky\)",
         ),
         ("x" * 300, SampleTooLong, r"sample a: has 303 tokens \(0 of media\), but at most 200 fit"),
     ],
