@@ -24,18 +24,20 @@ _SAMPLES_PER_PACK = 8
 _NAMES_SHOWN = 4
 
 
-def unmoved(old: str | Path, model: str | Path, modalities: Sequence[str | Path] = ()) -> bool:
+def unmoved(
+    old: str | Path, model: str | Path, modalities: Sequence[str | Path] = (), trust: Sequence[str] = ()
+) -> bool:
     """Prints what of `old` is still as it was in `model`; each is a run, or a backbone, here with modality folders.
 
     First come the files of the backbone and of each modality, then the logits of samples that both can run. Returns
-    whether all that they share is equal to the bit. Raises what `load` raises.
+    whether all that they share is equal to the bit. `trust` is for both, as in `load`. Raises what `load` raises.
     """
     before, after = locate(old), locate(model, modalities)
     same_files = show("files", compare_files(before, after))
-    was = load(old)
+    was = load(old, trust=trust)
     # Folders alone name no dtype, and in another one every logit would differ.
     dtype = None if after.run else str(was.model.backbone.model.dtype).removeprefix("torch.")
-    now = load(model, modalities, dtype=dtype)
+    now = load(model, modalities, dtype=dtype, trust=trust)
     now.model.backbone.identity.check(asdict(was.model.backbone.identity), str(old))
     return show("logits", compare_logits(was, now)) and same_files
 

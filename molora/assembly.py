@@ -16,7 +16,7 @@ from molora.lora import lora_config
 from molora.media import MediaPolicy
 from molora.modality import Modality
 from molora.model import MoLoRA
-from molora.plugins import resolve
+from molora.plugins import Finder, Found, find
 from molora.processor import Processor
 from molora.routing import RoutingError
 
@@ -59,13 +59,22 @@ class RouterConfig:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A modality before its weights: the plugin spec it came from, the weightless plugin, its adapter's config, and
-    where all this is written."""
+    """A modality before its weights: the plugin's spec and the hash of its code as folders record them, the weightless
+    plugin, its adapter's config, and where all this is written."""
 
     plugin: str
     modality: Modality
     adapter: LoraConfig | None
     where: str = ""
+    plugin_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class RouterPlan:
+    """A router before it knows its adapters: its class, and its options."""
+
+    found: Found
+    options: Mapping[str, Any]
 
 
 # Options that pictures and clips had once, and what says it now.
@@ -83,13 +92,15 @@ def blueprint(
     where: str,
     *,
     saved: bool = False,
+    find: Finder = find,
 ) -> Blueprint:
-    """Resolves a plugin and reads its options. Those of a `saved` modality may hold what was an option when it was
-    saved and is the caller's to say now; that is left out. Raises ConfigError, and the plugin's own errors."""
+    """Finds a plugin with `find` and reads its options. Those of a `saved` modality may hold what was an option when it
+    was saved and is the caller's to say now; that is left out. Raises ConfigError, and the plugin's own errors."""
     try:
-        modality_class: Any = resolve("modality", plugin)
+        found = find("modality", plugin)
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
+        raise type(error)(f"{where}: {error}") from error
+    modality_class: Any = found.plugin
     known = getattr(modality_class.config_type, "__dataclass_fields__", {})
     former = [key for key in FORMER_OPTIONS if key in options and key not in known]
     if former and not saved:
@@ -103,7 +114,16 @@ def blueprint(
         raise
     except (OSError, ValueError) as error:
         raise ConfigError(f"{_option_in(error, config, where) or where}: {error}") from error
-    return Blueprint(plugin, modality, None if adapter is None else lora_config(adapter, f"{where}.adapter"), where)
+    adapter_config = None if adapter is None else lora_config(adapter, f"{where}.adapter")
+    return Blueprint(found.spec, modality, adapter_config, where, found.sha256)
+
+
+def router_plan(router: RouterConfig, where: str = "router", find: Finder = find) -> RouterPlan:
+    """Finds a router with `find`; `where` is where it is written. Raises ConfigError."""
+    try:
+        return RouterPlan(find("router", router.plugin), router.options)
+    except ConfigError as error:
+        raise type(error)(f"{where}: {error}") from error
 
 
 def _option_in(error: Exception, config: Any, where: str) -> str | None:
@@ -123,7 +143,7 @@ def assemble(
     backbone: Backbone,
     tokenizer: PreTrainedTokenizerBase,
     blueprints: Mapping[str, Blueprint],
-    router: RouterConfig,
+    router: RouterConfig | RouterPlan,
     *,
     seed: int = 0,
     where: str = "router",
@@ -144,9 +164,10 @@ def assemble(
                 f"({blueprints[other].where}); keep one of them, or give the plugin of one another part_type"
             )
     adapters = {name: plan.adapter for name, plan in blueprints.items() if plan.adapter is not None}
+    planned = router if isinstance(router, RouterPlan) else router_plan(router, where)
+    router_class: Any = planned.found.plugin
     try:
-        router_class: Any = resolve("router", router.plugin)
-        options = build(router_class.config_type, router.options, "options")
+        options = build(router_class.config_type, planned.options, "options")
         decide = router_class(list(adapters), options, backbone.width)
     except (ConfigError, RoutingError) as error:
         raise type(error)(f"{where}: {error}") from error

@@ -34,6 +34,7 @@ from molora.rotary import wrap_rotary
 from molora.routing import Flow, current_flow, flowing
 from molora.storage import cache_folder, read_cached_json, write_cached
 from molora.terminal import warn
+from molora.trust import check_backbone
 
 FORMAT_VERSION = 2
 # What is fetched of a model on the hub; no pickles, no code.
@@ -355,6 +356,7 @@ def fetch(source: str, revision: str | None = None) -> Path:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"backbone {folder}: no config.json; expected a folder that transformers can open")
     _check_folder(folder)
+    check_backbone(read_json(folder / "config.json"), f"backbone {folder}: config.json")
     return folder
 
 

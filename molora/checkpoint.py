@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from molora import lora
-from molora.assembly import Blueprint, RouterConfig, blueprint
+from molora.assembly import Blueprint, RouterConfig, RouterPlan, blueprint, router_plan
 from molora.backbone import Identity
 from molora.config import ConfigError, build
 from molora.modality import Origin
 from molora.model import MoLoRA
+from molora.plugins import Found, file_of
 from molora.received import (
     MAX_JSON_BYTES,
     TensorFile,
@@ -36,6 +37,7 @@ from molora.received import (
     read_tensors,
 )
 from molora.storage import check_shapes, write_atomically, write_folder, write_json, write_tensors, write_text
+from molora.trust import Untrusted, find_received
 
 FORMAT_VERSION = "1.0"
 _ROUTER = "router.safetensors"
@@ -135,6 +137,7 @@ def describe_modality(
             "format_version": FORMAT_VERSION,
             "name": plan.modality.name,
             "plugin": plan.plugin,
+            "plugin_sha256": plan.plugin_sha256,
             "options": asdict(options),
             "part_type": plan.modality.part_type,
             "frame_width": widths[0],
@@ -187,10 +190,22 @@ def read_about(folder: Path) -> dict[str, Any]:
     return about
 
 
-def read_blueprint(folder: Path, identity: Identity, name: str) -> tuple[Blueprint, list[str]]:
+def read_blueprint(
+    folder: Path, identity: Identity, name: str, trusted: Sequence[str | Found] = ()
+) -> tuple[Blueprint, list[str]]:
     """Reads the description of a modality folder, to be called `name`, and checks it against the backbone.
 
-    Returns its blueprint and warnings. Raises ConfigError or ValueError naming the file.
+    `trusted` are plugins that the folder may name though they do not come by name; see `molora.trust`. Returns its
+    blueprint and warnings. Raises ConfigError or ValueError naming the file.
+    """
+    warnings = check_modality(folder, identity)
+    return read_plan(folder, name, trusted), warnings
+
+
+def check_modality(folder: Path, identity: Identity) -> list[str]:
+    """Checks that a modality folder is whole and fits the backbone, without its plugin. Returns warnings.
+
+    Raises ConfigError or ValueError naming the file.
     """
     path = folder / "modality.json"
     about = read_about(folder)
@@ -199,31 +214,31 @@ def read_blueprint(folder: Path, identity: Identity, name: str) -> tuple[Bluepri
         if not (folder / file).exists():
             raise ValueError(f"{folder / file}: missing, though {path} lists it; copy the whole folder")
         check_hash(file_hash(folder / file, folder), expected, folder / file, path)
-    return read_plan(folder, name), warnings
+    return warnings
 
 
-def read_plan(folder: Path, name: str) -> Blueprint:
+def read_plan(folder: Path, name: str, trusted: Sequence[str | Found] = ()) -> Blueprint:
     """The blueprint of a modality folder, to be called `name`, whatever backbone and files it has.
 
     Raises ConfigError or ValueError naming the file.
     """
     path = folder / "modality.json"
     about = read_about(folder)
+    may_run = partial(find_received, sha256=about.get("plugin_sha256"), trusted=trusted)
     try:
-        plan = blueprint(name, about["plugin"], about["options"], None, str(path), saved=True)
+        plan = blueprint(name, about["plugin"], about["options"], None, str(path), saved=True, find=may_run)
+    except Untrusted:
+        raise
     except ConfigError as error:
-        raise ConfigError(f"{error}; {_how_to_get_plugin(about['plugin'], path)}") from error
+        raise ConfigError(f"{error}; {_how_to_get_plugin(about['plugin'])}") from error
     sha256 = about["files"].get(_ADAPTER[0])
     adapter = None if sha256 is None else lora.read_adapter(folder, sha256, path)
     return replace(plan, adapter=adapter)
 
 
-def _how_to_get_plugin(plugin: str, path: Path) -> str:
-    if ".py:" in plugin:
-        return (
-            "a modality folder names the file of its plugin and does not contain it: get the file that made this one, "
-            f'and write where it lies as "plugin" in {path}'
-        )
+def _how_to_get_plugin(plugin: str) -> str:
+    if file_of(plugin):
+        return "a modality folder does not contain its plugin: get the file that made this one"
     return "install the package that brings its plugin, in the version that made the folder"
 
 
@@ -242,7 +257,7 @@ def load_modality(model: MoLoRA, name: str, folder: Path) -> None:
     if changed := [f"{key} was {about[key]!r}, is {now[key]!r}" for key in now if about[key] != now[key]]:
         raise ValueError(
             f"{path}: plugin {about['plugin']!r} has changed since: {'; '.join(changed)}; "
-            f"{_how_to_get_plugin(about['plugin'], path)}"
+            f"{_how_to_get_plugin(about['plugin'])}"
         )
     _load(model.projectors[name].state_dict(), folder / _PROJECTOR, files[_PROJECTOR], path)
     if _ENCODER in files:
@@ -282,7 +297,7 @@ def write_run(
     run: Path,
     backbone: Identity,
     modalities: Sequence[str],
-    router: RouterConfig,
+    router: RouterConfig | RouterPlan,
     *,
     dtype: str | None = None,
     learned: Mapping[str, Tensor] | None = None,
@@ -295,13 +310,15 @@ def write_run(
     folder = os.path.relpath(os.path.realpath(source), os.path.realpath(run)) if Path(source).is_dir() else None
     if learned:
         write_tensors(run / _ROUTER, learned)
+    plan = router if isinstance(router, RouterPlan) else router_plan(router)
     write_json(
         run / "molora.json",
         {
             "format_version": FORMAT_VERSION,
             "backbone": {**asdict(backbone), "folder": folder, "dtype": dtype},
             "modalities": list(modalities),
-            "router": {"plugin": router.plugin, "options": router.options},
+            "router": {"plugin": plan.found.spec, "options": plan.options},
+            "router_sha256": plan.found.sha256,
             "files": {_ROUTER: file_hash(run / _ROUTER)} if learned else {},
         },
     )
@@ -316,6 +333,7 @@ class RunAbout:
     modalities: list[str]
     router: RouterConfig
     files: Mapping[str, str] | None
+    router_sha256: str | None = None
 
     def backbone_source(self) -> str:
         """The folder or hub id of the backbone. Raises ConfigError for a folder that is not there.
@@ -332,6 +350,11 @@ class RunAbout:
                 f'path from {self.folder} as "folder" there'
             )
         return path
+
+    def router_plan(self, trusted: Sequence[str | Found] = ()) -> RouterPlan:
+        """The run's router; `trusted` as in `read_blueprint`. Raises ConfigError."""
+        may_run = partial(find_received, sha256=self.router_sha256, trusted=trusted)
+        return router_plan(self.router, str(self.folder / "molora.json"), may_run)
 
     def modality_folders(self) -> dict[str, Path]:
         """Modality folders by name; others that molora.json does not name are not part of the run. Raises ConfigError
@@ -366,7 +389,7 @@ def read_run(run: Path) -> RunAbout:
     if router.path is not None:
         raise ValueError(f"{path}: router.path is {router.path!r:.80}, but a run has its own router; copy it again")
     files = listed_files(about["files"], path) if "files" in about else None
-    return RunAbout(run, {"folder": None, "dtype": None, **backbone}, names, router, files)
+    return RunAbout(run, {"folder": None, "dtype": None, **backbone}, names, router, files, about.get("router_sha256"))
 
 
 def load_router(model: MoLoRA, run: Path) -> None:

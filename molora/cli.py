@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -38,6 +39,14 @@ RuleOption = Annotated[
 UrlsOption = Annotated[bool, typer.Option("--allow-urls", help="Fetch media over HTTP where messages name a URL.")]
 PrivateOption = Annotated[
     bool, typer.Option("--allow-private-addresses", help="With --allow-urls: from inside a network too.")
+]
+TrustOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trust-plugin",
+        metavar="SPEC",
+        help="Run this plugin's code where a folder names it: path/to/file.py:Class or package.module:Class; repeat.",
+    ),
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]…", help="Settings that replace the file's.")
@@ -81,7 +90,7 @@ def _options(
 
 
 @app.command()
-def train(config: ConfigArgument, overrides: Overrides = None) -> None:
+def train(config: ConfigArgument, overrides: Overrides = None, trust_plugin: TrustOption = None) -> None:
     """Run a recipe: writes a run folder, and goes on where it stopped."""
     from molora.config import read
     from molora.terminal import say
@@ -90,7 +99,7 @@ def train(config: ConfigArgument, overrides: Overrides = None) -> None:
 
     recipe = read(Recipe, config, overrides or ())
     with _stoppable():
-        run = run_recipe(recipe)
+        run = run_recipe(recipe, trust=trust_plugin or ())
     say(f"done: {run}")
 
 
@@ -139,6 +148,7 @@ def generate(
     strict: StrictOption = False,
     allow_urls: UrlsOption = False,
     allow_private_addresses: PrivateOption = False,
+    trust_plugin: TrustOption = None,
 ) -> None:
     """Answer one question, streamed; or, with --messages and --output, a mixed batch: a row that fails gets its error
     for an answer, and exit code 2 says so."""
@@ -168,6 +178,7 @@ def generate(
             router=_rules(rule),
             allow_urls=allow_urls,
             allow_private_addresses=allow_private_addresses,
+            trust=trust_plugin or (),
         )
 
     if messages is not None and output is not None:
@@ -217,6 +228,7 @@ def evaluate(
     strict: StrictOption = False,
     allow_urls: UrlsOption = False,
     allow_private_addresses: PrivateOption = False,
+    trust_plugin: TrustOption = None,
 ) -> None:
     """Answer the evaluations of a config or a recipe: a table, and JSON in MODEL/evaluation.json, or alone on standard
     output if MODEL is no run. Questions that cannot be asked are counted, and exit code 2 says so."""
@@ -236,6 +248,7 @@ def evaluate(
         router=_rules(rule),
         allow_urls=allow_urls,
         allow_private_addresses=allow_private_addresses,
+        trust=trust_plugin or (),
     )
     about = {**model_hashes(model, modality or ()), "rules": sorted(rule or ())}
     results: dict[str, dict[str, float]] = {}
@@ -290,35 +303,49 @@ def verify(
     messages: Annotated[
         Path | None, typer.Option(metavar="IN.jsonl", help="Conversations with media to check on.")
     ] = None,
+    recipe_data: Annotated[
+        bool,
+        typer.Option(
+            "--recipe-data", help="Check on rows of the run's recipe too, from wherever its config.yaml says."
+        ),
+    ] = False,
     against: Annotated[
         str | None, typer.Option(metavar="OLD", help="Compare with this model instead: nothing they share has moved.")
     ] = None,
     allow_urls: UrlsOption = False,
     allow_private_addresses: PrivateOption = False,
+    trust_plugin: TrustOption = None,
 ) -> None:
-    """Check the promises on this model and print a table. It brings its own samples: examples of its modalities and,
-    if it is a run, its recipe's data."""
+    """Check the promises on this model and print a table. It brings its own samples, examples of its modalities; rows
+    of its recipe or of a file can be added."""
     from molora.against import unmoved
     from molora.config import ConfigError, read
     from molora.data import SourceConfig, open_source
     from molora.loading import load, locate
     from molora.messages import media_parts
     from molora.train import Recipe
+    from molora.trust import find_received
     from molora.verify import verify as check
 
     if against is not None:
-        if messages is not None:
-            raise ConfigError("--against compares on samples of its own; leave --messages out")
+        if messages is not None or recipe_data:
+            raise ConfigError("--against compares on samples of its own; leave --messages and --recipe-data out")
         if rule:
             raise ConfigError("--against compares what the two models' own routers take; leave --rule out")
-        raise typer.Exit(0 if unmoved(against, model, modality or ()) else 1)
+        raise typer.Exit(0 if unmoved(against, model, modality or (), trust_plugin or ()) else 1)
     run = Path(model)
     sources: list[SourceConfig] = []
     if messages is not None:
         sources = [SourceConfig(kind="messages", options={"path": str(messages)})]
-    elif (run / "config.yaml").is_file():
+        if recipe_data:
+            raise ConfigError("--messages and --recipe-data both say on which rows to check; give one of them")
+    elif recipe_data:
+        if not (run / "config.yaml").is_file():
+            raise ConfigError(f"{run}: no config.yaml, so no recipe whose data could be read; leave --recipe-data out")
         sources = [source for stage in read(Recipe, run / "config.yaml").stages for source in stage.data.values()]
-    opened = [open_source(source, "data") for source in sources]
+    trust = trust_plugin or ()
+    may_run = partial(find_received, sha256=None, trusted=trust)
+    opened = [open_source(source, "data", may_run) for source in sources]
     rows = [source[row] for source in opened for row in range(min(len(source), VERIFIED_ROWS))]
     loaded = load(
         model,
@@ -326,6 +353,7 @@ def verify(
         router=_rules(rule),
         allow_urls=allow_urls,
         allow_private_addresses=allow_private_addresses,
+        trust=trust,
     )
     if messages is None:  # the recipe may know modalities that have been taken out since
         known = loaded.processor.part_types
@@ -471,6 +499,7 @@ def doctor(
         ),
     ] = None,
     modality: ModalityOption = None,
+    trust_plugin: TrustOption = None,
     device_memory: Annotated[
         float | None, typer.Option(metavar="GIB", help="Ask about a device that has this much, instead of this one's.")
     ] = None,
@@ -481,9 +510,9 @@ def doctor(
     if fit is not None:
         from molora.fit import main as measure
 
-        raise typer.Exit(measure(fit, overrides or (), modality or (), device_memory))
-    if overrides or modality or device_memory is not None:
-        raise ConfigError("settings, --modality and --device-memory go with --fit: say what is to fit")
+        raise typer.Exit(measure(fit, overrides or (), modality or (), device_memory, trust_plugin or ()))
+    if overrides or modality or trust_plugin or device_memory is not None:
+        raise ConfigError("settings, --modality, --trust-plugin and --device-memory go with --fit: say what is to fit")
     from molora.doctor import main as examine
 
     raise typer.Exit(examine())

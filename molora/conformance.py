@@ -31,7 +31,7 @@ from molora.config import ConfigError, build
 from molora.modality import Encoder, Frames, MediaError, Modality, Prepared
 from molora.model import MoLoRA
 from molora.optim import PartConfig, set_trainable
-from molora.plugins import available, resolve
+from molora.plugins import available, find, resolve
 from molora.processor import Processor
 from molora.seeding import seeded
 from molora.train import train_step
@@ -749,7 +749,7 @@ def _check_folder(trial: Trial, model: MoLoRA, processor: Processor, *, with_wei
     save_modality(model, OWN, trial.blueprint(), folder, pristine)
     advice = f"saved_config(with_weights={with_weights}) gives a config that builds the same modules"
     try:
-        plan, _ = read_blueprint(folder, model.backbone.identity, OWN)
+        plan, _ = read_blueprint(folder, model.backbone.identity, OWN, [find("modality", trial.spec)])
         # Another seed, so that only what was saved can be the same.
         again, its_processor = tiny_molora({OWN: plan, OTHER: trial.neighbour()}, seed=SEED + 1)
         load_modality(again, OWN, folder)

@@ -18,7 +18,7 @@ from molora.interrupt import leave_interrupts_to_parent
 from molora.messages import conversation, rooted
 from molora.modality import MediaError
 from molora.pack import Sample
-from molora.plugins import resolve
+from molora.plugins import Finder, find
 from molora.processor import Processor, SampleTooLong
 from molora.routing import RoutingError
 from molora.rows import JsonRows
@@ -96,12 +96,12 @@ def _tags(value: Any, where: str) -> list[str]:
     return [tag for tag in dict.fromkeys(tags) if tag]
 
 
-def open_source(config: SourceConfig, where: str) -> Source:
-    """Opens a source by its kind, a built-in name or a plugin's. Raises ConfigError."""
+def open_source(config: SourceConfig, where: str, find: Finder = find) -> Source:
+    """Opens a source by its kind, a built-in name or a plugin's, which `find` finds. Raises ConfigError."""
     try:
-        source_class: Any = resolve("source", config.kind)
+        source_class: Any = find("source", config.kind).plugin
     except ConfigError as error:
-        raise ConfigError(f"{where}.kind: {error}") from error
+        raise type(error)(f"{where}.kind: {error}") from error
     source: Source = source_class(build(source_class.config_type, config.options, f"{where}.options"))
     return source if config.limit is None else _First(source, config.limit)
 

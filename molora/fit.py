@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
-from molora.assembly import Blueprint, RouterConfig, assemble, blueprint, pick_device
+from molora.assembly import Blueprint, RouterConfig, RouterPlan, assemble, blueprint, pick_device
 from molora.backbone import Backbone, Identity, read_dtype
 from molora.cache import PackedCache
 from molora.checkpoint import read_plan
@@ -47,7 +47,8 @@ from molora.routing import Flow, RoutingError, flowing
 from molora.seeding import seed_of
 from molora.terminal import console, print_table, say, styled
 from molora.tiny import byte_tokenizer
-from molora.train import Recipe, StageConfig, router_config, train_step
+from molora.train import Recipe, StageConfig, recipe_router, train_step
+from molora.trust import Untrusted, check_backbone
 
 # Rows of a stage's data from which its packs are known.
 _SAMPLED_ROWS = 64
@@ -121,7 +122,13 @@ class Fit:
 # A model without weights -----------------------------------------------------------------------------------------
 
 
-def on_meta(source: Recipe | str | Path, modalities: Sequence[str | Path] = (), *, dtype: str | None = None) -> MoLoRA:
+def on_meta(
+    source: Recipe | str | Path,
+    modalities: Sequence[str | Path] = (),
+    *,
+    dtype: str | None = None,
+    trust: Sequence[str] = (),
+) -> MoLoRA:
     """The model of a recipe, of a run, or of a backbone (folder or hub id) with modality folders, on the meta device.
 
     It has every parameter and buffer, with shape and dtype, and none of their values. Of the hub it needs descriptions
@@ -131,9 +138,9 @@ def on_meta(source: Recipe | str | Path, modalities: Sequence[str | Path] = (), 
     """
     if isinstance(source, Recipe):
         path, revision, dtype = source.backbone.path, source.backbone.revision, dtype or source.backbone.dtype
-        router = router_config(source)
+        router = recipe_router(source, trust)
         plans = {
-            name: read_plan(Path(config.path), name)
+            name: read_plan(Path(config.path), name, trust)
             if config.path is not None
             else blueprint(name, str(config.plugin), config.options, config.adapter, f"modalities.{name}")
             for name, config in source.modalities.items()
@@ -144,15 +151,20 @@ def on_meta(source: Recipe | str | Path, modalities: Sequence[str | Path] = (), 
         layout = locate(source, modalities)
         path, revision = layout.backbone, None
         dtype = dtype or (None if layout.run is None else layout.run.backbone["dtype"])
-        router = RouterConfig() if layout.run is None else layout.run.router
-        plans = {name: read_plan(folder, name) for name, folder in layout.folders.items()}
+        router = RouterConfig() if layout.run is None else layout.run.router_plan(trust)
+        plans = {name: read_plan(folder, name, trust) for name, folder in layout.folders.items()}
     with torch.device("meta"):
         return _assembled(_backbone(path, revision, dtype), plans, router)
 
 
 def _backbone(source: str, revision: str | None, dtype: str | None) -> Backbone:
     try:
-        config = AutoConfig.from_pretrained(source, revision=revision)
+        check_backbone(
+            PretrainedConfig.get_config_dict(source, revision=revision)[0], f"backbone {source!r}: config.json"
+        )
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except Untrusted:
+        raise
     except (OSError, ValueError) as error:
         raise ValueError(
             f"backbone {source!r}: its config.json cannot be read, or fetched from the hub ({_first_line(error)}); "
@@ -161,7 +173,10 @@ def _backbone(source: str, revision: str | None, dtype: str | None) -> Backbone:
     if dtype is None and config.dtype is None:
         raise ConfigError(f"backbone {source!r}: its config.json names no dtype, and weights are not read; give dtype")
     model = AutoModelForCausalLM.from_config(
-        config, dtype=config.dtype if dtype is None else read_dtype(dtype), attn_implementation="eager"
+        config,
+        dtype=config.dtype if dtype is None else read_dtype(dtype),
+        attn_implementation="eager",
+        trust_remote_code=False,
     )
     # What a probe finds is a factor, which takes no memory.
     return Backbone(model, Identity(source, "", "", "", ""), probe={"embed_scale": 1.0})
@@ -171,7 +186,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def _assembled(backbone: Backbone, plans: Mapping[str, Blueprint], router: RouterConfig) -> MoLoRA:
+def _assembled(backbone: Backbone, plans: Mapping[str, Blueprint], router: RouterConfig | RouterPlan) -> MoLoRA:
     try:
         return assemble(backbone, byte_tokenizer(), plans, router)[0]
     except (RuntimeError, NotImplementedError) as error:
@@ -311,7 +326,7 @@ class DryRun(TorchDispatchMode):
 # What is run -----------------------------------------------------------------------------------------------------
 
 
-def fit_recipe(recipe: Recipe) -> Fit:
+def fit_recipe(recipe: Recipe, trust: Sequence[str] = ()) -> Fit:
     """What a recipe needs in each of its stages and evaluations, in one process.
 
     Weights, gradients and the optimiser's state are exact. Activations are all else that a `train_step` holds at its
@@ -330,7 +345,7 @@ def fit_recipe(recipe: Recipe) -> Fit:
     Raises ConfigError or ValueError as `on_meta` does, and RuntimeError for layers whose shapes depend on values, or of
     which torch tells none (experts that are not in bf16).
     """
-    model = on_meta(recipe)
+    model = on_meta(recipe, trust=trust)
     owned = weights(model)
     learned = [_learned(model, stage, f"stages.{index}.train") for index, stage in enumerate(recipe.stages)]
     dry = DryRun(model)
@@ -656,6 +671,7 @@ def main(
     overrides: Sequence[str] = (),
     modalities: Sequence[str | Path] = (),
     device_memory_gib: float | None = None,
+    trust: Sequence[str] = (),
 ) -> int:
     """Prints what a recipe (a YAML file, with its overrides) or a model needs. Returns 1 if it does not fit, else 0.
 
@@ -670,10 +686,10 @@ def main(
             if modalities:
                 raise ConfigError(f"{source}: a recipe names its modalities itself; --modality goes with a backbone")
             recipe = read(Recipe, source, overrides)
-            name, fit = recipe.device, fit_recipe(recipe)
+            name, fit = recipe.device, fit_recipe(recipe, trust)
         else:
             config = build(AnsweringConfig, options(overrides), "--fit")
-            fit = fit_model(on_meta(source, modalities, dtype=config.dtype), config)
+            fit = fit_model(on_meta(source, modalities, dtype=config.dtype, trust=trust), config)
     kind = pick_device(name).type
     if kind == "cpu" and device_memory_gib is None:
         fit = replace(fit, process=Need("Python", libraries, "the interpreter and its libraries"))

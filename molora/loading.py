@@ -8,9 +8,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from molora.assembly import Blueprint, RouterConfig, assemble, pick_device
+from molora.assembly import RouterConfig, assemble, pick_device
 from molora.backbone import load_backbone
-from molora.checkpoint import RunAbout, file_hash, load_modality, load_router, read_about, read_blueprint, read_run
+from molora.checkpoint import (
+    RunAbout,
+    check_modality,
+    file_hash,
+    load_modality,
+    load_router,
+    read_about,
+    read_plan,
+    read_run,
+)
 from molora.config import ConfigError
 from molora.generate import Failed, GenerationConfig, attempt, generate
 from molora.media import MediaPolicy
@@ -164,8 +173,12 @@ def load(
     device: str | None = None,
     allow_urls: bool = False,
     allow_private_addresses: bool = False,
+    trust: Sequence[str] = (),
 ) -> LoadedModel:
     """Opens a run folder, or a backbone (folder or hub id) with modality folders.
+
+    Folders name their plugins. Those that are neither molora's nor declared by an installed package run only if `trust`
+    names them, as `path/to/file.py:Class` or `package.module:Class`, or did so before; see `molora.trust`.
 
     `allow_urls`: whether media may be fetched over HTTP, whatever the messages say; `allow_private_addresses`: from
     inside a network too (see `MediaPolicy`).
@@ -174,25 +187,23 @@ def load(
     """
     layout = locate(source, modalities)
     run = layout.run
-    where = "router"
-    if router is None and run is not None:
-        router, where = run.router, str(run.folder / "molora.json")
+    own = run.router_plan(trust) if run is not None and router is None else None
+    where = str(run.folder / "molora.json") if run is not None and own is not None else "router"
+    plans = {name: read_plan(folder, name, trust) for name, folder in layout.folders.items()}
     dtype = dtype or (None if run is None else run.backbone["dtype"])
     backbone, tokenizer = load_backbone(layout.backbone, dtype=dtype, device=pick_device(device))
     if run is not None:
         for warning in backbone.identity.check(run.backbone, str(run.folder / "molora.json")):
             warn(warning)
-    plans: dict[str, Blueprint] = {}
-    for name, folder in layout.folders.items():
-        plans[name], warnings = read_blueprint(folder, backbone.identity, name)
-        for warning in warnings:
+    for folder in layout.folders.values():
+        for warning in check_modality(folder, backbone.identity):
             warn(warning)
     media_policy = MediaPolicy(allow_urls=allow_urls, allow_private_addresses=allow_private_addresses)
     model, processor = assemble(
-        backbone, tokenizer, plans, router or RouterConfig(), where=where, media_policy=media_policy
+        backbone, tokenizer, plans, own or router or RouterConfig(), where=where, media_policy=media_policy
     )
     for name, folder in layout.folders.items():
         load_modality(model, name, folder)
-    if run is not None and router is run.router:
+    if run is not None and own is not None:
         load_router(model, run.folder)
     return LoadedModel(model.eval(), processor)

@@ -48,7 +48,10 @@ _REFUSED = {
     "megatron_config": (None, "names a module to import"),
 }
 # What PEFT writes for its own way of opening a model, which is not molora's.
-_OF_PEFT_ALONE = ("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version")
+_OF_PEFT_ALONE = (
+    *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version"),
+    "runtime_config",
+)
 _MAX_TARGETS = 4096
 _MAX_PATTERN_LENGTH = 4096
 _FEW = 100

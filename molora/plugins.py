@@ -1,7 +1,8 @@
 """Plugins: from a name in a config to the class that it means.
 
 A spec is a built-in name, `package.module:Class`, `path/to/file.py:Class`, or a name that an installed package declares
-in the entry-point group `molora.modalities`, `molora.routers` or `molora.sources`.
+in the entry-point group `molora.modalities`, `molora.routers` or `molora.sources`. This is for what a user writes; what
+a received folder says goes through `molora.trust`, which decides whether its code may run.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import re
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -49,6 +53,20 @@ class Plugin(NamedTuple):
     spec: str
 
 
+@dataclass(frozen=True)
+class Found:
+    """A plugin's class, and what folders record of it: a spec without a path, and the SHA-256 of `file`, the code that
+    was run for it. Both are None for what comes by name, with molora or an installed package."""
+
+    plugin: type
+    spec: str
+    sha256: str | None = None
+    file: Path | None = None
+
+
+Finder = Callable[[Kind, str], Found]
+
+
 def available(kind: Kind) -> list[Plugin]:
     """Every plugin of a kind that has a name, built-in ones first."""
     if kind == "modality":
@@ -66,28 +84,76 @@ def available(kind: Kind) -> list[Plugin]:
 
 
 def resolve(kind: Kind, spec: str) -> type:
-    """Finds the class that `spec` means and checks that it has the members of its contract.
+    """The class that `spec` means; see `find`."""
+    return find(kind, spec).plugin
+
+
+def find(kind: Kind, spec: str) -> Found:
+    """Finds the class that a user's `spec` means, runs its module, and checks that it has the members of its contract.
 
     Raises: ConfigError if nothing or more than one plugin answers to the name, if its module cannot be imported, or
     if the class lacks members.
     """
-    if spec.endswith(".py"):
-        fit = [name for name, found in _classes(_import(kind, spec, spec)).items() if not _missing(kind, found)]
-        choices = " or ".join(f"{spec}:{name}" for name in fit or ["Class"])
-        raise ConfigError(f"{kind} {spec!r}: names a file and no class in it; write {choices}")
+    if file := file_of(spec):
+        path = Path(file[0]).expanduser().resolve()
+        return find_in_file(kind, spec, path, lambda: _source(path))
     target = spec if ":" in spec else _named(kind, spec).spec
     module_name, _, class_name = target.rpartition(":")
-    module = _import(kind, spec, module_name)
-    try:
-        found = getattr(module, class_name)
-    except AttributeError as error:
+    module = _run(kind, spec, module_name, lambda: importlib.import_module(module_name))
+    plugin = _class_in(kind, spec, module, module_name, class_name)
+    if comes_by_name(kind, spec):
+        return Found(plugin, spec)
+    origin = getattr(module, "__file__", None)
+    file = None if origin is None else Path(origin)
+    return Found(plugin, spec, None if file is None else hashlib.sha256(file.read_bytes()).hexdigest(), file)
+
+
+def find_in_file(kind: Kind, spec: str, path: Path, read: Callable[[], bytes]) -> Found:
+    """The class that `spec` names in a file at `path` with the content that `read` gives: what is hashed is what runs.
+
+    Raises ConfigError as `find` does.
+    """
+    sha256 = ""
+
+    def run() -> ModuleType:
+        nonlocal sha256
+        source = read()
+        sha256 = hashlib.sha256(source).hexdigest()
+        return _run_file(path, source, sha256)
+
+    class_name = spec.rpartition(".py")[2].removeprefix(":")
+    module = _run(kind, spec, spec.removesuffix(f":{class_name}"), run)
+    if not class_name:
+        fit = [name for name, found in _classes(module).items() if not _missing(kind, found)]
+        choices = " or ".join(f"{spec}:{name}" for name in fit or ["Class"])
+        raise ConfigError(f"{kind} {spec!r}: names a file and no class in it; write {choices}")
+    plugin = _class_in(kind, spec, module, spec.removesuffix(f":{class_name}"), class_name)
+    return Found(plugin, f"{path.name}:{class_name}", sha256, path)
+
+
+def file_of(spec: str) -> tuple[str, str] | None:
+    """The path and the class of a spec that names a file; None for another. Without a class that is empty."""
+    parts = re.fullmatch(r"(.*\.py)(?::([^:/]*))?", spec, flags=re.DOTALL)
+    return (parts[1], parts[2] or "") if parts else None
+
+
+def comes_by_name(kind: Kind, spec: str) -> bool:
+    """Whether a spec means a class that comes with molora or that an installed package declares."""
+    if file_of(spec):
+        return False
+    return ":" not in spec or spec.startswith("molora.") or any(plugin.spec == spec for plugin in available(kind))
+
+
+def _class_in(kind: Kind, spec: str, module: ModuleType, place: str, class_name: str) -> type:
+    found = getattr(module, class_name, None)
+    if found is None:
         classes = list(_classes(module))
         raise ConfigError(
-            f"{kind} {spec!r}: {module_name} has no {class_name!r}{_nearest(class_name, classes)}"
+            f"{kind} {spec!r}: {place} has no {class_name!r}{_nearest(class_name, classes)}"
             f" its classes: {', '.join(classes) or 'none'}"
-        ) from error
+        )
     if not isinstance(found, type):
-        raise ConfigError(f"{kind} {spec!r}: {target} is {found!r}, not a class")
+        raise ConfigError(f"{kind} {spec!r}: {place}:{class_name} is {found!r}, not a class")
     if missing := _missing(kind, found):
         raise ConfigError(f"{kind} {spec!r}: class {class_name} lacks {', '.join(missing)}, which every {kind} has")
     return found
@@ -125,30 +191,33 @@ def _named(kind: Kind, name: str) -> Plugin:
     return owners[0]
 
 
-def _import(kind: Kind, spec: str, module_name: str) -> ModuleType:
+def _run(kind: Kind, spec: str, place: str, run: Callable[[], ModuleType]) -> ModuleType:
     try:
-        if module_name.endswith(".py"):
-            return _import_file(Path(module_name))
-        return importlib.import_module(module_name)
+        return run()
     except Exception as error:  # a plugin can fail in any way; its own error is shown and chained
         why = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{kind} {spec!r}: importing {module_name!r} failed: {why}") from error
+        raise ConfigError(f"{kind} {spec!r}: importing {place!r} failed: {why}") from error
 
 
-def _import_file(path: Path) -> ModuleType:
-    """Imports a file once, under a name made from its path so that its classes pickle to forked data workers."""
-    path = path.expanduser().resolve()
-    name = f"molora_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    if name in sys.modules:
-        return sys.modules[name]
+def _source(path: Path) -> bytes:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
+    return path.read_bytes()
+
+
+def _run_file(path: Path, source: bytes, sha256: str) -> ModuleType:
+    """Runs a file's code once, under a name made from path and content so that its classes pickle to data workers."""
+    key = hashlib.sha256(f"{path} {sha256}".encode()).hexdigest()
+    name = f"molora_plugin_{path.stem}_{key[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
     module_spec = importlib.util.spec_from_file_location(name, path)
-    assert module_spec is not None and module_spec.loader is not None, "a .py file always has a loader"
+    assert module_spec is not None, "a .py file always has a loader"
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[name] = module
     try:
-        module_spec.loader.exec_module(module)
+        # Not through the loader, which would read the file again, or a .pyc beside it.
+        exec(compile(source, str(path), "exec", dont_inherit=True), vars(module))
     except BaseException:
         del sys.modules[name]
         raise

@@ -31,18 +31,20 @@ from molora.assembly import (
     Blueprint,
     ModalityConfig,
     RouterConfig,
+    RouterPlan,
     assemble,
     blueprint,
+    router_plan,
 )
 from molora.backbone import load_backbone
 from molora.checkpoint import (
     check_format,
+    check_modality,
     copy_modality,
     latest_state,
     load_modality,
     load_router,
     read_about,
-    read_blueprint,
     read_plan,
     read_run,
     read_state,
@@ -62,6 +64,7 @@ from molora.modality import MediaError
 from molora.model import MoLoRA
 from molora.optim import PartConfig, PartOptimizer, count, learning_rate, matches, set_trainable
 from molora.pack import Pack, Sample
+from molora.plugins import Kind, find
 from molora.preflight import Trial
 from molora.processor import Processor, SampleTooLong
 from molora.received import read_json
@@ -69,6 +72,7 @@ from molora.routing import Routing
 from molora.seeding import seed_of
 from molora.storage import hold, write_json, write_text
 from molora.terminal import progress, say, warn
+from molora.trust import remember
 
 # What a full disk, a quota or a limit on the size of files says.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -149,8 +153,11 @@ class Recipe:
             )
 
 
-def train(recipe: Recipe, *, show: bool = True) -> Path:
+def train(recipe: Recipe, *, show: bool = True, trust: Sequence[str] = ()) -> Path:
     """Runs a recipe to its end, going on from the latest state if the run has one. Returns the run folder.
+
+    What the recipe names may run, and is trusted from then on; plugins that a folder it names (`path`) names in turn
+    may run if `trust` names them, as in `molora.load`.
 
     The first SIGINT or SIGTERM saves after the step under way and raises Stopped, a second one acts at once.
 
@@ -169,7 +176,7 @@ def train(recipe: Recipe, *, show: bool = True) -> Path:
     with hold(folder), Interrupt() as interrupt:
         if latest_state(folder) != state:
             raise ConfigError(f"{folder}: another process trained it meanwhile; start again to go on from there")
-        run = _Run(recipe, accelerator, position, interrupt, show and accelerator.is_main_process)
+        run = _Run(recipe, accelerator, position, interrupt, show and accelerator.is_main_process, trust)
         try:
             run.begin(state, trials)
             with run.bars:
@@ -215,26 +222,27 @@ def _open_sources(recipe: Recipe, position: _Position) -> dict[str, Trial]:
     return trials
 
 
-def build_model(recipe: Recipe, device: torch.device) -> tuple[MoLoRA, Processor, dict[str, Blueprint]]:
-    """The model a recipe describes, before training, with its processor and blueprints."""
+def build_model(
+    recipe: Recipe, device: torch.device, trust: Sequence[str] = ()
+) -> tuple[MoLoRA, Processor, dict[str, Blueprint]]:
+    """The model a recipe describes, before training, with its processor and blueprints. `trust` as in `train`."""
     plans: dict[str, Blueprint] = {}
     saved: dict[str, Path] = {}
     for name, config in recipe.modalities.items():  # first, since a backbone takes long
         if config.path is not None:
             saved[name] = Path(config.path)
             try:
-                plans[name] = read_plan(saved[name], name)
+                plans[name] = read_plan(saved[name], name, trust)
             except ConfigError as error:
-                raise ConfigError(f"modalities.{name}.path: {error}") from error
+                raise type(error)(f"modalities.{name}.path: {error}") from error
         else:
             plans[name] = blueprint(name, str(config.plugin), config.options, config.adapter, f"modalities.{name}")
-    router = router_config(recipe)
+    router = recipe_router(recipe, trust)
     backbone, tokenizer = load_backbone(
         recipe.backbone.path, dtype=recipe.backbone.dtype, revision=recipe.backbone.revision, device=device
     )
-    for name, folder in saved.items():
-        plans[name], warnings = read_blueprint(folder, backbone.identity, name)
-        for warning in warnings:
+    for folder in saved.values():
+        for warning in check_modality(folder, backbone.identity):
             warn(warning)
     where = "router" if recipe.router.path is None else str(Path(recipe.router.path) / "molora.json")
     model, processor = assemble(
@@ -253,14 +261,28 @@ def build_model(recipe: Recipe, device: torch.device) -> tuple[MoLoRA, Processor
     return model, processor, plans
 
 
-def router_config(recipe: Recipe) -> RouterConfig:
-    """The router's plugin and options, the recipe's own or those of the run it names."""
+def recipe_router(recipe: Recipe, trust: Sequence[str] = ()) -> RouterPlan:
+    """The router's plugin and options, the recipe's own or those of the run it names. `trust` as in `train`."""
     router = recipe.router
     if router.path is None:
-        return router
+        return router_plan(router)
     if router != RouterConfig(path=router.path):
         raise ConfigError(f"router: path {router.path!r} brings plugin and options with it; leave them out")
-    return read_run(Path(router.path)).router
+    return read_run(Path(router.path)).router_plan(trust)
+
+
+def remember_plugins(recipe: Recipe) -> None:
+    """Trusts the files and modules that a recipe of the user's names, wherever folders made with them name them."""
+    sources = [source for stage in recipe.stages for source in stage.data.values()]
+    sources += [evaluation.data for evaluation in recipe.evaluations.values()]
+    named: dict[Kind, Iterable[str | None]] = {
+        "modality": (config.plugin for config in recipe.modalities.values()),
+        "router": [recipe.router.plugin],
+        "source": (source.kind for source in sources),
+    }
+    for kind, specs in named.items():
+        for spec in filter(None, specs):
+            remember(find(kind, spec))
 
 
 def describe(model: MoLoRA, stage: StageConfig) -> None:
@@ -434,14 +456,21 @@ class _Run:
     """A recipe in progress: the model, where it stands, and what it leaves on disk."""
 
     def __init__(
-        self, recipe: Recipe, accelerator: Accelerator, position: _Position, interrupt: Interrupt, show: bool
+        self,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        position: _Position,
+        interrupt: Interrupt,
+        show: bool,
+        trust: Sequence[str],
     ) -> None:
         self.recipe = recipe
         self.accelerator = accelerator
         self.interrupt = interrupt
         self.show = show
+        self.router = recipe_router(recipe, trust)
         self.folder = Path(recipe.run)
-        self.model, self.processor, self.plans = build_model(recipe, accelerator.device)
+        self.model, self.processor, self.plans = build_model(recipe, accelerator.device, trust)
         self.model.backbone.activation_checkpointing = recipe.activation_checkpointing
         self.pristine = {name: tensor_hash(encoder.state_dict()) for name, encoder in self.model.encoders.items()}
         self.log = MetricsLog(self.folder, accelerator)
@@ -470,6 +499,7 @@ class _Run:
             else:
                 say(f"{self.folder}: trained already, {done} of {total} steps; give another run= to train anew")
         if self.accelerator.is_main_process:
+            remember_plugins(self.recipe)
             write_text(self.folder / "config.yaml", dump(self.recipe))
             if state:  # a kill may have come between the state and the folders made from it
                 self._export()
@@ -681,7 +711,7 @@ class _Run:
             self.folder,
             self.model.backbone.identity,
             list(self.model.modalities),
-            router_config(self.recipe),
+            self.router,
             dtype=self.recipe.backbone.dtype,
             learned=self.model.router_tensors(),
         )

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from molora.backbone import decoder_layers, stock_attention, weights_hash
-from molora.checkpoint import read_about, read_blueprint
+from molora.checkpoint import check_modality, read_about
 from molora.experts import Choices, routers
 from molora.generate import GenerationConfig, generate
 from molora.loading import LoadedModel
@@ -348,7 +348,7 @@ def _whole(model: MoLoRA, folders: Mapping[str, Path]) -> Check:
     """Modality folders have the hashes that they list, and what runs is what they hold."""
     other: list[str] = []
     for name, path in folders.items():
-        read_blueprint(path, model.backbone.identity, name)
+        check_modality(path, model.backbone.identity)
         here = {
             "projector.safetensors": model.projectors[name].state_dict(),
             "encoder.safetensors": model.encoders[name].state_dict(),

@@ -1,9 +1,19 @@
 """Settings for every test."""
 
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
 
 # Tiny models gain nothing from more threads, and two busy cores would make them wait for each other.
 torch.set_num_threads(1)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests train with is nothing to trust afterwards."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

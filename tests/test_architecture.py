@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 # A file may import files of its own tier and of those before it.
 TIERS = {
-    "leaves": "config interrupt media modality plain_yaml plugins received routing seeding storage terminal",
+    "leaves": "config interrupt media modality plain_yaml plugins received routing seeding storage terminal trust",
     "parts": "attention cache data experts lora loss messages metrics pack processor projector prompt rotary rows "
     "speech table template tiny worker",
     "backbone": "backbone",

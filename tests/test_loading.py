@@ -152,11 +152,19 @@ WRONG: dict[str, Case] = {
     ),
     "a module that is not installed": Case(
         lambda home, there: (home / "backbone", [edited(home / "numbers", there, plugin="acme:Depth")]),
-        ["numbers/modality.json: ", "No module named 'acme'", PACKAGE],
+        [
+            "numbers/modality.json: ",
+            "'acme:Depth': this code",
+            "install its package and give --trust-plugin acme:Depth",
+        ],
     ),
     "a plugin's file that is not here": Case(
-        lambda home, there: (home / "backbone", [edited(home / "depth", there, plugin="plugins/depth.py:Depth")]),
-        ["depth/modality.json: ", "plugins/depth.py; a modality folder names the file", '"plugin" in', "modality.json"],
+        lambda home, there: (home / "backbone", [edited(home / "depth", there, plugin="plugins/gone.py:Depth")]),
+        [
+            "depth/modality.json: ",
+            "'plugins/gone.py:Depth'",
+            "get the file and give --trust-plugin path/to/gone.py:Depth",
+        ],
     ),
     "a plugin's class that is gone": Case(
         lambda home, there: (home / "backbone", [edited(home / "depth", there, plugin=f"{home}/depth.py:Deep")]),
@@ -215,7 +223,7 @@ WRONG: dict[str, Case] = {
     ),
     "a router that is not installed": Case(
         lambda home, there: (copied_run(home, there, router={"plugin": "acme:Router", "options": {}}), []),
-        ["molora.json: router 'acme:Router': ", "No module named 'acme'"],
+        ["molora.json: router 'acme:Router': this code", "install its package and give --trust-plugin acme:Router"],
     ),
     "a learned router that meets a stranger": Case(
         lambda home, there: (copied_run(home, there), [home / "depth"]),
@@ -242,7 +250,9 @@ def test_what_does_not_fit_is_one_error_that_names_the_file_and_what_to_do(
 ) -> None:
     model, folders = WRONG[what].make(home, tmp_path)
     with pytest.raises(ValueError) as caught:
-        molora.load(model, folders, device="cpu")
+        molora.load(
+            model, folders, device="cpu", trust=[f"{home}/depth.py:{name}" for name in ("Depth", "Deep", "Half")]
+        )
     told, place = str(caught.value), 0
     assert "\n" not in told
     for text in WRONG[what].said:
@@ -278,7 +288,7 @@ def test_the_order_in_which_folders_are_named_changes_no_bit(home: Path) -> None
     folders = [home / name for name in ("numbers", "letters", "depth")]
     logits = []
     for named in (folders, folders[::-1]):
-        loaded = molora.load(home / "backbone", named, device="cpu")
+        loaded = molora.load(home / "backbone", named, device="cpu", trust=[f"{home}/depth.py:Depth"])
         samples = [
             loaded.encode([{"role": "user", "content": [part, {"type": "text", "text": "which?"}]}], name)
             for name in ("numbers", "letters", "depth")
@@ -291,21 +301,21 @@ def test_the_order_in_which_folders_are_named_changes_no_bit(home: Path) -> None
     assert all(torch.equal(logits[0][id], logits[1][id]) for id in logits[0])
 
 
-def test_a_folder_whose_plugin_is_a_file_moves_and_the_error_says_how_to_find_the_file_again(
+def test_a_folder_whose_plugin_is_a_file_moves_and_the_error_says_what_to_give(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The folder names the file as its recipe did, relative to where the command runs; it never holds code."""
-    moved = edited(home / "depth", tmp_path, plugin="depth.py:Depth")
-    assert {path.suffix for path in moved.iterdir()} == {".json", ".safetensors"}
-    monkeypatch.chdir(home)
-    assert set(molora.load(home / "backbone", [moved], device="cpu").model.modalities) == {"depth"}
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=f"write where it lies as .plugin. in {moved}/modality.json"):
-        molora.load(home / "backbone", [moved], device="cpu")
-    shutil.copy(home / "depth.py", tmp_path / "got_by_mail.py")
+    """The folder names the file without its path, and its hash; it never holds code."""
+    monkeypatch.setenv("MOLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(home)  # where the file lies, which is no reason to run it
+    moved = Path(shutil.copytree(home / "depth", tmp_path / "depth"))
     about = json.loads((moved / "modality.json").read_text())
-    (moved / "modality.json").write_text(json.dumps({**about, "plugin": f"{tmp_path}/got_by_mail.py:Depth"}))
-    assert set(molora.load(home / "backbone", [moved], device="cpu").model.modalities) == {"depth"}
+    assert about["plugin"] == "depth.py:Depth" and len(about["plugin_sha256"]) == 64
+    assert {path.suffix for path in moved.iterdir()} == {".json", ".safetensors"}
+    with pytest.raises(ConfigError, match="give --trust-plugin path/to/depth.py:Depth"):
+        molora.load(home / "backbone", [moved], device="cpu")
+    for trust in ([f"{home}/depth.py:Depth"], []):  # the word is remembered
+        loaded = molora.load(home / "backbone", [moved], device="cpu", trust=trust)
+        assert set(loaded.model.modalities) == {"depth"}
 
 
 def test_a_recipe_may_call_a_folder_by_another_name(home: Path, tmp_path: Path) -> None:
@@ -320,7 +330,8 @@ def test_a_recipe_may_call_a_folder_by_another_name(home: Path, tmp_path: Path) 
 
 def test_verify_checks_a_combination_with_plugins_on_their_own_examples(home: Path) -> None:
     folders = [part for name in ("numbers", "letters", "depth") for part in ("--modality", str(home / name))]
-    result = CliRunner().invoke(app, ["verify", str(home / "backbone"), *folders])
+    words = ["--trust-plugin", f"{home}/depth.py:Depth"]
+    result = CliRunner().invoke(app, ["verify", str(home / "backbone"), *folders, *words])
     assert result.exit_code == 0, result.output
     assert max(map(len, result.output.splitlines())) <= 80
     told = " ".join(result.output.replace("│", " ").split())
@@ -332,7 +343,8 @@ def test_verify_checks_a_combination_with_plugins_on_their_own_examples(home: Pa
 def test_verify_refuses_examples_of_another_kind(home: Path) -> None:
     """They would be samples of another modality, and this one would pass untried."""
     save(home, "lazy", f"{home}/depth.py:Lazy")
-    result = CliRunner().invoke(app, ["verify", str(home / "backbone"), "--modality", str(home / "lazy")])
+    words = ["--modality", str(home / "lazy"), "--trust-plugin", f"{home}/depth.py:Lazy"]
+    result = CliRunner().invoke(app, ["verify", str(home / "backbone"), *words])
     assert result.exit_code == 1
     assert "examples() are 3 parts of types ['numbers']; it has to give some, of its own type 'lazy'" in str(
         result.exception
