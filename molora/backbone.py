@@ -337,12 +337,12 @@ def load_backbone(
     return backbone, tokenizer
 
 
-def read_dtype(given: str) -> torch.dtype:
+def read_dtype(given: str, key: str = "dtype") -> torch.dtype:
     """The floating-point type that a word means. Raises ConfigError for any other word."""
     found = _DTYPES.get(given.lower().removeprefix("torch."))
     if found is None:
         words = ", ".join(_DTYPES)
-        raise ConfigError(f"dtype {given!r} is none that a backbone runs in; give one of {words}, or leave it out")
+        raise ConfigError(f"{key} {given!r} is none that a backbone runs in; give one of {words}, or leave it out")
     return found
 
 

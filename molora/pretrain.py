@@ -113,7 +113,7 @@ class PretrainConfig:
         require(self, 1, "vocab_size", "width", "mlp_width", "layers", "heads", "key_value_heads", "window_tokens")
         require(self, 1, "windows_per_step", "steps", "checkpoint_every_steps")
         require(self, 0, "learning_rate", "warmup_steps", "weight_decay")
-        self.precision = str(read_dtype(self.precision)).removeprefix("torch.")
+        self.precision = str(read_dtype(self.precision, "precision")).removeprefix("torch.")
         _require(self.precision in ("float32", "bfloat16"), f"precision {self.precision} is not float32 or bfloat16")
         _require(
             self.width % (8 * self.heads) == 0,
