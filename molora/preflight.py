@@ -17,7 +17,7 @@ TRIED_ROWS_AT_MOST = 32
 class Trial:
     """A source, opened, with its first rows read. `where` is its key in the recipe.
 
-    `may_skip` says whether a row that is unusable, and one that is too long, may be left out; of an evaluation any may.
+    Rows with errors of the kinds in `skips` may be left out, and of an evaluation any may.
 
     Raises ConfigError for a source that cannot be opened; ValueError for rows that cannot be read.
     """
@@ -28,11 +28,11 @@ class Trial:
         config: SourceConfig,
         *,
         evaluation: EvaluationConfig | None = None,
-        may_skip: tuple[bool, bool] = (True, True),
+        skips: tuple[type[ValueError], ...] = (ValueError,),
     ) -> None:
         self.where = where
         self.evaluation = evaluation
-        self.may_skip = may_skip
+        self.skips = skips
         try:
             self.source: Source = open_source(config, where)
         except ConfigError as error:
@@ -60,7 +60,7 @@ class Trial:
             except ConfigError as error:
                 raise ConfigError(f"{self.where}, row {row + 1}: {error}") from error
             except ValueError as error:
-                if not self.may_skip[isinstance(error, SampleTooLong)]:
+                if not isinstance(error, self.skips):
                     raise ValueError(f"{self.where}, row {row + 1}: {error}") from error
                 faults.append(error)
         if len(faults) == tried:

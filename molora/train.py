@@ -208,13 +208,19 @@ def _checked_position(state: Path, recipe: Recipe) -> _Position:
     return _position(about, recipe)
 
 
+def _skips(stage: StageConfig) -> tuple[type[ValueError], ...]:
+    """The errors of samples that a stage leaves out."""
+    choices = ((SampleTooLong, stage.too_long), (MediaError, stage.unusable))
+    return tuple(error for error, choice in choices if choice == "skip")
+
+
 def _open_sources(recipe: Recipe, position: _Position) -> dict[str, Trial]:
     """Every source that is still needed, opened and tried, by its key in the recipe. Raises ConfigError, ValueError."""
     trials: dict[str, Trial] = {}
     for index, stage in list(enumerate(recipe.stages))[position.stage :]:
         for name, config in stage.data.items():
             where = f"stages.{index}.data.{name}"
-            trials[where] = Trial(where, config, may_skip=(stage.unusable == "skip", stage.too_long == "skip"))
+            trials[where] = Trial(where, config, skips=_skips(stage))
     for name, evaluation in recipe.evaluations.items():
         if trials or name in position.evaluate:
             where = f"evaluations.{name}.data"
@@ -539,14 +545,13 @@ class _Run:
             optimizer.load(self.optimizer_tensors, self.position.part_steps.get(part, 0))
         if self.recipe.feature_cache is not None:
             self.features = FeatureCache(Path(self.recipe.feature_cache), self.model)
-        choices = ((SampleTooLong, stage.too_long), (MediaError, stage.unusable))
         loader = step_loader(
             EncodedSamples(
                 stage.data,
                 self.processor,
                 seed=seed_of(self.recipe.seed, stage.name),
                 max_tokens=stage.tokens_per_pack,
-                skips=tuple(error for error, choice in choices if choice == "skip"),
+                skips=_skips(stage),
                 where=f"stages.{index}.data",
             ),
             first_step=first_step,
