@@ -521,6 +521,7 @@ def doctor(
 def main() -> None:
     """Runs the command line; a user's mistake is one paragraph on standard error and exit code 1."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     # Threads that wait for each other by spinning take each other's cores where another process is busy too. OpenMP
     # reads this once, when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

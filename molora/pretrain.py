@@ -330,13 +330,14 @@ def _train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm)
         optimizer.step()
         optimizer.zero_grad()
-        if interrupt.number or (step + 1) % config.checkpoint_every_steps == 0:
+        stopping = interrupt.number
+        if stopping or (step + 1) % config.checkpoint_every_steps == 0:
             _save_state(state_path, parameters, optimizer, losses)
         progress.update(task, completed=step + 1, note=f"loss {losses[-1]:.3f}")
-        if interrupt.number:
-            name = signal.Signals(interrupt.number).name
+        if stopping:
+            name = signal.Signals(stopping).name
             told = f"stopped by {name} after step {step + 1} of {config.steps}, which is saved"
-            raise Stopped(f"{told}; run it again to go on", interrupt.number)
+            raise Stopped(f"{told}; run it again to go on", stopping)
     return losses
 
 

@@ -166,13 +166,16 @@ def train(recipe: Recipe, *, show: bool = True, trust: Sequence[str] = ()) -> Pa
     """
     accelerator = Accelerator(cpu=recipe.device == "cpu")
     folder = Path(recipe.run)
-    state = latest_state(folder)
+    try:
+        state = latest_state(folder)
+    except (OSError, ValueError) as error:  # such as a name that no file system takes
+        raise ConfigError(f"run: {recipe.run:.200} cannot be made ({error!s:.200}); give another run=") from error
     position = _Position() if state is None else _checked_position(state, recipe)
     trials = _open_sources(recipe, position)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"run: {folder} cannot be made ({error.strerror}); give another run=") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"run: {folder} cannot be made ({error}); give another run=") from error
     with hold(folder), Interrupt() as interrupt:
         if latest_state(folder) != state:
             raise ConfigError(f"{folder}: another process trained it meanwhile; start again to go on from there")

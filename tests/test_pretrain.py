@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3ForCausalLM
 
 from molora import pretrain as module
 from molora.config import ConfigError, build
+from molora.interrupt import Stopped
 from molora.pretrain import SPECIAL_TOKENS, Piece, PretrainConfig, long_factors, pretrain
+from molora.storage import hold
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "big", "red", "moon", "over", "1234", "hills"]
 CHAT = [{"role": "user", "content": "what is red?"}, {"role": "assistant", "content": "the moon"}]
@@ -351,3 +354,36 @@ def test_a_foreign_folder_is_left_alone(tmp_path):
 def test_a_loss_that_is_no_number_stops_before_the_optimiser(tmp_path):
     with pytest.raises(ConfigError, match="the loss of step .* is nan; lower learning_rate"):
         pretrain(tiny(tmp_path, learning_rate=1e30, max_gradient_norm=1e30))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(folder: Path, tmp_path: Path, number: int) -> None:
+    class Signalled(Interruption):
+        def update(self, task_id, **fields) -> None:
+            try:
+                super().update(task_id, **fields)
+            except KeyboardInterrupt:
+                signal.raise_signal(number)
+
+    config = tiny(tmp_path)
+    told = f"stopped by {signal.Signals(number).name} after step 6 of 12, which is saved; run it again"
+    with pytest.raises(Stopped, match=told):
+        pretrain(config, Signalled(5))
+    steps = []
+
+    class Watch(Progress):
+        def update(self, task_id, **fields) -> None:
+            super().update(task_id, **fields)
+            if "loss" in fields.get("note", ""):
+                steps.append(fields["completed"])
+
+    assert (pretrain(config, Watch(disable=True)) / "model.safetensors").read_bytes() == (
+        folder / "model.safetensors"
+    ).read_bytes()
+    assert steps[0] == 7
+
+
+def test_a_backbone_in_the_making_is_refused_to_a_second_process(tmp_path: Path) -> None:
+    (tmp_path / "backbone.partial").mkdir()
+    with hold(tmp_path / "backbone.partial"), pytest.raises(ConfigError, match="backbone.partial: in use by process"):
+        pretrain(tiny(tmp_path))

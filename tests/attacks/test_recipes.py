@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from molora.config import MAX_BYTES, ConfigError, build, dump, options, plain, read
+from molora.testing import save_backbone
 from molora.train import Recipe as WholeRecipe
+from molora.train import train
 
 
 @dataclass
@@ -199,3 +201,40 @@ def test_a_number_that_cannot_be_is_refused_with_its_key(tmp_path: Path, key: st
         read(WholeRecipe, path, [f"{key}={value}"])
     above, _, name = key.rpartition(".")
     assert (above in str(caught.value) or key in str(caught.value)) and name.split("=")[0] in str(caught.value)
+
+
+def test_names_in_a_recipe_do_not_talk_to_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_backbone(tmp_path / "backbone")
+    write(
+        tmp_path,
+        '{"messages": [{"role": "user", "content": [{"type": "numbers", "numbers": [1]}]}, '
+        '{"role": "assistant", "content": "y"}]}\n',
+        "rows.jsonl",
+    )
+    monkeypatch.chdir(tmp_path)
+    values = whole("run\x1b[2J", device="cpu", evaluations={"e\x1b[1A": {"data": None}})
+    values["evaluations"]["e\x1b[1A"]["data"] = values["stages"][0]["data"]["rows"]
+    values["stages"][0]["name"] = "[red]tune\x1b]0;title\x07"
+    adapter = {"r": 2, "target_modules": ["qkv_proj"]}
+    values["modalities"]["numbers"]["adapter"] = adapter
+    recipe = build(WholeRecipe, values, "test")
+    train(recipe)
+    train(recipe)  # and as one that is trained already
+    shown = "".join(capsys.readouterr())
+    assert "[red]tune\\x1b]0;title\\x07" in shown and "run\\x1b[2J: trained already" in shown
+    assert "\x1b]0" not in shown and "\x1b[2J" not in shown and "\x1b[1A" not in shown and "\x07" not in shown
+
+
+@pytest.mark.parametrize("run", ["x\0y", "recipe.yaml", "recipe.yaml/inside", "/proc/nowhere/run", "x" * 300])
+def test_a_run_folder_that_cannot_be_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(
+        tmp_path,
+        '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}\n',
+        "rows.jsonl",
+    )
+    write(tmp_path, "a: 1")
+    with pytest.raises(ConfigError, match="run: .* cannot be made"):
+        train(build(WholeRecipe, whole(run, device="cpu"), "test"), show=False)
