@@ -273,6 +273,7 @@ class _Network:
             dtype=torch.float32,
             ignore_mismatched_sizes=True,  # so that the report names them
             output_loading_info=True,
+            trust_remote_code=False,
         )
         kinds = {"missing": "missing_keys", "unexpected": "unexpected_keys", "of another shape": "mismatched_keys"}
         found = {kind: sorted(report[keys]) for kind, keys in kinds.items()}

@@ -175,7 +175,7 @@ class Release:
         plans = self.blueprints()
         with torch.device("meta"):
             reference = Phi4MultimodalForCausalLM(self.config).state_dict()
-            backbone = AutoModelForCausalLM.from_config(self.backbone_config()).state_dict()
+            backbone = AutoModelForCausalLM.from_config(self.backbone_config(), trust_remote_code=False).state_dict()
             encoders = {name: plan.modality.build_encoder().state_dict() for name, plan in plans.items()}
         if self.config.tie_word_embeddings:
             del reference["lm_head.weight"], backbone["lm_head.weight"]

@@ -395,10 +395,10 @@ def _describe_release(folder: Path, release: Release, layout: Layout) -> None:
     if layout == "native":
         config.architectures = [Phi4MultimodalForCausalLM.__name__]
         config.save_pretrained(folder)
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         slots = {"image_token": IMAGE_SLOT, "audio_token": AUDIO_SLOT}
         slots = {name: tokenizer.convert_ids_to_tokens(id) for name, id in slots.items()}
-        tokenizer = AutoTokenizer.from_pretrained(folder, extra_special_tokens=slots)
+        tokenizer = AutoTokenizer.from_pretrained(folder, extra_special_tokens=slots, trust_remote_code=False)
         image_processor = Phi4MultimodalImageProcessor(dynamic_hd=release.max_crops)
         processor = Phi4MultimodalProcessor(image_processor, Phi4MultimodalFeatureExtractor(), tokenizer)
         processor.chat_template = tokenizer.chat_template

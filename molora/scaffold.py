@@ -28,8 +28,10 @@ def new_plugin(kind: Literal["modality", "router"], name: str, folder: Path | No
     Raises: ConfigError for a name that cannot be used or is taken, and for a file that is there already; then nothing
     is written.
     """
-    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) or keyword.iskeyword(name):
-        raise ConfigError(f"{name!r} cannot name a {kind}; use lower-case letters, digits and _, such as heart_rate")
+    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) or len(name) > 64 or keyword.iskeyword(name):
+        raise ConfigError(
+            f"{name!r} cannot name a {kind}; use at most 64 lower-case letters, digits and _, such as heart_rate"
+        )
     title = "".join(word.capitalize() for word in name.split("_"))
     plugin_class = title + kind.capitalize()
     package = f"molora_{name}"

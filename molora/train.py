@@ -67,7 +67,7 @@ from molora.pack import Pack, Sample
 from molora.plugins import Kind, find
 from molora.preflight import Trial
 from molora.processor import Processor, SampleTooLong
-from molora.received import read_json
+from molora.received import check_name, read_json
 from molora.routing import Routing
 from molora.seeding import seed_of
 from molora.storage import hold, write_json, write_text
@@ -141,6 +141,10 @@ class Recipe:
     allow_changed_environment: bool = False
 
     def __post_init__(self) -> None:
+        named = [("modalities", self.modalities), ("evaluations", self.evaluations)]
+        for where, names in (*named, ("stages", [stage.name for stage in self.stages])):
+            for name in names:
+                check_name(name, where)
         if not self.stages:
             raise ValueError("stages: none given; a recipe trains at least one stage")
         require(self, 1, "save_every_steps", "log_every_steps")

@@ -217,6 +217,18 @@ def test_heavy_libraries_are_imported_where_they_are_used(path: Path) -> None:
         assert not (heavy and found.top), f"{found} at the top of the file; import it in the function that uses it"
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_no_model_or_tokenizer_brings_code_of_its_own(path: Path) -> None:
+    """What opens one says so itself, whatever the default is."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            opens = node.func.attr in ("from_pretrained", "from_config") and "PeftModel" not in ast.unparse(node.func)
+            said = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            where = f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node.func)}"
+            assert not opens or said.get("trust_remote_code") == "False", f"{where} without trust_remote_code=False"
+            assert said.get("trust_remote_code", "False") == "False", f"{where} runs code of a model"
+
+
 @pytest.mark.parametrize("name", ["lora", "model", "pack", "processor", "projector", "routing"])
 def test_the_model_knows_no_modality_by_name(name: str) -> None:
     source = tree(ROOT / "molora" / f"{name}.py")

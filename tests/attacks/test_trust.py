@@ -24,6 +24,7 @@ from molora.cli import app
 from molora.config import ConfigError, build
 from molora.fit import on_meta
 from molora.plugins import find
+from molora.scaffold import new_plugin
 from molora.testing import save_backbone
 from molora.train import Recipe, train
 from molora.trust import remember
@@ -388,6 +389,25 @@ def test_verify_opens_no_source_of_a_received_run_unless_asked(home, tmp_path, c
     os.mkfifo(run / "config.yaml")  # who reads it waits for ever
     told = CliRunner().invoke(app, ["verify", str(run), *words])
     assert "4 tokens equal frames" in told.output
+
+
+@pytest.mark.parametrize(
+    "name", ["../up", "/absolute", "a/b", "a\\b", "..", ".hidden", "line\nbreak", "\x1b[2J", "", "x" * 300]
+)
+def test_a_name_that_would_lead_elsewhere_is_none(name: str, home: Path, tmp_path: Path) -> None:
+    """Of a modality, a stage and an evaluation in a recipe, and of a plugin to write."""
+    stage = {"name": name, "train": {}, "data": {}, "steps": 1, "samples_per_step": 1}
+    evaluation = {"data": {"kind": "messages"}, "max_new_tokens": 1}
+    for changes in (
+        {"modalities": {name: {"plugin": "vision"}}},
+        {"stages": [stage]},
+        {"evaluations": {name: evaluation}},
+    ):
+        with pytest.raises(ConfigError, match="is no name"):
+            recipe(home, tmp_path / "run", **changes)
+    with pytest.raises(ConfigError, match="cannot name a modality"):
+        new_plugin("modality", name, tmp_path)
+    assert not any(tmp_path.iterdir()) or [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
 # Backbones that bring code ---------------------------------------------------------------------------------------
