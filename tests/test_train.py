@@ -201,7 +201,7 @@ def test_a_run_of_another_encoder_is_told_from_a_broken_one(home: Path, tmp_path
     with pytest.raises(
         ValueError, match=r"missing head.bias; missing head.weight; did the plugin's code change\? train"
     ):
-        molora.load(tmp_path / "run")
+        molora.load(tmp_path / "run", trust=[f"{tmp_path / 'plugin.py'}:Deeper"])
     with pytest.raises(
         ConfigError, match=f"do not fit: {name} is .*; did the plugin's code change\\? give another run="
     ):
