@@ -329,6 +329,8 @@ def every_company(processor: Processor) -> list[list[dict[str, Any]]]:
 def test_activations_and_logits_are_within_a_hundredth_of_what_is_allocated(
     size: str, dtype: str, checkpointing: bool, backbone: Path, small: Path
 ) -> None:
+    if dtype == "bfloat16" and not {"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split()):
+        pytest.skip("a CPU without bf16 instructions allocates fp32 copies for its products, which no device does")
     path = {"tiny": backbone, "small": small}[size]
     recipe = recipe_of(path, dtype, activation_checkpointing=checkpointing)
     (stage,) = recipe.stages
