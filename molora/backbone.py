@@ -317,13 +317,7 @@ def load_backbone(
     tokenizer = _load_tokenizer(folder)
     identity, remembered = _identify(folder, source, tokenizer)
     transformers.logging.disable_progress_bar()  # the hub's bar for downloads has been shown; loading is quick
-    model = _opened(
-        AutoModelForCausalLM,
-        folder,
-        dtype="auto" if dtype is None else read_dtype(dtype),
-        attn_implementation="eager",  # some released configs name flash attention, which may not be installed
-        use_safetensors=True,
-    ).to(device)
+    model = open_stock(folder, "auto" if dtype is None else read_dtype(dtype)).to(device)  # pyright: ignore[reportArgumentType]
     if _stamps(folder) != stamps:
         raise ValueError(f"backbone {folder}: was written to while it was opened; let what writes it finish")
     key = f"{transformers.__version__} {torch.__version__} {model.dtype} {torch.device(device).type}"
@@ -384,6 +378,15 @@ def _check_folder(folder: Path) -> None:
 def identify(folder: Path, source: str) -> Identity:
     """What the backbone in a folder is, without loading its weights. Raises ValueError for what cannot be read."""
     return _identify(folder, source, _load_tokenizer(folder))[0]
+
+
+def open_stock(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+    """The causal LM of a folder as transformers has it, with eager attention. Raises OSError, ValueError."""
+    config = _opened(AutoConfig, folder)
+    # Some released configs name flash attention. Where that is not installed, its kernel would be fetched. What
+    # config.json says wins over an argument, but not over the config's own attribute.
+    config._attn_implementation = "eager"
+    return _opened(AutoModelForCausalLM, folder, config=config, dtype=dtype, use_safetensors=True)
 
 
 def _opened(auto: Any, folder: Path, **options: Any) -> Any:

@@ -26,7 +26,6 @@ from molora.terminal import warn
 _MAX_CODE_BYTES = 2**24
 _MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 # What transformers computes with by itself; other ways are kernels, which it may fetch from the hub.
-_ATTENTION = ("None", "eager", "sdpa")
 _EXPERTS = ("None", "eager", "grouped_mm", "batched_mm")
 _HASH = re.compile("[0-9a-f]{64}")
 _told: set[Found] = set()
@@ -79,10 +78,9 @@ def check_backbone(config: Mapping[str, Any], where: str) -> None:
                 f"{where}: quantization_config wants a library to unpack the weights with; molora reads weights as "
                 "they are: give the model before it was quantised"
             )
-        attention = key.startswith("_attn_implementation") and str(value) not in _ATTENTION
         kernels = "attn_implementation" in key and "/" in str(value)
         experts = "experts_implementation" in key and str(value) not in _EXPERTS
-        if attention or kernels or experts:
+        if kernels or experts:
             raise Untrusted(
                 f"{where}: {key} is {value!r:.80}, code that would be fetched and run; take {key} out, which changes "
                 "no weight"

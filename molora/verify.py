@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from molora.backbone import decoder_layers, stock_attention, weights_hash
+from molora.backbone import decoder_layers, open_stock, stock_attention, weights_hash
 from molora.checkpoint import check_modality, read_about
 from molora.experts import Choices, routers
 from molora.generate import GenerationConfig, generate
@@ -146,10 +146,7 @@ def _checks(model: MoLoRA, samples: list[Sample], folders: Mapping[str, Path]) -
     model.eval()
     texts = [sample for sample in samples if not sample.items]
     source = Path(model.backbone.identity.source)
-    stock = AutoModelForCausalLM.from_pretrained(
-        source, dtype=model.backbone.model.dtype, attn_implementation="eager", trust_remote_code=False
-    )
-    stock = stock.to(model.device).eval()  # pyright: ignore[reportArgumentType]
+    stock = open_stock(source, model.backbone.model.dtype).to(model.device).eval()  # pyright: ignore[reportArgumentType]
     stock.set_attn_implementation(stock_attention(stock))
     pack = collate(samples, model.modalities, model.router.order).to(model.device)
     packed = dict(zip(pack.ids, model.logits(pack).split(pack.lengths), strict=True))

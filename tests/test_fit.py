@@ -404,8 +404,7 @@ def test_what_is_needed_is_said_for_the_data_and_for_the_largest_packs(backbone:
     words = " ".join(ran.stdout.split())
     assert "stage all, as its data are" in words and "rows of its data" in words
     assert "the interpreter and its libraries" in words
-    said = re.search(r"it fits, ([\d.]+) MiB needed as its data are, ([\d.]+) MiB with the largest packs", words)
-    assert said is not None and float(said[1]) <= float(said[2])
+    assert re.search(r"it fits, [\d.]+ [MG]iB needed as its data are, [\d.]+ [MG]iB with the largest packs", words)
     # Room for its data and not for the largest packs is room enough; without its data, the largest packs decide.
     needed = fit_recipe(recipe)
     assert needed.given_bytes < needed.num_bytes
@@ -480,6 +479,7 @@ def test_keys_and_values_are_what_the_cache_holds_to_the_byte(
     prefill, last = fit_model(on_meta(folder), config).moments
     model = load(folder, device="cpu").model
     model.backbone.model.generation_config.eos_token_id = None  # every answer is as long as it may be
+    model.backbone.turn_ends = frozenset()
     caches.clear()
     sizes = [
         held_by(caches[0])

@@ -180,7 +180,8 @@ def test_a_released_checkpoint_opens_and_passes_the_probe(
     assert loaded.keys() == weights[name].keys()
     assert all(torch.equal(loaded[key], value) for key, value in weights[name].items())
     assert max(backbone.probe["differences"].values()) < 1e-5
-    assert backbone.max_tokens == 4096 and backbone.stop_ids == {256, 260}
+    assert backbone.max_tokens == 4096 and backbone.configured_stop_ids == {256, 260}
+    assert backbone.stop_ids == backbone.configured_stop_ids | backbone.turn_ends and backbone.turn_ends
     if name == "phi4_14b":
         assert not backbone.rotary and len(backbone.probe["lengths"]) == 3
     else:
@@ -341,9 +342,12 @@ def test_the_recipe_trains_and_answers(
     plain = read(Recipe, CONFIGS / f"{name}.yaml")
     ((modality, config),) = plain.modalities.items()
     (source,) = plain.stages[0].data
-    overrides = [f"run={tmp_path / 'run'}", f"evaluations.held_out.data.options.path={table}"]
+    overrides = [f"run={tmp_path / 'run'}"]
+    data = ["evaluations.held_out.data", *(f"stages.{stage}.data.{source}" for stage in range(len(plain.stages)))]
+    for where in data:  # one file, where the recipe names a dataset of the hub
+        overrides += [f"{where}.options.path={table}", f"{where}.options.split=train"]
+        overrides += [f"{where}.options.subset=null", f"{where}.options.revision=null"]
     for stage in range(len(plain.stages)):
-        overrides += [f"stages.{stage}.data.{source}.options.path={table}"]
         overrides += [f"stages.{stage}.steps=2", f"stages.{stage}.samples_per_step=2"]
     overrides.append("evaluations.held_out.max_new_tokens=2")
     run = train(read(Recipe, CONFIGS / f"{name}.yaml", overrides), show=False)
