@@ -179,7 +179,9 @@ def assemble(
         if key := next(filter(None, keys), None):
             raise ConfigError(f"{key}: {error}") from error
         raise
-    processor = Processor(tokenizer, modalities, decide.order, backbone.max_tokens, media_policy)
+    processor = Processor(
+        tokenizer, modalities, decide.order, backbone.max_tokens, media_policy, backbone.num_embeddings
+    )
     return model, processor
 
 

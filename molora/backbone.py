@@ -154,6 +154,11 @@ class Backbone(nn.Module):
         return self.config.vocab_size
 
     @property
+    def num_embeddings(self) -> int:
+        """Token ids that have an embedding; some tokenizers know more."""
+        return len(self.model.get_input_embeddings().weight)
+
+    @property
     def max_tokens(self) -> int:
         """The context length in tokens; dynamic RoPE stretches the one it was trained with."""
         stretch = [rotary.stretch for rotary in self.rotary]

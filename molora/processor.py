@@ -25,7 +25,7 @@ class Processor:
     """Turns conversations into samples and packs for a tokenizer, modalities in their order, and a router's `order`.
 
     `max_tokens` is the longest sample that the backbone can take. `media_policy` is the caller's word on where media
-    may come from, and holds for every plugin.
+    may come from, and holds for every plugin. `num_embeddings`: token ids from there on have no embedding.
     Raises: ValueError if two modalities answer to one part type, or one stands under another's name.
     """
 
@@ -36,6 +36,7 @@ class Processor:
         order: Callable[[frozenset[str]], Any],
         max_tokens: int,
         media_policy: MediaPolicy | None = None,
+        num_embeddings: int | None = None,
     ) -> None:
         self.part_types: dict[str, str] = {}
         for name, modality in modalities.items():
@@ -49,6 +50,7 @@ class Processor:
         self.modalities = dict(modalities)
         self.order = order
         self.max_tokens = max_tokens
+        self.num_embeddings = num_embeddings
         self.media_policy = media_policy or MediaPolicy()
         self._template = ChatTemplate(tokenizer)
         self._ids = {name: 1 + index for index, name in enumerate(self.modalities)}
@@ -91,6 +93,12 @@ class Processor:
             raise SampleTooLong(
                 f"{where}: has {len(prompt.token_ids)} tokens ({sum(lengths)} of media), but at most {self.max_tokens}"
                 " fit; shorten it or skip it"
+            )
+        if self.num_embeddings is not None and (highest := max(prompt.token_ids)) >= self.num_embeddings:
+            token = self.tokenizer.convert_ids_to_tokens(highest)
+            raise ValueError(
+                f"{where}: holds the token {token!r}, number {highest}, and the backbone has {self.num_embeddings} "
+                "embeddings; save the backbone again after resize_token_embeddings, or take the token out of the tokenizer"
             )
         modality_ids_T = torch.zeros(len(prompt.token_ids), dtype=torch.long)
         for item, (start, stop) in zip(items, prompt.media, strict=True):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import molora
@@ -406,6 +407,21 @@ def test_a_backbone_without_a_generation_config_stops_at_the_end_of_turn(home: P
     shutil.copytree(home / "backbone", tmp_path / "backbone")
     (tmp_path / "backbone/generation_config.json").unlink()
     assert molora.load(tmp_path / "backbone").model.backbone.stop_ids == {256, 260}
+
+
+def test_a_token_without_an_embedding_is_named(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "backbone", tmp_path / "backbone")
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "backbone")
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|new {i}|>" for i in range(8)]})
+    tokenizer.save_pretrained(tmp_path / "backbone")
+    model = molora.load(tmp_path / "backbone")
+    rows = model.model.backbone.num_embeddings
+    ask = [{"role": "user", "content": "x"}]
+    assert model.encode(ask), "a tokenizer may know more tokens than are used"
+    tokenizer.chat_template = "<|new 7|>" + tokenizer.chat_template
+    tokenizer.save_pretrained(tmp_path / "backbone")
+    with pytest.raises(ValueError, match=rf"token '<\|new 7\|>', number {len(tokenizer) - 1}, and .* has {rows} embed"):
+        molora.load(tmp_path / "backbone").encode(ask)
 
 
 def test_a_run_opens_through_a_link_from_anywhere(home: Path, tmp_path: Path) -> None:
