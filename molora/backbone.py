@@ -156,7 +156,8 @@ class Backbone(nn.Module):
     @property
     def num_embeddings(self) -> int:
         """Token ids that have an embedding; some tokenizers know more."""
-        return len(self.model.get_input_embeddings().weight)
+        weight: Any = self.model.get_input_embeddings().weight
+        return len(weight)
 
     @property
     def max_tokens(self) -> int:

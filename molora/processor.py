@@ -98,7 +98,7 @@ class Processor:
             token = self.tokenizer.convert_ids_to_tokens(highest)
             raise ValueError(
                 f"{where}: holds the token {token!r}, number {highest}, and the backbone has {self.num_embeddings} "
-                "embeddings; save the backbone again after resize_token_embeddings, or take the token out of the tokenizer"
+                "embeddings; save the backbone again after resize_token_embeddings, or with the tokenizer it came with"
             )
         modality_ids_T = torch.zeros(len(prompt.token_ids), dtype=torch.long)
         for item, (start, stop) in zip(items, prompt.media, strict=True):
