@@ -1,9 +1,9 @@
-"""A training step while another process is busy, with threads that wait passively and with OpenMP's default.
+"""A training step while another process is busy, by how threads wait for each other.
 
     python benchmarks/busy_machine.py [--repeats 5]
 
-Two processes take the same steps in turn, one with OMP_WAIT_POLICY=passive, as the command line sets it, and one with
-OpenMP's default; first on the idle machine, then beside a process that does nothing but count. By default threads spin
+Three processes take the same steps in turn: as the command line sets it, with OMP_WAIT_POLICY=passive alone, and with
+OpenMP's default. First on the idle machine, then beside a process that does nothing but count. By default threads spin
 while they wait for each other. Where another process has the core of one, the others spin for all of its turn.
 
 The step is `molora.train.train_step` on the samples of train_step.py, with a backbone of 4 layers, width 256.
@@ -18,8 +18,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+from molora.cli import WAITING
+
 WARMUPS = 2
-POLICIES = ("passive", "default")
+POLICIES: dict[str, dict[str, str]] = {"molora": WAITING, "passive": {"OMP_WAIT_POLICY": "passive"}, "default": {}}
 
 
 class Stepper:
@@ -27,11 +29,9 @@ class Stepper:
 
     def __init__(self, policy: str) -> None:
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_", "KMP_"))}
-        if policy != "default":
-            environment["OMP_WAIT_POLICY"] = policy
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--steps"],
-            env=environment,
+            env=environment | POLICIES[policy],
             text=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from molora import cli
 from molora.terminal import console, print_table, progress, say, styled, visible, warn
 
 
@@ -63,11 +64,18 @@ def test_paragraphs_and_tables_fit_80_columns_and_paths_stay_whole(
 
 
 def test_waiting_threads_do_not_spin_unless_the_user_says_so() -> None:
-    code = "import sys, molora.cli; sys.argv = ['molora', '--help']\ntry: molora.cli.main()\nexcept SystemExit: pass"
-    for given, expected in (({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")):
-        environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"} | given
+    code = (
+        "import os, sys, molora.cli\nsys.argv = ['molora', '--help']\ntry: molora.cli.main()\nexcept SystemExit: pass\n"
+        "print(*map(os.environ.get, molora.cli.WAITING), 'torch' in sys.modules)"
+    )
+    for given, expected in (({}, "passive 5000"), ({"OMP_WAIT_POLICY": "active"}, "active None")):
+        environment = {key: value for key, value in os.environ.items() if key not in cli.WAITING} | given
         told = subprocess.run(
-            [sys.executable, "-c", f"{code}\nimport os; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"],
+            [
+                sys.executable,
+                "-c",
+                f"{code}\nimport os; print(*map(os.environ.get, {[*cli.WAITING]}), 'torch' in sys.modules)",
+            ],
             env=environment,
             capture_output=True,
             text=True,
