@@ -82,8 +82,8 @@ FAILED_ROWS = 2
 
 
 # By OpenMP's default, threads spin while they wait for each other. Where another process is busy, they take the core
-# that they wait for. These sleep, after a moment long enough for the next product to come. OpenMP reads it when torch is
-# imported. Measured by benchmarks/busy_machine.py.
+# that they wait for. These sleep, after a moment long enough for the next product to come. OpenMP reads it when torch
+# is imported. Measured by benchmarks/busy_machine.py.
 WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "5000"}
 
 
