@@ -11,7 +11,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from molora import attention
 from molora.cache import PackedCache
 from molora.config import ConfigError
-from molora.experts import Choices
+from molora.experts import Choices, routers
 from molora.prompt import ChatTemplate
 from molora.received import TensorFile, read_json, shard_names
 from molora.rotary import wrap_rotary
@@ -207,6 +207,21 @@ class Backbone(nn.Module):
         """Stays in eval mode."""
         return super().train(False)
 
+    def compute_by_sample(self) -> None:
+        """From now on every product has the rows of one sample, so that a sample's bits do not depend on its company.
+
+        Kernels choose their blocks, and so the order of their sums, by the number of rows. Raises BackboneRefused for a
+        mixture of experts, which puts tokens of several samples into one product by itself.
+        """
+        if routers(self.model):
+            raise BackboneRefused(
+                f"{type(self.model).__name__} sends tokens of all samples to its experts together, so its results "
+                "depend on the batch; leave deterministic_batch out"
+            )
+        for layer in self.model.modules():
+            if isinstance(layer, nn.Linear):
+                layer.forward = _by_sample(layer.forward)
+
     def regime(self, length: int) -> tuple[int, ...]:
         """Changes exactly when a sample growing to `length` tokens changes its rotary frequencies."""
         return tuple(number for rotary in self.rotary for number in rotary.regimes(length))
@@ -290,6 +305,18 @@ class Backbone(nn.Module):
             return checkpoint(again, *args, use_reentrant=False, **kwargs)
 
         return run
+
+
+def _by_sample(linear: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A linear layer's forward in one product a sample; the head, which is outside the flow, in one a row."""
+
+    def run(x: Tensor) -> Tensor:
+        flow = current_flow()
+        rows = x.flatten(0, -2)
+        parts = rows.split([1] * len(rows) if flow is None else flow.lengths)
+        return torch.cat([linear(part) for part in parts]).unflatten(0, x.shape[:-1])
+
+    return run
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:

@@ -51,6 +51,9 @@ TrustOption = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]…", help="Settings that replace the file's.")
 ]
+DeterministicOption = Annotated[
+    bool, typer.Option("--deterministic-batch", help="Answers are the same to the bit in any batch; slower.")
+]
 StrictOption = Annotated[bool, typer.Option("--strict", help="Stop at the first row that fails.")]
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG.yaml")]
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Lower-case, such as heart_rate.")]
@@ -152,6 +155,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     seed: int = 0,
     strict: StrictOption = False,
+    deterministic_batch: DeterministicOption = False,
     allow_urls: UrlsOption = False,
     allow_private_addresses: PrivateOption = False,
     trust_plugin: TrustOption = None,
@@ -185,6 +189,7 @@ def generate(
             allow_urls=allow_urls,
             allow_private_addresses=allow_private_addresses,
             trust=trust_plugin or (),
+            deterministic_batch=deterministic_batch,
         )
 
     if messages is not None and output is not None:
@@ -232,6 +237,7 @@ def evaluate(
     modality: ModalityOption = None,
     rule: RuleOption = None,
     strict: StrictOption = False,
+    deterministic_batch: DeterministicOption = False,
     allow_urls: UrlsOption = False,
     allow_private_addresses: PrivateOption = False,
     trust_plugin: TrustOption = None,
@@ -255,6 +261,7 @@ def evaluate(
         allow_urls=allow_urls,
         allow_private_addresses=allow_private_addresses,
         trust=trust_plugin or (),
+        deterministic_batch=deterministic_batch,
     )
     about = {**model_hashes(model, modality or ()), "rules": sorted(rule or ())}
     results: dict[str, dict[str, float]] = {}

@@ -12,7 +12,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from molora.checkpoint import tensor_hash
@@ -52,7 +51,7 @@ class FeatureCache:
         path = self.folder / item.modality / key[:2] / f"{key}.safetensors"
         frames_SC = self._kept(path, item)
         if frames_SC is None:
-            frames_SC = self._encoded(item).cpu().contiguous()
+            frames_SC = self.model.frames(item).cpu().contiguous()
             write_cached(path, lambda temporary: save_tensors({"frames_SC": frames_SC}, temporary))
         return replace(item, frames_SC=frames_SC)
 
@@ -64,9 +63,3 @@ class FeatureCache:
             return None
         encoder: Any = self.model.encoders[item.modality]
         return frames_SC if frames_SC is not None and frames_SC.shape[1:] == (encoder.width,) else None
-
-    @torch.no_grad()
-    def _encoded(self, item: Item) -> Tensor:
-        tensors = self.model.modalities[item.modality].collate([item.prepared])
-        tensors = {name: tensor.to(self.model.device) for name, tensor in tensors.items()}
-        return self.model.encoders[item.modality](**tensors).frames_SC

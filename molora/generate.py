@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
 import torch
@@ -206,6 +206,11 @@ def _faults(model: MoLoRA, samples: Sequence[Sample]) -> dict[str, Exception]:
 def _prefill(
     model: MoLoRA, samples: Sequence[Sample], config: GenerationConfig
 ) -> tuple[list[_Running], list[Tensor], PackedCache]:
+    if model.deterministic_batch:
+        samples = [
+            replace(sample, items=tuple(replace(item, frames_SC=model.frames(item)) for item in sample.items))
+            for sample in samples
+        ]
     pack = collate(samples, model.modalities, model.router.order).to(model.device)
     cache = PackedCache()
     embeds_TD = model.embed(pack)

@@ -174,6 +174,7 @@ def load(
     allow_urls: bool = False,
     allow_private_addresses: bool = False,
     trust: Sequence[str] = (),
+    deterministic_batch: bool = False,
 ) -> LoadedModel:
     """Opens a run folder, or a backbone (folder or hub id) with modality folders.
 
@@ -181,7 +182,8 @@ def load(
     names them, as `path/to/file.py:Class` or `package.module:Class`, or did so before; see `molora.trust`.
 
     `allow_urls`: whether media may be fetched over HTTP, whatever the messages say; `allow_private_addresses`: from
-    inside a network too (see `MediaPolicy`).
+    inside a network too (see `MediaPolicy`). `deterministic_batch`: whether answers are the same bits whatever batch
+    they are in, which takes up to twice the time.
 
     Raises ConfigError or ValueError naming the file that does not fit, BackboneRefused for a backbone that cannot run.
     """
@@ -206,4 +208,6 @@ def load(
         load_modality(model, name, folder)
     if run is not None and own is not None:
         load_router(model, run.folder)
+    if deterministic_batch:
+        model.make_deterministic()
     return LoadedModel(model.eval(), processor)

@@ -90,19 +90,20 @@ class RoutedLinear(LoraLinear):
         routing = flow.routing
         if routing is None or not any(name in self.lora_A for piece in routing.slices for name in piece.adapters):
             return out
-        if x.shape[-2] != routing.slices[-1].stop:
+        x, out_TO = x.flatten(0, -2), out.flatten(0, -2)
+        if len(x) != routing.slices[-1].stop:
             raise RuntimeError(
-                f"a routed layer received {x.shape[-2]} tokens but the pack has {routing.slices[-1].stop}: "
+                f"a routed layer received {len(x)} tokens but the pack has {routing.slices[-1].stop}: "
                 "layers that regroup tokens (such as experts) cannot carry routed adapters"
             )
-        pieces = [self._slice(x, out, *piece) for piece in routing.slices]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-2)
+        pieces = [self._slice(x, out_TO, *piece) for piece in routing.slices]
+        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(out.shape)
 
     def _slice(
         self, x: Tensor, out: Tensor, adapters: tuple[str, ...], start: int, stop: int, weights_TE: Tensor | None
     ) -> Tensor:
         """The frozen layer's output for a slice, plus its adapters: one LoRA of all their ranks, gated unit by unit."""
-        out, x = out[..., start:stop, :], x[..., start:stop, :]
+        out, x = out[start:stop], x[start:stop]
         here = [index for index, name in enumerate(adapters) if name in self.lora_A]
         if not here:
             return out
@@ -120,7 +121,7 @@ class RoutedLinear(LoraLinear):
             low, b_OR = low * self.scaling[names[0]], ups[0]
         else:
             b_OR = torch.cat([b * self.scaling[name] for name, b in zip(names, ups, strict=True)], dim=1)
-        return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), b_OR.T).view(out.shape)
+        return torch.addmm(out, low, b_OR.T)
 
     def adapter_weights(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A (R, D) and B (O, R) of an adapter."""

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from molora import lora
 from molora.backbone import Backbone
 from molora.cache import PackedCache
+from molora.config import ConfigError
 from molora.loss import target_losses
 from molora.modality import Encoder, Frames, Modality
-from molora.pack import Media, Pack
+from molora.pack import Item, Media, Pack
 from molora.projector import Projector
 from molora.routing import Flow, Router, Routing
 from molora.seeding import seeded
@@ -71,8 +72,21 @@ class MoLoRA(nn.Module):
         for name, config in self.adapters.items():
             with seeded(seed, "adapter", name):
                 lora.inject(backbone.model, name, config, where=f"adapter {name!r}")
+        self.deterministic_batch = False
         self.requires_grad_(False)
         self.train(False)
+
+    def make_deterministic(self) -> None:
+        """From now on the answers of `generate` are the same bits whatever batch they are in: items are encoded one by
+        one, and products computed sample by sample.
+
+        Raises BackboneRefused for a mixture of experts, ConfigError for a router that learns, whose gates are a product
+        over the pack.
+        """
+        if self.router_tensors():
+            raise ConfigError("deterministic_batch: a router that learns decides for the whole pack in one product")
+        self.backbone.compute_by_sample()
+        self.deterministic_batch = True
 
     @property
     def device(self) -> torch.device:
@@ -136,6 +150,13 @@ class MoLoRA(nn.Module):
                 embeds_TD = embeds_TD.masked_scatter(reserved[:, None], tokens_TD.to(embeds_TD.dtype))
         return embeds_TD
 
+    @torch.no_grad()
+    def frames(self, item: Item) -> Tensor:
+        """The frames (S, C) of an item that is encoded alone, which are then the same bits whatever pack it is in."""
+        tensors = self.modalities[item.modality].collate([item.prepared])
+        tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        return self.encoders[item.modality](**tensors).frames_SC
+
     def _media_tokens(self, name: str, media: Media) -> Tensor:
         """The items of one modality through its encoder and each item's own projector, in reading order."""
         encoder = self.encoders[name]
@@ -152,9 +173,11 @@ class MoLoRA(nn.Module):
                 "encoder gives"
             )
         projectors: Any = self.projectors[name]
+        items = frames.frames_SC.split(frames.lengths)
+        if self.deterministic_batch:
+            return torch.cat([projectors[key](item) for key, item in zip(media.projectors, items, strict=True)])
         if len(set(media.projectors)) == 1:
             return projectors[media.projectors[0]](frames.frames_SC)
-        items = frames.frames_SC.split(frames.lengths)
         tokens: list[Tensor] = [frames.frames_SC] * len(items)
         for key in sorted(set(media.projectors)):
             chosen = [i for i, projector in enumerate(media.projectors) if projector == key]
@@ -183,6 +206,8 @@ class MoLoRA(nn.Module):
             position_ids_T = pack.position_ids_T
         if routing is None:
             routing = self.router(pack, embeds_TD)
+        if self.deterministic_batch:
+            routing = routing.cut(pack.lengths)
         return self.backbone(embeds_TD, position_ids_T, Flow(pack.lengths, routing), cache)
 
     def logits(self, pack: Pack) -> Tensor:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby, pairwise
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
@@ -53,6 +53,18 @@ class Routing:
     slices: tuple[Slice, ...]
     gates: tuple[Tensor | None, ...] | None = None
     losses_N: Tensor | None = None
+
+    def cut(self, lengths: Sequence[int]) -> Routing:
+        """The same decision in slices that hold no more than one sample each; `lengths` are tokens per sample."""
+        edges = [0, *accumulate(lengths)]
+        pieces = []
+        for adapters, start, stop, weights_TE in self.slices:
+            for first, last in pairwise(edges):
+                here, end = max(start, first), min(stop, last)
+                if here < end:
+                    weights = None if weights_TE is None else weights_TE[here - start : end - start]
+                    pieces.append(Slice(adapters, here, end, weights))
+        return replace(self, slices=tuple(pieces))
 
     @classmethod
     def by_sample(cls, adapters: Sequence[tuple[str, ...]], lengths: Sequence[int]) -> Routing:

@@ -7,12 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from molora.backbone import Backbone, Identity
+from molora import generate as generation
+from molora.backbone import Backbone, BackboneRefused, Identity
+from molora.config import ConfigError
 from molora.generate import GenerationConfig, generate
 from molora.lora import lora_config
 from molora.model import MoLoRA
 from molora.pack import Item, Sample, collate
+from molora.routers.learned import LearnedConfig, LearnedRouter
 from molora.routers.table import TableConfig, TableRouter
 from molora.testing import ROPE_SWITCH, VOCAB_SIZE, Letters, Numbers, NumbersConfig, tiny_model
 
@@ -141,3 +146,65 @@ def test_the_end_of_turn_that_the_template_trains_stops_an_answer_too() -> None:
 def test_settings_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match="top_p cannot be 1.5"):
         GenerationConfig(top_p=1.5)
+
+
+class Products(TorchFunctionMode):
+    """The numbers of rows of all matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.nn.functional.linear, torch.addmm):
+            x = args[1] if func is torch.addmm else args[0]
+            self.rows.add(x.shape[:-1].numel())
+        return func(*args, **(kwargs or {}))
+
+
+def logits_of(model: MoLoRA, batches: list[list[Sample]], monkeypatch: pytest.MonkeyPatch) -> dict[int, list[Tensor]]:
+    """The logits behind every token of an answer, by the seed of its sample."""
+    found: dict[int, list[Tensor]] = {}
+    choose = generation._choose
+
+    def noting(logits_V: Tensor, generator: torch.Generator, config: GenerationConfig) -> int:
+        found.setdefault(generator.initial_seed(), []).append(logits_V.clone())
+        return choose(logits_V, generator, config)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "_choose", noting)
+        for batch in batches:
+            list(generate(model, batch, GenerationConfig(max_new_tokens=4)))
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "phi4-mini"])
+def test_a_deterministic_batch_gives_every_sample_the_bits_that_it_has_alone(
+    family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(family)
+    model.backbone.to(dtype)
+    samples = sixteen(model)[:7]
+    with Products() as before:
+        list(generate(model, samples, GenerationConfig(max_new_tokens=2)))
+    assert max(before.rows) > max(map(len, samples)), "the samples share their products"
+    model.make_deterministic()
+    with Products() as after:
+        together = logits_of(model, [samples], monkeypatch)
+    assert max(after.rows) <= max(map(len, samples)) + NEW_TOKENS
+    alone = logits_of(model, [[sample] for sample in samples], monkeypatch)
+    assert together.keys() == alone.keys() and len(together) == len(samples)
+    for seed, logits in together.items():
+        assert all(torch.equal(*pair) for pair in zip(logits, alone[seed], strict=True))
+
+
+def test_what_puts_samples_into_one_product_is_refused_in_a_deterministic_batch() -> None:
+    with pytest.raises(BackboneRefused, match="experts together.*leave deterministic_batch out"):
+        make_model("phimoe").make_deterministic()
+    learned = make_model("llama")
+    learned.router = LearnedRouter(
+        ["numbers", "letters"], LearnedConfig(modalities=["numbers", "letters"]), learned.backbone.width
+    )
+    with pytest.raises(ConfigError, match="deterministic_batch: a router that learns"):
+        learned.make_deterministic()
