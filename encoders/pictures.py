@@ -134,7 +134,8 @@ def _from_file(data: bytes, max_pixels: int) -> Image.Image:
     try:  # this reads the header alone: pixels are decoded once the size has been seen
         image = Image.open(_Metered(slim), formats=[name for name in FORMATS if name in Image.OPEN])
     except Image.DecompressionBombError as error:
-        raise MediaError(f"{error}; make it smaller") from error
+        pixels = (re.search("[0-9]+", str(error)) or ["far too many"])[0]
+        raise MediaError(f"has {pixels} pixels, and max_pixels {max_pixels} is the most; make it smaller") from error
     _check_pixels(image.size, max_pixels)
     _check_work(image, scans, max_pixels)
     image.load()

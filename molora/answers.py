@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from molora.config import ConfigError
-from molora.data import Messages, MessagesConfig, Source
+from molora.data import Messages, MessagesConfig
 from molora.generate import GenerationConfig, attempt
 from molora.loading import Answer, LoadedModel
 from molora.pack import Sample
@@ -29,7 +29,7 @@ class AnswerFile:
     A row that failed before is tried again. `failed` names those that failed this time.
     """
 
-    source: Source
+    source: Messages
     output: Path
     ids: list[str]
     done: set[str]
@@ -98,7 +98,7 @@ def answer_file(messages: Path, output: Path) -> Iterator[AnswerFile]:
     output that is the input, holds anything but answers, or is in use; it is left as it is then.
     """
     source = Messages(MessagesConfig(path=str(messages)))
-    ids = [_id(source, row) for row in range(len(source))]
+    ids = _ids(source)
     _check_unique(ids, messages)
     if not output.parent.is_dir():
         raise ConfigError(f"--output {output}: no folder {output.parent}; make it first")
@@ -111,11 +111,21 @@ def answer_file(messages: Path, output: Path) -> Iterator[AnswerFile]:
         yield AnswerFile(source, output, ids, _answered(output), [])
 
 
-def _id(source: Source, row: int) -> str:
-    try:
-        return source[row]["id"]
-    except Exception:  # told when its turn comes
-        return f"row {row + 1}"
+def _ids(source: Messages) -> list[str]:
+    """The ids of all rows. A row of which nothing can be read, which is told when its turn comes, is called by its
+    number, and by no other row's id."""
+    ids: dict[int, str] = {}
+    for row in range(len(source)):
+        with suppress(ValueError):
+            ids[row] = source.id_of(row)
+    taken = set(ids.values())
+    for row in range(len(source)):
+        if row not in ids:
+            name = f"row {row + 1}"
+            while name in taken:
+                name += " of the file"
+            ids[row] = name
+    return [ids[row] for row in range(len(source))]
 
 
 def _check_unique(ids: list[str], messages: Path) -> None:

@@ -77,6 +77,10 @@ class Messages:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def id_of(self, row: int) -> str:
+        """The id of a row, whose conversation may be faulty. Raises ValueError where that cannot be read either."""
+        return row_id(self.rows[row].get("id"), row, self.rows.where(row))
+
     def __getitem__(self, row: int) -> dict[str, Any]:
         where = self.rows.where(row)
         value = self.rows[row]

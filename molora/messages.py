@@ -158,10 +158,11 @@ class _Places:
     def check_filled(self) -> None:
         for kind, num_given in self.num_given.items():
             if self.num_places[kind] != num_given:
+                column = self.columns.get(kind)
+                given = f"{num_given} media in {column!r}" if column else f"no column {kind!r} or '{kind}s'"
                 raise ValueError(
-                    f"{self.where}: {self.num_places[kind]} places for media of type {kind} but {num_given} media "
-                    f"in {self.columns.get(kind, f'{kind}s')!r}; each medium needs one place, <{kind}> in a user's text"
-                    f' or a part {{"type": "{kind}"}}'
+                    f"{self.where}: {self.num_places[kind]} places for media of type {kind} but {given}; each medium needs "
+                    f'one place, <{kind}> in a user\'s text or a part {{"type": "{kind}"}}'
                 )
 
 
@@ -169,7 +170,7 @@ def _message(turn: Any, places: _Places, marks: Sequence[str], where: str) -> di
     if not isinstance(turn, Mapping):
         raise ValueError(f"{where}: expected a mapping with role and content, got {turn!r:.80}")
     given = {key: value for key, value in turn.items() if value is not None}
-    speaker, content = _one_of(given, ("role", "from"), where), _one_of(given, ("content", "value"), where)
+    speaker, content = _one_of(given, turn, ("role", "from"), where), _one_of(given, turn, ("content", "value"), where)
     if not isinstance(speaker, str) or speaker not in _SPEAKERS:
         raise ValueError(f"{where}: role {speaker!r:.80} is none of {', '.join(_SPEAKERS)}")
     role = _SPEAKERS[speaker]
@@ -186,11 +187,12 @@ def _message(turn: Any, places: _Places, marks: Sequence[str], where: str) -> di
     return {"role": role, "content": content, **_train(given, where), **given}
 
 
-def _one_of(given: dict[str, Any], keys: tuple[str, str], where: str) -> Any:
+def _one_of(given: dict[str, Any], turn: Mapping[str, Any], keys: tuple[str, str], where: str) -> Any:
     """Takes out the value of the one key that is there."""
     there = [key for key in keys if key in given]
     if len(there) != 1:
-        has = " and ".join(there) or f"neither; its keys are {sorted(map(str, given))}"
+        empty = " and ".join(f"{key} is null" for key in keys if key in turn)
+        has = " and ".join(there) or empty or f"neither; its keys are {sorted(map(str, turn))}"
         raise ValueError(f"{where}: expected {keys[0]!r} or {keys[1]!r}, found {has}")
     return given.pop(there[0])
 
@@ -313,7 +315,10 @@ def rooted(messages: list[dict[str, Any]], folder: Path | None, bound: Path | No
 
 def _rooted(part: dict[str, Any], folder: Path | None, bound: Path | None, where: str) -> dict[str, Any]:
     own = [part["type"]] if part["type"] in _MARKED_TYPES else []  # what a plugin's parts hold is no path to us
-    for key in ("path", "url", *own):
+    keys = [key for key in ("path", "url", *own) if part.get(key) is not None]
+    if len(keys) > 1:
+        raise MediaError(f"{where}: has {' and '.join(keys)}, each a medium of its own; leave one")
+    for key in keys:
         value = part.get(key)
         if isinstance(value, os.PathLike):
             value = os.fspath(value)

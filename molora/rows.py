@@ -156,13 +156,17 @@ class JsonRows:
         """The keys of the rows, up to the row that completes what is wanted. A row that is faulty says so when it is
         read."""
         names: dict[str, None] = {}
+        fault: ValueError | None = None
         for row in range(len(self)):
             try:
                 names.update(dict.fromkeys(self[row]))
-            except ValueError:
+            except ValueError as error:
+                fault = fault or error
                 continue
             if wanted(names):
                 break
+        if fault is not None and not names:
+            raise ConfigError(f"no row can be read: {fault}") from fault
         return list(names)
 
     def _next(self) -> str:

@@ -308,6 +308,8 @@ def _named(value: Any, feature: Any) -> Any:
 
 def _open(config: TableConfig, wanted: Callable[[Iterable[str]], bool]) -> tuple[_Rows, tuple[int, int]]:
     """The rows of a table, and from which to which the recipe asks for."""
+    if not config.path:
+        raise ConfigError("data source: path is empty; name a file, a folder or a dataset of the hub")
     path = Path(config.path).expanduser()
     where = f"data source {config.path}"
     split, start, stop = _slice(config.split, where)
@@ -372,9 +374,14 @@ def _parquet(path: Path, wanted: Callable[[Iterable[str]], bool]) -> _Rows:
     try:
         from pyarrow import parquet
 
-        names = parquet.read_schema(path).names
+        about = parquet.read_metadata(path)
+        if not about.num_rows:
+            raise ConfigError(f"data source {path}: no rows")
+        names = about.schema.to_arrow_schema().names
         files = {"train": glob.escape(str(path))}
         rows = datasets.load_dataset("parquet", data_files=files, split="train", columns=_kept(names, wanted))
+    except ConfigError:
+        raise
     except Exception as error:  # pyarrow's and datasets' own, of many kinds
         reason = str(error.__cause__ or error).partition("\n")[0]
         raise ConfigError(f"data source {path}: cannot be read as parquet ({reason})") from error

@@ -58,7 +58,12 @@ def find_received(kind: Kind, spec: str, sha256: str | None, trusted: Sequence[s
                 return word
         elif _same_plugin(word, spec):
             return _on_word(kind, word, sha256)
-    return _remembered_file(kind, spec, sha256) if file_of(spec) else _remembered_module(kind, spec, sha256)
+    try:
+        return _remembered_file(kind, spec, sha256) if file_of(spec) else _remembered_module(kind, spec, sha256)
+    except Untrusted as error:
+        if words := [word for word in trusted if isinstance(word, str)]:
+            raise Untrusted(f"{error} (the word that was given is for another plugin: {', '.join(words)})") from error
+        raise
 
 
 def remember(found: Found) -> None:

@@ -233,3 +233,13 @@ def test_a_missing_folder_is_named_before_the_model_is_opened(tmp_path: Path) ->
     given = write(tmp_path / "in.jsonl", rows("a"))
     with pytest.raises(ConfigError, match="no folder"), answer_file(given, tmp_path / "none" / "out.jsonl"):
         pass
+
+
+def test_a_faulty_row_keeps_its_id_and_takes_nobody_elses(loaded: LoadedModel, tmp_path: Path) -> None:
+    given = write(
+        tmp_path / "in.jsonl",
+        [{"id": "row 3", "messages": ask("a")}, {"id": "q", "messages": []}, "{broken", {"id": "w", "messages": 7}],
+    )
+    answers = fill(loaded, given, tmp_path / "out.jsonl")[0]
+    assert answers.keys() == {"row 3", "q", "row 3 of the file", "w"}
+    assert [("error" in answers[id]) for id in ("row 3", "q", "w")] == [False, True, True]

@@ -128,7 +128,10 @@ ASKED = {"from": "human", "value": "hi"}
     "row, says",
     [
         ({"conversations": [ASKED], "image": "a"}, "row 3: 0 places for media of type image but 1 media in 'image'"),
-        ({"conversations": [{"from": "human", "value": "<image>"}]}, "1 places for media of type image but 0 media"),
+        (
+            {"conversations": [{"from": "human", "value": "<image>"}]},
+            "1 places for media of type image but no column 'image'",
+        ),
         ({"messages": [{"role": "user", "content": "<image>"}], "images": None}, "1 places .* 0 media in 'images'"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "1 places for media of type audio"),
         ({"conversations": [ASKED, {"from": "gpt", "value": "<image>"}], "image": "a"}, "0 places .* but 1 media"),
@@ -140,7 +143,7 @@ ASKED = {"from": "human", "value": "hi"}
         ({"conversations": [{"from": ["dog"], "value": "woof"}]}, "row 3: message 0: role"),
         (
             {"conversations": [{"from": "human", "value": None}]},
-            "message 0: expected 'content' or 'value', found neither",
+            "message 0: expected 'content' or 'value', found value is null",
         ),
         ({"conversations": [{**ASKED, "role": "user"}]}, "message 0: expected 'role' or 'from', found role and from"),
         ({"conversations": [[ASKED]]}, "row 3: message 0: expected a mapping with role and content"),
@@ -324,3 +327,15 @@ def test_a_bound_holds_paths_inside_with_links_followed(tmp_path: Path) -> None:
 def test_a_file_of_another_machine_is_refused(path: str) -> None:
     with pytest.raises(MediaError, match=r"row 3: message 0, part 0 \(image\): .* is no local file"):
         path_of({"path": path}, Path("/d"))
+
+
+@pytest.mark.parametrize("other", ["url", "image"])
+def test_a_part_that_names_two_media_is_refused(tmp_path: Path, other: str) -> None:
+    part = {"type": "image", "path": "a.png", other: "b.png"}
+    with pytest.raises(MediaError, match=f"row 4: message 0, part 0 .image.: has path and {other}"):
+        rooted([{"role": "user", "content": [part]}], tmp_path, None, "row 4")
+
+
+def test_a_turn_whose_content_is_null_is_told_so() -> None:
+    with pytest.raises(ValueError, match="expected 'content' or 'value', found content is null"):
+        conversation({"messages": [{"role": "user", "content": None}]}, "row 4")

@@ -278,3 +278,13 @@ def test_heic_is_read_upright_and_within_the_limit():
         with pytest.raises(MediaError, match="damaged HEIC") as error:
             load(bytes=data)
         assert "0x" not in str(error.value)
+
+
+def test_a_picture_beyond_what_pil_opens_is_told_our_limit() -> None:
+    header = b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", struct.pack(">2I5B", 20_000, 20_000, 8, 2, 0, 0, 0))
+    with pytest.raises(MediaError, match="has 400000000 pixels, and max_pixels 64000000 is the most"):
+        decode_picture("bytes", header + _chunk(b"IDAT", b"x") + _chunk(b"IEND", b""), 64_000_000)
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -10,8 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from molora.config import ConfigError
 from molora.data import Source, SourceConfig, open_source
@@ -406,3 +408,19 @@ def test_a_dataset_of_several_subsets_is_read_by_the_one_that_is_named(tmp_path:
         row = open_source(SourceConfig(kind="table", options={**options, "subset": name}), "data")[0]
         assert row["messages"][0]["content"][0] == {"type": "audio", "bytes": name.encode()}
         assert row["messages"][1]["content"] == f"to {name}"
+
+
+@pytest.mark.parametrize("text", ['{\n "question": "x"\n}\n', "{'question': 'x'}\n"])
+def test_a_file_of_which_no_row_can_be_read_says_why(tmp_path: Path, text: str) -> None:
+    (tmp_path / "d.jsonl").write_text(text)
+    with pytest.raises(ConfigError, match="no row can be read: .*d.jsonl, row 1"):
+        table(tmp_path / "d.jsonl")
+
+
+def test_a_table_of_nothing_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "empty.parquet"
+    parquet.write_table(pyarrow.table({"question": pyarrow.array([], pyarrow.string())}), path)
+    with pytest.raises(ConfigError, match=r"empty.parquet: no rows"):
+        table(path)
+    with pytest.raises(ConfigError, match="path is empty"):
+        open_source(SourceConfig(kind="table", options={"path": "", "prompt": "{a}", "answer": "{b}"}), "data")

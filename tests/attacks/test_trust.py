@@ -27,7 +27,7 @@ from molora.plugins import find
 from molora.scaffold import new_plugin
 from molora.testing import save_backbone
 from molora.train import Recipe, train
-from molora.trust import remember
+from molora.trust import Untrusted, find_received, remember
 
 ADAPTER = {"r": 2, "lora_alpha": 8, "target_modules": ["o_proj"]}
 GOOD = """
@@ -523,3 +523,9 @@ def test_an_adapter_that_names_a_library_imports_and_fetches_nothing(says, home,
     words = [f"--modality={folder}", "--trust-plugin", f"{home}/depth.py:Depth"]
     told = CliRunner().invoke(app, ["verify", str(home / "backbone"), *words])
     assert told.exception is None or isinstance(told.exception, (ValueError, SystemExit)), told.exception
+
+
+def test_a_word_that_matches_nothing_is_said_to_match_nothing(tmp_path: Path, canary: Path) -> None:
+    evil(tmp_path / "boards.py", canary)
+    with pytest.raises(Untrusted, match=r"the word that was given is for another plugin: other.py:Depth"):
+        find_received("modality", "boards.py:Depth", None, ["other.py:Depth"])
