@@ -161,7 +161,7 @@ class _Places:
                 column = self.columns.get(kind)
                 given = f"{num_given} media in {column!r}" if column else f"no column {kind!r} or '{kind}s'"
                 raise ValueError(
-                    f"{self.where}: {self.num_places[kind]} places for media of type {kind} but {given}; each medium needs "
+                    f"{self.where}: {self.num_places[kind]} places for media of type {kind} but {given}; each needs "
                     f'one place, <{kind}> in a user\'s text or a part {{"type": "{kind}"}}'
                 )
 
