@@ -220,7 +220,7 @@ class Backbone(nn.Module):
             )
         for layer in self.model.modules():
             if isinstance(layer, nn.Linear):
-                layer.forward = _by_sample(layer.forward)
+                layer.forward = _by_sample(layer.forward)  # pyright: ignore[reportAttributeAccessIssue]
 
     def regime(self, length: int) -> tuple[int, ...]:
         """Changes exactly when a sample growing to `length` tokens changes its rotary frequencies."""

@@ -13,6 +13,7 @@ import torch
 
 from molora.config import build
 from molora.features import FeatureCache
+from molora.model import MoLoRA
 from molora.pack import collate
 from molora.testing import save_backbone
 from molora.train import Recipe, _Run, build_model, train
@@ -81,7 +82,7 @@ def test_a_run_that_finds_its_frames_equals_one_that_makes_them_to_the_bit(
     cold = train(recipe("cold", feature_cache=str(cache)), show=False)
     assert len(list(cache.rglob("*.safetensors"))) == 8, "an item is kept once, however often it is seen"
     encoded: list[str] = []
-    monkeypatch.setattr(FeatureCache, "_encoded", lambda self, item: encoded.append(item.modality))
+    monkeypatch.setattr(MoLoRA, "frames", lambda self, item: encoded.append(item.modality))
     warm = train(recipe("warm", feature_cache=str(cache)), show=False)
     assert not encoded
     monkeypatch.undo()
