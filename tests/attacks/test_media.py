@@ -382,7 +382,7 @@ PICTURES: dict[str, tuple[Callable[[], bytes], str | None]] = {
     "gif of endless comments": (lambda: gif_of_comments(200_000), "more than 131072 blocks of a comment"),
     "gif of a huge screen": (
         lambda: b"GIF89a\xff\xff\xff\xff\0\0\0,\0\0\0\0\x08\0\x08\0\0\x02",
-        "damaged|Image size|more than",
+        "4294836225 pixels, and max_pixels",
     ),
     "tiff of a huge tile": (
         lambda: tiff(
