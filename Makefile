@@ -16,8 +16,8 @@ help:  ## list the targets
 demo: $(VENV)/demo.stamp  ## teach a small model to see and to hear, and question it; writes runs/demo/report.html
 	$(BIN)/molora demo
 
-test: $(VENV)/dev.stamp  ## run the tests
-	$(BIN)/python -m pytest
+test: $(VENV)/dev.stamp  ## run the tests, one process a core, at most eight
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 check: $(VENV)/dev.stamp  ## lint, format and types
 	$(BIN)/ruff check

@@ -6,27 +6,37 @@ Eight texts of 5 to 48 tokens in one pack, then one step of decoding of all of t
 train_step.py. Every linear layer and the head compute the rows of a pack in one product (as molora does), sample by
 sample, or in blocks of a fixed number of rows, the last one filled with zeros. Beside each: how many of the eight
 samples have the bits that they have alone, computed the same way, and processor time as a ratio to one product.
+
+Then `deterministic_batch` itself, adapters, projector and sampling included: the samples of train_step.py are answered
+with and without it.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from train_step import VOCAB_SIZE, make_backbone
+from train_step import NUM_PICTURES, NUM_TEXTS, VOCAB_SIZE, Molora, make_backbone, make_samples
 
 from molora.backbone import Backbone, Identity
 from molora.cache import PackedCache
+from molora.generate import GenerationConfig, generate
+from molora.model import MoLoRA
+from molora.pack import Sample
 from molora.routing import Flow, current_flow
 
 LENGTHS = (5, 8, 12, 16, 20, 24, 32, 48)
+NEW_TOKENS = 16
 WAYS = ("one product", "by sample", "blocks of 4", "blocks of 16", "blocks of 64")
 
 
@@ -79,6 +89,33 @@ def run(backbone: Backbone, samples: list[Tensor]) -> tuple[list[Tensor], list[T
     return list(first), list(second), seconds
 
 
+def answer(model: MoLoRA, samples: list[Sample]) -> tuple[dict[str, list[int]], list[float]]:
+    """The answers' tokens; seconds until every sample has its first one, and for all that follow."""
+    tokens: dict[str, list[int]] = defaultdict(list)
+    clock = [time.process_time()]
+    for number, step in enumerate(generate(model, samples, GenerationConfig(max_new_tokens=NEW_TOKENS)), start=1):
+        tokens[step.id].append(step.token_id)
+        if number in (len(samples), NEW_TOKENS * len(samples)):
+            clock.append(time.process_time())
+    return tokens, [end - start for start, end in pairwise(clock)]
+
+
+def show_switch(backbone: Any, repeats: int) -> None:
+    """Prints what `deterministic_batch` costs on the samples of train_step.py."""
+    samples = make_samples()
+    backbone.generation_config.eos_token_id = None  # every answer has as many tokens
+    plain, exact = (Molora(copy.deepcopy(backbone), samples, "cpu").model for _ in range(2))
+    exact.make_deterministic()
+    ratios: list[list[float]] = []
+    for _ in range(1 + repeats):
+        (_, off), (tokens, on) = answer(plain, samples), answer(exact, samples)
+        ratios.append([exactly / plainly for exactly, plainly in zip(on, off, strict=True)])
+    first, later = (statistics.median(side) for side in zip(*ratios[1:], strict=True))
+    alone = {sample.id: answer(exact, [sample])[0][sample.id] for sample in samples}
+    print(f"deterministic_batch, {NUM_PICTURES} pictures and {NUM_TEXTS} texts: {NEW_TOKENS} tokens each,")
+    print(f"{'the same' if tokens == alone else 'NOT the same'} as alone; first {first:.2f}, later {later:.2f}\n")
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -116,6 +153,7 @@ def main() -> None:
             ]
             told = [f"{count} of {len(samples)}" for count in equal[way]]
             print(f"{way:<16}{told[0]:<10}{told[1]:<16}{ratios[0]:<10.2f}{ratios[1]:.2f}")
+        show_switch(model, arguments.repeats)
 
 
 if __name__ == "__main__":
