@@ -14,7 +14,6 @@ with and without it.
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
 import time
 from collections import defaultdict
@@ -100,11 +99,13 @@ def answer(model: MoLoRA, samples: list[Sample]) -> tuple[dict[str, list[int]], 
     return tokens, [end - start for start, end in pairwise(clock)]
 
 
-def show_switch(backbone: Any, repeats: int) -> None:
+def show_switch(dtype: torch.dtype, repeats: int) -> None:
     """Prints what `deterministic_batch` costs on the samples of train_step.py."""
     samples = make_samples()
-    backbone.generation_config.eos_token_id = None  # every answer has as many tokens
-    plain, exact = (Molora(copy.deepcopy(backbone), samples, "cpu").model for _ in range(2))
+    models: list[Any] = [make_backbone("cpu", dtype) for _ in range(2)]
+    for model in models:
+        model.generation_config.eos_token_id = None  # every answer has as many tokens
+    plain, exact = (Molora(model, samples, "cpu").model for model in models)
     exact.make_deterministic()
     ratios: list[list[float]] = []
     for _ in range(1 + repeats):
@@ -153,7 +154,7 @@ def main() -> None:
             ]
             told = [f"{count} of {len(samples)}" for count in equal[way]]
             print(f"{way:<16}{told[0]:<10}{told[1]:<16}{ratios[0]:<10.2f}{ratios[1]:.2f}")
-        show_switch(model, arguments.repeats)
+        show_switch(getattr(torch, dtype), arguments.repeats)
 
 
 if __name__ == "__main__":
