@@ -20,8 +20,9 @@ import molora.encoders.audio
 import molora.encoders.vision
 import molora.train  # noqa: F401
 
-# Of this process. A busy machine stretches the clock, so what waits for nothing gets longer.
-MAX_PROCESSOR_SECONDS = 5
+# Of this process. On a quiet machine no attack takes over 5 seconds; neighbours that share its cores stretch processor
+# time too, by up to three times. What waits for nothing gets longer still.
+MAX_PROCESSOR_SECONDS = 15
 MAX_CLOCK_SECONDS = 60
 MAX_BYTES = 2**30
 
@@ -36,7 +37,7 @@ def canary(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def watched() -> Iterator[None]:
-    """Fails an attack that takes over five seconds of processor time, a minute of waiting, or a gibibyte."""
+    """Fails an attack that takes over 15 seconds of processor time, a minute of waiting, or a gibibyte."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise AssertionError(f"hangs: over {MAX_PROCESSOR_SECONDS} s at work or {MAX_CLOCK_SECONDS} s in all")
