@@ -25,7 +25,7 @@ from molora.model import MoLoRA
 from molora.optim import PartConfig, set_trainable
 from molora.pack import Item, Sample
 from molora.plugins import resolve
-from molora.processor import Processor
+from molora.data.processor import Processor
 from molora.testing import byte_tokenizer
 from molora.train import train_step
 

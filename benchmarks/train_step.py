@@ -40,7 +40,7 @@ from molora.modality import Encoder, Frames, Prepared
 from molora.model import MoLoRA
 from molora.optim import PartConfig, count, set_trainable
 from molora.pack import Item, Sample
-from molora.processor import Processor
+from molora.data.processor import Processor
 from molora.routers.table import TableConfig, TableRouter
 from molora.testing import byte_tokenizer
 from molora.train import train_step

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from molora.config import ConfigError
-from molora.data import Messages, MessagesConfig
+from molora.data.sources import Messages, MessagesConfig
 from molora.generate import GenerationConfig, attempt
 from molora.loading import Answer, LoadedModel
 from molora.pack import Sample

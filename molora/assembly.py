@@ -17,7 +17,7 @@ from molora.media import MediaPolicy
 from molora.modality import Modality
 from molora.model import MoLoRA
 from molora.plugins import Finder, Found, find
-from molora.processor import Processor
+from molora.data.processor import Processor
 from molora.routing import RoutingError
 
 

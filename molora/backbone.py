@@ -28,7 +28,7 @@ from molora import attention
 from molora.cache import PackedCache
 from molora.config import ConfigError
 from molora.experts import Choices, routers
-from molora.prompt import ChatTemplate
+from molora.data.prompt import ChatTemplate
 from molora.received import TensorFile, read_json, shard_names
 from molora.rotary import wrap_rotary
 from molora.routing import Flow, current_flow, flowing

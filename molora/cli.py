@@ -245,7 +245,7 @@ def evaluate(
     """Answer the evaluations of a config or a recipe: a table, and JSON in MODEL/evaluation.json, or alone on standard
     output if MODEL is no run. Questions that cannot be asked are counted, and exit code 2 says so."""
     from molora.config import read
-    from molora.data import open_source
+    from molora.data.sources import open_source
     from molora.evaluate import Evaluations, complaints, judge, record, scores
     from molora.loading import load, model_hashes
     from molora.terminal import console, print_table, progress, warn
@@ -333,9 +333,9 @@ def verify(
     of its recipe or of a file can be added."""
     from molora.against import unmoved
     from molora.config import ConfigError, read
-    from molora.data import SourceConfig, open_source
+    from molora.data.sources import SourceConfig, open_source
     from molora.loading import load, locate
-    from molora.messages import media_parts
+    from molora.data.messages import media_parts
     from molora.train import Recipe
     from molora.trust import find_received
     from molora.verify import verify as check
@@ -429,8 +429,8 @@ def check_modality(
 def _parts(messages: Path, spec: str) -> list[Any]:
     """The content parts in a file of conversations that a modality answers to."""
     from molora.config import ConfigError
-    from molora.data import Messages, MessagesConfig
-    from molora.messages import media_parts
+    from molora.data.sources import Messages, MessagesConfig
+    from molora.data.messages import media_parts
     from molora.plugins import resolve
 
     part_type = resolve("modality", spec).part_type  # pyright: ignore[reportAttributeAccessIssue]

@@ -32,7 +32,7 @@ from molora.modality import Encoder, Frames, MediaError, Modality, Prepared
 from molora.model import MoLoRA
 from molora.optim import PartConfig, set_trainable
 from molora.plugins import available, find, resolve
-from molora.processor import Processor
+from molora.data.processor import Processor
 from molora.seeding import seeded
 from molora.train import train_step
 from molora.trial import (

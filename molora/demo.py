@@ -18,8 +18,8 @@ from typing import Any
 
 from molora.assembly import BackboneConfig, ModalityConfig, RouterConfig
 from molora.checkpoint import file_hash
-from molora.data import SourceConfig, open_source
-from molora.easy_vqa import CAPTION_QUESTION, TRANSCRIPT_QUESTION, caption, descriptions, read_split
+from molora.data.sources import SourceConfig, open_source
+from molora.data.easy_vqa import CAPTION_QUESTION, TRANSCRIPT_QUESTION, caption, descriptions, read_split
 from molora.evaluate import EvaluationConfig, Judged, judge, scores
 from molora.generate import GenerationConfig
 from molora.loading import LoadedModel, load, locate

@@ -33,7 +33,7 @@ from molora.backbone import Backbone, Identity, read_dtype
 from molora.cache import PackedCache
 from molora.checkpoint import read_plan
 from molora.config import ConfigError, build, options, read
-from molora.data import EncodedSamples, step_loader
+from molora.data.sources import EncodedSamples, step_loader
 from molora.generate import GenerationConfig, generate
 from molora.loading import locate
 from molora.media import MediaPolicy
@@ -41,7 +41,7 @@ from molora.modality import MediaError, Modality
 from molora.model import MoLoRA
 from molora.optim import PartOptimizer, count, set_trainable
 from molora.pack import Sample
-from molora.processor import Processor, SampleTooLong
+from molora.data.processor import Processor, SampleTooLong
 from molora.release import layout_of
 from molora.routing import Flow, RoutingError, flowing
 from molora.seeding import seed_of

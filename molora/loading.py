@@ -23,10 +23,10 @@ from molora.checkpoint import (
 from molora.config import ConfigError
 from molora.generate import Failed, GenerationConfig, attempt, generate
 from molora.media import MediaPolicy
-from molora.messages import Message
+from molora.data.messages import Message
 from molora.model import MoLoRA
 from molora.pack import Sample
-from molora.processor import Processor
+from molora.data.processor import Processor
 from molora.release import opened
 from molora.terminal import warn
 

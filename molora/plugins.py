@@ -27,13 +27,13 @@ Kind = Literal["modality", "router", "source"]
 _GROUPS = {"modality": "molora.modalities", "router": "molora.routers", "source": "molora.sources"}
 
 _SOURCES = {
-    "messages": "molora.data:Messages",
-    "table": "molora.table:Table",
-    "easy_vqa": "molora.easy_vqa:EasyVQA",
-    "spoken_easy_vqa": "molora.easy_vqa:SpokenEasyVQA",
+    "messages": "molora.data.sources:Messages",
+    "table": "molora.data.table:Table",
+    "easy_vqa": "molora.data.easy_vqa:EasyVQA",
+    "spoken_easy_vqa": "molora.data.easy_vqa:SpokenEasyVQA",
 }
 
-# What a class must have to keep the contract of molora.modality, molora.routing or molora.data (`name` and `config` are
+# What a class must have to keep the contract of molora.modality, molora.routing or molora.data.sources (`name` and `config` are
 # instances').
 _MEMBERS = {
     "modality": (

@@ -34,8 +34,8 @@ from molora.checkpoint import FORMAT_VERSION, check_format
 from molora.config import ConfigError, require
 from molora.interrupt import Interrupt, Stopped
 from molora.loss import target_losses
-from molora.messages import Message, check, parts
-from molora.prompt import ChatTemplate
+from molora.data.messages import Message, check, parts
+from molora.data.prompt import ChatTemplate
 from molora.received import read_json, read_tensors
 from molora.seeding import seeded
 from molora.storage import hold, settle, sync, write_json, write_tensors

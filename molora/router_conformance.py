@@ -26,7 +26,7 @@ from molora.lora import load_exactly, lora_config
 from molora.model import MoLoRA
 from molora.pack import Pack, Sample, collate
 from molora.plugins import resolve
-from molora.processor import Processor
+from molora.data.processor import Processor
 from molora.routing import Routing, RoutingError
 from molora.seeding import seeded
 from molora.tiny import Letters, Numbers, NumbersConfig, byte_tokenizer, tiny_model

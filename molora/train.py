@@ -54,7 +54,7 @@ from molora.checkpoint import (
     write_run,
 )
 from molora.config import ConfigError, build, dump, environment_in, plain, require
-from molora.data import EncodedSamples, Skipped, SourceConfig, open_source, step_loader
+from molora.data.sources import EncodedSamples, Skipped, SourceConfig, open_source, step_loader
 from molora.evaluate import EvaluationConfig, complaints, gathered, judge, scores
 from molora.features import FeatureCache
 from molora.interrupt import Interrupt, Stopped
@@ -66,7 +66,7 @@ from molora.optim import PartConfig, PartOptimizer, count, learning_rate, matche
 from molora.pack import Pack, Sample
 from molora.plugins import Kind, find
 from molora.preflight import Trial
-from molora.processor import Processor, SampleTooLong
+from molora.data.processor import Processor, SampleTooLong
 from molora.received import check_name, read_json
 from molora.routing import Routing
 from molora.seeding import seed_of

@@ -21,7 +21,7 @@ from molora.backbone import Backbone, Identity
 from molora.modality import Frames, Prepared
 from molora.model import MoLoRA
 from molora.pack import Sample
-from molora.processor import Processor
+from molora.data.processor import Processor
 from molora.seeding import seeded
 from molora.tiny import byte_tokenizer, tiny_model
 from molora.worker import prepare

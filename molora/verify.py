@@ -24,11 +24,11 @@ from molora.experts import Choices, routers
 from molora.generate import GenerationConfig, generate
 from molora.loading import LoadedModel
 from molora.lora import adapter_tensors
-from molora.messages import Message
+from molora.data.messages import Message
 from molora.modality import Modality
 from molora.model import MoLoRA
 from molora.pack import Pack, Sample, collate
-from molora.processor import SampleTooLong
+from molora.data.processor import SampleTooLong
 from molora.received import read_tensors
 from molora.rounding import HALF, difference, in_fp32, measure
 from molora.routing import Flow, Routing, RoutingError

@@ -19,7 +19,7 @@ from molora.loading import LoadedModel
 from molora.lora import lora_config
 from molora.modality import Prepared
 from molora.model import MoLoRA
-from molora.processor import Processor
+from molora.data.processor import Processor
 from molora.routers.table import TableConfig, TableRouter
 from molora.testing import Letters, Numbers, NumbersConfig, byte_tokenizer, tiny_model
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from molora.config import ConfigError, build
-from molora.data import EncodedSamples, MessagesConfig, Order, Skipped, Source, SourceConfig, open_source, step_loader
-from molora.messages import conversation
+from molora.data.sources import EncodedSamples, MessagesConfig, Order, Skipped, Source, SourceConfig, open_source, step_loader
+from molora.data.messages import conversation
 from molora.modality import MediaError
-from molora.processor import Processor
+from molora.data.processor import Processor
 from molora.tiny import byte_tokenizer
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from molora.demo import run_demo
-from molora.easy_vqa import COLOURS, SHAPES, EasyVQA, EasyVQAConfig, descriptions, read_split
+from molora.data.easy_vqa import COLOURS, SHAPES, EasyVQA, EasyVQAConfig, descriptions, read_split
 
 pytest.importorskip("easy_vqa")
 pytest.importorskip("espeakng_loader")

@@ -16,9 +16,9 @@ from typer.main import get_command
 
 from molora import cli, plain_yaml
 from molora.config import build
-from molora.data import MessagesConfig, SourceConfig
+from molora.data.sources import MessagesConfig, SourceConfig
 from molora.scaffold import new_plugin
-from molora.table import TableConfig
+from molora.data.table import TableConfig
 from molora.testing import save_backbone
 from molora.train import StageConfig
 

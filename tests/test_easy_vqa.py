@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from molora.config import ConfigError
-from molora.data import SourceConfig, open_source
-from molora.easy_vqa import SpokenEasyVQA, SpokenEasyVQAConfig
+from molora.data.sources import SourceConfig, open_source
+from molora.data.easy_vqa import SpokenEasyVQA, SpokenEasyVQAConfig
 
 pytest.importorskip("easy_vqa")
 pytest.importorskip("espeakng_loader")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from molora.config import ConfigError, build
-from molora.data import SourceConfig
+from molora.data.sources import SourceConfig
 from molora.evaluate import (
     FULL_STOPS,
     EvaluationConfig,

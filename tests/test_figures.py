@@ -15,7 +15,7 @@ from molora.backbone import load_backbone
 from molora.figures import adapter_similarity, pack_figure, similarity_figure, weights_figure
 from molora.lora import RoutedLinear
 from molora.model import MoLoRA
-from molora.processor import Processor
+from molora.data.processor import Processor
 from molora.testing import save_backbone
 
 pytest.importorskip("matplotlib")

@@ -26,7 +26,7 @@ from molora.cache import PackedCache
 from molora.checkpoint import save_modality, write_run
 from molora.cli import app
 from molora.config import dump
-from molora.data import EncodedSamples, SourceConfig
+from molora.data.sources import EncodedSamples, SourceConfig
 from molora.evaluate import EvaluationConfig
 from molora.fit import AnsweringConfig, Device, Fit, Moment, Need, cached_positions, fit_model, fit_recipe, on_meta
 from molora.generate import GenerationConfig, generate
@@ -35,7 +35,7 @@ from molora.modality import Encoder, Frames
 from molora.model import MoLoRA
 from molora.optim import PartConfig, set_trainable
 from molora.pack import Sample
-from molora.processor import Processor
+from molora.data.processor import Processor
 from molora.seeding import seed_of
 from molora.terminal import console
 from molora.testing import ROPE_SWITCH, Numbers, byte_tokenizer, save_backbone

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from molora.config import ConfigError
-from molora.data import SourceConfig, open_source
-from molora.messages import check
+from molora.data.sources import SourceConfig, open_source
+from molora.data.messages import check
 from molora.modality import MediaError
 
 CASES = int(os.environ.get("MOLORA_FUZZ_CASES", "600"))

@@ -28,7 +28,7 @@ from molora.config import ConfigError, build
 from molora.media import MediaPolicy, Sources, fetch, policy
 from molora.modality import MediaError
 from molora.pack import Sample
-from molora.processor import Processor
+from molora.data.processor import Processor
 from molora.testing import Letters, NumbersConfig, byte_tokenizer, save_backbone
 from molora.train import Recipe, build_model
 

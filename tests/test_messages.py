@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from molora.messages import check, conversation, media, media_list, media_parts, parts, rooted
+from molora.data.messages import check, conversation, media, media_list, media_parts, parts, rooted
 from molora.modality import MediaError
 
 TYPES = {"image": "vision", "audio": "hearing"}

@@ -26,7 +26,7 @@ from molora.lora import lora_config
 from molora.model import MoLoRA
 from molora.optim import PartConfig, set_trainable
 from molora.pack import Sample, collate
-from molora.processor import Processor
+from molora.data.processor import Processor
 from molora.routers.table import TableConfig, TableRouter
 from molora.testing import assert_close, byte_tokenizer, tiny_model
 from molora.train import train_step

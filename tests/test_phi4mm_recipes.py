@@ -26,7 +26,7 @@ from molora.assembly import RouterConfig, assemble, blueprint
 from molora.backbone import load_backbone
 from molora.checkpoint import save_modality
 from molora.config import read
-from molora.data import SourceConfig, open_source
+from molora.data.sources import SourceConfig, open_source
 from molora.optim import PartConfig, set_trainable
 from molora.testing import assert_close, byte_tokenizer, tiny_model
 from molora.train import Recipe, build_model, train

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from molora.modality import MediaError, Modality, Prepared
-from molora.processor import Processor, SampleTooLong
+from molora.data.processor import Processor, SampleTooLong
 from molora.routing import RoutingError
 
 

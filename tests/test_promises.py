@@ -20,7 +20,7 @@ from molora.config import build
 from molora.generate import GenerationConfig, generate
 from molora.loading import LoadedModel
 from molora.pack import Sample, collate
-from molora.processor import SampleTooLong
+from molora.data.processor import SampleTooLong
 from molora.routing import Flow, Routing
 from molora.testing import assert_close, save_backbone
 from molora.train import Recipe, train

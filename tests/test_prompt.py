@@ -15,7 +15,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from molora.prompt import ChatTemplate
+from molora.data.prompt import ChatTemplate
 
 CORPUS = [
     "hello world, what is it? the answer is yes. a red triangle\n\nuser assistant system model",

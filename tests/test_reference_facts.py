@@ -25,7 +25,7 @@ from molora.encoders.conformer import num_encoded
 from molora.encoders.logmel import num_frames
 from molora.encoders.vision import Vision, VisionConfig, lay_out
 from molora.pack import Sample
-from molora.processor import Processor
+from molora.data.processor import Processor
 from molora.rotary import SampleRotary, wrap_rotary
 from molora.routers.table import TableConfig, TableRouter
 from molora.routing import Flow, flowing

@@ -17,7 +17,7 @@ from molora.lora import RoutedLinear, lora_config
 from molora.model import MoLoRA
 from molora.pack import Pack, Sample, collate
 from molora.plugins import resolve
-from molora.processor import Processor
+from molora.data.processor import Processor
 from molora.routing import Flow, Routing, RoutingError, Slice
 from molora.testing import Letters, Numbers, NumbersConfig, assert_close, byte_tokenizer, tiny_model
 

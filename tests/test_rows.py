@@ -16,7 +16,7 @@ import pytest
 
 from molora import rows as module
 from molora.config import ConfigError
-from molora.rows import MAX_DEPTH, CellRows, JsonRows, parse
+from molora.data.rows import MAX_DEPTH, CellRows, JsonRows, parse
 
 
 def cells(tmp_path: Path, data: bytes | str, *, tabs: bool = False) -> list[list[str]]:

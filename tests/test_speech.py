@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from molora.speech import HELD_OUT_VOICES, TRAINING_VOICES, Utterance, clip, draw_utterance, speak
+from molora.data.speech import HELD_OUT_VOICES, TRAINING_VOICES, Utterance, clip, draw_utterance, speak
 
 pytest.importorskip("espeakng_loader")
 soundfile = pytest.importorskip("soundfile")

@@ -16,7 +16,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from molora.config import ConfigError
-from molora.data import Source, SourceConfig, open_source
+from molora.data.sources import Source, SourceConfig, open_source
 from molora.modality import MediaError
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from molora.template import MAX_SOURCE_CHARACTERS, compiled, render
+from molora.data.template import MAX_SOURCE_CHARACTERS, compiled, render
 from molora.testing import byte_tokenizer
 
 TALK = [

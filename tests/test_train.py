@@ -668,7 +668,7 @@ def test_a_dtype_that_no_backbone_runs_in_is_refused(home: Path, tmp_path: Path,
 
 FLAKY = """
 from pathlib import Path
-from molora.data import Messages
+from molora.data.sources import Messages
 class Flaky(Messages):
     def __len__(self):
         if Path("{broken}").exists() and Path("{run}/state").exists():

@@ -26,7 +26,7 @@ from molora.encoders.sound import load_sound
 from molora.encoders.vision import Vision, VisionConfig
 from molora.media import MediaPolicy, fetch
 from molora.modality import MediaError
-from molora.processor import Processor
+from molora.data.processor import Processor
 from molora.testing import Letters, NumbersConfig, byte_tokenizer
 
 soundfile = pytest.importorskip("soundfile")

@@ -15,8 +15,8 @@ from molora.answers import answer_file
 from molora.config import ConfigError
 from molora.generate import GenerationConfig
 from molora.modality import Prepared
-from molora.processor import Processor
-from molora.template import render
+from molora.data.processor import Processor
+from molora.data.template import render
 from molora.testing import Numbers, NumbersConfig, byte_tokenizer
 
 HELLO = [{"role": "user", "content": "hello"}]

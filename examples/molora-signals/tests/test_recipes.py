@@ -15,7 +15,7 @@ from PIL import Image
 from molora.assembly import blueprint
 from molora.checkpoint import file_hash
 from molora.config import read
-from molora.data import open_source
+from molora.data.sources import open_source
 from molora.testing import save_backbone
 from molora.train import Recipe, train
 

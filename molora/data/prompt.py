@@ -20,8 +20,8 @@ from itertools import groupby, zip_longest
 
 from transformers import PreTrainedTokenizerBase
 
-from molora.messages import Message, parts
-from molora.template import compiled, render
+from molora.data.messages import Message, parts
+from molora.data.template import compiled, render
 
 # Plane 16 of Unicode, for private use.
 _FIRST_HOLE = 0x100000

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from molora.seeding import seed_of
-from molora.speech import HELD_OUT_VOICES, TRAINING_VOICES, clip, draw_utterance
+from molora.data.speech import HELD_OUT_VOICES, TRAINING_VOICES, clip, draw_utterance
 
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")

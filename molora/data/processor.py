@@ -10,10 +10,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from molora.media import MediaPolicy
-from molora.messages import Message, check, media_parts, parts
+from molora.data.messages import Message, check, media_parts, parts
 from molora.modality import MediaError, Modality, Prepared
 from molora.pack import Item, Pack, Sample, collate
-from molora.prompt import ChatTemplate
+from molora.data.prompt import ChatTemplate
 from molora.routing import RoutingError
 
 

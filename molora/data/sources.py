@@ -15,15 +15,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from molora.config import ConfigError, build, require
 from molora.interrupt import leave_interrupts_to_parent
-from molora.messages import conversation, rooted
+from molora.data.messages import conversation, rooted
 from molora.modality import MediaError
 from molora.pack import Sample
 from molora.plugins import Finder, find
-from molora.processor import Processor, SampleTooLong
+from molora.data.processor import Processor, SampleTooLong
 from molora.routing import RoutingError
-from molora.rows import JsonRows
+from molora.data.rows import JsonRows
 from molora.seeding import seed_of
-from molora.table import row_id
+from molora.data.table import row_id
 
 _MAX_WEIGHT = 1e9
 
@@ -58,7 +58,7 @@ class SourceConfig:
 
 @dataclass(kw_only=True)
 class MessagesConfig:
-    """Conversations in any format that `molora.messages` reads: a file of JSON, one object a line or all in one list,
+    """Conversations in any format that `molora.data.messages` reads: a file of JSON, one object a line or all in one list,
     also gzipped. Media paths are relative to the file's own folder, or to `media_root`, which no path may leave."""
 
     path: str

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from molora.config import ConfigError
-from molora.messages import media_list, rooted
-from molora.rows import CellRows, JsonRows, check_file
+from molora.data.messages import media_list, rooted
+from molora.data.rows import CellRows, JsonRows, check_file
 
 
 @dataclass(kw_only=True)
