@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from train_step import NUM_PICTURES, NUM_TEXTS, VOCAB_SIZE, Molora, make_backbone, make_samples
 
-from molora.backbone import Backbone, Identity
-from molora.cache import PackedCache
+from molora.model.backbone import Backbone, Identity
+from molora.model.cache import PackedCache
 from molora.generate import GenerationConfig, generate
-from molora.model import MoLoRA
+from molora.model.molora import MoLoRA
 from molora.pack import Sample
 from molora.routing import Flow, current_flow
 

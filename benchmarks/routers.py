@@ -18,10 +18,10 @@ import torch
 from accelerate import Accelerator
 from train_step import LEARNING_RATE, LORA, VOCAB_SIZE, WARMUPS, Pictures, make_backbone, milliseconds
 
-from molora.backbone import Backbone, Identity
+from molora.model.backbone import Backbone, Identity
 from molora.config import build
-from molora.lora import lora_config
-from molora.model import MoLoRA
+from molora.model.lora import lora_config
+from molora.model.molora import MoLoRA
 from molora.optim import PartConfig, set_trainable
 from molora.pack import Item, Sample
 from molora.plugins import resolve

@@ -33,11 +33,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from molora import lora
-from molora.backbone import Backbone, Identity
-from molora.lora import lora_config
+from molora.model import lora
+from molora.model.backbone import Backbone, Identity
+from molora.model.lora import lora_config
 from molora.modality import Encoder, Frames, Prepared
-from molora.model import MoLoRA
+from molora.model.molora import MoLoRA
 from molora.optim import PartConfig, count, set_trainable
 from molora.pack import Item, Sample
 from molora.data.processor import Processor

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from molora.backbone import weights_hash
+from molora.model.backbone import weights_hash
 from molora.checkpoint import file_hash, files_in
 from molora.loading import Layout, LoadedModel, load, locate
 from molora.pack import Sample, collate

@@ -10,12 +10,12 @@ import torch
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
 
-from molora.backbone import Backbone, read_dtype
+from molora.model.backbone import Backbone, read_dtype
 from molora.config import ConfigError, build, plain
-from molora.lora import lora_config
+from molora.model.lora import lora_config
 from molora.media import MediaPolicy
 from molora.modality import Modality
-from molora.model import MoLoRA
+from molora.model.molora import MoLoRA
 from molora.plugins import Finder, Found, find
 from molora.data.processor import Processor
 from molora.routing import RoutingError

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molora import lora
+from molora.model import lora
 from molora.assembly import Blueprint, RouterConfig, RouterPlan, blueprint, router_plan
-from molora.backbone import Identity
+from molora.model.backbone import Identity
 from molora.config import ConfigError, build
 from molora.modality import Origin
-from molora.model import MoLoRA
+from molora.model.molora import MoLoRA
 from molora.plugins import Found, file_of
 from molora.received import (
     MAX_JSON_BYTES,

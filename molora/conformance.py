@@ -29,7 +29,7 @@ from molora.assembly import Blueprint
 from molora.checkpoint import load_modality, read_blueprint, save_modality, tensor_hash
 from molora.config import ConfigError, build
 from molora.modality import Encoder, Frames, MediaError, Modality, Prepared
-from molora.model import MoLoRA
+from molora.model.molora import MoLoRA
 from molora.optim import PartConfig, set_trainable
 from molora.plugins import available, find, resolve
 from molora.data.processor import Processor

@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from molora.config import ConfigError, require
 from molora.data.sources import Source, SourceConfig
 from molora.generate import Failed, GenerationConfig, Step, attempt, generate
-from molora.model import MoLoRA
+from molora.model.molora import MoLoRA
 from molora.pack import Sample
 from molora.data.processor import Processor
 from molora.storage import hold, read_json, write_json

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from molora.checkpoint import tensor_hash
-from molora.model import MoLoRA
+from molora.model.molora import MoLoRA
 from molora.pack import Item, Sample
 from molora.received import read_tensors
 from molora.storage import save_tensors, write_cached

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from molora.lora import RoutedLinear
-from molora.model import MoLoRA
+from molora.model.lora import RoutedLinear
+from molora.model.molora import MoLoRA
 from molora.pack import Pack
 from molora.routing import Routing
 

@@ -29,8 +29,8 @@ from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from molora.assembly import Blueprint, RouterConfig, RouterPlan, assemble, blueprint, pick_device
-from molora.backbone import Backbone, Identity, read_dtype
-from molora.cache import PackedCache
+from molora.model.backbone import Backbone, Identity, read_dtype
+from molora.model.cache import PackedCache
 from molora.checkpoint import read_plan
 from molora.config import ConfigError, build, options, read
 from molora.data.sources import EncodedSamples, step_loader
@@ -38,7 +38,7 @@ from molora.generate import GenerationConfig, generate
 from molora.loading import locate
 from molora.media import MediaPolicy
 from molora.modality import MediaError, Modality
-from molora.model import MoLoRA
+from molora.model.molora import MoLoRA
 from molora.optim import PartOptimizer, count, set_trainable
 from molora.pack import Sample
 from molora.data.processor import Processor, SampleTooLong

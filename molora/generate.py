@@ -13,8 +13,8 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from molora.cache import PackedCache
-from molora.model import MoLoRA
+from molora.model.cache import PackedCache
+from molora.model.molora import MoLoRA
 from molora.pack import Pack, Sample, collate
 from molora.seeding import seed_of
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from molora.assembly import RouterConfig, assemble, pick_device
-from molora.backbone import load_backbone
+from molora.model.backbone import load_backbone
 from molora.checkpoint import (
     RunAbout,
     check_modality,
@@ -24,7 +24,7 @@ from molora.config import ConfigError
 from molora.generate import Failed, GenerationConfig, attempt, generate
 from molora.media import MediaPolicy
 from molora.data.messages import Message
-from molora.model import MoLoRA
+from molora.model.molora import MoLoRA
 from molora.pack import Sample
 from molora.data.processor import Processor
 from molora.release import opened

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from molora.config import ConfigError, require
-from molora.model import MoLoRA
+from molora.model.molora import MoLoRA
 
 
 @dataclass(kw_only=True)

@@ -29,11 +29,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from torch import Tensor
 from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
-from molora.backbone import read_dtype
+from molora.model.backbone import read_dtype
 from molora.checkpoint import FORMAT_VERSION, check_format
 from molora.config import ConfigError, require
 from molora.interrupt import Interrupt, Stopped
-from molora.loss import target_losses
+from molora.model.loss import target_losses
 from molora.data.messages import Message, check, parts
 from molora.data.prompt import ChatTemplate
 from molora.received import read_json, read_tensors

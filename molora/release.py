@@ -30,9 +30,9 @@ from transformers import (
     Phi4MultimodalProcessor,
 )
 
-from molora import lora
+from molora.model import lora
 from molora.assembly import RouterConfig
-from molora.backbone import fetch, identify
+from molora.model.backbone import fetch, identify
 from molora.checkpoint import (
     check_format,
     describe_modality,

@@ -18,12 +18,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from molora.backbone import Backbone, Identity
+from molora.model.backbone import Backbone, Identity
 from molora.config import ConfigError, build
 from molora.conformance import Finding
 from molora.generate import GenerationConfig, generate
-from molora.lora import load_exactly, lora_config
-from molora.model import MoLoRA
+from molora.model.lora import load_exactly, lora_config
+from molora.model.molora import MoLoRA
 from molora.pack import Pack, Sample, collate
 from molora.plugins import resolve
 from molora.data.processor import Processor

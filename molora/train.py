@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from molora import lora
+from molora.model import lora
 from molora.assembly import (
     BackboneConfig,
     Blueprint,
@@ -36,7 +36,7 @@ from molora.assembly import (
     blueprint,
     router_plan,
 )
-from molora.backbone import load_backbone
+from molora.model.backbone import load_backbone
 from molora.checkpoint import (
     check_format,
     check_modality,
@@ -61,7 +61,7 @@ from molora.interrupt import Interrupt, Stopped
 from molora.media import MediaPolicy
 from molora.metrics import MetricsLog
 from molora.modality import MediaError
-from molora.model import MoLoRA
+from molora.model.molora import MoLoRA
 from molora.optim import PartConfig, PartOptimizer, count, learning_rate, matches, set_trainable
 from molora.pack import Pack, Sample
 from molora.plugins import Kind, find

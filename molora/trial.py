@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from molora.assembly import Blueprint, RouterConfig, assemble, blueprint
-from molora.backbone import Backbone, Identity
+from molora.model.backbone import Backbone, Identity
 from molora.modality import Frames, Prepared
-from molora.model import MoLoRA
+from molora.model.molora import MoLoRA
 from molora.pack import Sample
 from molora.data.processor import Processor
 from molora.seeding import seeded

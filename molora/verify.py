@@ -18,15 +18,15 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from molora.backbone import decoder_layers, open_stock, stock_attention, weights_hash
+from molora.model.backbone import decoder_layers, open_stock, stock_attention, weights_hash
 from molora.checkpoint import check_modality, read_about
-from molora.experts import Choices, routers
+from molora.model.experts import Choices, routers
 from molora.generate import GenerationConfig, generate
 from molora.loading import LoadedModel
-from molora.lora import adapter_tensors
+from molora.model.lora import adapter_tensors
 from molora.data.messages import Message
 from molora.modality import Modality
-from molora.model import MoLoRA
+from molora.model.molora import MoLoRA
 from molora.pack import Pack, Sample, collate
 from molora.data.processor import SampleTooLong
 from molora.received import read_tensors

@@ -20,7 +20,7 @@ from molora.modality import Modality, Prepared
 from molora.plugins import resolve
 
 # What only training and inference need; a data worker that loads it starts late and holds much.
-MODEL_FILES = ("molora.backbone", "molora.model")
+MODEL_FILES = ("molora.model.backbone", "molora.model.molora")
 
 _TIMEOUT_SECONDS = 180
 

@@ -23,7 +23,7 @@ from molora.checkpoint import file_hash
 from molora.cli import app
 from molora.config import build
 from molora.loading import LoadedModel, locate
-from molora.lora import adapter_parameters
+from molora.model.lora import adapter_parameters
 from molora.pack import Sample
 from molora.routing import RoutingError
 from molora.testing import save_backbone

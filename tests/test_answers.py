@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from molora.answers import answer_file
-from molora.backbone import Backbone, Identity
+from molora.model.backbone import Backbone, Identity
 from molora.config import ConfigError
 from molora.generate import GenerationConfig
 from molora.loading import LoadedModel
-from molora.lora import lora_config
+from molora.model.lora import lora_config
 from molora.modality import Prepared
-from molora.model import MoLoRA
+from molora.model.molora import MoLoRA
 from molora.data.processor import Processor
 from molora.routers.table import TableConfig, TableRouter
 from molora.testing import Letters, Numbers, NumbersConfig, byte_tokenizer, tiny_model

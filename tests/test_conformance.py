@@ -197,10 +197,10 @@ def test_chance_in_training_beyond_dropout_leaves_one_check_undecided() -> None:
 
 def test_a_plugin_that_imports_the_model_is_found(tmp_path: Path) -> None:
     file = tmp_path / "heavy.py"
-    file.write_text("from molora.model import MoLoRA\nfrom molora.testing import Letters\nclass Heavy(Letters): ...\n")
+    file.write_text("from molora.model.molora import MoLoRA\nfrom molora.testing import Letters\nclass Heavy(Letters): ...\n")
     findings = by_check(check_modality(f"{file}:Heavy"))
     assert [found.check for found in findings.values() if found.ok is not True] == ["imports"]
-    assert "imports molora.backbone and molora.model" in findings["imports"].message
+    assert "imports molora.model.backbone and molora.model.molora" in findings["imports"].message
 
 
 def test_what_a_spawned_worker_raises_is_in_the_finding(tmp_path: Path) -> None:

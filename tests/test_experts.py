@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 
-from molora.backbone import Backbone, BackboneRefused, Identity
-from molora.experts import Choices, routers, untargetable
+from molora.model.backbone import Backbone, BackboneRefused, Identity
+from molora.model.experts import Choices, routers, untargetable
 from molora.testing import VOCAB_SIZE, WINDOW, assert_close, tiny_model
 
 NOWHERE = Identity("test", "", "", "", "")

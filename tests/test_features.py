@@ -13,7 +13,7 @@ import torch
 
 from molora.config import build
 from molora.features import FeatureCache
-from molora.model import MoLoRA
+from molora.model.molora import MoLoRA
 from molora.pack import collate
 from molora.testing import save_backbone
 from molora.train import Recipe, _Run, build_model, train

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from molora.assembly import RouterConfig, assemble, blueprint
-from molora.backbone import load_backbone
+from molora.model.backbone import load_backbone
 from molora.figures import adapter_similarity, pack_figure, similarity_figure, weights_figure
-from molora.lora import RoutedLinear
-from molora.model import MoLoRA
+from molora.model.lora import RoutedLinear
+from molora.model.molora import MoLoRA
 from molora.data.processor import Processor
 from molora.testing import save_backbone
 

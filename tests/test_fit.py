@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import molora.generate
 from molora import fit
 from molora.assembly import BackboneConfig, ModalityConfig, RouterConfig
-from molora.cache import PackedCache
+from molora.model.cache import PackedCache
 from molora.checkpoint import save_modality, write_run
 from molora.cli import app
 from molora.config import dump
@@ -32,7 +32,7 @@ from molora.fit import AnsweringConfig, Device, Fit, Moment, Need, cached_positi
 from molora.generate import GenerationConfig, generate
 from molora.loading import load
 from molora.modality import Encoder, Frames
-from molora.model import MoLoRA
+from molora.model.molora import MoLoRA
 from molora.optim import PartConfig, set_trainable
 from molora.pack import Sample
 from molora.data.processor import Processor

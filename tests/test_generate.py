@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from molora import generate as generation
-from molora.backbone import Backbone, BackboneRefused, Identity
+from molora.model.backbone import Backbone, BackboneRefused, Identity
 from molora.config import ConfigError
 from molora.generate import GenerationConfig, generate
-from molora.lora import lora_config
-from molora.model import MoLoRA
+from molora.model.lora import lora_config
+from molora.model.molora import MoLoRA
 from molora.pack import Item, Sample, collate
 from molora.routers.learned import LearnedConfig, LearnedRouter
 from molora.routers.table import TableConfig, TableRouter

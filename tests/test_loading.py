@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import molora
 from molora.assembly import RouterConfig, assemble, blueprint
-from molora.backbone import load_backbone
+from molora.model.backbone import load_backbone
 from molora.checkpoint import read_run, save_modality, write_run
 from molora.cli import app
 from molora.config import ConfigError, build

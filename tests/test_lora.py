@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from molora import lora
-from molora.backbone import Backbone, Identity
+from molora.model import lora
+from molora.model.backbone import Backbone, Identity
 from molora.config import ConfigError
-from molora.lora import RoutedLinear, lora_config
+from molora.model.lora import RoutedLinear, lora_config
 from molora.routing import Flow, Routing
 from molora.testing import VOCAB_SIZE, assert_close, tiny_model
 

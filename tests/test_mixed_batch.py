@@ -16,14 +16,14 @@ from torch import Tensor
 from transformers import Phi4MultimodalConfig, Phi4MultimodalForCausalLM
 
 from molora.assembly import Blueprint
-from molora.backbone import Backbone, Identity
+from molora.model.backbone import Backbone, Identity
 from molora.checkpoint import save_modality
 from molora.config import build
 from molora.encoders.audio import Audio, AudioConfig
 from molora.encoders.vision import Vision, VisionConfig
 from molora.generate import GenerationConfig, generate
-from molora.lora import lora_config
-from molora.model import MoLoRA
+from molora.model.lora import lora_config
+from molora.model.molora import MoLoRA
 from molora.optim import PartConfig, set_trainable
 from molora.pack import Sample, collate
 from molora.data.processor import Processor

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from molora.backbone import Backbone, BackboneRefused, Identity
-from molora.lora import lora_config
-from molora.model import MoLoRA
+from molora.model.backbone import Backbone, BackboneRefused, Identity
+from molora.model.lora import lora_config
+from molora.model.molora import MoLoRA
 from molora.pack import Item, Sample, collate
-from molora.projector import Projector
+from molora.model.projector import Projector
 from molora.routers.table import TableConfig, TableRouter
 from molora.testing import ROPE_SWITCH, VOCAB_SIZE, WINDOW, Letters, Numbers, NumbersConfig, assert_close, tiny_model
 

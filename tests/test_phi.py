@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from molora import lora
-from molora.backbone import Backbone, load_backbone
+from molora.model import lora
+from molora.model.backbone import Backbone, load_backbone
 from molora.config import read
-from molora.experts import routers
-from molora.lora import lora_config
+from molora.model.experts import routers
+from molora.model.lora import lora_config
 from molora.routing import Flow, Routing
 from molora.testing import VOCAB_SIZE, assert_close, byte_tokenizer
 from molora.train import Recipe, train

@@ -37,11 +37,11 @@ from transformers import (
 )
 
 import molora
-from molora.backbone import Backbone, Identity
+from molora.model.backbone import Backbone, Identity
 from molora.config import ConfigError
 from molora.generate import GenerationConfig
 from molora.loading import LoadedModel
-from molora.model import MoLoRA
+from molora.model.molora import MoLoRA
 from molora.pack import collate
 from molora.phi4mm import Place, Release
 from molora.plugins import resolve

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from transformers.trainer_pt_utils import get_parameter_names
 
 from molora.assembly import RouterConfig, assemble, blueprint
-from molora.backbone import load_backbone
+from molora.model.backbone import load_backbone
 from molora.checkpoint import save_modality
 from molora.config import read
 from molora.data.sources import SourceConfig, open_source

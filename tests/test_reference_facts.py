@@ -26,7 +26,7 @@ from molora.encoders.logmel import num_frames
 from molora.encoders.vision import Vision, VisionConfig, lay_out
 from molora.pack import Sample
 from molora.data.processor import Processor
-from molora.rotary import SampleRotary, wrap_rotary
+from molora.model.rotary import SampleRotary, wrap_rotary
 from molora.routers.table import TableConfig, TableRouter
 from molora.routing import Flow, flowing
 from tests.reference_tokenizer import SPECIAL_TOKENS, save_reference_tokenizer

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from molora.backbone import Backbone, Identity
+from molora.model.backbone import Backbone, Identity
 from molora.config import build
 from molora.generate import GenerationConfig, generate
-from molora.lora import RoutedLinear, lora_config
-from molora.model import MoLoRA
+from molora.model.lora import RoutedLinear, lora_config
+from molora.model.molora import MoLoRA
 from molora.pack import Pack, Sample, collate
 from molora.plugins import resolve
 from molora.data.processor import Processor

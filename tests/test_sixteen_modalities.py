@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import molora
 from molora.config import build
 from molora.loading import LoadedModel
-from molora.model import MoLoRA
+from molora.model.molora import MoLoRA
 from molora.pack import Sample
 from molora.plugins import available
 from molora.routing import Flow, Routing

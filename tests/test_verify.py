@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 import molora
-from molora import attention
-from molora.backbone import Backbone, Identity, decoder_layers
-from molora.cache import PackedCache
+from molora.model import attention
+from molora.model.backbone import Backbone, Identity, decoder_layers
+from molora.model.cache import PackedCache
 from molora.checkpoint import file_hash
 from molora.config import build
 from molora.loading import LoadedModel, locate
-from molora.lora import RoutedLinear, adapter_parameters
+from molora.model.lora import RoutedLinear, adapter_parameters
 from molora.pack import Pack
-from molora.rotary import SampleRotary
+from molora.model.rotary import SampleRotary
 from molora.rounding import in_fp32, measure
 from molora.routing import Flow, Routing, current_flow, flowing
 from molora.testing import save_backbone, tiny_model

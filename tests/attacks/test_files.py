@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import molora
 from molora.assembly import RouterConfig, assemble, blueprint
-from molora.backbone import load_backbone
+from molora.model.backbone import load_backbone
 from molora.checkpoint import (
     copy_modality,
     load_modality,

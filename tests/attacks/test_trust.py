@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import molora
 from molora import plugins, trust
 from molora.assembly import RouterConfig, assemble, blueprint
-from molora.backbone import load_backbone, open_stock
+from molora.model.backbone import load_backbone, open_stock
 from molora.checkpoint import save_modality, write_run
 from molora.cli import app
 from molora.config import ConfigError, build
@@ -175,7 +175,7 @@ SAYS: dict[str, tuple[Attack, str]] = {
     "a list": (lambda *_: {"plugin": ["os:system"], "plugin_sha256": None}, "plugin is .*, expected a text"),
     "molora's own command line": (lambda *_: {"plugin": "molora.cli:app", "plugin_sha256": None}, "not a class"),
     "a class of molora's that is no plugin": (
-        lambda *_: {"plugin": "molora.model:MoLoRA", "plugin_sha256": None},
+        lambda *_: {"plugin": "molora.model.molora:MoLoRA", "plugin_sha256": None},
         "class MoLoRA lacks config_type",
     ),
 }

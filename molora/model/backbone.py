@@ -24,13 +24,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from molora import attention
-from molora.cache import PackedCache
+from molora.model import attention
+from molora.model.cache import PackedCache
 from molora.config import ConfigError
-from molora.experts import Choices, routers
+from molora.model.experts import Choices, routers
 from molora.data.prompt import ChatTemplate
 from molora.received import TensorFile, read_json, shard_names
-from molora.rotary import wrap_rotary
+from molora.model.rotary import wrap_rotary
 from molora.routing import Flow, current_flow, flowing
 from molora.storage import cache_folder, read_cached_json, write_cached
 from molora.terminal import warn

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Cache
 
-from molora.attention import Segments
+from molora.model.attention import Segments
 from molora.routing import current_flow
 
 _LEAST_ROOM = 32

@@ -29,7 +29,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from molora.config import ConfigError
-from molora.experts import untargetable
+from molora.model.experts import untargetable
 from molora.received import MAX_JSON_BYTES, check_hash, parse_json, read_bytes
 from molora.routing import current_flow
 from molora.storage import check_shapes
