@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from molora.assembly import RouterConfig
+    from molora.checkpoint.assembly import RouterConfig
     from molora.config import ConfigError
     from molora.generate import GenerationConfig
     from molora.loading import Answer, LoadedModel, load

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from molora.model.backbone import weights_hash
-from molora.checkpoint import file_hash, files_in
+from molora.checkpoint.folders import file_hash, files_in
 from molora.loading import Layout, LoadedModel, load, locate
 from molora.pack import Sample, collate
 from molora.verify import Check, examples, routed, show

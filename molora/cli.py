@@ -203,7 +203,7 @@ def generate(
 
 def _rules(given: list[str] | None) -> Any:
     """The table router with the rules of the command line; None without any, for the model's own router."""
-    from molora.assembly import RouterConfig
+    from molora.checkpoint.assembly import RouterConfig
     from molora.config import ConfigError
 
     rules: dict[str, str | None] = {}
@@ -337,7 +337,7 @@ def verify(
     from molora.loading import load, locate
     from molora.data.messages import media_parts
     from molora.train import Recipe
-    from molora.trust import find_received
+    from molora.checkpoint.trust import find_received
     from molora.verify import verify as check
 
     if against is not None:

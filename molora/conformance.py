@@ -25,8 +25,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from molora.assembly import Blueprint
-from molora.checkpoint import load_modality, read_blueprint, save_modality, tensor_hash
+from molora.checkpoint.assembly import Blueprint
+from molora.checkpoint.folders import load_modality, read_blueprint, save_modality, tensor_hash
 from molora.config import ConfigError, build
 from molora.modality import Encoder, Frames, MediaError, Modality, Prepared
 from molora.model.molora import MoLoRA

@@ -16,8 +16,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from molora.assembly import BackboneConfig, ModalityConfig, RouterConfig
-from molora.checkpoint import file_hash
+from molora.checkpoint.assembly import BackboneConfig, ModalityConfig, RouterConfig
+from molora.checkpoint.folders import file_hash
 from molora.data.sources import SourceConfig, open_source
 from molora.data.easy_vqa import CAPTION_QUESTION, TRANSCRIPT_QUESTION, caption, descriptions, read_split
 from molora.evaluate import EvaluationConfig, Judged, judge, scores

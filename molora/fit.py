@@ -28,10 +28,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
-from molora.assembly import Blueprint, RouterConfig, RouterPlan, assemble, blueprint, pick_device
+from molora.checkpoint.assembly import Blueprint, RouterConfig, RouterPlan, assemble, blueprint, pick_device
 from molora.model.backbone import Backbone, Identity, read_dtype
 from molora.model.cache import PackedCache
-from molora.checkpoint import read_plan
+from molora.checkpoint.folders import read_plan
 from molora.config import ConfigError, build, options, read
 from molora.data.sources import EncodedSamples, step_loader
 from molora.generate import GenerationConfig, generate
@@ -48,7 +48,7 @@ from molora.seeding import seed_of
 from molora.terminal import console, print_table, say, styled
 from molora.tiny import byte_tokenizer
 from molora.train import Recipe, StageConfig, recipe_router, train_step
-from molora.trust import Untrusted, check_backbone
+from molora.checkpoint.trust import Untrusted, check_backbone
 
 # Rows of a stage's data from which its packs are known.
 _SAMPLED_ROWS = 64

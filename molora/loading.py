@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from molora.assembly import RouterConfig, assemble, pick_device
+from molora.checkpoint.assembly import RouterConfig, assemble, pick_device
 from molora.model.backbone import load_backbone
-from molora.checkpoint import (
+from molora.checkpoint.folders import (
     RunAbout,
     check_modality,
     file_hash,
@@ -179,7 +179,7 @@ def load(
     """Opens a run folder, or a backbone (folder or hub id) with modality folders.
 
     Folders name their plugins. Those that are neither molora's nor declared by an installed package run only if `trust`
-    names them, as `path/to/file.py:Class` or `package.module:Class`, or did so before; see `molora.trust`.
+    names them, as `path/to/file.py:Class` or `package.module:Class`, or did so before; see `molora.checkpoint.trust`.
 
     `allow_urls`: whether media may be fetched over HTTP, whatever the messages say; `allow_private_addresses`: from
     inside a network too (see `MediaPolicy`). `deterministic_batch`: whether answers are the same bits whatever batch

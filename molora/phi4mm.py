@@ -26,7 +26,7 @@ from transformers import (
     Phi4MultimodalVisionConfig,
 )
 
-from molora.assembly import Blueprint, blueprint
+from molora.checkpoint.assembly import Blueprint, blueprint
 from molora.config import ConfigError
 
 Layout = Literal["hub", "native"]

@@ -2,7 +2,7 @@
 
 A spec is a built-in name, `package.module:Class`, `path/to/file.py:Class`, or a name that an installed package declares
 in the entry-point group `molora.modalities`, `molora.routers` or `molora.sources`. This is for what a user writes; what
-a received folder says goes through `molora.trust`, which decides whether its code may run.
+a received folder says goes through `molora.checkpoint.trust`, which decides whether its code may run.
 """
 
 from __future__ import annotations

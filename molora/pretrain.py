@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
 from molora.model.backbone import read_dtype
-from molora.checkpoint import FORMAT_VERSION, check_format
+from molora.checkpoint.folders import FORMAT_VERSION, check_format
 from molora.config import ConfigError, require
 from molora.interrupt import Interrupt, Stopped
 from molora.model.loss import target_losses

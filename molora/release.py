@@ -31,9 +31,9 @@ from transformers import (
 )
 
 from molora.model import lora
-from molora.assembly import RouterConfig
+from molora.checkpoint.assembly import RouterConfig
 from molora.model.backbone import fetch, identify
-from molora.checkpoint import (
+from molora.checkpoint.folders import (
     check_format,
     describe_modality,
     files_in,

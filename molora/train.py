@@ -26,7 +26,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from molora.model import lora
-from molora.assembly import (
+from molora.checkpoint.assembly import (
     BackboneConfig,
     Blueprint,
     ModalityConfig,
@@ -37,7 +37,7 @@ from molora.assembly import (
     router_plan,
 )
 from molora.model.backbone import load_backbone
-from molora.checkpoint import (
+from molora.checkpoint.folders import (
     check_format,
     check_modality,
     copy_modality,
@@ -72,7 +72,7 @@ from molora.routing import Routing
 from molora.seeding import seed_of
 from molora.storage import hold, write_json, write_text
 from molora.terminal import progress, say, warn
-from molora.trust import remember
+from molora.checkpoint.trust import remember
 
 # What a full disk, a quota or a limit on the size of files says.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

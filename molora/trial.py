@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from molora.assembly import Blueprint, RouterConfig, assemble, blueprint
+from molora.checkpoint.assembly import Blueprint, RouterConfig, assemble, blueprint
 from molora.model.backbone import Backbone, Identity
 from molora.modality import Frames, Prepared
 from molora.model.molora import MoLoRA

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from molora.model.backbone import decoder_layers, open_stock, stock_attention, weights_hash
-from molora.checkpoint import check_modality, read_about
+from molora.checkpoint.folders import check_modality, read_about
 from molora.model.experts import Choices, routers
 from molora.generate import GenerationConfig, generate
 from molora.loading import LoadedModel

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import molora
 from molora.against import NUM_SAMPLES, compare_files, compare_logits, unmoved
-from molora.checkpoint import file_hash
+from molora.checkpoint.folders import file_hash
 from molora.cli import app
 from molora.config import build
 from molora.loading import LoadedModel, locate

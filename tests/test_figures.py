@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from molora.assembly import RouterConfig, assemble, blueprint
+from molora.checkpoint.assembly import RouterConfig, assemble, blueprint
 from molora.model.backbone import load_backbone
 from molora.figures import adapter_similarity, pack_figure, similarity_figure, weights_figure
 from molora.model.lora import RoutedLinear

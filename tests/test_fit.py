@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 
 import molora.generate
 from molora import fit
-from molora.assembly import BackboneConfig, ModalityConfig, RouterConfig
+from molora.checkpoint.assembly import BackboneConfig, ModalityConfig, RouterConfig
 from molora.model.cache import PackedCache
-from molora.checkpoint import save_modality, write_run
+from molora.checkpoint.folders import save_modality, write_run
 from molora.cli import app
 from molora.config import dump
 from molora.data.sources import EncodedSamples, SourceConfig

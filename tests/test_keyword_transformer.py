@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from molora.assembly import blueprint
+from molora.checkpoint.assembly import blueprint
 from molora.config import read
 from molora.modality import Modality
 from molora.testing import save_backbone

@@ -14,9 +14,9 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import molora
-from molora.assembly import RouterConfig, assemble, blueprint
+from molora.checkpoint.assembly import RouterConfig, assemble, blueprint
 from molora.model.backbone import load_backbone
-from molora.checkpoint import read_run, save_modality, write_run
+from molora.checkpoint.folders import read_run, save_modality, write_run
 from molora.cli import app
 from molora.config import ConfigError, build
 from molora.terminal import visible

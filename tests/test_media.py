@@ -21,8 +21,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import molora
-from molora.assembly import RouterConfig
-from molora.checkpoint import save_modality
+from molora.checkpoint.assembly import RouterConfig
+from molora.checkpoint.folders import save_modality
 from molora.cli import app
 from molora.config import ConfigError, build
 from molora.media import MediaPolicy, Sources, fetch, policy

@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import Phi4MultimodalConfig, Phi4MultimodalForCausalLM
 
-from molora.assembly import Blueprint
+from molora.checkpoint.assembly import Blueprint
 from molora.model.backbone import Backbone, Identity
-from molora.checkpoint import save_modality
+from molora.checkpoint.folders import save_modality
 from molora.config import build
 from molora.encoders.audio import Audio, AudioConfig
 from molora.encoders.vision import Vision, VisionConfig

@@ -22,9 +22,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.trainer_pt_utils import get_parameter_names
 
-from molora.assembly import RouterConfig, assemble, blueprint
+from molora.checkpoint.assembly import RouterConfig, assemble, blueprint
 from molora.model.backbone import load_backbone
-from molora.checkpoint import save_modality
+from molora.checkpoint.folders import save_modality
 from molora.config import read
 from molora.data.sources import SourceConfig, open_source
 from molora.optim import PartConfig, set_trainable

@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 import molora
-from molora.assembly import BackboneConfig
+from molora.checkpoint.assembly import BackboneConfig
 from molora.config import ConfigError, build, dump
 from molora.interrupt import Stopped
 from molora.optim import PartConfig, set_trainable

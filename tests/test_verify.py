@@ -18,7 +18,7 @@ import molora
 from molora.model import attention
 from molora.model.backbone import Backbone, Identity, decoder_layers
 from molora.model.cache import PackedCache
-from molora.checkpoint import file_hash
+from molora.checkpoint.folders import file_hash
 from molora.config import build
 from molora.loading import LoadedModel, locate
 from molora.model.lora import RoutedLinear, adapter_parameters

@@ -34,7 +34,7 @@ from molora.model.rotary import wrap_rotary
 from molora.routing import Flow, current_flow, flowing
 from molora.storage import cache_folder, read_cached_json, write_cached
 from molora.terminal import warn
-from molora.trust import check_backbone
+from molora.checkpoint.trust import check_backbone
 
 FORMAT_VERSION = 2
 # What is fetched of a model on the hub; no pickles, no code.

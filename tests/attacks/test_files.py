@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import molora
-from molora.assembly import RouterConfig, assemble, blueprint
+from molora.checkpoint.assembly import RouterConfig, assemble, blueprint
 from molora.model.backbone import load_backbone
-from molora.checkpoint import (
+from molora.checkpoint.folders import (
     copy_modality,
     load_modality,
     read_blueprint,

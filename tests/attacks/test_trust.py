@@ -16,10 +16,11 @@ import pytest
 from typer.testing import CliRunner
 
 import molora
-from molora import plugins, trust
-from molora.assembly import RouterConfig, assemble, blueprint
+from molora import plugins
+from molora.checkpoint import trust
+from molora.checkpoint.assembly import RouterConfig, assemble, blueprint
 from molora.model.backbone import load_backbone, open_stock
-from molora.checkpoint import save_modality, write_run
+from molora.checkpoint.folders import save_modality, write_run
 from molora.cli import app
 from molora.config import ConfigError, build
 from molora.fit import on_meta
@@ -27,7 +28,7 @@ from molora.plugins import find
 from molora.scaffold import new_plugin
 from molora.testing import save_backbone
 from molora.train import Recipe, train
-from molora.trust import Untrusted, find_received, remember
+from molora.checkpoint.trust import Untrusted, find_received, remember
 
 ADAPTER = {"r": 2, "lora_alpha": 8, "target_modules": ["o_proj"]}
 GOOD = """

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from molora.assembly import blueprint
-from molora.checkpoint import file_hash
+from molora.checkpoint.assembly import blueprint
+from molora.checkpoint.folders import file_hash
 from molora.config import read
 from molora.data.sources import open_source
 from molora.testing import save_backbone

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from molora.model import lora
-from molora.assembly import Blueprint, RouterConfig, RouterPlan, blueprint, router_plan
+from molora.checkpoint.assembly import Blueprint, RouterConfig, RouterPlan, blueprint, router_plan
 from molora.model.backbone import Identity
 from molora.config import ConfigError, build
 from molora.modality import Origin
@@ -37,7 +37,7 @@ from molora.received import (
     read_tensors,
 )
 from molora.storage import check_shapes, write_atomically, write_folder, write_json, write_tensors, write_text
-from molora.trust import Untrusted, find_received
+from molora.checkpoint.trust import Untrusted, find_received
 
 FORMAT_VERSION = "1.0"
 _ROUTER = "router.safetensors"
@@ -195,7 +195,7 @@ def read_blueprint(
 ) -> tuple[Blueprint, list[str]]:
     """Reads the description of a modality folder, to be called `name`, and checks it against the backbone.
 
-    `trusted` are plugins that the folder may name though they do not come by name; see `molora.trust`. Returns its
+    `trusted` are plugins that the folder may name though they do not come by name; see `molora.checkpoint.trust`. Returns its
     blueprint and warnings. Raises ConfigError or ValueError naming the file.
     """
     warnings = check_modality(folder, identity)
