@@ -385,7 +385,7 @@ def convert_phi4mm(
 ) -> None:
     """Phi-4-multimodal: a released checkpoint to a run, or a run of it to a checkpoint."""
     from molora.config import ConfigError
-    from molora.release import export_release, import_release
+    from molora.convert.release import export_release, import_release
 
     if (Path(source) / "molora.json").is_file():
         export_release(Path(source), target, layout)

@@ -42,7 +42,7 @@ from molora.model.molora import MoLoRA
 from molora.optim import PartOptimizer, count, set_trainable
 from molora.pack import Sample
 from molora.data.processor import Processor, SampleTooLong
-from molora.release import layout_of
+from molora.convert.release import layout_of
 from molora.routing import Flow, RoutingError, flowing
 from molora.seeding import seed_of
 from molora.terminal import console, print_table, say, styled

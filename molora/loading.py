@@ -27,7 +27,7 @@ from molora.data.messages import Message
 from molora.model.molora import MoLoRA
 from molora.pack import Sample
 from molora.data.processor import Processor
-from molora.release import opened
+from molora.convert.release import opened
 from molora.terminal import warn
 
 

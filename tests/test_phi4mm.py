@@ -43,10 +43,10 @@ from molora.generate import GenerationConfig
 from molora.loading import LoadedModel
 from molora.model.molora import MoLoRA
 from molora.pack import collate
-from molora.phi4mm import Place, Release
+from molora.convert.phi4mm import Place, Release
 from molora.plugins import resolve
 from molora.received import read_json
-from molora.release import export_release, import_release, layout_of, opened
+from molora.convert.release import export_release, import_release, layout_of, opened
 from tests.reference_release import FULL_DEPTH, Sizes, hub_shapes, save_hub, save_native
 
 QUESTION = "What is it?"
@@ -813,7 +813,7 @@ def test_places_know_both_names() -> None:
 _MEASURE = """
 import sys
 from pathlib import Path
-from molora.release import import_release
+from molora.convert.release import import_release
 
 def held(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))

@@ -43,7 +43,7 @@ from molora.checkpoint.folders import (
     write_run,
 )
 from molora.config import ConfigError
-from molora.phi4mm import (
+from molora.convert.phi4mm import (
     ADAPTERS,
     AUDIO_SLOT,
     COLOURS,
