@@ -29,7 +29,7 @@ from train_step import NUM_PICTURES, NUM_TEXTS, VOCAB_SIZE, Molora, make_backbon
 
 from molora.model.backbone import Backbone, Identity
 from molora.model.cache import PackedCache
-from molora.generate import GenerationConfig, generate
+from molora.inference.generate import GenerationConfig, generate
 from molora.model.molora import MoLoRA
 from molora.pack import Sample
 from molora.routing import Flow, current_flow

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from molora.checkpoint.assembly import RouterConfig
     from molora.config import ConfigError
-    from molora.generate import GenerationConfig
-    from molora.loading import Answer, LoadedModel, load
+    from molora.inference.generate import GenerationConfig
+    from molora.inference.load import Answer, LoadedModel, load
     from molora.modality import MediaError
 
 __version__ = "0.1.0"

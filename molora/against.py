@@ -15,7 +15,7 @@ from torch import Tensor
 
 from molora.model.backbone import weights_hash
 from molora.checkpoint.folders import file_hash, files_in
-from molora.loading import Layout, LoadedModel, load, locate
+from molora.inference.load import Layout, LoadedModel, load, locate
 from molora.pack import Sample, collate
 from molora.verify import Check, examples, routed, show
 

@@ -16,7 +16,7 @@ import typer
 
 if TYPE_CHECKING:
     from molora.conformance import Finding
-    from molora.loading import LoadedModel
+    from molora.inference.load import LoadedModel
 
 app = typer.Typer(
     name="molora",
@@ -163,8 +163,8 @@ def generate(
     """Answer one question, streamed; or, with --messages and --output, a mixed batch: a row that fails gets its error
     for an answer, and exit code 2 says so."""
     from molora.config import ConfigError
-    from molora.generate import GenerationConfig
-    from molora.loading import load
+    from molora.inference.generate import GenerationConfig
+    from molora.inference.load import load
     from molora.terminal import visible
 
     if (messages is None) != (output is None):
@@ -217,7 +217,7 @@ def _rules(given: list[str] | None) -> Any:
 
 def _generate_rows(load: Callable[[], LoadedModel], messages: Path, output: Path, config: Any, strict: bool) -> int:
     """Answers the rows that have no answer yet; returns the exit code."""
-    from molora.answers import answer_file
+    from molora.inference.answers import answer_file
     from molora.terminal import progress, warn
 
     with answer_file(messages, output) as rows, progress() as bars:
@@ -247,7 +247,7 @@ def evaluate(
     from molora.config import read
     from molora.data.sources import open_source
     from molora.evaluate import Evaluations, complaints, judge, record, scores
-    from molora.loading import load, model_hashes
+    from molora.inference.load import load, model_hashes
     from molora.terminal import console, print_table, progress, warn
 
     is_run = (Path(model) / "molora.json").is_file()
@@ -334,7 +334,7 @@ def verify(
     from molora.against import unmoved
     from molora.config import ConfigError, read
     from molora.data.sources import SourceConfig, open_source
-    from molora.loading import load, locate
+    from molora.inference.load import load, locate
     from molora.data.messages import media_parts
     from molora.train import Recipe
     from molora.checkpoint.trust import find_received

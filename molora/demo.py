@@ -21,8 +21,8 @@ from molora.checkpoint.folders import file_hash
 from molora.data.sources import SourceConfig, open_source
 from molora.data.easy_vqa import CAPTION_QUESTION, TRANSCRIPT_QUESTION, caption, descriptions, read_split
 from molora.evaluate import EvaluationConfig, Judged, judge, scores
-from molora.generate import GenerationConfig
-from molora.loading import LoadedModel, load, locate
+from molora.inference.generate import GenerationConfig
+from molora.inference.load import LoadedModel, load, locate
 from molora.optim import PartConfig
 from molora.pretrain import PretrainConfig, pretrain
 from molora.received import read_json

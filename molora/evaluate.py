@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 
 from molora.config import ConfigError, require
 from molora.data.sources import Source, SourceConfig
-from molora.generate import Failed, GenerationConfig, Step, attempt, generate
+from molora.inference.generate import Failed, GenerationConfig, Step, attempt, generate
 from molora.model.molora import MoLoRA
 from molora.pack import Sample
 from molora.data.processor import Processor

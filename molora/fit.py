@@ -34,8 +34,8 @@ from molora.model.cache import PackedCache
 from molora.checkpoint.folders import read_plan
 from molora.config import ConfigError, build, options, read
 from molora.data.sources import EncodedSamples, step_loader
-from molora.generate import GenerationConfig, generate
-from molora.loading import locate
+from molora.inference.generate import GenerationConfig, generate
+from molora.inference.load import locate
 from molora.media import MediaPolicy
 from molora.modality import MediaError, Modality
 from molora.model.molora import MoLoRA

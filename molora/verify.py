@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from molora.model.backbone import decoder_layers, open_stock, stock_attention, weights_hash
 from molora.checkpoint.folders import check_modality, read_about
 from molora.model.experts import Choices, routers
-from molora.generate import GenerationConfig, generate
-from molora.loading import LoadedModel
+from molora.inference.generate import GenerationConfig, generate
+from molora.inference.load import LoadedModel
 from molora.model.lora import adapter_tensors
 from molora.data.messages import Message
 from molora.modality import Modality

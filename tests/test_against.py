@@ -22,7 +22,7 @@ from molora.against import NUM_SAMPLES, compare_files, compare_logits, unmoved
 from molora.checkpoint.folders import file_hash
 from molora.cli import app
 from molora.config import build
-from molora.loading import LoadedModel, locate
+from molora.inference.load import LoadedModel, locate
 from molora.model.lora import adapter_parameters
 from molora.pack import Sample
 from molora.routing import RoutingError

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from molora.answers import answer_file
+from molora.inference.answers import answer_file
 from molora.model.backbone import Backbone, Identity
 from molora.config import ConfigError
-from molora.generate import GenerationConfig
-from molora.loading import LoadedModel
+from molora.inference.generate import GenerationConfig
+from molora.inference.load import LoadedModel
 from molora.model.lora import lora_config
 from molora.modality import Prepared
 from molora.model.molora import MoLoRA

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import Phi3Config, Phi3ForCausalLM, SiglipVisionConfig, WhisperConfig, WhisperFeatureExtractor
 from typer.testing import CliRunner
 
-import molora.generate
+import molora.inference.generate
 from molora import fit
 from molora.checkpoint.assembly import BackboneConfig, ModalityConfig, RouterConfig
 from molora.model.cache import PackedCache
@@ -29,8 +29,8 @@ from molora.config import dump
 from molora.data.sources import EncodedSamples, SourceConfig
 from molora.evaluate import EvaluationConfig
 from molora.fit import AnsweringConfig, Device, Fit, Moment, Need, cached_positions, fit_model, fit_recipe, on_meta
-from molora.generate import GenerationConfig, generate
-from molora.loading import load
+from molora.inference.generate import GenerationConfig, generate
+from molora.inference.load import load
 from molora.modality import Encoder, Frames
 from molora.model.molora import MoLoRA
 from molora.optim import PartConfig, set_trainable
@@ -455,7 +455,7 @@ def caches(monkeypatch: pytest.MonkeyPatch) -> list[PackedCache]:
             super().__init__()
             made.append(self)
 
-    monkeypatch.setattr(molora.generate, "PackedCache", Seen)
+    monkeypatch.setattr(molora.inference.generate, "PackedCache", Seen)
     return made
 
 

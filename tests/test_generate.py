@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from molora import generate as generation
 from molora.model.backbone import Backbone, BackboneRefused, Identity
 from molora.config import ConfigError
-from molora.generate import GenerationConfig, generate
+from molora.inference.generate import GenerationConfig, generate
 from molora.model.lora import lora_config
 from molora.model.molora import MoLoRA
 from molora.pack import Item, Sample, collate

@@ -21,7 +21,7 @@ from molora.checkpoint.folders import save_modality
 from molora.config import build
 from molora.encoders.audio import Audio, AudioConfig
 from molora.encoders.vision import Vision, VisionConfig
-from molora.generate import GenerationConfig, generate
+from molora.inference.generate import GenerationConfig, generate
 from molora.model.lora import lora_config
 from molora.model.molora import MoLoRA
 from molora.optim import PartConfig, set_trainable

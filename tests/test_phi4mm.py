@@ -39,8 +39,8 @@ from transformers import (
 import molora
 from molora.model.backbone import Backbone, Identity
 from molora.config import ConfigError
-from molora.generate import GenerationConfig
-from molora.loading import LoadedModel
+from molora.inference.generate import GenerationConfig
+from molora.inference.load import LoadedModel
 from molora.model.molora import MoLoRA
 from molora.pack import collate
 from molora.convert.phi4mm import Place, Release
@@ -211,7 +211,7 @@ def test_answers_are_transformers_own(name: str, ours: LoadedModel, native: Nati
         full = native.model.generate(**inputs, max_new_tokens=count, do_sample=False)
     theirs = full[0, inputs["input_ids"].shape[1] :].tolist()
     sample = ours.encode(conversation(parts), name)
-    steps = list(molora.generate.generate(ours.model, [sample], GenerationConfig(max_new_tokens=count)))
+    steps = list(molora.inference.generate.generate(ours.model, [sample], GenerationConfig(max_new_tokens=count)))
     assert [step.token_id for step in steps] == theirs
 
 
@@ -248,7 +248,7 @@ def test_the_frequencies_switch_while_generating(tmp_path: Path) -> None:
     lengths = sorted(len(sample) for sample in samples)
     assert lengths[0] + 16 <= 24 < lengths[1] + 16 and lengths[1] < 24 < lengths[2]
     found: dict[str, list[int]] = {name: [] for name in cases}
-    for step in molora.generate.generate(loaded.model, samples, GenerationConfig(max_new_tokens=16)):
+    for step in molora.inference.generate.generate(loaded.model, samples, GenerationConfig(max_new_tokens=16)):
         found[step.id].append(step.token_id)
     assert found == theirs
 

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 import molora
 from molora.config import build
-from molora.generate import GenerationConfig, generate
-from molora.loading import LoadedModel
+from molora.inference.generate import GenerationConfig, generate
+from molora.inference.load import LoadedModel
 from molora.pack import Sample, collate
 from molora.data.processor import SampleTooLong
 from molora.routing import Flow, Routing

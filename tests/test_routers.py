@@ -12,7 +12,7 @@ from torch import Tensor
 
 from molora.model.backbone import Backbone, Identity
 from molora.config import build
-from molora.generate import GenerationConfig, generate
+from molora.inference.generate import GenerationConfig, generate
 from molora.model.lora import RoutedLinear, lora_config
 from molora.model.molora import MoLoRA
 from molora.pack import Pack, Sample, collate

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import molora
 from molora.config import build
-from molora.loading import LoadedModel
+from molora.inference.load import LoadedModel
 from molora.model.molora import MoLoRA
 from molora.pack import Sample
 from molora.plugins import available

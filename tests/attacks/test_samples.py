@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from molora.answers import answer_file
+from molora.inference.answers import answer_file
 from molora.config import ConfigError
-from molora.generate import GenerationConfig
+from molora.inference.generate import GenerationConfig
 from molora.modality import Prepared
 from molora.data.processor import Processor
 from molora.data.template import render

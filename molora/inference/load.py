@@ -21,7 +21,7 @@ from molora.checkpoint.folders import (
     read_run,
 )
 from molora.config import ConfigError
-from molora.generate import Failed, GenerationConfig, attempt, generate
+from molora.inference.generate import Failed, GenerationConfig, attempt, generate
 from molora.media import MediaPolicy
 from molora.data.messages import Message
 from molora.model.molora import MoLoRA

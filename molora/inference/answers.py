@@ -13,8 +13,8 @@ from typing import Any
 
 from molora.config import ConfigError
 from molora.data.sources import Messages, MessagesConfig
-from molora.generate import GenerationConfig, attempt
-from molora.loading import Answer, LoadedModel
+from molora.inference.generate import GenerationConfig, attempt
+from molora.inference.load import Answer, LoadedModel
 from molora.pack import Sample
 from molora.storage import hold, write_atomically
 
