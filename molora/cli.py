@@ -246,7 +246,7 @@ def evaluate(
     output if MODEL is no run. Questions that cannot be asked are counted, and exit code 2 says so."""
     from molora.config import read
     from molora.data.sources import open_source
-    from molora.evaluate import Evaluations, complaints, judge, record, scores
+    from molora.evaluate.judge import Evaluations, complaints, judge, record, scores
     from molora.inference.load import load, model_hashes
     from molora.terminal import console, print_table, progress, warn
 

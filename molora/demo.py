@@ -20,7 +20,7 @@ from molora.checkpoint.assembly import BackboneConfig, ModalityConfig, RouterCon
 from molora.checkpoint.folders import file_hash
 from molora.data.sources import SourceConfig, open_source
 from molora.data.easy_vqa import CAPTION_QUESTION, TRANSCRIPT_QUESTION, caption, descriptions, read_split
-from molora.evaluate import EvaluationConfig, Judged, judge, scores
+from molora.evaluate.judge import EvaluationConfig, Judged, judge, scores
 from molora.inference.generate import GenerationConfig
 from molora.inference.load import LoadedModel, load, locate
 from molora.optim import PartConfig

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from molora.config import ConfigError
 from molora.data.sources import Source, SourceConfig, open_source
-from molora.evaluate import EvaluationConfig, Judged, question, scores
+from molora.evaluate.judge import EvaluationConfig, Judged, question, scores
 from molora.data.processor import Processor, SampleTooLong
 
 # Rows of a source that are tried, spread over it; more of them if none of these can be used.

@@ -55,7 +55,7 @@ from molora.checkpoint.folders import (
 )
 from molora.config import ConfigError, build, dump, environment_in, plain, require
 from molora.data.sources import EncodedSamples, Skipped, SourceConfig, open_source, step_loader
-from molora.evaluate import EvaluationConfig, complaints, gathered, judge, scores
+from molora.evaluate.judge import EvaluationConfig, complaints, gathered, judge, scores
 from molora.features import FeatureCache
 from molora.interrupt import Interrupt, Stopped
 from molora.media import MediaPolicy

@@ -14,7 +14,7 @@ import pytest
 
 from molora.config import ConfigError, build
 from molora.data.sources import SourceConfig
-from molora.evaluate import (
+from molora.evaluate.judge import (
     FULL_STOPS,
     EvaluationConfig,
     Judged,

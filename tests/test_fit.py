@@ -27,7 +27,7 @@ from molora.checkpoint.folders import save_modality, write_run
 from molora.cli import app
 from molora.config import dump
 from molora.data.sources import EncodedSamples, SourceConfig
-from molora.evaluate import EvaluationConfig
+from molora.evaluate.judge import EvaluationConfig
 from molora.fit import AnsweringConfig, Device, Fit, Moment, Need, cached_positions, fit_model, fit_recipe, on_meta
 from molora.inference.generate import GenerationConfig, generate
 from molora.inference.load import load

@@ -13,7 +13,7 @@ import pytest
 
 import molora
 from molora.config import ConfigError, read
-from molora.evaluate import Evaluations
+from molora.evaluate.judge import Evaluations
 from molora.plugins import Plugin, available
 from molora.scaffold import new_plugin
 from molora.testing import save_backbone
