@@ -6,7 +6,7 @@ Three processes take the same steps in turn: as the command line sets it, with O
 OpenMP's default. First on the idle machine, then beside a process that does nothing but count. By default threads spin
 while they wait for each other. Where another process has the core of one, the others spin for all of its turn.
 
-The step is `molora.train.train_step` on the samples of train_step.py, with a backbone of 4 layers, width 256.
+The step is `molora.train.loop.train_step` on the samples of train_step.py, with a backbone of 4 layers, width 256.
 """
 
 from __future__ import annotations

@@ -22,12 +22,12 @@ from molora.model.backbone import Backbone, Identity
 from molora.config import build
 from molora.model.lora import lora_config
 from molora.model.molora import MoLoRA
-from molora.optim import PartConfig, set_trainable
+from molora.train.optim import PartConfig, set_trainable
 from molora.pack import Item, Sample
 from molora.plugins import resolve
 from molora.data.processor import Processor
 from molora.testing import byte_tokenizer
-from molora.train import train_step
+from molora.train.loop import train_step
 
 NAMES = ("first", "second", "third", "fourth")
 # Precomputed frames again, under four names.

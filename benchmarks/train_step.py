@@ -6,7 +6,7 @@ The batch: 2 pictures of 545 frames with 48 text tokens each, 6 text samples of 
 The backbone: a random Llama of 12 layers, width 768, 32k vocabulary. Pictures enter as precomputed encoder frames, so
 that the time is that of projector, backbone, adapter, loss and optimiser. A step is forward, backward and AdamW.
 
-molora's side is `molora.train.train_step`, packing included. The peer's is what is usually written with these
+molora's side is `molora.train.loop.train_step`, packing included. The peer's is what is usually written with these
 libraries: samples padded to the longest (once, outside the step), projected frames scattered into `inputs_embeds`,
 sdpa, one adapter from `get_peft_model` for all samples, the loss from `labels`. Both train the adapter and the
 projector on a frozen base, from the same initial weights.
@@ -38,12 +38,12 @@ from molora.model.backbone import Backbone, Identity
 from molora.model.lora import lora_config
 from molora.modality import Encoder, Frames, Prepared
 from molora.model.molora import MoLoRA
-from molora.optim import PartConfig, count, set_trainable
+from molora.train.optim import PartConfig, count, set_trainable
 from molora.pack import Item, Sample
 from molora.data.processor import Processor
 from molora.routers.table import TableConfig, TableRouter
 from molora.testing import byte_tokenizer
-from molora.train import train_step
+from molora.train.loop import train_step
 
 NUM_PICTURES, PICTURE_TOKENS, PICTURE_TEXT_TOKENS = 2, 545, 48
 NUM_TEXTS, TEXT_TOKENS = 6, 64
@@ -150,7 +150,7 @@ def make_samples() -> list[Sample]:
 
 
 class Molora:
-    """The step of `molora.train`."""
+    """The step of `molora.train.loop`."""
 
     def __init__(self, backbone: PreTrainedModel, samples: list[Sample], device: str) -> None:
         adapters = {Pictures.name: lora_config(LORA, "adapter")}

@@ -103,8 +103,8 @@ def train(config: ConfigArgument, overrides: Overrides = None, trust_plugin: Tru
     """Run a recipe: writes a run folder, and goes on where it stopped."""
     from molora.config import read
     from molora.terminal import say
-    from molora.train import Recipe
-    from molora.train import train as run_recipe
+    from molora.train.loop import Recipe
+    from molora.train.loop import train as run_recipe
 
     recipe = read(Recipe, config, overrides or ())
     with _stoppable():
@@ -336,7 +336,7 @@ def verify(
     from molora.data.sources import SourceConfig, open_source
     from molora.inference.load import load, locate
     from molora.data.messages import media_parts
-    from molora.train import Recipe
+    from molora.train.loop import Recipe
     from molora.checkpoint.trust import find_received
     from molora.verify import verify as check
 

@@ -30,11 +30,11 @@ from molora.checkpoint.folders import load_modality, read_blueprint, save_modali
 from molora.config import ConfigError, build
 from molora.modality import Encoder, Frames, MediaError, Modality, Prepared
 from molora.model.molora import MoLoRA
-from molora.optim import PartConfig, set_trainable
+from molora.train.optim import PartConfig, set_trainable
 from molora.plugins import available, find, resolve
 from molora.data.processor import Processor
 from molora.seeding import seeded
-from molora.train import train_step
+from molora.train.loop import train_step
 from molora.trial import (
     GENERATORS,
     MAX_TOKENS,

@@ -23,7 +23,7 @@ from molora.data.easy_vqa import CAPTION_QUESTION, TRANSCRIPT_QUESTION, caption,
 from molora.evaluate.judge import EvaluationConfig, Judged, judge, scores
 from molora.inference.generate import GenerationConfig
 from molora.inference.load import LoadedModel, load, locate
-from molora.optim import PartConfig
+from molora.train.optim import PartConfig
 from molora.pretrain import PretrainConfig, pretrain
 from molora.received import read_json
 from molora.report import Example, Media, Report, read_history
@@ -31,7 +31,7 @@ from molora.report import write as write_report
 from molora.seeding import seed_of
 from molora.storage import write_json, write_text
 from molora.terminal import print_table, progress, say
-from molora.train import Recipe, StageConfig, train
+from molora.train.loop import Recipe, StageConfig, train
 
 # How a picture is put into words for the backbone's reading practice; {0} is the colour, {1} the shape.
 _PHRASES = (

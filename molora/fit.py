@@ -39,7 +39,7 @@ from molora.inference.load import locate
 from molora.media import MediaPolicy
 from molora.modality import MediaError, Modality
 from molora.model.molora import MoLoRA
-from molora.optim import PartOptimizer, count, set_trainable
+from molora.train.optim import PartOptimizer, count, set_trainable
 from molora.pack import Sample
 from molora.data.processor import Processor, SampleTooLong
 from molora.convert.release import layout_of
@@ -47,7 +47,7 @@ from molora.routing import Flow, RoutingError, flowing
 from molora.seeding import seed_of
 from molora.terminal import console, print_table, say, styled
 from molora.tiny import byte_tokenizer
-from molora.train import Recipe, StageConfig, recipe_router, train_step
+from molora.train.loop import Recipe, StageConfig, recipe_router, train_step
 from molora.checkpoint.trust import Untrusted, check_backbone
 
 # Rows of a stage's data from which its packs are known.

@@ -27,7 +27,7 @@ from molora.model.lora import adapter_parameters
 from molora.pack import Sample
 from molora.routing import RoutingError
 from molora.testing import save_backbone
-from molora.train import Recipe, train
+from molora.train.loop import Recipe, train
 from molora.verify import Check, examples, routed
 
 pytest.importorskip("torchaudio")

@@ -20,7 +20,7 @@ from molora.data.sources import MessagesConfig, SourceConfig
 from molora.scaffold import new_plugin
 from molora.data.table import TableConfig
 from molora.testing import save_backbone
-from molora.train import StageConfig
+from molora.train.loop import StageConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from molora.config import build
-from molora.features import FeatureCache
+from molora.train.frame_cache import FeatureCache
 from molora.model.molora import MoLoRA
 from molora.pack import collate
 from molora.testing import save_backbone
-from molora.train import Recipe, _Run, build_model, train
+from molora.train.loop import Recipe, _Run, build_model, train
 
 STEPS = 6
 

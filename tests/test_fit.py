@@ -33,13 +33,13 @@ from molora.inference.generate import GenerationConfig, generate
 from molora.inference.load import load
 from molora.modality import Encoder, Frames
 from molora.model.molora import MoLoRA
-from molora.optim import PartConfig, set_trainable
+from molora.train.optim import PartConfig, set_trainable
 from molora.pack import Sample
 from molora.data.processor import Processor
 from molora.seeding import seed_of
 from molora.terminal import console
 from molora.testing import ROPE_SWITCH, Numbers, byte_tokenizer, save_backbone
-from molora.train import Recipe, StageConfig, build_model, train_step
+from molora.train.loop import Recipe, StageConfig, build_model, train_step
 
 VISION: dict[str, Any] = {
     "crop_pixels": 32,

@@ -14,7 +14,7 @@ from molora.checkpoint.assembly import blueprint
 from molora.config import read
 from molora.modality import Modality
 from molora.testing import save_backbone
-from molora.train import Recipe, train
+from molora.train.loop import Recipe, train
 
 DATA = Path(os.environ.get("MOLORA_TEST_DATA", "."))
 WEIGHTS = DATA / "weights/kwt1"

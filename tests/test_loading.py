@@ -21,7 +21,7 @@ from molora.cli import app
 from molora.config import ConfigError, build
 from molora.terminal import visible
 from molora.testing import byte_tokenizer, save_backbone
-from molora.train import Recipe, train
+from molora.train.loop import Recipe, train
 
 ADAPTER = {"r": 2, "lora_alpha": 8, "init_lora_weights": False, "target_modules": ["qkv_proj", "down_proj"]}
 DEPTH = """

@@ -30,7 +30,7 @@ from molora.modality import MediaError
 from molora.pack import Sample
 from molora.data.processor import Processor
 from molora.testing import Letters, NumbersConfig, byte_tokenizer, save_backbone
-from molora.train import Recipe, build_model
+from molora.train.loop import Recipe, build_model
 
 KEYS = ("path", "url", "base64", "bytes", "smell", "array")
 INSIDE = MediaPolicy(allow_urls=True, allow_private_addresses=True)

@@ -24,12 +24,12 @@ from molora.encoders.vision import Vision, VisionConfig
 from molora.inference.generate import GenerationConfig, generate
 from molora.model.lora import lora_config
 from molora.model.molora import MoLoRA
-from molora.optim import PartConfig, set_trainable
+from molora.train.optim import PartConfig, set_trainable
 from molora.pack import Sample, collate
 from molora.data.processor import Processor
 from molora.routers.table import TableConfig, TableRouter
 from molora.testing import assert_close, byte_tokenizer, tiny_model
-from molora.train import train_step
+from molora.train.loop import train_step
 
 pytest.importorskip("torchaudio")
 

@@ -27,9 +27,9 @@ from molora.model.backbone import load_backbone
 from molora.checkpoint.folders import save_modality
 from molora.config import read
 from molora.data.sources import SourceConfig, open_source
-from molora.optim import PartConfig, set_trainable
+from molora.train.optim import PartConfig, set_trainable
 from molora.testing import assert_close, byte_tokenizer, tiny_model
-from molora.train import Recipe, build_model, train
+from molora.train.loop import Recipe, build_model, train
 
 soundfile = pytest.importorskip("soundfile")
 for library in ("torchaudio", "datasets", "sacrebleu"):

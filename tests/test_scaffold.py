@@ -17,7 +17,7 @@ from molora.evaluate.judge import Evaluations
 from molora.plugins import Plugin, available
 from molora.scaffold import new_plugin
 from molora.testing import save_backbone
-from molora.train import Recipe, train
+from molora.train.loop import Recipe, train
 
 LONG = "temperature_of_the_river"
 

@@ -21,7 +21,7 @@ from molora.pack import Sample
 from molora.plugins import available
 from molora.routing import Flow, Routing
 from molora.testing import assert_close, save_backbone
-from molora.train import Recipe, train
+from molora.train.loop import Recipe, train
 from molora.verify import verify
 
 NAMES = [f"sense{i:02}" for i in range(16)]

@@ -27,14 +27,14 @@ import molora
 from molora.checkpoint.assembly import BackboneConfig
 from molora.config import ConfigError, build, dump
 from molora.interrupt import Stopped
-from molora.optim import PartConfig, set_trainable
+from molora.train.optim import PartConfig, set_trainable
 from molora.received import read_json
 from molora.storage import hold
 from molora.testing import save_backbone
-from molora.train import EvaluationFailed, Recipe, TrainingError, _Run, build_model, train, train_step
+from molora.train.loop import EvaluationFailed, Recipe, TrainingError, _Run, build_model, train, train_step
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["molora.train", "molora.testing"])
+FORKS.set_forkserver_preload(["molora.train.loop", "molora.testing"])
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from molora.model.rotary import SampleRotary
 from molora.rounding import in_fp32, measure
 from molora.routing import Flow, Routing, current_flow, flowing
 from molora.testing import save_backbone, tiny_model
-from molora.train import Recipe, train
+from molora.train.loop import Recipe, train
 from molora.verify import Check, promises
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -18,7 +18,7 @@ import molora.against
 import molora.catalogue
 import molora.encoders.audio
 import molora.encoders.vision
-import molora.train  # noqa: F401
+import molora.train.loop  # noqa: F401
 
 # Of this process. On a quiet machine no attack takes over 5 seconds; neighbours that share its cores stretch processor
 # time too, by up to three times. What waits for nothing gets longer still.

@@ -11,8 +11,8 @@ import pytest
 
 from molora.config import MAX_BYTES, ConfigError, build, dump, options, plain, read
 from molora.testing import save_backbone
-from molora.train import Recipe as WholeRecipe
-from molora.train import train
+from molora.train.loop import Recipe as WholeRecipe
+from molora.train.loop import train
 
 
 @dataclass

@@ -27,7 +27,7 @@ from molora.fit import on_meta
 from molora.plugins import find
 from molora.scaffold import new_plugin
 from molora.testing import save_backbone
-from molora.train import Recipe, train
+from molora.train.loop import Recipe, train
 from molora.checkpoint.trust import Untrusted, find_received, remember
 
 ADAPTER = {"r": 2, "lora_alpha": 8, "target_modules": ["o_proj"]}

@@ -17,7 +17,7 @@ from molora.checkpoint.folders import file_hash
 from molora.config import read
 from molora.data.sources import open_source
 from molora.testing import save_backbone
-from molora.train import Recipe, train
+from molora.train.loop import Recipe, train
 
 pyarrow = pytest.importorskip("pyarrow")
 

@@ -56,16 +56,16 @@ from molora.checkpoint.folders import (
 from molora.config import ConfigError, build, dump, environment_in, plain, require
 from molora.data.sources import EncodedSamples, Skipped, SourceConfig, open_source, step_loader
 from molora.evaluate.judge import EvaluationConfig, complaints, gathered, judge, scores
-from molora.features import FeatureCache
+from molora.train.frame_cache import FeatureCache
 from molora.interrupt import Interrupt, Stopped
 from molora.media import MediaPolicy
-from molora.metrics import MetricsLog
+from molora.train.log import MetricsLog
 from molora.modality import MediaError
 from molora.model.molora import MoLoRA
-from molora.optim import PartConfig, PartOptimizer, count, learning_rate, matches, set_trainable
+from molora.train.optim import PartConfig, PartOptimizer, count, learning_rate, matches, set_trainable
 from molora.pack import Pack, Sample
 from molora.plugins import Kind, find
-from molora.preflight import Trial
+from molora.train.preflight import Trial
 from molora.data.processor import Processor, SampleTooLong
 from molora.received import check_name, read_json
 from molora.routing import Routing
