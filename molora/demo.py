@@ -24,7 +24,7 @@ from molora.evaluate.judge import EvaluationConfig, Judged, judge, scores
 from molora.inference.generate import GenerationConfig
 from molora.inference.load import LoadedModel, load, locate
 from molora.train.optim import PartConfig
-from molora.pretrain import PretrainConfig, pretrain
+from molora.pretrain.loop import PretrainConfig, pretrain
 from molora.received import read_json
 from molora.report import Example, Media, Report, read_history
 from molora.report import write as write_report

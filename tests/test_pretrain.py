@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3ForCausalLM
 from molora import pretrain as module
 from molora.config import ConfigError, build
 from molora.interrupt import Stopped
-from molora.pretrain import SPECIAL_TOKENS, Piece, PretrainConfig, long_factors, pretrain
+from molora.pretrain.loop import SPECIAL_TOKENS, Piece, PretrainConfig, long_factors, pretrain
 from molora.storage import hold
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "big", "red", "moon", "over", "1234", "hills"]

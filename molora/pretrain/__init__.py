@@ -1,0 +1,1 @@
+"""Small backbones made from text."""
