@@ -331,14 +331,14 @@ def verify(
 ) -> None:
     """Check the promises on this model and print a table. It brings its own samples, examples of its modalities; rows
     of its recipe or of a file can be added."""
-    from molora.against import unmoved
+    from molora.verify.compare import unmoved
     from molora.config import ConfigError, read
     from molora.data.sources import SourceConfig, open_source
     from molora.inference.load import load, locate
     from molora.data.messages import media_parts
     from molora.train.loop import Recipe
     from molora.checkpoint.trust import find_received
-    from molora.verify import verify as check
+    from molora.verify.promises import verify as check
 
     if against is not None:
         if messages is not None or recipe_data:

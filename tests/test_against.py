@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import molora
-from molora.against import NUM_SAMPLES, compare_files, compare_logits, unmoved
+from molora.verify.compare import NUM_SAMPLES, compare_files, compare_logits, unmoved
 from molora.checkpoint.folders import file_hash
 from molora.cli import app
 from molora.config import build
@@ -28,7 +28,7 @@ from molora.pack import Sample
 from molora.routing import RoutingError
 from molora.testing import save_backbone
 from molora.train.loop import Recipe, train
-from molora.verify import Check, examples, routed
+from molora.verify.promises import Check, examples, routed
 
 pytest.importorskip("torchaudio")
 

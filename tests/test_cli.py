@@ -294,7 +294,7 @@ def test_verify_holds_on_a_trained_run_and_notices_a_moved_backbone(
     told = capsys.readouterr().out
     assert told.count("holds") >= 8 and "BROKEN" not in told
     import molora
-    from molora.verify import verify
+    from molora.verify.promises import verify
 
     loaded = molora.load(home / "run")
     with torch.no_grad():

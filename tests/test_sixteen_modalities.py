@@ -22,7 +22,7 @@ from molora.plugins import available
 from molora.routing import Flow, Routing
 from molora.testing import assert_close, save_backbone
 from molora.train.loop import Recipe, train
-from molora.verify import verify
+from molora.verify.promises import verify
 
 NAMES = [f"sense{i:02}" for i in range(16)]
 TARGETS = (["qkv_proj", "o_proj"], ["down_proj"], ["gate_up_proj", "qkv_proj"])

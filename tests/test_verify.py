@@ -24,11 +24,11 @@ from molora.inference.load import LoadedModel, locate
 from molora.model.lora import RoutedLinear, adapter_parameters
 from molora.pack import Pack
 from molora.model.rotary import SampleRotary
-from molora.rounding import in_fp32, measure
+from molora.verify.rounding import in_fp32, measure
 from molora.routing import Flow, Routing, current_flow, flowing
 from molora.testing import save_backbone, tiny_model
 from molora.train.loop import Recipe, train
-from molora.verify import Check, promises
+from molora.verify.promises import Check, promises
 
 DTYPES = ("float32", "bfloat16", "float16")
 ADAPTER = {"r": 4, "lora_alpha": 64, "target_modules": ["qkv_proj", "o_proj", "down_proj"]}

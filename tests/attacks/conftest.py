@@ -14,7 +14,7 @@ import soundfile  # noqa: F401
 import torchaudio  # noqa: F401
 
 # What attacks import takes seconds the first time, which are not theirs.
-import molora.against
+import molora.verify.compare
 import molora.catalogue
 import molora.encoders.audio
 import molora.encoders.vision

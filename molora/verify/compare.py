@@ -17,7 +17,7 @@ from molora.model.backbone import weights_hash
 from molora.checkpoint.folders import file_hash, files_in
 from molora.inference.load import Layout, LoadedModel, load, locate
 from molora.pack import Sample, collate
-from molora.verify import Check, examples, routed, show
+from molora.verify.promises import Check, examples, routed, show
 
 NUM_SAMPLES = 200
 _SAMPLES_PER_PACK = 8

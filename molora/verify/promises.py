@@ -30,7 +30,7 @@ from molora.model.molora import MoLoRA
 from molora.pack import Pack, Sample, collate
 from molora.data.processor import SampleTooLong
 from molora.received import read_tensors
-from molora.rounding import HALF, difference, in_fp32, measure
+from molora.verify.rounding import HALF, difference, in_fp32, measure
 from molora.routing import Flow, Routing, RoutingError
 from molora.terminal import print_table, styled
 
