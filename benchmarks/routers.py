@@ -26,7 +26,7 @@ from molora.train.optim import PartConfig, set_trainable
 from molora.pack import Item, Sample
 from molora.plugins import resolve
 from molora.data.processor import Processor
-from molora.testing import byte_tokenizer
+from molora.testing.asserts import byte_tokenizer
 from molora.train.loop import train_step
 
 NAMES = ("first", "second", "third", "fourth")

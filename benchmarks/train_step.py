@@ -42,7 +42,7 @@ from molora.train.optim import PartConfig, count, set_trainable
 from molora.pack import Item, Sample
 from molora.data.processor import Processor
 from molora.routers.table import TableConfig, TableRouter
-from molora.testing import byte_tokenizer
+from molora.testing.asserts import byte_tokenizer
 from molora.train.loop import train_step
 
 NUM_PICTURES, PICTURE_TOKENS, PICTURE_TEXT_TOKENS = 2, 545, 48

@@ -46,7 +46,7 @@ from molora.convert.release import layout_of
 from molora.routing import Flow, RoutingError, flowing
 from molora.seeding import seed_of
 from molora.terminal import console, print_table, say, styled
-from molora.tiny import byte_tokenizer
+from molora.testing.tiny import byte_tokenizer
 from molora.train.loop import Recipe, StageConfig, recipe_router, train_step
 from molora.checkpoint.trust import Untrusted, check_backbone
 

@@ -29,7 +29,7 @@ from molora.plugins import resolve
 from molora.data.processor import Processor
 from molora.routing import Routing, RoutingError
 from molora.seeding import seeded
-from molora.tiny import Letters, Numbers, NumbersConfig, byte_tokenizer, tiny_model
+from molora.testing.tiny import Letters, Numbers, NumbersConfig, byte_tokenizer, tiny_model
 
 # The modalities here, which have an adapter each, and one that a router may be asked about but that is not.
 NAMES = ("audio", "vision")

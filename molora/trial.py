@@ -23,7 +23,7 @@ from molora.model.molora import MoLoRA
 from molora.pack import Sample
 from molora.data.processor import Processor
 from molora.seeding import seeded
-from molora.tiny import byte_tokenizer, tiny_model
+from molora.testing.tiny import byte_tokenizer, tiny_model
 from molora.worker import prepare
 
 # The names under which the plugin and its neighbour are tried.
@@ -31,7 +31,7 @@ OWN, OTHER = "checked", "neighbour"
 SEED = 7
 MAX_TOKENS = 2**20
 
-_NEIGHBOURS = ("molora.tiny:Numbers", "molora.tiny:Letters")
+_NEIGHBOURS = ("molora.testing.tiny:Numbers", "molora.testing.tiny:Letters")
 _ADAPTER = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 
 

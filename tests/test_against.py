@@ -26,7 +26,7 @@ from molora.inference.load import LoadedModel, locate
 from molora.model.lora import adapter_parameters
 from molora.pack import Sample
 from molora.routing import RoutingError
-from molora.testing import save_backbone
+from molora.testing.asserts import save_backbone
 from molora.train.loop import Recipe, train
 from molora.verify.promises import Check, examples, routed
 
@@ -47,7 +47,7 @@ AUDIO = {
     "adapter": ADAPTER,
 }
 # It adapts a layer that the others leave alone.
-NUMBERS = {"plugin": "molora.testing:Numbers", "adapter": {**ADAPTER, "target_modules": [*TARGETS, "gate_up_proj"]}}
+NUMBERS = {"plugin": "molora.testing.asserts:Numbers", "adapter": {**ADAPTER, "target_modules": [*TARGETS, "gate_up_proj"]}}
 RULES = {"audio+vision": "vision"}
 SETS = [(), ("audio",), ("numbers",), ("vision",), ("audio", "vision"), ("numbers", "vision")]
 PARTS: dict[str, dict[str, Any]] = {

@@ -21,7 +21,7 @@ from molora.modality import Prepared
 from molora.model.molora import MoLoRA
 from molora.data.processor import Processor
 from molora.routers.table import TableConfig, TableRouter
-from molora.testing import Letters, Numbers, NumbersConfig, byte_tokenizer, tiny_model
+from molora.testing.asserts import Letters, Numbers, NumbersConfig, byte_tokenizer, tiny_model
 
 GREEDY = GenerationConfig(max_new_tokens=4)
 

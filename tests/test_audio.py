@@ -13,7 +13,7 @@ import torch
 from molora.config import build
 from molora.encoders.audio import Audio, AudioConfig, AugmentConfig, spec_augment
 from molora.modality import Modality
-from molora.testing import assert_close
+from molora.testing.asserts import assert_close
 
 pytest.importorskip("torchaudio")
 

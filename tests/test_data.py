@@ -14,7 +14,7 @@ from molora.data.sources import EncodedSamples, MessagesConfig, Order, Skipped, 
 from molora.data.messages import conversation
 from molora.modality import MediaError
 from molora.data.processor import Processor
-from molora.tiny import byte_tokenizer
+from molora.testing.tiny import byte_tokenizer
 
 
 def test_every_row_comes_once_in_an_epoch_and_epochs_differ() -> None:

@@ -19,7 +19,7 @@ from molora.config import build
 from molora.data.sources import MessagesConfig, SourceConfig
 from molora.scaffold import new_plugin
 from molora.data.table import TableConfig
-from molora.testing import save_backbone
+from molora.testing.asserts import save_backbone
 from molora.train.loop import StageConfig
 
 ROOT = Path(__file__).parents[1]

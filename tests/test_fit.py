@@ -38,7 +38,7 @@ from molora.pack import Sample
 from molora.data.processor import Processor
 from molora.seeding import seed_of
 from molora.terminal import console
-from molora.testing import ROPE_SWITCH, Numbers, byte_tokenizer, save_backbone
+from molora.testing.asserts import ROPE_SWITCH, Numbers, byte_tokenizer, save_backbone
 from molora.train.loop import Recipe, StageConfig, build_model, train_step
 
 VISION: dict[str, Any] = {

@@ -19,7 +19,7 @@ from molora.model.molora import MoLoRA
 from molora.pack import Item, Sample, collate
 from molora.routers.learned import LearnedConfig, LearnedRouter
 from molora.routers.table import TableConfig, TableRouter
-from molora.testing import ROPE_SWITCH, VOCAB_SIZE, Letters, Numbers, NumbersConfig, tiny_model
+from molora.testing.asserts import ROPE_SWITCH, VOCAB_SIZE, Letters, Numbers, NumbersConfig, tiny_model
 
 NEW_TOKENS = 7
 FAMILIES = ("llama", "qwen3", "gemma3", "phi3", "phi4-mini", "smollm3", "phimoe", "llama-dynamic")

@@ -17,7 +17,7 @@ from molora.model.backbone import Backbone, Identity
 from molora.config import ConfigError
 from molora.model.lora import RoutedLinear, lora_config
 from molora.routing import Flow, Routing
-from molora.testing import VOCAB_SIZE, assert_close, tiny_model
+from molora.testing.asserts import VOCAB_SIZE, assert_close, tiny_model
 
 NOWHERE = Identity("test", "", "", "", "")
 ADAPTERS: dict[str, dict[str, Any]] = {

@@ -29,7 +29,7 @@ from molora.media import MediaPolicy, Sources, fetch, policy
 from molora.modality import MediaError
 from molora.pack import Sample
 from molora.data.processor import Processor
-from molora.testing import Letters, NumbersConfig, byte_tokenizer, save_backbone
+from molora.testing.asserts import Letters, NumbersConfig, byte_tokenizer, save_backbone
 from molora.train.loop import Recipe, build_model
 
 KEYS = ("path", "url", "base64", "bytes", "smell", "array")

@@ -28,7 +28,7 @@ from molora.train.optim import PartConfig, set_trainable
 from molora.pack import Sample, collate
 from molora.data.processor import Processor
 from molora.routers.table import TableConfig, TableRouter
-from molora.testing import assert_close, byte_tokenizer, tiny_model
+from molora.testing.asserts import assert_close, byte_tokenizer, tiny_model
 from molora.train.loop import train_step
 
 pytest.importorskip("torchaudio")

@@ -14,7 +14,7 @@ from molora.model.molora import MoLoRA
 from molora.pack import Item, Sample, collate
 from molora.model.projector import Projector
 from molora.routers.table import TableConfig, TableRouter
-from molora.testing import ROPE_SWITCH, VOCAB_SIZE, WINDOW, Letters, Numbers, NumbersConfig, assert_close, tiny_model
+from molora.testing.asserts import ROPE_SWITCH, VOCAB_SIZE, WINDOW, Letters, Numbers, NumbersConfig, assert_close, tiny_model
 
 NOWHERE = Identity("test", "", "", "", "")
 FAMILIES = (

@@ -23,7 +23,7 @@ from molora.config import read
 from molora.model.experts import routers
 from molora.model.lora import lora_config
 from molora.routing import Flow, Routing
-from molora.testing import VOCAB_SIZE, assert_close, byte_tokenizer
+from molora.testing.asserts import VOCAB_SIZE, assert_close, byte_tokenizer
 from molora.train.loop import Recipe, train
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -28,7 +28,7 @@ from molora.checkpoint.folders import save_modality
 from molora.config import read
 from molora.data.sources import SourceConfig, open_source
 from molora.train.optim import PartConfig, set_trainable
-from molora.testing import assert_close, byte_tokenizer, tiny_model
+from molora.testing.asserts import assert_close, byte_tokenizer, tiny_model
 from molora.train.loop import Recipe, build_model, train
 
 soundfile = pytest.importorskip("soundfile")

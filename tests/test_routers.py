@@ -19,7 +19,7 @@ from molora.pack import Pack, Sample, collate
 from molora.plugins import resolve
 from molora.data.processor import Processor
 from molora.routing import Flow, Routing, RoutingError, Slice
-from molora.testing import Letters, Numbers, NumbersConfig, assert_close, byte_tokenizer, tiny_model
+from molora.testing.asserts import Letters, Numbers, NumbersConfig, assert_close, byte_tokenizer, tiny_model
 
 NOWHERE = Identity("test", "", "", "", "")
 BOTH = frozenset({"letters", "numbers"})

@@ -16,7 +16,7 @@ from molora.config import ConfigError, read
 from molora.evaluate.judge import Evaluations
 from molora.plugins import Plugin, available
 from molora.scaffold import new_plugin
-from molora.testing import save_backbone
+from molora.testing.asserts import save_backbone
 from molora.train.loop import Recipe, train
 
 LONG = "temperature_of_the_river"

@@ -26,7 +26,7 @@ from molora.pack import Pack
 from molora.model.rotary import SampleRotary
 from molora.verify.rounding import in_fp32, measure
 from molora.routing import Flow, Routing, current_flow, flowing
-from molora.testing import save_backbone, tiny_model
+from molora.testing.asserts import save_backbone, tiny_model
 from molora.train.loop import Recipe, train
 from molora.verify.promises import Check, promises
 
@@ -50,7 +50,7 @@ def run_of(home: Path, name: str, family: str, adapter: dict[str, Any]) -> Path:
     values = {
         "run": str(home / name),
         "backbone": {"path": str(home / f"{name}_backbone")},
-        "modalities": {n: {"plugin": f"molora.testing:{n.capitalize()}", "adapter": adapter} for n in PARTS},
+        "modalities": {n: {"plugin": f"molora.testing.asserts:{n.capitalize()}", "adapter": adapter} for n in PARTS},
         "router": {"options": {"rules": {"letters+numbers": "letters"}}},
         "stages": [
             {

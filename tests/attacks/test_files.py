@@ -32,7 +32,7 @@ from molora.checkpoint.folders import (
 )
 from molora.received import TensorFile, read_json
 from molora.storage import cache_folder, hold, write_text
-from molora.testing import save_backbone
+from molora.testing.asserts import save_backbone
 
 OPTIONS = {
     "crop_pixels": 64,

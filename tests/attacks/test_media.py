@@ -27,7 +27,7 @@ from molora.encoders.vision import Vision, VisionConfig
 from molora.media import MediaPolicy, fetch
 from molora.modality import MediaError
 from molora.data.processor import Processor
-from molora.testing import Letters, NumbersConfig, byte_tokenizer
+from molora.testing.asserts import Letters, NumbersConfig, byte_tokenizer
 
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("torchaudio")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from molora.config import MAX_BYTES, ConfigError, build, dump, options, plain, read
-from molora.testing import save_backbone
+from molora.testing.asserts import save_backbone
 from molora.train.loop import Recipe as WholeRecipe
 from molora.train.loop import train
 
@@ -131,7 +131,7 @@ def whole(run: str, **changes: Any) -> dict[str, Any]:
     return {
         "run": run,
         "backbone": {"path": "backbone"},
-        "modalities": {"numbers": {"plugin": "molora.testing:Numbers"}},
+        "modalities": {"numbers": {"plugin": "molora.testing.asserts:Numbers"}},
         "stages": [
             {
                 "name": "tune",

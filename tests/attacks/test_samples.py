@@ -17,7 +17,7 @@ from molora.inference.generate import GenerationConfig
 from molora.modality import Prepared
 from molora.data.processor import Processor
 from molora.data.template import render
-from molora.testing import Numbers, NumbersConfig, byte_tokenizer
+from molora.testing.asserts import Numbers, NumbersConfig, byte_tokenizer
 
 HELLO = [{"role": "user", "content": "hello"}]
 DOUBLED = (

@@ -26,13 +26,13 @@ from molora.config import ConfigError, build
 from molora.fit import on_meta
 from molora.plugins import find
 from molora.scaffold import new_plugin
-from molora.testing import save_backbone
+from molora.testing.asserts import save_backbone
 from molora.train.loop import Recipe, train
 from molora.checkpoint.trust import Untrusted, find_received, remember
 
 ADAPTER = {"r": 2, "lora_alpha": 8, "target_modules": ["o_proj"]}
 GOOD = """
-from molora.testing import Numbers
+from molora.testing.asserts import Numbers
 
 class Depth(Numbers):
     part_type = "depth"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from molora.tiny import (
+from molora.testing.tiny import (
     ROPE_SWITCH,
     VOCAB_SIZE,
     WINDOW,
