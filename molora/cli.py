@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
-    from molora.conformance import Finding
+    from molora.plugin_kit.modality_clauses import Finding
     from molora.inference.load import LoadedModel
 
 app = typer.Typer(
@@ -399,7 +399,7 @@ def convert_phi4mm(
 @modality_app.command("list")
 def list_modalities(specs: SpecsArgument = None) -> None:
     """Every modality that is found by name: where from, for which parts, with which encoder, under which licence."""
-    from molora.catalogue import modalities, show
+    from molora.plugin_kit.catalogue import modalities, show
 
     show(modalities(specs or ()), ("part", "encoder", "licence"))
 
@@ -420,7 +420,7 @@ def check_modality(
 ) -> None:
     """Try a modality plugin against every clause of its contract. A clause it breaks makes the exit code 1."""
     from molora.config import options as read_options
-    from molora.conformance import check_modality as check
+    from molora.plugin_kit.modality_clauses import check_modality as check
 
     given = None if messages is None else _parts(messages, spec)
     raise typer.Exit(_show_findings(check(spec, read_options(options or ()), given)))
@@ -446,7 +446,7 @@ def _parts(messages: Path, spec: str) -> list[Any]:
 @router_app.command("list")
 def list_routers(specs: SpecsArgument = None) -> None:
     """Every router that is found by name: where from, whether it learns, what it does."""
-    from molora.catalogue import routers, show
+    from molora.plugin_kit.catalogue import routers, show
 
     show(routers(specs or ()), ("learns", "what it does"))
 
@@ -462,13 +462,13 @@ def check_router(spec: SpecArgument, options: OptionsArgument = None) -> None:
     """Try a router plugin against every clause of its contract, between two adapters: audio and vision. A clause it
     breaks makes the exit code 1."""
     from molora.config import options as read_options
-    from molora.router_conformance import check_router as check
+    from molora.plugin_kit.router_clauses import check_router as check
 
     raise typer.Exit(_show_findings(check(spec, read_options(options or ()))))
 
 
 def _scaffold(kind: Literal["modality", "router"], name: str, folder: Path | None) -> None:
-    from molora.scaffold import new_plugin
+    from molora.plugin_kit.scaffold import new_plugin
 
     files, spec = new_plugin(kind, name, folder)
     for file in files:

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from accelerate.state import AcceleratorState
 
-from molora import conformance
-from molora.conformance import Finding, check_modality
+from molora.plugin_kit import modality_clauses as conformance
+from molora.plugin_kit.modality_clauses import Finding, check_modality
 from molora.plugins import resolve
 from molora.testing.asserts import assert_conforms
-from molora.trial import fingerprint, shared_state
+from molora.plugin_kit.trial import fingerprint, shared_state
 
 HERE = Path(__file__).parent
 WEIGHTS = Path(os.environ.get("MOLORA_TEST_DATA", ".")) / "weights/kwt1/model.safetensors"

@@ -17,7 +17,7 @@ from typer.main import get_command
 from molora import cli, plain_yaml
 from molora.config import build
 from molora.data.sources import MessagesConfig, SourceConfig
-from molora.scaffold import new_plugin
+from molora.plugin_kit.scaffold import new_plugin
 from molora.data.table import TableConfig
 from molora.testing.asserts import save_backbone
 from molora.train.loop import StageConfig

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from molora import cli
-from molora.scaffold import new_plugin
+from molora.plugin_kit.scaffold import new_plugin
 
 FAULTY_ROUTERS = Path(__file__).with_name("faulty_routers.py")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from molora.router_conformance import check_router
+from molora.plugin_kit.router_clauses import check_router
 from molora.testing.asserts import assert_router_conforms
 
 FAULTY = Path(__file__).with_name("faulty_routers.py")

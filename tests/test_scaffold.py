@@ -15,7 +15,7 @@ import molora
 from molora.config import ConfigError, read
 from molora.evaluate.judge import Evaluations
 from molora.plugins import Plugin, available
-from molora.scaffold import new_plugin
+from molora.plugin_kit.scaffold import new_plugin
 from molora.testing.asserts import save_backbone
 from molora.train.loop import Recipe, train
 

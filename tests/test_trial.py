@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from molora.trial import fingerprint, put_back, scramble, shared_state
+from molora.plugin_kit.trial import fingerprint, put_back, scramble, shared_state
 
 
 @dataclass

@@ -20,7 +20,7 @@ from molora.testing.tiny import (
 )
 
 if TYPE_CHECKING:
-    from molora.conformance import Finding
+    from molora.plugin_kit.modality_clauses import Finding
 
 __all__ = [
     "ROPE_SWITCH",
@@ -43,14 +43,14 @@ def assert_conforms(
 ) -> None:
     """Raises AssertionError with every way in which a modality plugin breaks its contract; see `check_modality`."""
     # Here, because plugins live in files that import this one, and a plugin must not bring the model with it.
-    from molora.conformance import check_modality
+    from molora.plugin_kit.modality_clauses import check_modality
 
     _assert_kept(check_modality(spec, options, parts), f"modality {spec!r}")
 
 
 def assert_router_conforms(spec: str, options: Mapping[str, Any] | None = None) -> None:
     """Raises AssertionError with every way in which a router plugin breaks its contract; see `check_router`."""
-    from molora.router_conformance import check_router
+    from molora.plugin_kit.router_clauses import check_router
 
     _assert_kept(check_router(spec, options), f"router {spec!r}")
 

@@ -15,7 +15,7 @@ import torchaudio  # noqa: F401
 
 # What attacks import takes seconds the first time, which are not theirs.
 import molora.verify.compare
-import molora.catalogue
+import molora.plugin_kit.catalogue
 import molora.encoders.audio
 import molora.encoders.vision
 import molora.train.loop  # noqa: F401

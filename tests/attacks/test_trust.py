@@ -25,7 +25,7 @@ from molora.cli import app
 from molora.config import ConfigError, build
 from molora.fit import on_meta
 from molora.plugins import find
-from molora.scaffold import new_plugin
+from molora.plugin_kit.scaffold import new_plugin
 from molora.testing.asserts import save_backbone
 from molora.train.loop import Recipe, train
 from molora.checkpoint.trust import Untrusted, find_received, remember

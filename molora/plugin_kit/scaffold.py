@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from molora.catalogue import modalities
+from molora.plugin_kit.catalogue import modalities
 from molora.config import ConfigError
 from molora.plugins import available
 

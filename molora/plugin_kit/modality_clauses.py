@@ -35,7 +35,7 @@ from molora.plugins import available, find, resolve
 from molora.data.processor import Processor
 from molora.seeding import seeded
 from molora.train.loop import train_step
-from molora.trial import (
+from molora.plugin_kit.trial import (
     GENERATORS,
     MAX_TOKENS,
     OTHER,
@@ -50,7 +50,7 @@ from molora.trial import (
     shared_state,
     tiny_molora,
 )
-from molora.worker import Parts, forked, spawned
+from molora.plugin_kit.worker import Parts, forked, spawned
 
 # Decoding a part should take a moment; a worker that takes this long starves every training.
 LOAD_SECONDS = 10.0

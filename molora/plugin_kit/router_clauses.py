@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from molora.model.backbone import Backbone, Identity
 from molora.config import ConfigError, build
-from molora.conformance import Finding
+from molora.plugin_kit.modality_clauses import Finding
 from molora.inference.generate import GenerationConfig, generate
 from molora.model.lora import load_exactly, lora_config
 from molora.model.molora import MoLoRA

@@ -24,7 +24,7 @@ from molora.pack import Sample
 from molora.data.processor import Processor
 from molora.seeding import seeded
 from molora.testing.tiny import byte_tokenizer, tiny_model
-from molora.worker import prepare
+from molora.plugin_kit.worker import prepare
 
 # The names under which the plugin and its neighbour are tried.
 OWN, OTHER = "checked", "neighbour"
