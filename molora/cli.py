@@ -521,12 +521,12 @@ def doctor(
     from molora.config import ConfigError
 
     if fit is not None:
-        from molora.fit import main as measure
+        from molora.doctor.memory import main as measure
 
         raise typer.Exit(measure(fit, overrides or (), modality or (), device_memory, trust_plugin or ()))
     if overrides or modality or trust_plugin or device_memory is not None:
         raise ConfigError("settings, --modality, --trust-plugin and --device-memory go with --fit: say what is to fit")
-    from molora.doctor import main as examine
+    from molora.doctor.installation import main as examine
 
     raise typer.Exit(examine())
 

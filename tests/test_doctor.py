@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from molora.doctor import Finding, examine, libraries, show
+from molora.doctor.installation import Finding, examine, libraries, show
 from molora.terminal import console
 
 

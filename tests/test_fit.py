@@ -20,7 +20,7 @@ from transformers import Phi3Config, Phi3ForCausalLM, SiglipVisionConfig, Whispe
 from typer.testing import CliRunner
 
 import molora.inference.generate
-from molora import fit
+from molora.doctor import memory as fit
 from molora.checkpoint.assembly import BackboneConfig, ModalityConfig, RouterConfig
 from molora.model.cache import PackedCache
 from molora.checkpoint.folders import save_modality, write_run
@@ -28,7 +28,7 @@ from molora.cli import app
 from molora.config import dump
 from molora.data.sources import EncodedSamples, SourceConfig
 from molora.evaluate.judge import EvaluationConfig
-from molora.fit import AnsweringConfig, Device, Fit, Moment, Need, cached_positions, fit_model, fit_recipe, on_meta
+from molora.doctor.memory import AnsweringConfig, Device, Fit, Moment, Need, cached_positions, fit_model, fit_recipe, on_meta
 from molora.inference.generate import GenerationConfig, generate
 from molora.inference.load import load
 from molora.modality import Encoder, Frames

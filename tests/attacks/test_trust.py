@@ -23,7 +23,7 @@ from molora.model.backbone import load_backbone, open_stock
 from molora.checkpoint.folders import save_modality, write_run
 from molora.cli import app
 from molora.config import ConfigError, build
-from molora.fit import on_meta
+from molora.doctor.memory import on_meta
 from molora.plugins import find
 from molora.plugin_kit.scaffold import new_plugin
 from molora.testing.asserts import save_backbone
