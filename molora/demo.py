@@ -26,8 +26,8 @@ from molora.inference.load import LoadedModel, load, locate
 from molora.train.optim import PartConfig
 from molora.pretrain.loop import PretrainConfig, pretrain
 from molora.received import read_json
-from molora.report import Example, Media, Report, read_history
-from molora.report import write as write_report
+from molora.report.page import Example, Media, Report, read_history
+from molora.report.page import write as write_report
 from molora.seeding import seed_of
 from molora.storage import write_json, write_text
 from molora.terminal import print_table, progress, say

@@ -12,7 +12,7 @@ import torch
 
 from molora.checkpoint.assembly import RouterConfig, assemble, blueprint
 from molora.model.backbone import load_backbone
-from molora.figures import adapter_similarity, pack_figure, similarity_figure, weights_figure
+from molora.report.figures import adapter_similarity, pack_figure, similarity_figure, weights_figure
 from molora.model.lora import RoutedLinear
 from molora.model.molora import MoLoRA
 from molora.data.processor import Processor

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from molora import report
-from molora.report import Example, Media, Report
+from molora.report import page as report
+from molora.report.page import Example, Media, Report
 
 VOID = {"br", "col", "hr", "img", "input", "link", "meta", "source"}
 Row = dict[str, Any]
