@@ -302,7 +302,7 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="A few steps of everything, to see that it works.")] = False,
 ) -> None:
     """The main job end to end: make a backbone, teach it to see and to hear, ask it questions, write a report."""
-    from molora.demo import run_demo
+    from molora.demo.run import run_demo
 
     with _stoppable():
         run_demo(run, quick=quick)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from molora.demo import run_demo
+from molora.demo.run import run_demo
 from molora.data.easy_vqa import COLOURS, SHAPES, EasyVQA, EasyVQAConfig, descriptions, read_split
 
 pytest.importorskip("easy_vqa")
