@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Threads that wait without spinning leave the cores to others; as in molora/cli.py.
+# Threads that wait without spinning leave the cores to others; as in molora/cli/commands.py.
 export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 5000
 # On a terminal pip shows its bars; in a log only what goes wrong. setuptools warns of every editable install.

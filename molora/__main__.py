@@ -1,6 +1,6 @@
 """`python -m molora` and `torchrun -m molora`: the same as the command `molora`."""
 
-from molora.cli import main
+from molora.cli.commands import main
 
 if __name__ == "__main__":
     main()

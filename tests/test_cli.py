@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from molora import cli
+from molora.cli import commands as cli
 from molora.testing.asserts import save_backbone
 
 PICTURE = Image.fromarray(np.arange(16 * 24 * 3, dtype=np.uint8).reshape(16, 24, 3))

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
-from molora import cli, plain_yaml
+from molora import plain_yaml
+from molora.cli import commands as cli
 from molora.config import build
 from molora.data.sources import MessagesConfig, SourceConfig
 from molora.plugin_kit.scaffold import new_plugin

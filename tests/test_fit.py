@@ -24,7 +24,7 @@ from molora.doctor import memory as fit
 from molora.checkpoint.assembly import BackboneConfig, ModalityConfig, RouterConfig
 from molora.model.cache import PackedCache
 from molora.checkpoint.folders import save_modality, write_run
-from molora.cli import app
+from molora.cli.commands import app
 from molora.config import dump
 from molora.data.sources import EncodedSamples, SourceConfig
 from molora.evaluate.judge import EvaluationConfig

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 import molora
 from molora.checkpoint.assembly import RouterConfig
 from molora.checkpoint.folders import save_modality
-from molora.cli import app
+from molora.cli.commands import app
 from molora.config import ConfigError, build
 from molora.media import MediaPolicy, Sources, fetch, policy
 from molora.modality import MediaError

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from molora import cli
+from molora.cli import commands as cli
 from molora.plugin_kit.scaffold import new_plugin
 
 FAULTY_ROUTERS = Path(__file__).with_name("faulty_routers.py")

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from molora import cli
+from molora.cli import commands as cli
 from molora.terminal import console, print_table, progress, say, styled, visible, warn
 
 
@@ -65,8 +65,8 @@ def test_paragraphs_and_tables_fit_80_columns_and_paths_stay_whole(
 
 def test_waiting_threads_do_not_spin_unless_the_user_says_so() -> None:
     code = (
-        "import os, sys, molora.cli\nsys.argv = ['molora', '--help']\ntry: molora.cli.main()\nexcept SystemExit: pass\n"
-        "print(*map(os.environ.get, molora.cli.WAITING), 'torch' in sys.modules)"
+        "import os, sys, molora.cli.commands\nsys.argv = ['molora', '--help']\ntry: molora.cli.commands.main()\nexcept SystemExit: pass\n"
+        "print(*map(os.environ.get, molora.cli.commands.WAITING), 'torch' in sys.modules)"
     )
     for given, expected in (({}, "passive 5000"), ({"OMP_WAIT_POLICY": "active"}, "active None")):
         environment = {key: value for key, value in os.environ.items() if key not in cli.WAITING} | given

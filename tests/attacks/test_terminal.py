@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from molora import cli
+from molora.cli import commands as cli
 
 CLEAR = "\x1b[2J\x1b]0;owned\x07\x9b31m"
 SHOWN = "\\x1b[2J\\x1b]0;owned\\x07\\x9b31m"
