@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from train_step import LEARNING_RATE, LORA, VOCAB_SIZE, WARMUPS, Pictures, make_backbone, milliseconds
 
 from molora.model.backbone import Backbone, Identity
-from molora.config import build
+from molora.config.reading import build
 from molora.model.lora import lora_config
 from molora.model.molora import MoLoRA
 from molora.train.optim import PartConfig, set_trainable

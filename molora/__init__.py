@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from molora.checkpoint.assembly import RouterConfig
-    from molora.config import ConfigError
+    from molora.config.reading import ConfigError
     from molora.inference.generate import GenerationConfig
     from molora.inference.load import Answer, LoadedModel, load
     from molora.modality import MediaError

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal, NamedTuple
 
-from molora.config import ConfigError
+from molora.config.reading import ConfigError
 
 Kind = Literal["modality", "router", "source"]
 

@@ -21,7 +21,7 @@ import molora
 from molora.verify.compare import NUM_SAMPLES, compare_files, compare_logits, unmoved
 from molora.checkpoint.folders import file_hash
 from molora.cli.commands import app
-from molora.config import build
+from molora.config.reading import build
 from molora.inference.load import LoadedModel, locate
 from molora.model.lora import adapter_parameters
 from molora.pack import Sample

@@ -13,7 +13,7 @@ import torch
 
 from molora.inference.answers import answer_file
 from molora.model.backbone import Backbone, Identity
-from molora.config import ConfigError
+from molora.config.reading import ConfigError
 from molora.inference.generate import GenerationConfig
 from molora.inference.load import LoadedModel
 from molora.model.lora import lora_config

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from molora.config import ConfigError, build
+from molora.config.reading import ConfigError, build
 from molora.data.sources import EncodedSamples, MessagesConfig, Order, Skipped, Source, SourceConfig, open_source, step_loader
 from molora.data.messages import conversation
 from molora.modality import MediaError

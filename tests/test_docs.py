@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
-from molora import plain_yaml
+from molora.config import plain_yaml
 from molora.cli import commands as cli
-from molora.config import build
+from molora.config.reading import build
 from molora.data.sources import MessagesConfig, SourceConfig
 from molora.plugin_kit.scaffold import new_plugin
 from molora.data.table import TableConfig

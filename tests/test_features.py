@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from molora.config import build
+from molora.config.reading import build
 from molora.train.frame_cache import FeatureCache
 from molora.model.molora import MoLoRA
 from molora.pack import collate

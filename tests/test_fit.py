@@ -25,7 +25,7 @@ from molora.checkpoint.assembly import BackboneConfig, ModalityConfig, RouterCon
 from molora.model.cache import PackedCache
 from molora.checkpoint.folders import save_modality, write_run
 from molora.cli.commands import app
-from molora.config import dump
+from molora.config.reading import dump
 from molora.data.sources import EncodedSamples, SourceConfig
 from molora.evaluate.judge import EvaluationConfig
 from molora.doctor.memory import AnsweringConfig, Device, Fit, Moment, Need, cached_positions, fit_model, fit_recipe, on_meta

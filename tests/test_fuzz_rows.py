@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from molora.config import ConfigError
+from molora.config.reading import ConfigError
 from molora.data.sources import SourceConfig, open_source
 from molora.data.messages import check
 from molora.modality import MediaError

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from molora import generate as generation
 from molora.model.backbone import Backbone, BackboneRefused, Identity
-from molora.config import ConfigError
+from molora.config.reading import ConfigError
 from molora.inference.generate import GenerationConfig, generate
 from molora.model.lora import lora_config
 from molora.model.molora import MoLoRA

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from molora.checkpoint.assembly import blueprint
-from molora.config import read
+from molora.config.reading import read
 from molora.modality import Modality
 from molora.testing.asserts import save_backbone
 from molora.train.loop import Recipe, train

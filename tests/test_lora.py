@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from molora.model import lora
 from molora.model.backbone import Backbone, Identity
-from molora.config import ConfigError
+from molora.config.reading import ConfigError
 from molora.model.lora import RoutedLinear, lora_config
 from molora.routing import Flow, Routing
 from molora.testing.asserts import VOCAB_SIZE, assert_close, tiny_model

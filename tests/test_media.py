@@ -24,7 +24,7 @@ import molora
 from molora.checkpoint.assembly import RouterConfig
 from molora.checkpoint.folders import save_modality
 from molora.cli.commands import app
-from molora.config import ConfigError, build
+from molora.config.reading import ConfigError, build
 from molora.media import MediaPolicy, Sources, fetch, policy
 from molora.modality import MediaError
 from molora.pack import Sample

@@ -18,7 +18,7 @@ from transformers import Phi4MultimodalConfig, Phi4MultimodalForCausalLM
 from molora.checkpoint.assembly import Blueprint
 from molora.model.backbone import Backbone, Identity
 from molora.checkpoint.folders import save_modality
-from molora.config import build
+from molora.config.reading import build
 from molora.encoders.audio import Audio, AudioConfig
 from molora.encoders.vision import Vision, VisionConfig
 from molora.inference.generate import GenerationConfig, generate

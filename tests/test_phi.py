@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from molora.model import lora
 from molora.model.backbone import Backbone, load_backbone
-from molora.config import read
+from molora.config.reading import read
 from molora.model.experts import routers
 from molora.model.lora import lora_config
 from molora.routing import Flow, Routing

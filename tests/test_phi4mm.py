@@ -38,7 +38,7 @@ from transformers import (
 
 import molora
 from molora.model.backbone import Backbone, Identity
-from molora.config import ConfigError
+from molora.config.reading import ConfigError
 from molora.inference.generate import GenerationConfig
 from molora.inference.load import LoadedModel
 from molora.model.molora import MoLoRA
@@ -515,7 +515,7 @@ def trained(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ],
     }
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
-    from molora.config import read
+    from molora.config.reading import read
     from molora.train.loop import Recipe, train
 
     return train(read(Recipe, folder / "recipe.yaml"), show=False)

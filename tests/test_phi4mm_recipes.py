@@ -25,7 +25,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 from molora.checkpoint.assembly import RouterConfig, assemble, blueprint
 from molora.model.backbone import load_backbone
 from molora.checkpoint.folders import save_modality
-from molora.config import read
+from molora.config.reading import read
 from molora.data.sources import SourceConfig, open_source
 from molora.train.optim import PartConfig, set_trainable
 from molora.testing.asserts import assert_close, byte_tokenizer, tiny_model

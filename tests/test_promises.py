@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import molora
-from molora.config import build
+from molora.config.reading import build
 from molora.inference.generate import GenerationConfig, generate
 from molora.inference.load import LoadedModel
 from molora.pack import Sample, collate

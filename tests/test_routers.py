@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from molora.model.backbone import Backbone, Identity
-from molora.config import build
+from molora.config.reading import build
 from molora.inference.generate import GenerationConfig, generate
 from molora.model.lora import RoutedLinear, lora_config
 from molora.model.molora import MoLoRA

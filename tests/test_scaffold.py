@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 import molora
-from molora.config import ConfigError, read
+from molora.config.reading import ConfigError, read
 from molora.evaluate.judge import Evaluations
 from molora.plugins import Plugin, available
 from molora.plugin_kit.scaffold import new_plugin

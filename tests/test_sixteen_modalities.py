@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import molora
-from molora.config import build
+from molora.config.reading import build
 from molora.inference.load import LoadedModel
 from molora.model.molora import MoLoRA
 from molora.pack import Sample

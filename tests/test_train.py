@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 import molora
 from molora.checkpoint.assembly import BackboneConfig
-from molora.config import ConfigError, build, dump
+from molora.config.reading import ConfigError, build, dump
 from molora.interrupt import Stopped
 from molora.train.optim import PartConfig, set_trainable
 from molora.received import read_json

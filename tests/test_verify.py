@@ -19,7 +19,7 @@ from molora.model import attention
 from molora.model.backbone import Backbone, Identity, decoder_layers
 from molora.model.cache import PackedCache
 from molora.checkpoint.folders import file_hash
-from molora.config import build
+from molora.config.reading import build
 from molora.inference.load import LoadedModel, locate
 from molora.model.lora import RoutedLinear, adapter_parameters
 from molora.pack import Pack

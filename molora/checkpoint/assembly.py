@@ -11,7 +11,7 @@ from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
 
 from molora.model.backbone import Backbone, read_dtype
-from molora.config import ConfigError, build, plain
+from molora.config.reading import ConfigError, build, plain
 from molora.model.lora import lora_config
 from molora.media import MediaPolicy
 from molora.modality import Modality

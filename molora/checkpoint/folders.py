@@ -18,7 +18,7 @@ from torch import Tensor
 from molora.model import lora
 from molora.checkpoint.assembly import Blueprint, RouterConfig, RouterPlan, blueprint, router_plan
 from molora.model.backbone import Identity
-from molora.config import ConfigError, build
+from molora.config.reading import ConfigError, build
 from molora.modality import Origin
 from molora.model.molora import MoLoRA
 from molora.plugins import Found, file_of

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from molora.checkpoint.assembly import Blueprint, blueprint
-from molora.config import ConfigError
+from molora.config.reading import ConfigError
 
 Layout = Literal["hub", "native"]
 

@@ -42,7 +42,7 @@ from molora.checkpoint.folders import (
     tensor_hash,
     write_run,
 )
-from molora.config import ConfigError
+from molora.config.reading import ConfigError
 from molora.convert.phi4mm import (
     ADAPTERS,
     AUDIO_SLOT,

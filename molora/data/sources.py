@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from molora.config import ConfigError, build, require
+from molora.config.reading import ConfigError, build, require
 from molora.interrupt import leave_interrupts_to_parent
 from molora.data.messages import conversation, rooted
 from molora.modality import MediaError

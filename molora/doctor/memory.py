@@ -32,7 +32,7 @@ from molora.checkpoint.assembly import Blueprint, RouterConfig, RouterPlan, asse
 from molora.model.backbone import Backbone, Identity, read_dtype
 from molora.model.cache import PackedCache
 from molora.checkpoint.folders import read_plan
-from molora.config import ConfigError, build, options, read
+from molora.config.reading import ConfigError, build, options, read
 from molora.data.sources import EncodedSamples, step_loader
 from molora.inference.generate import GenerationConfig, generate
 from molora.inference.load import locate

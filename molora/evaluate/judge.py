@@ -14,7 +14,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from molora.config import ConfigError, require
+from molora.config.reading import ConfigError, require
 from molora.data.sources import Source, SourceConfig
 from molora.inference.generate import Failed, GenerationConfig, Step, attempt, generate
 from molora.model.molora import MoLoRA

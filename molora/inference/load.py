@@ -20,7 +20,7 @@ from molora.checkpoint.folders import (
     read_plan,
     read_run,
 )
-from molora.config import ConfigError
+from molora.config.reading import ConfigError
 from molora.inference.generate import Failed, GenerationConfig, attempt, generate
 from molora.media import MediaPolicy
 from molora.data.messages import Message

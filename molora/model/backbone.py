@@ -26,7 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from molora.model import attention
 from molora.model.cache import PackedCache
-from molora.config import ConfigError
+from molora.config.reading import ConfigError
 from molora.model.experts import Choices, routers
 from molora.data.prompt import ChatTemplate
 from molora.received import TensorFile, read_json, shard_names

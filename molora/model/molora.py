@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from molora.model import lora
 from molora.model.backbone import Backbone
 from molora.model.cache import PackedCache
-from molora.config import ConfigError
+from molora.config.reading import ConfigError
 from molora.model.loss import target_losses
 from molora.modality import Encoder, Frames, Modality
 from molora.pack import Item, Media, Pack

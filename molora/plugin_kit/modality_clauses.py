@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from molora.checkpoint.assembly import Blueprint
 from molora.checkpoint.folders import load_modality, read_blueprint, save_modality, tensor_hash
-from molora.config import ConfigError, build
+from molora.config.reading import ConfigError, build
 from molora.modality import Encoder, Frames, MediaError, Modality, Prepared
 from molora.model.molora import MoLoRA
 from molora.train.optim import PartConfig, set_trainable

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from molora.model.backbone import Backbone, Identity
-from molora.config import ConfigError, build
+from molora.config.reading import ConfigError, build
 from molora.plugin_kit.modality_clauses import Finding
 from molora.inference.generate import GenerationConfig, generate
 from molora.model.lora import load_exactly, lora_config

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from molora.plugin_kit.catalogue import modalities
-from molora.config import ConfigError
+from molora.config.reading import ConfigError
 from molora.plugins import available
 
 

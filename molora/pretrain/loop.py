@@ -31,7 +31,7 @@ from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM, PreTrain
 
 from molora.model.backbone import read_dtype
 from molora.checkpoint.folders import FORMAT_VERSION, check_format
-from molora.config import ConfigError, require
+from molora.config.reading import ConfigError, require
 from molora.interrupt import Interrupt, Stopped
 from molora.model.loss import target_losses
 from molora.data.messages import Message, check, parts

@@ -53,7 +53,7 @@ from molora.checkpoint.folders import (
     tensor_hash,
     write_run,
 )
-from molora.config import ConfigError, build, dump, environment_in, plain, require
+from molora.config.reading import ConfigError, build, dump, environment_in, plain, require
 from molora.data.sources import EncodedSamples, Skipped, SourceConfig, open_source, step_loader
 from molora.evaluate.judge import EvaluationConfig, complaints, gathered, judge, scores
 from molora.train.frame_cache import FeatureCache

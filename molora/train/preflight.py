@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from molora.config import ConfigError
+from molora.config.reading import ConfigError
 from molora.data.sources import Source, SourceConfig, open_source
 from molora.evaluate.judge import EvaluationConfig, Judged, question, scores
 from molora.data.processor import Processor, SampleTooLong

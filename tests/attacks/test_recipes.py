@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from molora.config import MAX_BYTES, ConfigError, build, dump, options, plain, read
+from molora.config.reading import MAX_BYTES, ConfigError, build, dump, options, plain, read
 from molora.testing.asserts import save_backbone
 from molora.train.loop import Recipe as WholeRecipe
 from molora.train.loop import train

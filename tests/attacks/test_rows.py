@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from molora.config import ConfigError
+from molora.config.reading import ConfigError
 from molora.data.sources import SourceConfig, open_source
 from molora.modality import MediaError
 from molora.data.rows import MAX_ROW_BYTES, MAX_UNPACKED_BYTES

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from molora.inference.answers import answer_file
-from molora.config import ConfigError
+from molora.config.reading import ConfigError
 from molora.inference.generate import GenerationConfig
 from molora.modality import Prepared
 from molora.data.processor import Processor

@@ -22,7 +22,7 @@ from molora.checkpoint.assembly import RouterConfig, assemble, blueprint
 from molora.model.backbone import load_backbone, open_stock
 from molora.checkpoint.folders import save_modality, write_run
 from molora.cli.commands import app
-from molora.config import ConfigError, build
+from molora.config.reading import ConfigError, build
 from molora.doctor.memory import on_meta
 from molora.plugins import find
 from molora.plugin_kit.scaffold import new_plugin

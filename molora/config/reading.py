@@ -24,8 +24,8 @@ from typing import Any, Literal, TypeVar, Union
 
 import yaml
 
-from molora import plain_yaml
-from molora.plain_yaml import MAX_DEPTH, MAX_VALUES
+from molora.config import plain_yaml
+from molora.config.plain_yaml import MAX_DEPTH, MAX_VALUES
 
 T = TypeVar("T")
 
