@@ -18,16 +18,16 @@ import torch
 from accelerate import Accelerator
 from train_step import LEARNING_RATE, LORA, VOCAB_SIZE, WARMUPS, Pictures, make_backbone, milliseconds
 
+from molora.config import build
+from molora.data.processor import Processor
 from molora.model.backbone import Backbone, Identity
-from molora.config.reading import build
 from molora.model.lora import lora_config
 from molora.model.molora import MoLoRA
-from molora.train.optim import PartConfig, set_trainable
 from molora.pack import Item, Sample
 from molora.plugins import resolve
-from molora.data.processor import Processor
-from molora.testing.asserts import byte_tokenizer
+from molora.testing import byte_tokenizer
 from molora.train.loop import train_step
+from molora.train.optim import PartConfig, set_trainable
 
 NAMES = ("first", "second", "third", "fourth")
 # Precomputed frames again, under four names.

@@ -33,17 +33,17 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from molora.data.processor import Processor
+from molora.modality import Encoder, Frames, Prepared
 from molora.model import lora
 from molora.model.backbone import Backbone, Identity
 from molora.model.lora import lora_config
-from molora.modality import Encoder, Frames, Prepared
 from molora.model.molora import MoLoRA
-from molora.train.optim import PartConfig, count, set_trainable
 from molora.pack import Item, Sample
-from molora.data.processor import Processor
 from molora.routers.table import TableConfig, TableRouter
-from molora.testing.asserts import byte_tokenizer
+from molora.testing import byte_tokenizer
 from molora.train.loop import train_step
+from molora.train.optim import PartConfig, count, set_trainable
 
 NUM_PICTURES, PICTURE_TOKENS, PICTURE_TEXT_TOKENS = 2, 545, 48
 NUM_TEXTS, TEXT_TOKENS = 6, 64

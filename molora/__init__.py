@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from molora.checkpoint.assembly import RouterConfig
-    from molora.config.reading import ConfigError
+    from molora.config import ConfigError
     from molora.inference.generate import GenerationConfig
     from molora.inference.load import Answer, LoadedModel, load
     from molora.modality import MediaError
@@ -16,12 +16,12 @@ __version__ = "0.1.0"
 __all__ = ["Answer", "ConfigError", "GenerationConfig", "LoadedModel", "MediaError", "RouterConfig", "load"]
 
 _HOMES = {
-    "RouterConfig": "assembly",
+    "RouterConfig": "checkpoint.assembly",
     "ConfigError": "config",
-    "GenerationConfig": "generate",
-    "Answer": "loading",
-    "LoadedModel": "loading",
-    "load": "loading",
+    "GenerationConfig": "inference.generate",
+    "Answer": "inference.load",
+    "LoadedModel": "inference.load",
+    "load": "inference.load",
     "MediaError": "modality",
 }
 

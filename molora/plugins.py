@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal, NamedTuple
 
-from molora.config.reading import ConfigError
+from molora.config import ConfigError
 
 Kind = Literal["modality", "router", "source"]
 
@@ -33,8 +33,8 @@ _SOURCES = {
     "spoken_easy_vqa": "molora.data.easy_vqa:SpokenEasyVQA",
 }
 
-# What a class must have to keep the contract of molora.modality, molora.routing or molora.data.sources (`name` and `config` are
-# instances').
+# What a class must have to keep the contract of molora.modality, molora.routing or molora.data.sources (`name` and
+# `config` are instances').
 _MEMBERS = {
     "modality": (
         *("config_type", "part_type", "load", "prepare", "collate", "build_encoder", "projector", "projectors"),

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from molora.config.reading import ConfigError
+from molora.config import ConfigError
 from molora.received import read_json
 
 _MAX_NAMED = 8

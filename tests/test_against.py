@@ -18,16 +18,16 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import molora
-from molora.verify.compare import NUM_SAMPLES, compare_files, compare_logits, unmoved
 from molora.checkpoint.folders import file_hash
 from molora.cli.commands import app
-from molora.config.reading import build
+from molora.config import build
 from molora.inference.load import LoadedModel, locate
 from molora.model.lora import adapter_parameters
 from molora.pack import Sample
 from molora.routing import RoutingError
-from molora.testing.asserts import save_backbone
+from molora.testing import save_backbone
 from molora.train.loop import Recipe, train
+from molora.verify.compare import NUM_SAMPLES, compare_files, compare_logits, unmoved
 from molora.verify.promises import Check, examples, routed
 
 pytest.importorskip("torchaudio")
@@ -47,7 +47,7 @@ AUDIO = {
     "adapter": ADAPTER,
 }
 # It adapts a layer that the others leave alone.
-NUMBERS = {"plugin": "molora.testing.asserts:Numbers", "adapter": {**ADAPTER, "target_modules": [*TARGETS, "gate_up_proj"]}}
+NUMBERS = {"plugin": "molora.testing:Numbers", "adapter": {**ADAPTER, "target_modules": [*TARGETS, "gate_up_proj"]}}
 RULES = {"audio+vision": "vision"}
 SETS = [(), ("audio",), ("numbers",), ("vision",), ("audio", "vision"), ("numbers", "vision")]
 PARTS: dict[str, dict[str, Any]] = {

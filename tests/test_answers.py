@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 import torch
 
+from molora.config import ConfigError
+from molora.data.processor import Processor
 from molora.inference.answers import answer_file
-from molora.model.backbone import Backbone, Identity
-from molora.config.reading import ConfigError
 from molora.inference.generate import GenerationConfig
 from molora.inference.load import LoadedModel
-from molora.model.lora import lora_config
 from molora.modality import Prepared
+from molora.model.backbone import Backbone, Identity
+from molora.model.lora import lora_config
 from molora.model.molora import MoLoRA
-from molora.data.processor import Processor
 from molora.routers.table import TableConfig, TableRouter
-from molora.testing.asserts import Letters, Numbers, NumbersConfig, byte_tokenizer, tiny_model
+from molora.testing import Letters, Numbers, NumbersConfig, byte_tokenizer, tiny_model
 
 GREEDY = GenerationConfig(max_new_tokens=4)
 

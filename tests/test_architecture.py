@@ -36,8 +36,8 @@ RANK = {f"molora.{name}": rank for rank, names in enumerate(TIERS.values()) for 
 # Plugins arrive by name: only `plugins` reads the tables of the built-in ones, and what they may import is little.
 PLUGINS = ("molora.encoders", "molora.routers")
 PLUGIN_MAY_IMPORT = {
-    "molora.encoders": {"molora.config.reading", "molora.media", "molora.modality"},
-    "molora.routers": {"molora.config.reading", "molora.routing"},
+    "molora.encoders": {"molora.config", "molora.media", "molora.modality"},
+    "molora.routers": {"molora.config", "molora.routing"},
 }
 
 # Optional or slow to import, so imported where they are used.

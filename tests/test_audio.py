@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from molora.config.reading import build
+from molora.config import build
 from molora.encoders.audio import Audio, AudioConfig, AugmentConfig, spec_augment
 from molora.modality import Modality
-from molora.testing.asserts import assert_close
+from molora.testing import assert_close
 
 pytest.importorskip("torchaudio")
 

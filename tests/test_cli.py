@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from molora.cli import commands as cli
-from molora.testing.asserts import save_backbone
+from molora.testing import save_backbone
 
 PICTURE = Image.fromarray(np.arange(16 * 24 * 3, dtype=np.uint8).reshape(16, 24, 3))
 RECIPE = """

@@ -9,7 +9,7 @@ from typing import Any, Literal, Optional, Union
 
 import pytest
 
-from molora.config.reading import ConfigError, build, dump, options, read
+from molora.config import ConfigError, build, dump, options, read
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from accelerate.state import AcceleratorState
 
 from molora.plugin_kit import modality_clauses as conformance
 from molora.plugin_kit.modality_clauses import Finding, check_modality
-from molora.plugins import resolve
-from molora.testing.asserts import assert_conforms
 from molora.plugin_kit.trial import fingerprint, shared_state
+from molora.plugins import resolve
+from molora.testing import assert_conforms
 
 HERE = Path(__file__).parent
 WEIGHTS = Path(os.environ.get("MOLORA_TEST_DATA", ".")) / "weights/kwt1/model.safetensors"
@@ -130,8 +130,8 @@ def by_check(findings: list[Finding]) -> dict[str, Finding]:
     [
         (spec("Series"), {}),
         (spec("Fetched"), {}),
-        ("molora.testing.asserts:Numbers", {"projector_beside": ["neighbour"]}),
-        ("molora.testing.asserts:Letters", {}),
+        ("molora.testing:Numbers", {"projector_beside": ["neighbour"]}),
+        ("molora.testing:Letters", {}),
         ("vision", {"crop_pixels": 16, "max_crops": 3, "pool": 1, "tower": CONVIT}),
         ("audio", {"tower": {"conformer": CONFORMER}, "beside": {"vision": "vision"}, "augment": AUGMENT}),
         (f"{HERE / 'keyword_transformer.py'}:KeywordTransformer", {"weights": str(WEIGHTS)}),
@@ -172,7 +172,7 @@ def test_the_table_has_every_broken_plugin_and_breaks_every_check() -> None:
 
 def test_a_part_type_that_a_named_modality_has_is_told(tmp_path: Path) -> None:
     file = tmp_path / "picture.py"
-    file.write_text("from molora.testing.asserts import Letters\nclass Picture(Letters):\n    part_type = 'image'\n")
+    file.write_text("from molora.testing import Letters\nclass Picture(Letters):\n    part_type = 'image'\n")
     found = check_modality(f"{file}:Picture", parts=[])[CHECKS.index("name and part type")]
     assert found.ok and "type 'image', and so does 'vision': the two cannot be used together" in found.message
     own = check_modality("vision", parts=[])[CHECKS.index("name and part type")]
@@ -197,7 +197,9 @@ def test_chance_in_training_beyond_dropout_leaves_one_check_undecided() -> None:
 
 def test_a_plugin_that_imports_the_model_is_found(tmp_path: Path) -> None:
     file = tmp_path / "heavy.py"
-    file.write_text("from molora.model.molora import MoLoRA\nfrom molora.testing.asserts import Letters\nclass Heavy(Letters): ...\n")
+    file.write_text(
+        "from molora.model.molora import MoLoRA\nfrom molora.testing import Letters\nclass Heavy(Letters): ...\n"
+    )
     findings = by_check(check_modality(f"{file}:Heavy"))
     assert [found.check for found in findings.values() if found.ok is not True] == ["imports"]
     assert "imports molora.model.backbone and molora.model.molora" in findings["imports"].message
@@ -205,7 +207,7 @@ def test_a_plugin_that_imports_the_model_is_found(tmp_path: Path) -> None:
 
 def test_what_a_spawned_worker_raises_is_in_the_finding(tmp_path: Path) -> None:
     file = tmp_path / "once.py"
-    lines = ["import os", "from molora.testing.asserts import Letters", f"if os.path.exists({str(tmp_path / 'been')!r}):"]
+    lines = ["import os", "from molora.testing import Letters", f"if os.path.exists({str(tmp_path / 'been')!r}):"]
     lines += ["    raise OSError('been here before')", f"open({str(tmp_path / 'been')!r}, 'w').close()"]
     file.write_text("\n".join([*lines, "class Once(Letters): ...", ""]))
     findings = by_check(check_modality(f"{file}:Once"))

@@ -13,7 +13,7 @@ from transformers.models.phi4_multimodal.modeling_phi4_multimodal import Phi4Mul
 from molora.encoders import conformer
 from molora.encoders.conformer import Conformer, ConformerConfig, num_encoded
 from molora.encoders.logmel import num_frames
-from molora.testing.asserts import assert_close
+from molora.testing import assert_close
 
 SMALL = ConformerConfig(width=32, blocks=3, heads=4, mlp_width=48, subsampling_channels=16)
 

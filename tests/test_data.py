@@ -9,11 +9,20 @@ from typing import Any
 
 import pytest
 
-from molora.config.reading import ConfigError, build
-from molora.data.sources import EncodedSamples, MessagesConfig, Order, Skipped, Source, SourceConfig, open_source, step_loader
+from molora.config import ConfigError, build
 from molora.data.messages import conversation
-from molora.modality import MediaError
 from molora.data.processor import Processor
+from molora.data.sources import (
+    EncodedSamples,
+    MessagesConfig,
+    Order,
+    Skipped,
+    Source,
+    SourceConfig,
+    open_source,
+    step_loader,
+)
+from molora.modality import MediaError
 from molora.testing.tiny import byte_tokenizer
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from molora.demo.run import run_demo
 from molora.data.easy_vqa import COLOURS, SHAPES, EasyVQA, EasyVQAConfig, descriptions, read_split
+from molora.demo.run import run_demo
 
 pytest.importorskip("easy_vqa")
 pytest.importorskip("espeakng_loader")

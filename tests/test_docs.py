@@ -14,13 +14,12 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
-from molora.config import plain_yaml
 from molora.cli import commands as cli
-from molora.config.reading import build
+from molora.config import build, plain_yaml
 from molora.data.sources import MessagesConfig, SourceConfig
-from molora.plugin_kit.scaffold import new_plugin
 from molora.data.table import TableConfig
-from molora.testing.asserts import save_backbone
+from molora.plugin_kit.scaffold import new_plugin
+from molora.testing import save_backbone
 from molora.train.loop import StageConfig
 
 ROOT = Path(__file__).parents[1]

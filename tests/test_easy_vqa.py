@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from molora.config.reading import ConfigError
-from molora.data.sources import SourceConfig, open_source
+from molora.config import ConfigError
 from molora.data.easy_vqa import SpokenEasyVQA, SpokenEasyVQAConfig
+from molora.data.sources import SourceConfig, open_source
 
 pytest.importorskip("easy_vqa")
 pytest.importorskip("espeakng_loader")

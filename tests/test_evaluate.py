@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from molora.config.reading import ConfigError, build
+from molora.config import ConfigError, build
 from molora.data.sources import SourceConfig
 from molora.evaluate.judge import (
     FULL_STOPS,

@@ -10,7 +10,7 @@ import transformers
 
 from molora.model.backbone import Backbone, BackboneRefused, Identity
 from molora.model.experts import Choices, routers, untargetable
-from molora.testing.asserts import VOCAB_SIZE, WINDOW, assert_close, tiny_model
+from molora.testing import VOCAB_SIZE, WINDOW, assert_close, tiny_model
 
 NOWHERE = Identity("test", "", "", "", "")
 SIZES: dict[str, Any] = {

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from molora.config.reading import build
-from molora.train.frame_cache import FeatureCache
+from molora.config import build
 from molora.model.molora import MoLoRA
 from molora.pack import collate
-from molora.testing.asserts import save_backbone
+from molora.testing import save_backbone
+from molora.train.frame_cache import FeatureCache
 from molora.train.loop import Recipe, _Run, build_model, train
 
 STEPS = 6
@@ -46,7 +46,7 @@ def recipe(tmp_path: Path, backbone: Path) -> Callable[..., Recipe]:
             "backbone": {"path": str(backbone)},
             "modalities": {
                 "numbers": {
-                    "plugin": "molora.testing.asserts:Numbers",
+                    "plugin": "molora.testing:Numbers",
                     "adapter": {"r": 2, "target_modules": ["qkv_proj"]},
                 }
             },

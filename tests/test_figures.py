@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from molora.checkpoint.assembly import RouterConfig, assemble, blueprint
+from molora.data.processor import Processor
 from molora.model.backbone import load_backbone
-from molora.report.figures import adapter_similarity, pack_figure, similarity_figure, weights_figure
 from molora.model.lora import RoutedLinear
 from molora.model.molora import MoLoRA
-from molora.data.processor import Processor
-from molora.testing.asserts import save_backbone
+from molora.report.figures import adapter_similarity, pack_figure, similarity_figure, weights_figure
+from molora.testing import save_backbone
 
 pytest.importorskip("matplotlib")
 
@@ -26,7 +26,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[MoLoRA, Processor]:
     backbone, tokenizer = load_backbone(str(save_backbone(tmp_path_factory.mktemp("backbone"))))
     adapter = {"r": 3, "init_lora_weights": False, "target_modules": ["qkv_proj", "down_proj"]}
     plans = {
-        name: blueprint(name, f"molora.testing.asserts:{name.title()}", {}, adapter, name) for name in ("numbers", "letters")
+        name: blueprint(name, f"molora.testing:{name.title()}", {}, adapter, name) for name in ("numbers", "letters")
     }
     router = RouterConfig(plugin="sum", options={"weights": {"letters+numbers": {"letters": 0.25, "numbers": 0.75}}})
     return assemble(backbone, tokenizer, plans, router)
@@ -95,7 +95,7 @@ def test_similarity_is_the_cosine_of_the_changes(built: tuple[MoLoRA, Processor]
 def test_an_adapter_that_learned_nothing_is_like_no_other(tmp_path: Path) -> None:
     backbone, tokenizer = load_backbone(str(save_backbone(tmp_path)))
     plans = {
-        name: blueprint(name, f"molora.testing.asserts:{name.title()}", {}, {"r": 2, "target_modules": ["o_proj"]}, name)
+        name: blueprint(name, f"molora.testing:{name.title()}", {}, {"r": 2, "target_modules": ["o_proj"]}, name)
         for name in ("numbers", "letters")
     }
     model, _ = assemble(backbone, tokenizer, plans, RouterConfig(plugin="sum"))

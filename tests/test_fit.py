@@ -20,26 +20,36 @@ from transformers import Phi3Config, Phi3ForCausalLM, SiglipVisionConfig, Whispe
 from typer.testing import CliRunner
 
 import molora.inference.generate
-from molora.doctor import memory as fit
 from molora.checkpoint.assembly import BackboneConfig, ModalityConfig, RouterConfig
-from molora.model.cache import PackedCache
 from molora.checkpoint.folders import save_modality, write_run
 from molora.cli.commands import app
-from molora.config.reading import dump
+from molora.config import dump
+from molora.data.processor import Processor
 from molora.data.sources import EncodedSamples, SourceConfig
+from molora.doctor import memory as fit
+from molora.doctor.memory import (
+    AnsweringConfig,
+    Device,
+    Fit,
+    Moment,
+    Need,
+    cached_positions,
+    fit_model,
+    fit_recipe,
+    on_meta,
+)
 from molora.evaluate.judge import EvaluationConfig
-from molora.doctor.memory import AnsweringConfig, Device, Fit, Moment, Need, cached_positions, fit_model, fit_recipe, on_meta
 from molora.inference.generate import GenerationConfig, generate
 from molora.inference.load import load
 from molora.modality import Encoder, Frames
+from molora.model.cache import PackedCache
 from molora.model.molora import MoLoRA
-from molora.train.optim import PartConfig, set_trainable
 from molora.pack import Sample
-from molora.data.processor import Processor
 from molora.seeding import seed_of
 from molora.terminal import console
-from molora.testing.asserts import ROPE_SWITCH, Numbers, byte_tokenizer, save_backbone
+from molora.testing import ROPE_SWITCH, Numbers, byte_tokenizer, save_backbone
 from molora.train.loop import Recipe, StageConfig, build_model, train_step
+from molora.train.optim import PartConfig, set_trainable
 
 VISION: dict[str, Any] = {
     "crop_pixels": 32,

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from molora.config.reading import ConfigError
-from molora.data.sources import SourceConfig, open_source
+from molora.config import ConfigError
 from molora.data.messages import check
+from molora.data.sources import SourceConfig, open_source
 from molora.modality import MediaError
 
 CASES = int(os.environ.get("MOLORA_FUZZ_CASES", "600"))

@@ -11,15 +11,15 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from molora import generate as generation
-from molora.model.backbone import Backbone, BackboneRefused, Identity
-from molora.config.reading import ConfigError
+from molora.config import ConfigError
 from molora.inference.generate import GenerationConfig, generate
+from molora.model.backbone import Backbone, BackboneRefused, Identity
 from molora.model.lora import lora_config
 from molora.model.molora import MoLoRA
 from molora.pack import Item, Sample, collate
 from molora.routers.learned import LearnedConfig, LearnedRouter
 from molora.routers.table import TableConfig, TableRouter
-from molora.testing.asserts import ROPE_SWITCH, VOCAB_SIZE, Letters, Numbers, NumbersConfig, tiny_model
+from molora.testing import ROPE_SWITCH, VOCAB_SIZE, Letters, Numbers, NumbersConfig, tiny_model
 
 NEW_TOKENS = 7
 FAMILIES = ("llama", "qwen3", "gemma3", "phi3", "phi4-mini", "smollm3", "phimoe", "llama-dynamic")

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from molora.checkpoint.assembly import blueprint
-from molora.config.reading import read
+from molora.config import read
 from molora.modality import Modality
-from molora.testing.asserts import save_backbone
+from molora.testing import save_backbone
 from molora.train.loop import Recipe, train
 
 DATA = Path(os.environ.get("MOLORA_TEST_DATA", "."))

@@ -15,17 +15,17 @@ from typer.testing import CliRunner
 
 import molora
 from molora.checkpoint.assembly import RouterConfig, assemble, blueprint
-from molora.model.backbone import load_backbone
 from molora.checkpoint.folders import read_run, save_modality, write_run
 from molora.cli.commands import app
-from molora.config.reading import ConfigError, build
+from molora.config import ConfigError, build
+from molora.model.backbone import load_backbone
 from molora.terminal import visible
-from molora.testing.asserts import byte_tokenizer, save_backbone
+from molora.testing import byte_tokenizer, save_backbone
 from molora.train.loop import Recipe, train
 
 ADAPTER = {"r": 2, "lora_alpha": 8, "init_lora_weights": False, "target_modules": ["qkv_proj", "down_proj"]}
 DEPTH = """
-from molora.testing.asserts import Numbers
+from molora.testing import Numbers
 
 class Depth(Numbers):
     part_type = "depth"
@@ -51,9 +51,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.add_tokens(["zebra"])
     tokenizer.save_pretrained(folder / "other_tokenizer")
     (folder / "depth.py").write_text(DEPTH)
-    save(folder, "numbers", "molora.testing.asserts:Numbers", {"projector_beside": ["letters"]})
-    save(folder, "letters", "molora.testing.asserts:Letters")
-    save(folder, "counts", "molora.testing.asserts:Numbers")
+    save(folder, "numbers", "molora.testing:Numbers", {"projector_beside": ["letters"]})
+    save(folder, "letters", "molora.testing:Letters")
+    save(folder, "counts", "molora.testing:Numbers")
     save(folder, "depth", f"{folder}/depth.py:Depth")
     both = [{"type": "numbers", "numbers": [1.0]}, {"type": "letters", "letters": "ab"}, {"type": "text", "text": "?"}]
     messages = [{"role": "user", "content": both}, {"role": "assistant", "content": "x"}]
@@ -185,7 +185,7 @@ WRONG: dict[str, Case] = {
     ),
     "a plugin of another width": Case(
         lambda home, there: (home / "backbone", [edited(home / "numbers", there, frame_width=12)]),
-        ["numbers/modality.json: plugin 'molora.testing.asserts:Numbers' has changed", "frame_width was 12, is 8", PACKAGE],
+        ["numbers/modality.json: plugin 'molora.testing:Numbers' has changed", "frame_width was 12, is 8", PACKAGE],
     ),
     "a plugin that answers to other parts": Case(
         lambda home, there: (home / "backbone", [edited(home / "depth", there, part_type="series")]),
@@ -326,7 +326,7 @@ def test_a_recipe_may_call_a_folder_by_another_name(home: Path, tmp_path: Path) 
     loaded = molora.load(tmp_path / "run", device="cpu")
     assert set(loaded.model.modalities) == {"amounts", "letters"}
     about = json.loads((tmp_path / "run/modalities/amounts/modality.json").read_text())
-    assert (about["name"], about["plugin"]) == ("amounts", "molora.testing.asserts:Numbers")
+    assert (about["name"], about["plugin"]) == ("amounts", "molora.testing:Numbers")
 
 
 def test_verify_checks_a_combination_with_plugins_on_their_own_examples(home: Path) -> None:

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from molora.config import ConfigError
 from molora.model import lora
 from molora.model.backbone import Backbone, Identity
-from molora.config.reading import ConfigError
 from molora.model.lora import RoutedLinear, lora_config
 from molora.routing import Flow, Routing
-from molora.testing.asserts import VOCAB_SIZE, assert_close, tiny_model
+from molora.testing import VOCAB_SIZE, assert_close, tiny_model
 
 NOWHERE = Identity("test", "", "", "", "")
 ADAPTERS: dict[str, dict[str, Any]] = {

@@ -24,12 +24,12 @@ import molora
 from molora.checkpoint.assembly import RouterConfig
 from molora.checkpoint.folders import save_modality
 from molora.cli.commands import app
-from molora.config.reading import ConfigError, build
+from molora.config import ConfigError, build
+from molora.data.processor import Processor
 from molora.media import MediaPolicy, Sources, fetch, policy
 from molora.modality import MediaError
 from molora.pack import Sample
-from molora.data.processor import Processor
-from molora.testing.asserts import Letters, NumbersConfig, byte_tokenizer, save_backbone
+from molora.testing import Letters, NumbersConfig, byte_tokenizer, save_backbone
 from molora.train.loop import Recipe, build_model
 
 KEYS = ("path", "url", "base64", "bytes", "smell", "array")

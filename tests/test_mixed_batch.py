@@ -16,20 +16,20 @@ from torch import Tensor
 from transformers import Phi4MultimodalConfig, Phi4MultimodalForCausalLM
 
 from molora.checkpoint.assembly import Blueprint
-from molora.model.backbone import Backbone, Identity
 from molora.checkpoint.folders import save_modality
-from molora.config.reading import build
+from molora.config import build
+from molora.data.processor import Processor
 from molora.encoders.audio import Audio, AudioConfig
 from molora.encoders.vision import Vision, VisionConfig
 from molora.inference.generate import GenerationConfig, generate
+from molora.model.backbone import Backbone, Identity
 from molora.model.lora import lora_config
 from molora.model.molora import MoLoRA
-from molora.train.optim import PartConfig, set_trainable
 from molora.pack import Sample, collate
-from molora.data.processor import Processor
 from molora.routers.table import TableConfig, TableRouter
-from molora.testing.asserts import assert_close, byte_tokenizer, tiny_model
+from molora.testing import assert_close, byte_tokenizer, tiny_model
 from molora.train.loop import train_step
+from molora.train.optim import PartConfig, set_trainable
 
 pytest.importorskip("torchaudio")
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from molora.model.backbone import Backbone, BackboneRefused, Identity
 from molora.model.lora import lora_config
 from molora.model.molora import MoLoRA
-from molora.pack import Item, Sample, collate
 from molora.model.projector import Projector
+from molora.pack import Item, Sample, collate
 from molora.routers.table import TableConfig, TableRouter
-from molora.testing.asserts import ROPE_SWITCH, VOCAB_SIZE, WINDOW, Letters, Numbers, NumbersConfig, assert_close, tiny_model
+from molora.testing import ROPE_SWITCH, VOCAB_SIZE, WINDOW, Letters, Numbers, NumbersConfig, assert_close, tiny_model
 
 NOWHERE = Identity("test", "", "", "", "")
 FAMILIES = (

@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from molora.config import read
 from molora.model import lora
 from molora.model.backbone import Backbone, load_backbone
-from molora.config.reading import read
 from molora.model.experts import routers
 from molora.model.lora import lora_config
 from molora.routing import Flow, Routing
-from molora.testing.asserts import VOCAB_SIZE, assert_close, byte_tokenizer
+from molora.testing import VOCAB_SIZE, assert_close, byte_tokenizer
 from molora.train.loop import Recipe, train
 
 CONFIGS = Path(__file__).parents[1] / "configs"

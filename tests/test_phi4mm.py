@@ -37,16 +37,16 @@ from transformers import (
 )
 
 import molora
-from molora.model.backbone import Backbone, Identity
-from molora.config.reading import ConfigError
+from molora.config import ConfigError
+from molora.convert.phi4mm import Place, Release
+from molora.convert.release import export_release, import_release, layout_of, opened
 from molora.inference.generate import GenerationConfig
 from molora.inference.load import LoadedModel
+from molora.model.backbone import Backbone, Identity
 from molora.model.molora import MoLoRA
 from molora.pack import collate
-from molora.convert.phi4mm import Place, Release
 from molora.plugins import resolve
 from molora.received import read_json
-from molora.convert.release import export_release, import_release, layout_of, opened
 from tests.reference_release import FULL_DEPTH, Sizes, hub_shapes, save_hub, save_native
 
 QUESTION = "What is it?"
@@ -515,7 +515,7 @@ def trained(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ],
     }
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
-    from molora.config.reading import read
+    from molora.config import read
     from molora.train.loop import Recipe, train
 
     return train(read(Recipe, folder / "recipe.yaml"), show=False)

@@ -23,13 +23,13 @@ from transformers import AutoModelForCausalLM
 from transformers.trainer_pt_utils import get_parameter_names
 
 from molora.checkpoint.assembly import RouterConfig, assemble, blueprint
-from molora.model.backbone import load_backbone
 from molora.checkpoint.folders import save_modality
-from molora.config.reading import read
+from molora.config import read
 from molora.data.sources import SourceConfig, open_source
-from molora.train.optim import PartConfig, set_trainable
-from molora.testing.asserts import assert_close, byte_tokenizer, tiny_model
+from molora.model.backbone import load_backbone
+from molora.testing import assert_close, byte_tokenizer, tiny_model
 from molora.train.loop import Recipe, build_model, train
+from molora.train.optim import PartConfig, set_trainable
 
 soundfile = pytest.importorskip("soundfile")
 for library in ("torchaudio", "datasets", "sacrebleu"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from molora import plugins
-from molora.config.reading import ConfigError
+from molora.config import ConfigError
 from molora.modality import Modality
 from molora.plugins import Plugin, available, resolve
 

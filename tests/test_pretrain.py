@@ -14,9 +14,9 @@ import torch
 from rich.progress import Progress
 from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3ForCausalLM
 
-from molora import pretrain as module
-from molora.config.reading import ConfigError, build
+from molora.config import ConfigError, build
 from molora.interrupt import Stopped
+from molora.pretrain import loop as module
 from molora.pretrain.loop import SPECIAL_TOKENS, Piece, PretrainConfig, long_factors, pretrain
 from molora.storage import hold
 

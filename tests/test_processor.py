@@ -16,8 +16,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from molora.modality import MediaError, Modality, Prepared
 from molora.data.processor import Processor, SampleTooLong
+from molora.modality import MediaError, Modality, Prepared
 from molora.routing import RoutingError
 
 

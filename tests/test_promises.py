@@ -16,13 +16,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import molora
-from molora.config.reading import build
+from molora.config import build
+from molora.data.processor import SampleTooLong
 from molora.inference.generate import GenerationConfig, generate
 from molora.inference.load import LoadedModel
 from molora.pack import Sample, collate
-from molora.data.processor import SampleTooLong
 from molora.routing import Flow, Routing
-from molora.testing.asserts import assert_close, save_backbone
+from molora.testing import assert_close, save_backbone
 from molora.train.loop import Recipe, train
 
 TEXTS = ("hello", "a longer text than the other, past the switch of the rotary frequencies", "x")
@@ -38,7 +38,7 @@ VISION = {
     "adapter": {"r": 4, "lora_alpha": 64, "target_modules": ["qkv_proj", "o_proj"]},
 }
 LETTERS = {
-    "plugin": "molora.testing.asserts:Letters",
+    "plugin": "molora.testing:Letters",
     "adapter": {"r": 2, "lora_alpha": 32, "target_modules": ["qkv_proj", "down_proj"]},
 }
 

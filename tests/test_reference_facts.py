@@ -20,13 +20,13 @@ from transformers import AutoTokenizer, Phi3Config
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 from transformers.models.phi4_multimodal.image_processing_phi4_multimodal import Phi4MultimodalImageProcessor
 
+from molora.data.processor import Processor
 from molora.encoders.audio import Audio, AudioConfig
 from molora.encoders.conformer import num_encoded
 from molora.encoders.logmel import num_frames
 from molora.encoders.vision import Vision, VisionConfig, lay_out
-from molora.pack import Sample
-from molora.data.processor import Processor
 from molora.model.rotary import SampleRotary, wrap_rotary
+from molora.pack import Sample
 from molora.routers.table import TableConfig, TableRouter
 from molora.routing import Flow, flowing
 from tests.reference_tokenizer import SPECIAL_TOKENS, save_reference_tokenizer

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from molora.plugin_kit.router_clauses import check_router
-from molora.testing.asserts import assert_router_conforms
+from molora.testing import assert_router_conforms
 
 FAULTY = Path(__file__).with_name("faulty_routers.py")
 BOTH = {"modalities": ["audio", "vision"]}

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from molora.model.backbone import Backbone, Identity
-from molora.config.reading import build
+from molora.config import build
+from molora.data.processor import Processor
 from molora.inference.generate import GenerationConfig, generate
+from molora.model.backbone import Backbone, Identity
 from molora.model.lora import RoutedLinear, lora_config
 from molora.model.molora import MoLoRA
 from molora.pack import Pack, Sample, collate
 from molora.plugins import resolve
-from molora.data.processor import Processor
 from molora.routing import Flow, Routing, RoutingError, Slice
-from molora.testing.asserts import Letters, Numbers, NumbersConfig, assert_close, byte_tokenizer, tiny_model
+from molora.testing import Letters, Numbers, NumbersConfig, assert_close, byte_tokenizer, tiny_model
 
 NOWHERE = Identity("test", "", "", "", "")
 BOTH = frozenset({"letters", "numbers"})

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from molora import rows as module
-from molora.config.reading import ConfigError
+from molora.config import ConfigError
 from molora.data.rows import MAX_DEPTH, CellRows, JsonRows, parse
 
 

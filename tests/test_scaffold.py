@@ -12,11 +12,11 @@ from types import ModuleType
 import pytest
 
 import molora
-from molora.config.reading import ConfigError, read
+from molora.config import ConfigError, read
 from molora.evaluate.judge import Evaluations
-from molora.plugins import Plugin, available
 from molora.plugin_kit.scaffold import new_plugin
-from molora.testing.asserts import save_backbone
+from molora.plugins import Plugin, available
+from molora.testing import save_backbone
 from molora.train.loop import Recipe, train
 
 LONG = "temperature_of_the_river"

@@ -14,20 +14,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import molora
-from molora.config.reading import build
+from molora.config import build
 from molora.inference.load import LoadedModel
 from molora.model.molora import MoLoRA
 from molora.pack import Sample
 from molora.plugins import available
 from molora.routing import Flow, Routing
-from molora.testing.asserts import assert_close, save_backbone
+from molora.testing import assert_close, save_backbone
 from molora.train.loop import Recipe, train
 from molora.verify.promises import verify
 
 NAMES = [f"sense{i:02}" for i in range(16)]
 TARGETS = (["qkv_proj", "o_proj"], ["down_proj"], ["gate_up_proj", "qkv_proj"])
 PACKAGE = """
-from molora.testing.asserts import Numbers
+from molora.testing import Numbers
 
 class Sense(Numbers):
     def load(self, part): return list(part["values"])

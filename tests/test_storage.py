@@ -16,7 +16,7 @@ import torch
 
 from molora import received, storage
 from molora.checkpoint.folders import latest_state, read_state, save_state
-from molora.config.reading import ConfigError
+from molora.config import ConfigError
 from molora.storage import hold, settle, write_atomically, write_cached, write_tensors, write_text
 
 HOLDER = """

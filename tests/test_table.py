@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from molora.config.reading import ConfigError
+from molora.config import ConfigError
 from molora.data.sources import Source, SourceConfig, open_source
 from molora.modality import MediaError
 

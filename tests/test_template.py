@@ -8,7 +8,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from molora.data.template import MAX_SOURCE_CHARACTERS, compiled, render
-from molora.testing.asserts import byte_tokenizer
+from molora.testing import byte_tokenizer
 
 TALK = [
     {"role": "system", "content": " Be brief.\n"},

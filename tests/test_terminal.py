@@ -65,8 +65,8 @@ def test_paragraphs_and_tables_fit_80_columns_and_paths_stay_whole(
 
 def test_waiting_threads_do_not_spin_unless_the_user_says_so() -> None:
     code = (
-        "import os, sys, molora.cli.commands\nsys.argv = ['molora', '--help']\ntry: molora.cli.commands.main()\nexcept SystemExit: pass\n"
-        "print(*map(os.environ.get, molora.cli.commands.WAITING), 'torch' in sys.modules)"
+        "import os, sys; from molora.cli.commands import WAITING, main\nsys.argv = ['molora', '--help']\n"
+        "try: main()\nexcept SystemExit: pass\nprint(*map(os.environ.get, WAITING), 'torch' in sys.modules)"
     )
     for given, expected in (({}, "passive 5000"), ({"OMP_WAIT_POLICY": "active"}, "active None")):
         environment = {key: value for key, value in os.environ.items() if key not in cli.WAITING} | given

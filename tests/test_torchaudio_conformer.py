@@ -8,7 +8,7 @@ from torch import Tensor
 
 from molora.encoders.conformer import ConformerConfig
 from molora.encoders.torchaudio_conformer import TorchaudioConformer
-from molora.testing.asserts import assert_close
+from molora.testing import assert_close
 
 CONFIG = ConformerConfig(width=32, blocks=2, heads=4, mlp_width=48, subsampling_channels=8, kernel_size=7)
 

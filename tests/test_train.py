@@ -25,16 +25,16 @@ from safetensors.torch import load_file, save_file
 
 import molora
 from molora.checkpoint.assembly import BackboneConfig
-from molora.config.reading import ConfigError, build, dump
+from molora.config import ConfigError, build, dump
 from molora.interrupt import Stopped
-from molora.train.optim import PartConfig, set_trainable
 from molora.received import read_json
 from molora.storage import hold
-from molora.testing.asserts import save_backbone
+from molora.testing import save_backbone
 from molora.train.loop import EvaluationFailed, Recipe, TrainingError, _Run, build_model, train, train_step
+from molora.train.optim import PartConfig, set_trainable
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["molora.train.loop", "molora.testing.asserts"])
+FORKS.set_forkserver_preload(["molora.train.loop", "molora.testing"])
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +66,8 @@ def recipe(home: Path, run: Path, **changes: Any) -> Recipe:
         "run": str(run),
         "backbone": {"path": str(home / "backbone")},
         "modalities": {
-            "numbers": {"plugin": "molora.testing.asserts:Numbers", "adapter": adapter},
-            "letters": {"plugin": "molora.testing.asserts:Letters", "adapter": adapter},
+            "numbers": {"plugin": "molora.testing:Numbers", "adapter": adapter},
+            "letters": {"plugin": "molora.testing:Letters", "adapter": adapter},
         },
         "router": {"options": {"rules": {"numbers+letters": "numbers"}}},
         "stages": [
@@ -193,7 +193,7 @@ def test_a_run_of_another_encoder_is_told_from_a_broken_one(home: Path, tmp_path
     save_file({**weights, name: torch.zeros(3, 1, 2)}, state / "weights.safetensors")
     about = tmp_path / "run/modalities/numbers/modality.json"
     (tmp_path / "plugin.py").write_text(
-        "from torch import nn\nfrom molora.testing.asserts import Numbers\nclass Deeper(Numbers):\n"
+        "from torch import nn\nfrom molora.testing import Numbers\nclass Deeper(Numbers):\n"
         "    def build_encoder(self):\n        encoder = super().build_encoder()\n"
         "        encoder.head = nn.Linear(1, 1)\n        return encoder\n"
     )
@@ -243,9 +243,9 @@ LEARNED = {
 @pytest.mark.parametrize("learned", [False, True], ids=["table", "learned router, activation checkpointing"])
 def test_two_processes_train_like_one(home: Path, tmp_path: Path, learned: bool) -> None:
     adapter = {"r": 4, "lora_alpha": 8, "target_modules": ["qkv_proj", "down_proj"]}
-    modality = {"plugin": "molora.testing.asserts:Numbers", "adapter": adapter}
+    modality = {"plugin": "molora.testing:Numbers", "adapter": adapter}
     rows = {"rows": {"kind": "messages", "options": {"path": str(home / "rows.jsonl")}}}
-    letters = {**modality, "plugin": "molora.testing.asserts:Letters"}
+    letters = {**modality, "plugin": "molora.testing:Letters"}
     # Two samples a step: a rank often has text alone, or none of a modality that the other rank has.
     stage = {
         "name": "tune",
@@ -329,8 +329,8 @@ def test_modalities_trained_together_get_the_updates_they_get_alone(home: Path, 
     rows = {"rows": {"kind": "messages", "options": {"path": str(tmp_path / "apart.jsonl")}}}
     adapter = {"r": 4, "lora_alpha": 8, "target_modules": ["qkv_proj"]}
     modalities = {
-        "numbers": {"plugin": "molora.testing.asserts:Numbers", "adapter": adapter},
-        "letters": {"plugin": "molora.testing.asserts:Letters", "adapter": adapter},
+        "numbers": {"plugin": "molora.testing:Numbers", "adapter": adapter},
+        "letters": {"plugin": "molora.testing:Letters", "adapter": adapter},
     }
 
     def trained(name: str, parts: list[str]) -> Path:
@@ -560,7 +560,7 @@ MISTAKES: list[tuple[str, Any, str]] = [
     ("a router's run", ("router", {"path": "gone"}), "gone: not a run folder"),
     (
         "an option of an adapter",
-        ("modalities", {"numbers": {"plugin": "molora.testing.asserts:Numbers", "adapter": {**ADAPTER, "lora_alfa": 8}}}),
+        ("modalities", {"numbers": {"plugin": "molora.testing:Numbers", "adapter": {**ADAPTER, "lora_alfa": 8}}}),
         r"modalities.numbers.adapter.lora_alfa: .*did you mean 'lora_alpha'",
     ),
     (
@@ -578,7 +578,7 @@ def test_a_mistake_is_told_before_the_backbone_is_opened(
     config = recipe(home, tmp_path / "run")
     where, value = change
     (tmp_path / "plugin.py").write_text(
-        "from dataclasses import dataclass, field\nfrom pathlib import Path\nfrom molora.testing.asserts import Numbers\n"
+        "from dataclasses import dataclass, field\nfrom pathlib import Path\nfrom molora.testing import Numbers\n"
         "@dataclass\nclass Config:\n    scale: float = 1.0\n    projector_beside: None = None\n"
         "    more: dict[str, str] = field(default_factory=dict)\n"
         "class Labelled(Numbers):\n    config_type = Config\n"

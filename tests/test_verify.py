@@ -15,20 +15,20 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 import molora
+from molora.checkpoint.folders import file_hash
+from molora.config import build
+from molora.inference.load import LoadedModel, locate
 from molora.model import attention
 from molora.model.backbone import Backbone, Identity, decoder_layers
 from molora.model.cache import PackedCache
-from molora.checkpoint.folders import file_hash
-from molora.config.reading import build
-from molora.inference.load import LoadedModel, locate
 from molora.model.lora import RoutedLinear, adapter_parameters
-from molora.pack import Pack
 from molora.model.rotary import SampleRotary
-from molora.verify.rounding import in_fp32, measure
+from molora.pack import Pack
 from molora.routing import Flow, Routing, current_flow, flowing
-from molora.testing.asserts import save_backbone, tiny_model
+from molora.testing import save_backbone, tiny_model
 from molora.train.loop import Recipe, train
 from molora.verify.promises import Check, promises
+from molora.verify.rounding import in_fp32, measure
 
 DTYPES = ("float32", "bfloat16", "float16")
 ADAPTER = {"r": 4, "lora_alpha": 64, "target_modules": ["qkv_proj", "o_proj", "down_proj"]}
@@ -50,7 +50,7 @@ def run_of(home: Path, name: str, family: str, adapter: dict[str, Any]) -> Path:
     values = {
         "run": str(home / name),
         "backbone": {"path": str(home / f"{name}_backbone")},
-        "modalities": {n: {"plugin": f"molora.testing.asserts:{n.capitalize()}", "adapter": adapter} for n in PARTS},
+        "modalities": {n: {"plugin": f"molora.testing:{n.capitalize()}", "adapter": adapter} for n in PARTS},
         "router": {"options": {"rules": {"letters+numbers": "letters"}}},
         "stages": [
             {

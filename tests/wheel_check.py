@@ -42,7 +42,7 @@ def the_command_helps() -> None:
 def it_trains_and_answers() -> None:
     """A tiny backbone made here, a recipe of two steps, and an answer from the run it writes."""
     import molora
-    from molora.testing.asserts import save_backbone
+    from molora.testing import save_backbone
 
     with tempfile.TemporaryDirectory() as name:
         home = Path(name)
@@ -57,7 +57,7 @@ def it_trains_and_answers() -> None:
         recipe = {
             "run": "run",
             "backbone": {"path": "backbone"},
-            "modalities": {"numbers": {"plugin": "molora.testing.asserts:Numbers", "adapter": adapter}},
+            "modalities": {"numbers": {"plugin": "molora.testing:Numbers", "adapter": adapter}},
             "stages": [
                 {
                     "name": "tune",

@@ -10,14 +10,14 @@ import torch
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
 
-from molora.model.backbone import Backbone, read_dtype
-from molora.config.reading import ConfigError, build, plain
-from molora.model.lora import lora_config
+from molora.config import ConfigError, build, plain
+from molora.data.processor import Processor
 from molora.media import MediaPolicy
 from molora.modality import Modality
+from molora.model.backbone import Backbone, read_dtype
+from molora.model.lora import lora_config
 from molora.model.molora import MoLoRA
 from molora.plugins import Finder, Found, find
-from molora.data.processor import Processor
 from molora.routing import RoutingError
 
 

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molora.model import lora
 from molora.checkpoint.assembly import Blueprint, RouterConfig, RouterPlan, blueprint, router_plan
-from molora.model.backbone import Identity
-from molora.config.reading import ConfigError, build
+from molora.checkpoint.trust import Untrusted, find_received
+from molora.config import ConfigError, build
 from molora.modality import Origin
+from molora.model import lora
+from molora.model.backbone import Identity
 from molora.model.molora import MoLoRA
 from molora.plugins import Found, file_of
 from molora.received import (
@@ -37,7 +38,6 @@ from molora.received import (
     read_tensors,
 )
 from molora.storage import check_shapes, write_atomically, write_folder, write_json, write_tensors, write_text
-from molora.checkpoint.trust import Untrusted, find_received
 
 FORMAT_VERSION = "1.0"
 _ROUTER = "router.safetensors"
@@ -195,8 +195,8 @@ def read_blueprint(
 ) -> tuple[Blueprint, list[str]]:
     """Reads the description of a modality folder, to be called `name`, and checks it against the backbone.
 
-    `trusted` are plugins that the folder may name though they do not come by name; see `molora.checkpoint.trust`. Returns its
-    blueprint and warnings. Raises ConfigError or ValueError naming the file.
+    `trusted` are plugins that the folder may name though they do not come by name; see `molora.checkpoint.trust`. Returns
+    its blueprint and warnings. Raises ConfigError or ValueError naming the file.
     """
     warnings = check_modality(folder, identity)
     return read_plan(folder, name, trusted), warnings

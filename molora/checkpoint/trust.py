@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-from molora.config.reading import ConfigError
+from molora.config import ConfigError
 from molora.plugins import Found, Kind, comes_by_name, file_of, find, find_in_file
 from molora.received import read_bytes
 from molora.storage import cache_folder, read_cached_json, write_cached

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
-    from molora.plugin_kit.modality_clauses import Finding
     from molora.inference.load import LoadedModel
+    from molora.plugin_kit.modality_clauses import Finding
 
 app = typer.Typer(
     name="molora",
@@ -101,7 +101,7 @@ def _options(
 @app.command()
 def train(config: ConfigArgument, overrides: Overrides = None, trust_plugin: TrustOption = None) -> None:
     """Run a recipe: writes a run folder, and goes on where it stopped."""
-    from molora.config.reading import read
+    from molora.config import read
     from molora.terminal import say
     from molora.train.loop import Recipe
     from molora.train.loop import train as run_recipe
@@ -128,7 +128,7 @@ def _stoppable() -> Iterator[None]:
 @app.command()
 def pretrain(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Build a small backbone from text."""
-    from molora.config.reading import read
+    from molora.config import read
     from molora.pretrain.loop import PretrainConfig
     from molora.pretrain.loop import pretrain as run_pretraining
     from molora.terminal import progress, say
@@ -162,7 +162,7 @@ def generate(
 ) -> None:
     """Answer one question, streamed; or, with --messages and --output, a mixed batch: a row that fails gets its error
     for an answer, and exit code 2 says so."""
-    from molora.config.reading import ConfigError
+    from molora.config import ConfigError
     from molora.inference.generate import GenerationConfig
     from molora.inference.load import load
     from molora.terminal import visible
@@ -204,7 +204,7 @@ def generate(
 def _rules(given: list[str] | None) -> Any:
     """The table router with the rules of the command line; None without any, for the model's own router."""
     from molora.checkpoint.assembly import RouterConfig
-    from molora.config.reading import ConfigError
+    from molora.config import ConfigError
 
     rules: dict[str, str | None] = {}
     for rule in given or ():
@@ -244,7 +244,7 @@ def evaluate(
 ) -> None:
     """Answer the evaluations of a config or a recipe: a table, and JSON in MODEL/evaluation.json, or alone on standard
     output if MODEL is no run. Questions that cannot be asked are counted, and exit code 2 says so."""
-    from molora.config.reading import read
+    from molora.config import read
     from molora.data.sources import open_source
     from molora.evaluate.judge import Evaluations, complaints, judge, record, scores
     from molora.inference.load import load, model_hashes
@@ -331,13 +331,13 @@ def verify(
 ) -> None:
     """Check the promises on this model and print a table. It brings its own samples, examples of its modalities; rows
     of its recipe or of a file can be added."""
-    from molora.verify.compare import unmoved
-    from molora.config.reading import ConfigError, read
+    from molora.checkpoint.trust import find_received
+    from molora.config import ConfigError, read
+    from molora.data.messages import media_parts
     from molora.data.sources import SourceConfig, open_source
     from molora.inference.load import load, locate
-    from molora.data.messages import media_parts
     from molora.train.loop import Recipe
-    from molora.checkpoint.trust import find_received
+    from molora.verify.compare import unmoved
     from molora.verify.promises import verify as check
 
     if against is not None:
@@ -384,7 +384,7 @@ def convert_phi4mm(
     ] = None,
 ) -> None:
     """Phi-4-multimodal: a released checkpoint to a run, or a run of it to a checkpoint."""
-    from molora.config.reading import ConfigError
+    from molora.config import ConfigError
     from molora.convert.release import export_release, import_release
 
     if (Path(source) / "molora.json").is_file():
@@ -419,7 +419,7 @@ def check_modality(
     ] = None,
 ) -> None:
     """Try a modality plugin against every clause of its contract. A clause it breaks makes the exit code 1."""
-    from molora.config.reading import options as read_options
+    from molora.config import options as read_options
     from molora.plugin_kit.modality_clauses import check_modality as check
 
     given = None if messages is None else _parts(messages, spec)
@@ -428,9 +428,9 @@ def check_modality(
 
 def _parts(messages: Path, spec: str) -> list[Any]:
     """The content parts in a file of conversations that a modality answers to."""
-    from molora.config.reading import ConfigError
-    from molora.data.sources import Messages, MessagesConfig
+    from molora.config import ConfigError
     from molora.data.messages import media_parts
+    from molora.data.sources import Messages, MessagesConfig
     from molora.plugins import resolve
 
     part_type = resolve("modality", spec).part_type  # pyright: ignore[reportAttributeAccessIssue]
@@ -461,7 +461,7 @@ def new_router(name: NameArgument, out_of_tree: PackageOption = None) -> None:
 def check_router(spec: SpecArgument, options: OptionsArgument = None) -> None:
     """Try a router plugin against every clause of its contract, between two adapters: audio and vision. A clause it
     breaks makes the exit code 1."""
-    from molora.config.reading import options as read_options
+    from molora.config import options as read_options
     from molora.plugin_kit.router_clauses import check_router as check
 
     raise typer.Exit(_show_findings(check(spec, read_options(options or ()))))
@@ -518,7 +518,7 @@ def doctor(
     ] = None,
 ) -> None:
     """What is installed, what works, what is missing and how to get it."""
-    from molora.config.reading import ConfigError
+    from molora.config import ConfigError
 
     if fit is not None:
         from molora.doctor.memory import main as measure

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from molora.checkpoint.assembly import Blueprint, blueprint
-from molora.config.reading import ConfigError
+from molora.config import ConfigError
 
 Layout = Literal["hub", "native"]
 

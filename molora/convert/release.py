@@ -30,9 +30,7 @@ from transformers import (
     Phi4MultimodalProcessor,
 )
 
-from molora.model import lora
 from molora.checkpoint.assembly import RouterConfig
-from molora.model.backbone import fetch, identify
 from molora.checkpoint.folders import (
     check_format,
     describe_modality,
@@ -42,7 +40,7 @@ from molora.checkpoint.folders import (
     tensor_hash,
     write_run,
 )
-from molora.config.reading import ConfigError
+from molora.config import ConfigError
 from molora.convert.phi4mm import (
     ADAPTERS,
     AUDIO_SLOT,
@@ -59,6 +57,8 @@ from molora.convert.phi4mm import (
     from_hub,
     to_hub,
 )
+from molora.model import lora
+from molora.model.backbone import fetch, identify
 from molora.received import SHARD_INDEX, TensorFile, copy_file, read_json, read_tensors, shard_names
 from molora.storage import (
     cache_folder,

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from molora.seeding import seed_of
 from molora.data.speech import HELD_OUT_VOICES, TRAINING_VOICES, clip, draw_utterance
+from molora.seeding import seed_of
 
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from molora.media import MediaPolicy
 from molora.data.messages import Message, check, media_parts, parts
+from molora.data.prompt import ChatTemplate
+from molora.media import MediaPolicy
 from molora.modality import MediaError, Modality, Prepared
 from molora.pack import Item, Pack, Sample, collate
-from molora.data.prompt import ChatTemplate
 from molora.routing import RoutingError
 
 

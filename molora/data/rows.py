@@ -21,7 +21,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from molora.config.reading import ConfigError
+from molora.config import ConfigError
 
 MAX_ROW_BYTES = 2**26
 MAX_UNPACKED_BYTES = 2**27

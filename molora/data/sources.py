@@ -13,17 +13,17 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from molora.config.reading import ConfigError, build, require
-from molora.interrupt import leave_interrupts_to_parent
+from molora.config import ConfigError, build, require
 from molora.data.messages import conversation, rooted
+from molora.data.processor import Processor, SampleTooLong
+from molora.data.rows import JsonRows
+from molora.data.table import row_id
+from molora.interrupt import leave_interrupts_to_parent
 from molora.modality import MediaError
 from molora.pack import Sample
 from molora.plugins import Finder, find
-from molora.data.processor import Processor, SampleTooLong
 from molora.routing import RoutingError
-from molora.data.rows import JsonRows
 from molora.seeding import seed_of
-from molora.data.table import row_id
 
 _MAX_WEIGHT = 1e9
 
@@ -58,8 +58,8 @@ class SourceConfig:
 
 @dataclass(kw_only=True)
 class MessagesConfig:
-    """Conversations in any format that `molora.data.messages` reads: a file of JSON, one object a line or all in one list,
-    also gzipped. Media paths are relative to the file's own folder, or to `media_root`, which no path may leave."""
+    """Conversations in any format that `molora.data.messages` reads: a file of JSON, one object a line or all in one
+    list, also gzipped. Media paths are relative to the file's own folder, or to `media_root`, which no path may leave."""
 
     path: str
     media_root: str | None = None

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from molora.config.reading import ConfigError
+from molora.config import ConfigError
 from molora.data.messages import media_list, rooted
 from molora.data.rows import CellRows, JsonRows, check_file
 

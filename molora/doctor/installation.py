@@ -20,7 +20,7 @@ from typing import Literal
 import psutil
 from packaging.requirements import Requirement
 
-from molora.config.reading import ConfigError
+from molora.config import ConfigError
 from molora.plugins import Kind, Plugin, available, resolve
 from molora.terminal import console, print_table, say, styled
 

@@ -29,26 +29,26 @@ from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from molora.checkpoint.assembly import Blueprint, RouterConfig, RouterPlan, assemble, blueprint, pick_device
-from molora.model.backbone import Backbone, Identity, read_dtype
-from molora.model.cache import PackedCache
 from molora.checkpoint.folders import read_plan
-from molora.config.reading import ConfigError, build, options, read
+from molora.checkpoint.trust import Untrusted, check_backbone
+from molora.config import ConfigError, build, options, read
+from molora.convert.release import layout_of
+from molora.data.processor import Processor, SampleTooLong
 from molora.data.sources import EncodedSamples, step_loader
 from molora.inference.generate import GenerationConfig, generate
 from molora.inference.load import locate
 from molora.media import MediaPolicy
 from molora.modality import MediaError, Modality
+from molora.model.backbone import Backbone, Identity, read_dtype
+from molora.model.cache import PackedCache
 from molora.model.molora import MoLoRA
-from molora.train.optim import PartOptimizer, count, set_trainable
 from molora.pack import Sample
-from molora.data.processor import Processor, SampleTooLong
-from molora.convert.release import layout_of
 from molora.routing import Flow, RoutingError, flowing
 from molora.seeding import seed_of
 from molora.terminal import console, print_table, say, styled
 from molora.testing.tiny import byte_tokenizer
 from molora.train.loop import Recipe, StageConfig, recipe_router, train_step
-from molora.checkpoint.trust import Untrusted, check_backbone
+from molora.train.optim import PartOptimizer, count, set_trainable
 
 # Rows of a stage's data from which its packs are known.
 _SAMPLED_ROWS = 64

@@ -14,12 +14,12 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from molora.config.reading import ConfigError, require
+from molora.config import ConfigError, require
+from molora.data.processor import Processor
 from molora.data.sources import Source, SourceConfig
 from molora.inference.generate import Failed, GenerationConfig, Step, attempt, generate
 from molora.model.molora import MoLoRA
 from molora.pack import Sample
-from molora.data.processor import Processor
 from molora.storage import hold, read_json, write_json
 
 # Every character that Unicode calls a full stop, and those that close a sentence in scripts where none has that name.

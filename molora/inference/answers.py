@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from molora.config.reading import ConfigError
+from molora.config import ConfigError
 from molora.data.sources import Messages, MessagesConfig
 from molora.inference.generate import GenerationConfig, attempt
 from molora.inference.load import Answer, LoadedModel

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from molora.checkpoint.assembly import RouterConfig, assemble, pick_device
-from molora.model.backbone import load_backbone
 from molora.checkpoint.folders import (
     RunAbout,
     check_modality,
@@ -20,14 +19,15 @@ from molora.checkpoint.folders import (
     read_plan,
     read_run,
 )
-from molora.config.reading import ConfigError
+from molora.config import ConfigError
+from molora.convert.release import opened
+from molora.data.messages import Message
+from molora.data.processor import Processor
 from molora.inference.generate import Failed, GenerationConfig, attempt, generate
 from molora.media import MediaPolicy
-from molora.data.messages import Message
+from molora.model.backbone import load_backbone
 from molora.model.molora import MoLoRA
 from molora.pack import Sample
-from molora.data.processor import Processor
-from molora.convert.release import opened
 from molora.terminal import warn
 
 

@@ -24,17 +24,17 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from molora.checkpoint.trust import check_backbone
+from molora.config import ConfigError
+from molora.data.prompt import ChatTemplate
 from molora.model import attention
 from molora.model.cache import PackedCache
-from molora.config.reading import ConfigError
 from molora.model.experts import Choices, routers
-from molora.data.prompt import ChatTemplate
-from molora.received import TensorFile, read_json, shard_names
 from molora.model.rotary import wrap_rotary
+from molora.received import TensorFile, read_json, shard_names
 from molora.routing import Flow, current_flow, flowing
 from molora.storage import cache_folder, read_cached_json, write_cached
 from molora.terminal import warn
-from molora.checkpoint.trust import check_backbone
 
 FORMAT_VERSION = 2
 # What is fetched of a model on the hub; no pickles, no code.

@@ -28,7 +28,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from molora.config.reading import ConfigError
+from molora.config import ConfigError
 from molora.model.experts import untargetable
 from molora.received import MAX_JSON_BYTES, check_hash, parse_json, read_bytes
 from molora.routing import current_flow

@@ -14,14 +14,14 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from molora.config import ConfigError
+from molora.modality import Encoder, Frames, Modality
 from molora.model import lora
 from molora.model.backbone import Backbone
 from molora.model.cache import PackedCache
-from molora.config.reading import ConfigError
 from molora.model.loss import target_losses
-from molora.modality import Encoder, Frames, Modality
-from molora.pack import Item, Media, Pack
 from molora.model.projector import Projector
+from molora.pack import Item, Media, Pack
 from molora.routing import Flow, Router, Routing
 from molora.seeding import seeded
 

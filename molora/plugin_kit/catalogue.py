@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, metadata, packages_distribu
 from pathlib import Path
 from typing import Any
 
-from molora.config.reading import ConfigError, build
+from molora.config import ConfigError, build
 from molora.plugins import Kind, Plugin, available, resolve
 from molora.terminal import print_table, say, styled
 

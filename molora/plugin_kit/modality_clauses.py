@@ -27,14 +27,10 @@ from torch import Tensor, nn
 
 from molora.checkpoint.assembly import Blueprint
 from molora.checkpoint.folders import load_modality, read_blueprint, save_modality, tensor_hash
-from molora.config.reading import ConfigError, build
+from molora.config import ConfigError, build
+from molora.data.processor import Processor
 from molora.modality import Encoder, Frames, MediaError, Modality, Prepared
 from molora.model.molora import MoLoRA
-from molora.train.optim import PartConfig, set_trainable
-from molora.plugins import available, find, resolve
-from molora.data.processor import Processor
-from molora.seeding import seeded
-from molora.train.loop import train_step
 from molora.plugin_kit.trial import (
     GENERATORS,
     MAX_TOKENS,
@@ -51,6 +47,10 @@ from molora.plugin_kit.trial import (
     tiny_molora,
 )
 from molora.plugin_kit.worker import Parts, forked, spawned
+from molora.plugins import available, find, resolve
+from molora.seeding import seeded
+from molora.train.loop import train_step
+from molora.train.optim import PartConfig, set_trainable
 
 # Decoding a part should take a moment; a worker that takes this long starves every training.
 LOAD_SECONDS = 10.0

@@ -18,15 +18,15 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from molora.model.backbone import Backbone, Identity
-from molora.config.reading import ConfigError, build
-from molora.plugin_kit.modality_clauses import Finding
+from molora.config import ConfigError, build
+from molora.data.processor import Processor
 from molora.inference.generate import GenerationConfig, generate
+from molora.model.backbone import Backbone, Identity
 from molora.model.lora import load_exactly, lora_config
 from molora.model.molora import MoLoRA
 from molora.pack import Pack, Sample, collate
+from molora.plugin_kit.modality_clauses import Finding
 from molora.plugins import resolve
-from molora.data.processor import Processor
 from molora.routing import Routing, RoutingError
 from molora.seeding import seeded
 from molora.testing.tiny import Letters, Numbers, NumbersConfig, byte_tokenizer, tiny_model

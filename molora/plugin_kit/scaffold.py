@@ -10,8 +10,8 @@ from typing import Literal, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from molora.config import ConfigError
 from molora.plugin_kit.catalogue import modalities
-from molora.config.reading import ConfigError
 from molora.plugins import available
 
 
@@ -56,7 +56,9 @@ def new_plugin(kind: Literal["modality", "router"], name: str, folder: Path | No
         "source": f"{name}.py" if folder is None else f"{package}.{name}",
         "package": None if folder is None else package,
     }
-    templates = Environment(loader=PackageLoader("molora"), undefined=StrictUndefined, keep_trailing_newline=True)
+    templates = Environment(
+        loader=PackageLoader("molora.plugin_kit"), undefined=StrictUndefined, keep_trailing_newline=True
+    )
     texts = {path: templates.get_template(f"{template}.j2").render(values) for path, template in paths.items()}
     for path, text in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)

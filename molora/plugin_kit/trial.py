@@ -17,14 +17,14 @@ from PIL import Image
 from torch import Tensor
 
 from molora.checkpoint.assembly import Blueprint, RouterConfig, assemble, blueprint
-from molora.model.backbone import Backbone, Identity
+from molora.data.processor import Processor
 from molora.modality import Frames, Prepared
+from molora.model.backbone import Backbone, Identity
 from molora.model.molora import MoLoRA
 from molora.pack import Sample
-from molora.data.processor import Processor
+from molora.plugin_kit.worker import prepare
 from molora.seeding import seeded
 from molora.testing.tiny import byte_tokenizer, tiny_model
-from molora.plugin_kit.worker import prepare
 
 # The names under which the plugin and its neighbour are tried.
 OWN, OTHER = "checked", "neighbour"

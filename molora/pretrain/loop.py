@@ -29,13 +29,13 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from torch import Tensor
 from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
-from molora.model.backbone import read_dtype
 from molora.checkpoint.folders import FORMAT_VERSION, check_format
-from molora.config.reading import ConfigError, require
-from molora.interrupt import Interrupt, Stopped
-from molora.model.loss import target_losses
+from molora.config import ConfigError, require
 from molora.data.messages import Message, check, parts
 from molora.data.prompt import ChatTemplate
+from molora.interrupt import Interrupt, Stopped
+from molora.model.backbone import read_dtype
+from molora.model.loss import target_losses
 from molora.received import read_json, read_tensors
 from molora.seeding import seeded
 from molora.storage import hold, settle, sync, write_json, write_tensors

@@ -1,4 +1,4 @@
-"""What tests need, of molora and of plugins: tiny real things, and assertions."""
+"""Assertions for tests, ours and those of plugins."""
 
 from __future__ import annotations
 
@@ -7,35 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from molora.testing.tiny import (
-    ROPE_SWITCH,
-    VOCAB_SIZE,
-    WINDOW,
-    Letters,
-    Numbers,
-    NumbersConfig,
-    byte_tokenizer,
-    save_backbone,
-    tiny_model,
-)
-
 if TYPE_CHECKING:
     from molora.plugin_kit.modality_clauses import Finding
-
-__all__ = [
-    "ROPE_SWITCH",
-    "VOCAB_SIZE",
-    "WINDOW",
-    "Letters",
-    "Numbers",
-    "NumbersConfig",
-    "assert_close",
-    "assert_conforms",
-    "assert_router_conforms",
-    "byte_tokenizer",
-    "save_backbone",
-    "tiny_model",
-]
 
 
 def assert_conforms(

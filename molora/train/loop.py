@@ -25,7 +25,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from molora.model import lora
 from molora.checkpoint.assembly import (
     BackboneConfig,
     Blueprint,
@@ -36,7 +35,6 @@ from molora.checkpoint.assembly import (
     blueprint,
     router_plan,
 )
-from molora.model.backbone import load_backbone
 from molora.checkpoint.folders import (
     check_format,
     check_modality,
@@ -53,26 +51,28 @@ from molora.checkpoint.folders import (
     tensor_hash,
     write_run,
 )
-from molora.config.reading import ConfigError, build, dump, environment_in, plain, require
+from molora.checkpoint.trust import remember
+from molora.config import ConfigError, build, dump, environment_in, plain, require
+from molora.data.processor import Processor, SampleTooLong
 from molora.data.sources import EncodedSamples, Skipped, SourceConfig, open_source, step_loader
 from molora.evaluate.judge import EvaluationConfig, complaints, gathered, judge, scores
-from molora.train.frame_cache import FeatureCache
 from molora.interrupt import Interrupt, Stopped
 from molora.media import MediaPolicy
-from molora.train.log import MetricsLog
 from molora.modality import MediaError
+from molora.model import lora
+from molora.model.backbone import load_backbone
 from molora.model.molora import MoLoRA
-from molora.train.optim import PartConfig, PartOptimizer, count, learning_rate, matches, set_trainable
 from molora.pack import Pack, Sample
 from molora.plugins import Kind, find
-from molora.train.preflight import Trial
-from molora.data.processor import Processor, SampleTooLong
 from molora.received import check_name, read_json
 from molora.routing import Routing
 from molora.seeding import seed_of
 from molora.storage import hold, write_json, write_text
 from molora.terminal import progress, say, warn
-from molora.checkpoint.trust import remember
+from molora.train.frame_cache import FeatureCache
+from molora.train.log import MetricsLog
+from molora.train.optim import PartConfig, PartOptimizer, count, learning_rate, matches, set_trainable
+from molora.train.preflight import Trial
 
 # What a full disk, a quota or a limit on the size of files says.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

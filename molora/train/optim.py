@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from molora.config.reading import ConfigError, require
+from molora.config import ConfigError, require
 from molora.model.molora import MoLoRA
 
 

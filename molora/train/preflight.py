@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from molora.config.reading import ConfigError
+from molora.config import ConfigError
+from molora.data.processor import Processor, SampleTooLong
 from molora.data.sources import Source, SourceConfig, open_source
 from molora.evaluate.judge import EvaluationConfig, Judged, question, scores
-from molora.data.processor import Processor, SampleTooLong
 
 # Rows of a source that are tried, spread over it; more of them if none of these can be used.
 TRIED_ROWS = 4

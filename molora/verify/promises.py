@@ -18,21 +18,21 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from molora.model.backbone import decoder_layers, open_stock, stock_attention, weights_hash
 from molora.checkpoint.folders import check_modality, read_about
-from molora.model.experts import Choices, routers
+from molora.data.messages import Message
+from molora.data.processor import SampleTooLong
 from molora.inference.generate import GenerationConfig, generate
 from molora.inference.load import LoadedModel
-from molora.model.lora import adapter_tensors
-from molora.data.messages import Message
 from molora.modality import Modality
+from molora.model.backbone import decoder_layers, open_stock, stock_attention, weights_hash
+from molora.model.experts import Choices, routers
+from molora.model.lora import adapter_tensors
 from molora.model.molora import MoLoRA
 from molora.pack import Pack, Sample, collate
-from molora.data.processor import SampleTooLong
 from molora.received import read_tensors
-from molora.verify.rounding import HALF, difference, in_fp32, measure
 from molora.routing import Flow, Routing, RoutingError
 from molora.terminal import print_table, styled
+from molora.verify.rounding import HALF, difference, in_fp32, measure
 
 _TOLERANCE = 1e-5
 _NEW_TOKENS = 4

@@ -14,11 +14,6 @@ import soundfile  # noqa: F401
 import torchaudio  # noqa: F401
 
 # What attacks import takes seconds the first time, which are not theirs.
-import molora.verify.compare
-import molora.plugin_kit.catalogue
-import molora.encoders.audio
-import molora.encoders.vision
-import molora.train.loop  # noqa: F401
 
 # Of this process. On a quiet machine no attack takes over 5 seconds; neighbours that share its cores stretch processor
 # time too, by up to three times. What waits for nothing gets longer still.

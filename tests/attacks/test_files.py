@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 
 import molora
 from molora.checkpoint.assembly import RouterConfig, assemble, blueprint
-from molora.model.backbone import load_backbone
 from molora.checkpoint.folders import (
     copy_modality,
     load_modality,
@@ -30,9 +29,10 @@ from molora.checkpoint.folders import (
     save_modality,
     write_run,
 )
+from molora.model.backbone import load_backbone
 from molora.received import TensorFile, read_json
 from molora.storage import cache_folder, hold, write_text
-from molora.testing.asserts import save_backbone
+from molora.testing import save_backbone
 
 OPTIONS = {
     "crop_pixels": 64,

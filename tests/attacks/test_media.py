@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from molora.data.processor import Processor
 from molora.encoders.audio import Audio, AudioConfig
 from molora.encoders.pictures import MAX_FILE_BYTES
 from molora.encoders.sound import MAX_FILE_BYTES as MAX_SOUND_BYTES
@@ -26,8 +27,7 @@ from molora.encoders.sound import load_sound
 from molora.encoders.vision import Vision, VisionConfig
 from molora.media import MediaPolicy, fetch
 from molora.modality import MediaError
-from molora.data.processor import Processor
-from molora.testing.asserts import Letters, NumbersConfig, byte_tokenizer
+from molora.testing import Letters, NumbersConfig, byte_tokenizer
 
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("torchaudio")

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from molora.config.reading import MAX_BYTES, ConfigError, build, dump, options, plain, read
-from molora.testing.asserts import save_backbone
+from molora.config import ConfigError, build, dump, options, plain, read
+from molora.config.reading import MAX_BYTES
+from molora.testing import save_backbone
 from molora.train.loop import Recipe as WholeRecipe
 from molora.train.loop import train
 
@@ -131,7 +132,7 @@ def whole(run: str, **changes: Any) -> dict[str, Any]:
     return {
         "run": run,
         "backbone": {"path": "backbone"},
-        "modalities": {"numbers": {"plugin": "molora.testing.asserts:Numbers"}},
+        "modalities": {"numbers": {"plugin": "molora.testing:Numbers"}},
         "stages": [
             {
                 "name": "tune",

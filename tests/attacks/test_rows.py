@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from molora.config.reading import ConfigError
+from molora.config import ConfigError
+from molora.data.rows import MAX_ROW_BYTES, MAX_UNPACKED_BYTES
 from molora.data.sources import SourceConfig, open_source
 from molora.modality import MediaError
-from molora.data.rows import MAX_ROW_BYTES, MAX_UNPACKED_BYTES
 
 
 def read(kind: str, path: Path, **options: Any) -> list[dict[str, Any]]:

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from molora.inference.answers import answer_file
-from molora.config.reading import ConfigError
-from molora.inference.generate import GenerationConfig
-from molora.modality import Prepared
+from molora.config import ConfigError
 from molora.data.processor import Processor
 from molora.data.template import render
-from molora.testing.asserts import Numbers, NumbersConfig, byte_tokenizer
+from molora.inference.answers import answer_file
+from molora.inference.generate import GenerationConfig
+from molora.modality import Prepared
+from molora.testing import Numbers, NumbersConfig, byte_tokenizer
 
 HELLO = [{"role": "user", "content": "hello"}]
 DOUBLED = (

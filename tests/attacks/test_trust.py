@@ -19,20 +19,20 @@ import molora
 from molora import plugins
 from molora.checkpoint import trust
 from molora.checkpoint.assembly import RouterConfig, assemble, blueprint
-from molora.model.backbone import load_backbone, open_stock
 from molora.checkpoint.folders import save_modality, write_run
-from molora.cli.commands import app
-from molora.config.reading import ConfigError, build
-from molora.doctor.memory import on_meta
-from molora.plugins import find
-from molora.plugin_kit.scaffold import new_plugin
-from molora.testing.asserts import save_backbone
-from molora.train.loop import Recipe, train
 from molora.checkpoint.trust import Untrusted, find_received, remember
+from molora.cli.commands import app
+from molora.config import ConfigError, build
+from molora.doctor.memory import on_meta
+from molora.model.backbone import load_backbone, open_stock
+from molora.plugin_kit.scaffold import new_plugin
+from molora.plugins import find
+from molora.testing import save_backbone
+from molora.train.loop import Recipe, train
 
 ADAPTER = {"r": 2, "lora_alpha": 8, "target_modules": ["o_proj"]}
 GOOD = """
-from molora.testing.asserts import Numbers
+from molora.testing import Numbers
 
 class Depth(Numbers):
     part_type = "depth"
@@ -174,7 +174,10 @@ SAYS: dict[str, tuple[Attack, str]] = {
     "nothing": (lambda *_: {"plugin": ":", "plugin_sha256": None}, REFUSED),
     "a name that is a path": (lambda *_: {"plugin": "../evil", "plugin_sha256": None}, "no modality is called"),
     "a list": (lambda *_: {"plugin": ["os:system"], "plugin_sha256": None}, "plugin is .*, expected a text"),
-    "molora's own command line": (lambda *_: {"plugin": "molora.cli.commands:app", "plugin_sha256": None}, "not a class"),
+    "molora's own command line": (
+        lambda *_: {"plugin": "molora.cli.commands:app", "plugin_sha256": None},
+        "not a class",
+    ),
     "a class of molora's that is no plugin": (
         lambda *_: {"plugin": "molora.model.molora:MoLoRA", "plugin_sha256": None},
         "class MoLoRA lacks config_type",

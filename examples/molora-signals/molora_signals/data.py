@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from molora.config.reading import ConfigError
+from molora.config import ConfigError
 
 
 @dataclass(kw_only=True)

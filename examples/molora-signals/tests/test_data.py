@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from molora.config.reading import ConfigError
+from molora.config import ConfigError
 from molora.data.sources import SourceConfig, open_source
 
 pyarrow = pytest.importorskip("pyarrow")

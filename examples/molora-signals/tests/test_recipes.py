@@ -14,9 +14,9 @@ from PIL import Image
 
 from molora.checkpoint.assembly import blueprint
 from molora.checkpoint.folders import file_hash
-from molora.config.reading import read
+from molora.config import read
 from molora.data.sources import open_source
-from molora.testing.asserts import save_backbone
+from molora.testing import save_backbone
 from molora.train.loop import Recipe, train
 
 pyarrow = pytest.importorskip("pyarrow")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from molora.modality import MediaError
-from molora.testing.asserts import assert_close, assert_conforms
+from molora.testing import assert_close, assert_conforms
 from molora_signals.series import Series, SeriesConfig
 
 WAVE = np.sin(np.arange(66).reshape(2, 33) / 3)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from molora.modality import MediaError
-from molora.testing.asserts import assert_close, assert_conforms
+from molora.testing import assert_close, assert_conforms
 from molora_signals.strokes import Strokes, StrokesConfig
 
 
