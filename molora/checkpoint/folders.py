@@ -195,8 +195,8 @@ def read_blueprint(
 ) -> tuple[Blueprint, list[str]]:
     """Reads the description of a modality folder, to be called `name`, and checks it against the backbone.
 
-    `trusted` are plugins that the folder may name though they do not come by name; see `molora.checkpoint.trust`. Returns
-    its blueprint and warnings. Raises ConfigError or ValueError naming the file.
+    `trusted` are plugins that the folder may name though they do not come by name; see `molora.checkpoint.trust`.
+    Returns its blueprint and warnings. Raises ConfigError or ValueError naming the file.
     """
     warnings = check_modality(folder, identity)
     return read_plan(folder, name, trusted), warnings

@@ -59,7 +59,7 @@ class SourceConfig:
 @dataclass(kw_only=True)
 class MessagesConfig:
     """Conversations in any format that `molora.data.messages` reads: a file of JSON, one object a line or all in one
-    list, also gzipped. Media paths are relative to the file's own folder, or to `media_root`, which no path may leave."""
+    list, also gzipped. Media paths start from the file's own folder, or from `media_root`, which no path may leave."""
 
     path: str
     media_root: str | None = None
