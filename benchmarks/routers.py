@@ -20,7 +20,8 @@ from train_step import LEARNING_RATE, LORA, VOCAB_SIZE, WARMUPS, Pictures, make_
 
 from molora.config import build
 from molora.data.processor import Processor
-from molora.model.backbone import Backbone, Identity
+from molora.model.backbone import Backbone
+from molora.model.identity import Identity
 from molora.model.lora import lora_config
 from molora.model.molora import MoLoRA
 from molora.pack import Item, Sample

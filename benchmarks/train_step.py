@@ -36,7 +36,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from molora.data.processor import Processor
 from molora.modality import Encoder, Frames, Prepared
 from molora.model import lora
-from molora.model.backbone import Backbone, Identity
+from molora.model.backbone import Backbone
+from molora.model.identity import Identity
 from molora.model.lora import lora_config
 from molora.model.molora import MoLoRA
 from molora.pack import Item, Sample

@@ -53,6 +53,10 @@ class Plugin(NamedTuple):
     spec: str
 
 
+class Untrusted(ConfigError):
+    """Code that a folder names and the user has not allowed to run; the message says what to give."""
+
+
 @dataclass(frozen=True)
 class Found:
     """A plugin's class, and what folders record of it: a spec without a path, and the SHA-256 of `file`, the code that

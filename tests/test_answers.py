@@ -17,7 +17,8 @@ from molora.inference.answers import answer_file
 from molora.inference.generate import GenerationConfig
 from molora.inference.load import LoadedModel
 from molora.modality import Prepared
-from molora.model.backbone import Backbone, Identity
+from molora.model.backbone import Backbone
+from molora.model.identity import Identity
 from molora.model.lora import lora_config
 from molora.model.molora import MoLoRA
 from molora.routers.table import TableConfig, TableRouter

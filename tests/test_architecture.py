@@ -18,8 +18,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# The rooms of the house, each with the rooms that it may import besides itself and the root (the files in molora/ itself
-# and `config`, which import nothing but each other). None imports a room below it.
+# The folders of molora/, each with those that it may import besides itself and the root: the files in molora/ itself
+# and `config`, which import nothing but each other. None imports one below it.
 MAY_IMPORT = {
     "data": "",
     "model": "data",
@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "doctor": "data model checkpoint convert inference evaluate train testing",
     "report": "data model checkpoint convert inference evaluate train",
     "demo": "data model checkpoint convert inference evaluate train pretrain report",
-    "cli": "data model checkpoint convert inference evaluate train pretrain verify testing plugin_kit doctor report demo",
+    "cli": "data model checkpoint convert inference evaluate train pretrain verify plugin_kit doctor report demo",
 }
 ROOT_ROOMS = ("", "config")
 # What a function may import though its file may not: plugins import `testing`, and must not bring the model with them.

@@ -8,8 +8,10 @@ import pytest
 import torch
 import transformers
 
-from molora.model.backbone import Backbone, BackboneRefused, Identity
+from molora.model.backbone import Backbone
 from molora.model.experts import Choices, routers, untargetable
+from molora.model.identity import Identity
+from molora.model.probe import BackboneRefused
 from molora.testing import VOCAB_SIZE, WINDOW, assert_close, tiny_model
 
 NOWHERE = Identity("test", "", "", "", "")

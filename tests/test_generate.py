@@ -13,9 +13,11 @@ from torch.overrides import TorchFunctionMode
 from molora import generate as generation
 from molora.config import ConfigError
 from molora.inference.generate import GenerationConfig, generate
-from molora.model.backbone import Backbone, BackboneRefused, Identity
+from molora.model.backbone import Backbone
+from molora.model.identity import Identity
 from molora.model.lora import lora_config
 from molora.model.molora import MoLoRA
+from molora.model.probe import BackboneRefused
 from molora.pack import Item, Sample, collate
 from molora.routers.learned import LearnedConfig, LearnedRouter
 from molora.routers.table import TableConfig, TableRouter

@@ -18,7 +18,7 @@ from molora.checkpoint.assembly import RouterConfig, assemble, blueprint
 from molora.checkpoint.folders import read_run, save_modality, write_run
 from molora.cli.commands import app
 from molora.config import ConfigError, build
-from molora.model.backbone import load_backbone
+from molora.model.pretrained import load_backbone
 from molora.terminal import visible
 from molora.testing import byte_tokenizer, save_backbone
 from molora.train.loop import Recipe, train

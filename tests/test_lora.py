@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from molora.config import ConfigError
 from molora.model import lora
-from molora.model.backbone import Backbone, Identity
+from molora.model.backbone import Backbone
+from molora.model.identity import Identity
 from molora.model.lora import RoutedLinear, lora_config
 from molora.routing import Flow, Routing
 from molora.testing import VOCAB_SIZE, assert_close, tiny_model

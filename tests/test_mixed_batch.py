@@ -22,7 +22,8 @@ from molora.data.processor import Processor
 from molora.encoders.audio import Audio, AudioConfig
 from molora.encoders.vision import Vision, VisionConfig
 from molora.inference.generate import GenerationConfig, generate
-from molora.model.backbone import Backbone, Identity
+from molora.model.backbone import Backbone
+from molora.model.identity import Identity
 from molora.model.lora import lora_config
 from molora.model.molora import MoLoRA
 from molora.pack import Sample, collate

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from molora.model.backbone import Backbone, BackboneRefused, Identity
+from molora.model.backbone import Backbone
+from molora.model.identity import Identity
 from molora.model.lora import lora_config
 from molora.model.molora import MoLoRA
+from molora.model.probe import BackboneRefused
 from molora.model.projector import Projector
 from molora.pack import Item, Sample, collate
 from molora.routers.table import TableConfig, TableRouter

@@ -19,9 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from molora.config import read
 from molora.model import lora
-from molora.model.backbone import Backbone, load_backbone
+from molora.model.backbone import Backbone
 from molora.model.experts import routers
 from molora.model.lora import lora_config
+from molora.model.pretrained import load_backbone
 from molora.routing import Flow, Routing
 from molora.testing import VOCAB_SIZE, assert_close, byte_tokenizer
 from molora.train.loop import Recipe, train

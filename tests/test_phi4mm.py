@@ -42,7 +42,8 @@ from molora.convert.phi4mm import Place, Release
 from molora.convert.release import export_release, import_release, layout_of, opened
 from molora.inference.generate import GenerationConfig
 from molora.inference.load import LoadedModel
-from molora.model.backbone import Backbone, Identity
+from molora.model.backbone import Backbone
+from molora.model.identity import Identity
 from molora.model.molora import MoLoRA
 from molora.pack import collate
 from molora.plugins import resolve

@@ -26,7 +26,7 @@ from molora.checkpoint.assembly import RouterConfig, assemble, blueprint
 from molora.checkpoint.folders import save_modality
 from molora.config import read
 from molora.data.sources import SourceConfig, open_source
-from molora.model.backbone import load_backbone
+from molora.model.pretrained import load_backbone
 from molora.testing import assert_close, byte_tokenizer, tiny_model
 from molora.train.loop import Recipe, build_model, train
 from molora.train.optim import PartConfig, set_trainable

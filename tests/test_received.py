@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from molora.model.backbone import weights_hash
+from molora.model.identity import weights_hash
 from molora.received import TensorFile, check_name, file_hash, open_file, parse_json, read_json, read_tensors
 
 DTYPES = [

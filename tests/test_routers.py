@@ -13,7 +13,8 @@ from torch import Tensor
 from molora.config import build
 from molora.data.processor import Processor
 from molora.inference.generate import GenerationConfig, generate
-from molora.model.backbone import Backbone, Identity
+from molora.model.backbone import Backbone
+from molora.model.identity import Identity
 from molora.model.lora import RoutedLinear, lora_config
 from molora.model.molora import MoLoRA
 from molora.pack import Pack, Sample, collate

@@ -19,10 +19,12 @@ from molora.checkpoint.folders import file_hash
 from molora.config import build
 from molora.inference.load import LoadedModel, locate
 from molora.model import attention
-from molora.model.backbone import Backbone, Identity, decoder_layers
+from molora.model.backbone import Backbone
 from molora.model.cache import PackedCache
+from molora.model.identity import Identity
 from molora.model.lora import RoutedLinear, adapter_parameters
 from molora.model.rotary import SampleRotary
+from molora.model.stock import decoder_layers
 from molora.pack import Pack
 from molora.routing import Flow, Routing, current_flow, flowing
 from molora.testing import save_backbone, tiny_model

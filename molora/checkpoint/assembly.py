@@ -14,9 +14,10 @@ from molora.config import ConfigError, build, plain
 from molora.data.processor import Processor
 from molora.media import MediaPolicy
 from molora.modality import Modality
-from molora.model.backbone import Backbone, read_dtype
+from molora.model.backbone import Backbone
 from molora.model.lora import lora_config
 from molora.model.molora import MoLoRA
+from molora.model.pretrained import read_dtype
 from molora.plugins import Finder, Found, find
 from molora.routing import RoutingError
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from molora.checkpoint.assembly import Blueprint, RouterConfig, RouterPlan, blueprint, router_plan
-from molora.checkpoint.trust import Untrusted, find_received
+from molora.checkpoint.trust import find_received
 from molora.config import ConfigError, build
 from molora.modality import Origin
 from molora.model import lora
-from molora.model.backbone import Identity
+from molora.model.identity import Identity
 from molora.model.molora import MoLoRA
-from molora.plugins import Found, file_of
+from molora.plugins import Found, Untrusted, file_of
 from molora.received import (
     MAX_JSON_BYTES,
     TensorFile,

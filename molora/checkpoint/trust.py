@@ -13,26 +13,19 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from molora.config import ConfigError
-from molora.plugins import Found, Kind, comes_by_name, file_of, find, find_in_file
+from molora.plugins import Found, Kind, Untrusted, comes_by_name, file_of, find, find_in_file
 from molora.received import read_bytes
 from molora.storage import cache_folder, read_cached_json, write_cached
 from molora.terminal import warn
 
 _MAX_CODE_BYTES = 2**24
 _MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
-# What transformers computes with by itself; other ways are kernels, which it may fetch from the hub.
-_EXPERTS = ("None", "eager", "grouped_mm", "batched_mm")
 _HASH = re.compile("[0-9a-f]{64}")
 _told: set[Found] = set()
-
-
-class Untrusted(ConfigError):
-    """Code that a folder names and the user has not allowed to run; the message says what to give."""
 
 
 class _Known(NamedTuple):
@@ -73,25 +66,6 @@ def remember(found: Found) -> None:
     module = None if file_of(found.spec) else found.spec.rpartition(":")[0]
     text = json.dumps({"path": str(found.file), "module": module})
     write_cached(_memory(found.sha256), lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def check_backbone(config: Mapping[str, Any], where: str) -> None:
-    """Raises Untrusted for a config.json that names a library or a kernel, which transformers would import or fetch."""
-    for key, value in config.items():
-        if key == "quantization_config" and value:
-            raise Untrusted(
-                f"{where}: quantization_config wants a library to unpack the weights with; molora reads weights as "
-                "they are: give the model before it was quantised"
-            )
-        kernels = "attn_implementation" in key and "/" in str(value)
-        experts = "experts_implementation" in key and str(value) not in _EXPERTS
-        if kernels or experts:
-            raise Untrusted(
-                f"{where}: {key} is {value!r:.80}, code that would be fetched and run; take {key} out, which changes "
-                "no weight"
-            )
-        if isinstance(value, Mapping):
-            check_backbone(value, where)
 
 
 def _same_plugin(word: str, spec: str) -> bool:

@@ -58,7 +58,7 @@ from molora.convert.phi4mm import (
     to_hub,
 )
 from molora.model import lora
-from molora.model.backbone import fetch, identify
+from molora.model.pretrained import fetch, identify
 from molora.received import SHARD_INDEX, TensorFile, copy_file, read_json, read_tensors, shard_names
 from molora.storage import (
     cache_folder,

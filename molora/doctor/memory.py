@@ -30,7 +30,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from molora.checkpoint.assembly import Blueprint, RouterConfig, RouterPlan, assemble, blueprint, pick_device
 from molora.checkpoint.folders import read_plan
-from molora.checkpoint.trust import Untrusted, check_backbone
 from molora.config import ConfigError, build, options, read
 from molora.convert.release import layout_of
 from molora.data.processor import Processor, SampleTooLong
@@ -39,10 +38,13 @@ from molora.inference.generate import GenerationConfig, generate
 from molora.inference.load import locate
 from molora.media import MediaPolicy
 from molora.modality import MediaError, Modality
-from molora.model.backbone import Backbone, Identity, read_dtype
+from molora.model.backbone import Backbone
 from molora.model.cache import PackedCache
+from molora.model.identity import Identity
 from molora.model.molora import MoLoRA
+from molora.model.pretrained import check_backbone, read_dtype
 from molora.pack import Sample
+from molora.plugins import Untrusted
 from molora.routing import Flow, RoutingError, flowing
 from molora.seeding import seed_of
 from molora.terminal import console, print_table, say, styled

@@ -25,8 +25,8 @@ from molora.data.messages import Message
 from molora.data.processor import Processor
 from molora.inference.generate import Failed, GenerationConfig, attempt, generate
 from molora.media import MediaPolicy
-from molora.model.backbone import load_backbone
 from molora.model.molora import MoLoRA
+from molora.model.pretrained import load_backbone
 from molora.pack import Sample
 from molora.terminal import warn
 

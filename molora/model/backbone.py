@@ -1,118 +1,27 @@
-"""The backbone: a frozen causal LM from transformers, identified by hash and probed once before it is trusted.
+"""The backbone: a frozen causal LM from transformers that runs packs.
 
 Letters: T tokens in a pack, K positions, D backbone width, V vocabulary.
 """
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
-import math
-import re
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from molora.checkpoint.trust import check_backbone
-from molora.config import ConfigError
-from molora.data.prompt import ChatTemplate
 from molora.model import attention
 from molora.model.cache import PackedCache
-from molora.model.experts import Choices, routers
+from molora.model.experts import routers
+from molora.model.identity import Identity
+from molora.model.probe import BackboneRefused, compare, run_stock
 from molora.model.rotary import wrap_rotary
-from molora.received import TensorFile, read_json, shard_names
+from molora.model.stock import decoder, decoder_layers
 from molora.routing import Flow, current_flow, flowing
-from molora.storage import cache_folder, read_cached_json, write_cached
-from molora.terminal import warn
-
-FORMAT_VERSION = 2
-# What is fetched of a model on the hub; no pickles, no code.
-_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-# A probe longer than this is not worth its time; windows beyond it stay unexercised.
-_PROBE_TOKENS = 8192
-# Logits of all positions are gigabytes with a large vocabulary; final hidden states are compared at every position.
-_PROBE_LOGITS = 16
-_DTYPES = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "float": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-    "half": torch.float16,
-    "float64": torch.float64,
-    "fp64": torch.float64,
-    "double": torch.float64,
-}
-_PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-# Settings in config.json that no logit depends on, or that have a hash of their own.
-_SILENT = re.compile(
-    r"_.*|architectures|auto_map|transformers_version|(torch_)?dtype|use_cache|.*dropout.*|.*pdrop|.*_token_ids?|"
-    r"initializer_range|id2label|label2id|problem_type|tokenizer_class|return_dict|output_.*|chunk_size_feed_forward|"
-    r"router_aux_loss_coef|gradient_checkpointing|rope_.*|partial_rotary_factor|original_max_position_embeddings"
-)
-# File systems tell times apart that are as far apart as this.
-_TICK_SECONDS = 0.02
-
-
-class BackboneRefused(ValueError):
-    """A causal LM that cannot run packed samples exactly; the message says why."""
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What a modality was trained on. Other weights, settings or another tokenizer are another backbone.
-
-    `settings` are those of config.json that logits depend on, with the defaults of those that it leaves out, by name;
-    those of inner configs have a dot. What only one of two versions of transformers knows is not compared.
-    """
-
-    source: str
-    weights: str
-    rope: str
-    tokenizer: str
-    template: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-    def check(self, other: Mapping[str, Any], where: str) -> list[str]:
-        """Compares with a recorded identity; returns warnings, raises ValueError for another backbone."""
-        for key, what in (
-            ("weights", "other backbone weights"),
-            ("rope", "another RoPE configuration"),
-            ("tokenizer", "another tokenizer"),
-        ):
-            if other.get(key) != getattr(self, key):
-                raise ValueError(
-                    f"{where}: trained with {what} ({key} hash {other.get(key)!s:.12}, source "
-                    f"{other.get('source')!r:.200}) than the backbone given has ({getattr(self, key)[:12]}, source "
-                    f"{self.source!r}); load it on the backbone it was trained on"
-                )
-        settings = other.get("settings")  # which folders of older versions lack
-        then, now = settings if isinstance(settings, Mapping) else {}, self.settings
-        if changed := [
-            f"{key} was {then[key]!r:.80}, is {now[key]!r:.80}"
-            for key in sorted(then.keys() & now.keys())
-            if then[key] != now[key]
-        ]:
-            raise ValueError(
-                f"{where}: trained with other settings in the backbone's config.json than {self.source!r} has: "
-                f"{'; '.join(changed[:8])}; put them back, or load it on the backbone it was trained on"
-            )
-        if other.get("template") != self.template:
-            return [f"{where}: trained with another chat template; answers may suffer"]
-        return []
 
 
 class Backbone(nn.Module):
@@ -125,7 +34,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.identity = identity
         self.model = model.requires_grad_(False).eval()
-        stock = _run_stock(model) if probe is None else None
+        stock = run_stock(model) if probe is None else None
         attention.register()
         model.set_attn_implementation(attention.NAME)
         self.rotary = wrap_rotary(model)
@@ -137,7 +46,7 @@ class Backbone(nn.Module):
             layer.forward = self._checkpointed(layer.forward)
         self.probe = probe or {}
         if stock is not None:
-            self.probe = self._compare(stock)
+            self.probe = compare(self, stock)
         self.embed_scale: float = self.probe["embed_scale"]
         self.turn_ends: frozenset[int] = frozenset()
 
@@ -257,40 +166,6 @@ class Backbone(nn.Module):
             logits = torch.tanh(logits / cap) * cap
         return logits
 
-    @torch.no_grad()
-    def _compare(self, stock: _Stock) -> dict[str, Any]:
-        """Runs the probe's samples alone and packed, and compares with what the stock model gave."""
-        name = type(self.model).__name__
-        lengths = [len(ids) for ids in stock.samples]
-        tolerance = _PROBE_TOLERANCE[self.model.dtype]
-        try:
-            alone = [self._hidden(stock, [index]) for index in range(len(lengths))]
-            packed = self._hidden(stock, range(len(lengths))).split(lengths)
-        except NotImplementedError as error:
-            raise BackboneRefused(f"{name}: {error}") from error
-        differences: dict[str, float] = {}
-        for how, ours in (("alone", alone), ("packed", packed)):
-            logits = [self.head(hidden_TD[-_PROBE_LOGITS:]) for hidden_TD in ours]
-            pairs = [*zip(ours, stock.hidden, strict=True), *zip(logits, stock.logits, strict=True)]
-            differences[how] = worst = max(
-                float((mine - theirs).abs().max() / theirs.abs().max()) for mine, theirs in pairs
-            )
-            if not worst <= tolerance:
-                types = ", ".join(sorted(set(getattr(self.config, "layer_types", None) or ["full_attention"])))
-                raise BackboneRefused(
-                    f"{name} gives other logits {how} than in transformers: relative difference {worst:.2g}, allowed "
-                    f"{tolerance:.0e}, for samples of {lengths} tokens (layer types: {types}; {_mixers(self.model)})"
-                )
-        return {"embed_scale": stock.embed_scale, "lengths": lengths, "differences": differences}
-
-    def _hidden(self, stock: _Stock, which: Sequence[int]) -> Tensor:
-        """Of some of the probe's samples in a pack, with the experts that the stock model chose for them."""
-        samples = [stock.samples[index] for index in which]
-        lengths = tuple(len(ids) for ids in samples)
-        positions = torch.cat([torch.arange(length, device=samples[0].device) for length in lengths])
-        with stock.choices.again(which, lengths):
-            return self(self.embed(torch.cat(samples)), positions, Flow(lengths))
-
     def _checkpointed(self, forward: Any) -> Any:
         # transformers checkpoints only in training mode, which a frozen backbone never is.
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -317,288 +192,3 @@ def _by_sample(linear: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
         return torch.cat([linear(part) for part in parts]).unflatten(0, x.shape[:-1])
 
     return run
-
-
-def decoder(model: PreTrainedModel) -> nn.Module:
-    """The part of a causal LM without its head; some classes call themselves their decoder."""
-    found = model.get_decoder()
-    return found if found is not model else model.get_submodule("model")
-
-
-def stock_attention(model: PreTrainedModel) -> str:
-    """The attention of transformers that computes all of a model: scores in full are gigabytes for a long sample, but
-    only eager attention knows caps and sinks."""
-    capped = getattr(model.config, "attn_logit_softcapping", None)
-    return "sdpa" if model._supports_sdpa and not capped else "eager"
-
-
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-
-
-def load_backbone(
-    source: str, *, dtype: str | None = None, revision: str | None = None, device: torch.device | str = "cpu"
-) -> tuple[Backbone, PreTrainedTokenizerBase]:
-    """Opens a causal LM and its tokenizer from a folder or the hub, frozen, hashed and probed.
-
-    `dtype` such as "bfloat16" casts the weights; by default they keep their stored dtype.
-
-    Raises FileNotFoundError, ValueError for what cannot be read, BackboneRefused for what cannot be run.
-    """
-    folder = fetch(source, revision)
-    stamps = _stamps(folder)
-    tokenizer = _load_tokenizer(folder)
-    identity, remembered = _identify(folder, source, tokenizer)
-    transformers.logging.disable_progress_bar()  # the hub's bar for downloads has been shown; loading is quick
-    model = open_stock(folder, "auto" if dtype is None else read_dtype(dtype)).to(device)  # pyright: ignore[reportArgumentType]
-    if _stamps(folder) != stamps:
-        raise ValueError(f"backbone {folder}: was written to while it was opened; let what writes it finish")
-    key = f"{transformers.__version__} {torch.__version__} {model.dtype} {torch.device(device).type}"
-    probes = remembered["probes"]
-    backbone = Backbone(model, identity, probe=probes.get(key))
-    for warning in backbone.stop_at(ChatTemplate(tokenizer).turn_ends(), tokenizer):
-        warn(warning)
-    if key not in probes:
-        probes[key] = backbone.probe
-        _remember(folder, remembered)
-    return backbone, tokenizer
-
-
-def read_dtype(given: str, key: str = "dtype") -> torch.dtype:
-    """The floating-point type that a word means. Raises ConfigError for any other word."""
-    found = _DTYPES.get(given.lower().removeprefix("torch."))
-    if found is None:
-        words = ", ".join(_DTYPES)
-        raise ConfigError(f"{key} {given!r} is none that a backbone runs in; give one of {words}, or leave it out")
-    return found
-
-
-def fetch(source: str, revision: str | None = None) -> Path:
-    """The folder of a model: `source` itself, or what the hub has under that id. Raises FileNotFoundError."""
-    folder = Path(source)
-    if not folder.is_dir():
-        if source.startswith((".", "/", "~")) or source.count("/") > 1:
-            raise FileNotFoundError(f"backbone {source!r}: no such folder")
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=_FILES))
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"backbone {folder}: no config.json; expected a folder that transformers can open")
-    _check_folder(folder)
-    check_backbone(read_json(folder / "config.json"), f"backbone {folder}: config.json")
-    return folder
-
-
-def _check_folder(folder: Path) -> None:
-    """Raises ValueError if transformers would open anything but regular files of this folder, or other weights than
-    those that are hashed."""
-    for path in folder.iterdir():
-        if not (path.is_file() or path.is_dir()):
-            raise ValueError(f"backbone {folder}: {path.name} is no regular file, or a link to nowhere; take it away")
-    if (folder / "adapter_config.json").exists():
-        raise ValueError(
-            f"backbone {folder}: holds adapter_config.json, so transformers would open the model that it names; "
-            "take the adapter's files away, and name the folder of the whole model"
-        )
-    if other := read_json(folder / "config.json").get("transformers_weights"):
-        raise ValueError(
-            f"backbone {folder}: transformers_weights in config.json names {other!r:.80}; take it out, and call the "
-            "weights model.safetensors"
-        )
-    for name in sorted(shard_names(folder)):
-        if any(folder.glob("*.safetensors")) and not (folder / name).is_file():
-            raise ValueError(f"{folder / name}: missing; copy the whole folder, in which it holds part of the weights")
-
-
-def identify(folder: Path, source: str) -> Identity:
-    """What the backbone in a folder is, without loading its weights. Raises ValueError for what cannot be read."""
-    return _identify(folder, source, _load_tokenizer(folder))[0]
-
-
-def open_stock(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
-    """The causal LM of a folder as transformers has it, with eager attention. Raises OSError, ValueError."""
-    config = _opened(AutoConfig, folder)
-    # Some released configs name flash attention. Where that is not installed, its kernel would be fetched. What
-    # config.json says wins over an argument, but not over the config's own attribute.
-    config._attn_implementation = "eager"
-    return _opened(AutoModelForCausalLM, folder, config=config, dtype=dtype, use_safetensors=True)
-
-
-def _opened(auto: Any, folder: Path, **options: Any) -> Any:
-    """What a class of transformers makes of a folder, without running code of it. Raises OSError, ValueError."""
-    try:
-        return auto.from_pretrained(folder, trust_remote_code=False, **options)
-    except (OSError, ValueError, MemoryError):
-        raise
-    except Exception as error:  # files that are damaged or edited end in errors of every kind there
-        told = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"backbone {folder}: transformers cannot open it ({told:.300}); is it whole?") from error
-
-
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    tokenizer = _opened(AutoTokenizer, folder)
-    if tokenizer.chat_template is None:
-        raise ValueError(f"backbone {folder}: its tokenizer has no chat template; add one (chat_template.jinja)")
-    return tokenizer
-
-
-def weights_hash(folder: Path) -> str:
-    """SHA-256 over the sorted (name, dtype, shape, SHA-256 of the bytes) of a folder's safetensors.
-
-    Raises ValueError if the folder has none.
-    """
-    shards = sorted(folder.glob("*.safetensors"))
-    if not shards:
-        raise ValueError(
-            f"{folder}: no .safetensors weights (molora reads no pickles); save the model with safetensors"
-        )
-    lines = []
-    for shard in shards:
-        with TensorFile(shard) as file:
-            for name, digest in file.hashes():
-                entry = file.entries[name]
-                lines.append(f"{name} {entry.dtype} {[*entry.shape]} {digest}")
-    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _stamps(folder: Path) -> list[tuple[str, int, int, int, int]]:
-    """What changes when a file that decides about logits is written or replaced, even one of the same size whose time
-    was set back."""
-    files = [folder / "config.json", *sorted(folder.resolve().glob("*.safetensors"))]
-    found = [(path.name, path.stat()) for path in files]
-    return [(name, at.st_size, at.st_ino, at.st_mtime_ns, at.st_ctime_ns) for name, at in found]
-
-
-def _memory(folder: Path) -> Path:
-    """Where hashes and probe results of this folder's present files are remembered."""
-    key = _digest([str(folder.resolve()), _stamps(folder), FORMAT_VERSION])
-    return cache_folder() / "backbones" / f"{key}.json"
-
-
-def _remember(folder: Path, value: Mapping[str, Any]) -> None:
-    write_cached(_memory(folder), lambda path: path.write_text(json.dumps(value, indent=2), encoding="utf-8"))
-
-
-def _remembered(folder: Path) -> dict[str, Any]:
-    """The hash of the weights and the results of probes; a file of the cache that is damaged is made anew."""
-    found = read_cached_json(_memory(folder)) or {}
-    weights, probes = found.get("weights"), found.get("probes")
-    if not (isinstance(weights, str) and re.fullmatch("[0-9a-f]{64}", weights) and isinstance(probes, dict)):
-        time.sleep(_TICK_SECONDS)  # so that a write from now on has another time
-        return {"weights": weights_hash(folder), "probes": {}}
-    return {"weights": weights, "probes": {key: probe for key, probe in probes.items() if _is_probe(probe)}}
-
-
-def _is_probe(probe: object) -> bool:
-    scale = probe.get("embed_scale") if isinstance(probe, dict) else None
-    return isinstance(scale, float) and math.isfinite(scale)
-
-
-def _settings(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """The settings of a model that its logits depend on."""
-    for key, value in config.items():
-        if not _SILENT.fullmatch(str(key)):
-            if isinstance(value, Mapping):
-                yield from _settings(value, f"{above}{key}.")
-            else:
-                yield f"{above}{key}", value
-
-
-def _identify(folder: Path, source: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Identity, dict[str, Any]]:
-    remembered = _remembered(folder)
-    config = read_json(folder / "config.json")
-    whole = _opened(AutoConfig, folder).to_dict()
-    rope_keys = (
-        "rope_theta",
-        "rope_scaling",
-        "rope_parameters",
-        "partial_rotary_factor",
-        "original_max_position_embeddings",
-    )
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
-    identity = Identity(
-        source=source,
-        weights=remembered["weights"],
-        rope=_digest({key: config.get(key) for key in rope_keys}),
-        tokenizer=_digest(vocabulary),
-        template=_digest(tokenizer.chat_template),
-        settings=json.loads(json.dumps(dict(_settings(whole)), default=str)),
-    )
-    return identity, remembered
-
-
-@dataclass(frozen=True)
-class _Stock:
-    """What transformers itself gives on the probe's samples."""
-
-    samples: list[Tensor]
-    hidden: list[Tensor]
-    logits: list[Tensor]
-    choices: Choices
-    embed_scale: float
-
-
-@torch.no_grad()
-def _run_stock(model: PreTrainedModel) -> _Stock:
-    """Runs the probe's samples one by one through the untouched model. Raises BackboneRefused."""
-    name = type(model).__name__
-    layers = decoder_layers(model)
-    if getattr(model, "_is_stateful", False):
-        raise BackboneRefused(f"{name} keeps a recurrent state ({_mixers(model)}), which samples in a pack would share")
-    if not model._can_set_attn_implementation() or not layers:
-        raise BackboneRefused(
-            f"{name} has attention code of its own ({_mixers(model)}) instead of transformers' attention interface, so "
-            "samples in a pack could see each other"
-        )
-    generator = torch.Generator().manual_seed(0)
-    samples = [
-        torch.randint(model.config.vocab_size, (length,), generator=generator).to(model.device)
-        for length in _probe_lengths(model.config)
-    ]
-    entered: list[Tensor] = []
-    hook = layers[0].register_forward_pre_hook(
-        lambda module, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-    )
-    hidden: list[Tensor] = []
-
-    def keep_last(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden.append(args[0][0])
-        return (args[0][:, -_PROBE_LOGITS:],)
-
-    head: Any = model.get_output_embeddings()
-    head_hook = head.register_forward_pre_hook(keep_last)
-    model.set_attn_implementation(stock_attention(model))
-    choices = Choices(model)
-    with choices.keeping():
-        logits = [model(input_ids=ids[None], use_cache=False).logits[0] for ids in samples]
-    hook.remove()
-    head_hook.remove()
-    scale = _embed_scale(name, model.get_input_embeddings()(samples[0]), entered[0][0])
-    return _Stock(samples, hidden, logits, choices, scale)
-
-
-def _mixers(model: nn.Module) -> str:
-    names = {type(module).__name__ for module in model.modules()}
-    return ", ".join(sorted(name for name in names if "Attention" in name or "Mixer" in name))
-
-
-def _probe_lengths(config: Any) -> tuple[int, ...]:
-    """A few tokens, something in between, and more than every window and RoPE switch that fits."""
-    edges = [getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)]
-    rope = getattr(config, "rope_parameters", None) or {}
-    for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
-        edges.append(parameters.get("original_max_position_embeddings"))
-    limit = min(config.max_position_embeddings, _PROBE_TOKENS)
-    longest = max([edge + 9 for edge in edges if edge and edge + 9 <= limit], default=min(limit, 40))
-    return tuple(sorted({min(5, limit), max(1, longest // 2), longest}))
-
-
-def _embed_scale(name: str, embedded_TD: Tensor, entered_TD: Tensor) -> float:
-    """The factor between the embedding module's output and what the first layer receives."""
-    scale = float((entered_TD.double() * embedded_TD.double()).sum() / embedded_TD.double().square().sum())
-    if not torch.allclose(entered_TD, embedded_TD * scale, rtol=1e-2, atol=1e-4):
-        raise BackboneRefused(f"{name} transforms its input embeddings before the first layer by more than a factor")
-    return 1.0 if torch.equal(entered_TD, embedded_TD) else scale

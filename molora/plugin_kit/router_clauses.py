@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from molora.config import ConfigError, build
 from molora.data.processor import Processor
 from molora.inference.generate import GenerationConfig, generate
-from molora.model.backbone import Backbone, Identity
+from molora.model.backbone import Backbone
+from molora.model.identity import Identity
 from molora.model.lora import load_exactly, lora_config
 from molora.model.molora import MoLoRA
 from molora.pack import Pack, Sample, collate

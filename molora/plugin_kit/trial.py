@@ -19,7 +19,8 @@ from torch import Tensor
 from molora.checkpoint.assembly import Blueprint, RouterConfig, assemble, blueprint
 from molora.data.processor import Processor
 from molora.modality import Frames, Prepared
-from molora.model.backbone import Backbone, Identity
+from molora.model.backbone import Backbone
+from molora.model.identity import Identity
 from molora.model.molora import MoLoRA
 from molora.pack import Sample
 from molora.plugin_kit.worker import prepare

@@ -60,8 +60,8 @@ from molora.interrupt import Interrupt, Stopped
 from molora.media import MediaPolicy
 from molora.modality import MediaError
 from molora.model import lora
-from molora.model.backbone import load_backbone
 from molora.model.molora import MoLoRA
+from molora.model.pretrained import load_backbone
 from molora.pack import Pack, Sample
 from molora.plugins import Kind, find
 from molora.received import check_name, read_json

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from molora.checkpoint.folders import file_hash, files_in
 from molora.inference.load import Layout, LoadedModel, load, locate
-from molora.model.backbone import weights_hash
+from molora.model.identity import weights_hash
 from molora.pack import Sample, collate
 from molora.verify.promises import Check, examples, routed, show
 

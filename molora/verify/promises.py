@@ -24,10 +24,12 @@ from molora.data.processor import SampleTooLong
 from molora.inference.generate import GenerationConfig, generate
 from molora.inference.load import LoadedModel
 from molora.modality import Modality
-from molora.model.backbone import decoder_layers, open_stock, stock_attention, weights_hash
 from molora.model.experts import Choices, routers
+from molora.model.identity import weights_hash
 from molora.model.lora import adapter_tensors
 from molora.model.molora import MoLoRA
+from molora.model.pretrained import open_stock
+from molora.model.stock import decoder_layers, stock_attention
 from molora.pack import Pack, Sample, collate
 from molora.received import read_tensors
 from molora.routing import Flow, Routing, RoutingError

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from molora.model.backbone import decoder_layers
+from molora.model.stock import decoder_layers
 
 HALF = (torch.bfloat16, torch.float16)
 

@@ -29,7 +29,7 @@ from molora.checkpoint.folders import (
     save_modality,
     write_run,
 )
-from molora.model.backbone import load_backbone
+from molora.model.pretrained import load_backbone
 from molora.received import TensorFile, read_json
 from molora.storage import cache_folder, hold, write_text
 from molora.testing import save_backbone

@@ -24,7 +24,7 @@ from molora.checkpoint.trust import Untrusted, find_received, remember
 from molora.cli.commands import app
 from molora.config import ConfigError, build
 from molora.doctor.memory import on_meta
-from molora.model.backbone import load_backbone, open_stock
+from molora.model.pretrained import load_backbone, open_stock
 from molora.plugin_kit.scaffold import new_plugin
 from molora.plugins import find
 from molora.testing import save_backbone

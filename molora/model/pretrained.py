@@ -1,0 +1,161 @@
+"""Opening a causal LM and its tokenizer from a folder or the hub, without running code of theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from molora.config import ConfigError
+from molora.data.prompt import ChatTemplate
+from molora.model.backbone import Backbone
+from molora.model.identity import Identity, describe, remember, stamps
+from molora.plugins import Untrusted
+from molora.received import read_json, shard_names
+from molora.terminal import warn
+
+# What is fetched of a model on the hub; no pickles, no code.
+_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+# What transformers computes with by itself; other ways are kernels, which it may fetch from the hub.
+_EXPERTS = ("None", "eager", "grouped_mm", "batched_mm")
+_DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "float": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "half": torch.float16,
+    "float64": torch.float64,
+    "fp64": torch.float64,
+    "double": torch.float64,
+}
+
+
+def load_backbone(
+    source: str, *, dtype: str | None = None, revision: str | None = None, device: torch.device | str = "cpu"
+) -> tuple[Backbone, PreTrainedTokenizerBase]:
+    """Opens a causal LM and its tokenizer from a folder or the hub, frozen, hashed and probed.
+
+    `dtype` such as "bfloat16" casts the weights; by default they keep their stored dtype.
+
+    Raises FileNotFoundError, ValueError for what cannot be read, BackboneRefused for what cannot be run.
+    """
+    folder = fetch(source, revision)
+    before = stamps(folder)
+    tokenizer = _load_tokenizer(folder)
+    identity, remembered = describe(folder, source, tokenizer, _opened(AutoConfig, folder))
+    transformers.logging.disable_progress_bar()  # the hub's bar for downloads has been shown; loading is quick
+    model = open_stock(folder, "auto" if dtype is None else read_dtype(dtype)).to(device)  # pyright: ignore[reportArgumentType]
+    if stamps(folder) != before:
+        raise ValueError(f"backbone {folder}: was written to while it was opened; let what writes it finish")
+    key = f"{transformers.__version__} {torch.__version__} {model.dtype} {torch.device(device).type}"
+    probes = remembered["probes"]
+    backbone = Backbone(model, identity, probe=probes.get(key))
+    for warning in backbone.stop_at(ChatTemplate(tokenizer).turn_ends(), tokenizer):
+        warn(warning)
+    if key not in probes:
+        probes[key] = backbone.probe
+        remember(folder, remembered)
+    return backbone, tokenizer
+
+
+def read_dtype(given: str, key: str = "dtype") -> torch.dtype:
+    """The floating-point type that a word means. Raises ConfigError for any other word."""
+    found = _DTYPES.get(given.lower().removeprefix("torch."))
+    if found is None:
+        words = ", ".join(_DTYPES)
+        raise ConfigError(f"{key} {given!r} is none that a backbone runs in; give one of {words}, or leave it out")
+    return found
+
+
+def fetch(source: str, revision: str | None = None) -> Path:
+    """The folder of a model: `source` itself, or what the hub has under that id. Raises FileNotFoundError."""
+    folder = Path(source)
+    if not folder.is_dir():
+        if source.startswith((".", "/", "~")) or source.count("/") > 1:
+            raise FileNotFoundError(f"backbone {source!r}: no such folder")
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=_FILES))
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"backbone {folder}: no config.json; expected a folder that transformers can open")
+    _check_folder(folder)
+    check_backbone(read_json(folder / "config.json"), f"backbone {folder}: config.json")
+    return folder
+
+
+def identify(folder: Path, source: str) -> Identity:
+    """What the backbone in a folder is, without loading its weights. Raises ValueError for what cannot be read."""
+    return describe(folder, source, _load_tokenizer(folder), _opened(AutoConfig, folder))[0]
+
+
+def open_stock(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+    """The causal LM of a folder as transformers has it, with eager attention. Raises OSError, ValueError."""
+    config = _opened(AutoConfig, folder)
+    # Some released configs name flash attention. Where that is not installed, its kernel would be fetched. What
+    # config.json says wins over an argument, but not over the config's own attribute.
+    config._attn_implementation = "eager"
+    return _opened(AutoModelForCausalLM, folder, config=config, dtype=dtype, use_safetensors=True)
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises ValueError if transformers would open anything but regular files of this folder, or other weights than
+    those that are hashed."""
+    for path in folder.iterdir():
+        if not (path.is_file() or path.is_dir()):
+            raise ValueError(f"backbone {folder}: {path.name} is no regular file, or a link to nowhere; take it away")
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"backbone {folder}: holds adapter_config.json, so transformers would open the model that it names; "
+            "take the adapter's files away, and name the folder of the whole model"
+        )
+    if other := read_json(folder / "config.json").get("transformers_weights"):
+        raise ValueError(
+            f"backbone {folder}: transformers_weights in config.json names {other!r:.80}; take it out, and call the "
+            "weights model.safetensors"
+        )
+    for name in sorted(shard_names(folder)):
+        if any(folder.glob("*.safetensors")) and not (folder / name).is_file():
+            raise ValueError(f"{folder / name}: missing; copy the whole folder, in which it holds part of the weights")
+
+
+def _opened(auto: Any, folder: Path, **options: Any) -> Any:
+    """What a class of transformers makes of a folder, without running code of it. Raises OSError, ValueError."""
+    try:
+        return auto.from_pretrained(folder, trust_remote_code=False, **options)
+    except (OSError, ValueError, MemoryError):
+        raise
+    except Exception as error:  # files that are damaged or edited end in errors of every kind there
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"backbone {folder}: transformers cannot open it ({told:.300}); is it whole?") from error
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    tokenizer = _opened(AutoTokenizer, folder)
+    if tokenizer.chat_template is None:
+        raise ValueError(f"backbone {folder}: its tokenizer has no chat template; add one (chat_template.jinja)")
+    return tokenizer
+
+
+def check_backbone(config: Mapping[str, Any], where: str) -> None:
+    """Raises Untrusted for a config.json that names a library or a kernel, which transformers would import or fetch."""
+    for key, value in config.items():
+        if key == "quantization_config" and value:
+            raise Untrusted(
+                f"{where}: quantization_config wants a library to unpack the weights with; molora reads weights as "
+                "they are: give the model before it was quantised"
+            )
+        kernels = "attn_implementation" in key and "/" in str(value)
+        experts = "experts_implementation" in key and str(value) not in _EXPERTS
+        if kernels or experts:
+            raise Untrusted(
+                f"{where}: {key} is {value!r:.80}, code that would be fetched and run; take {key} out, which changes "
+                "no weight"
+            )
+        if isinstance(value, Mapping):
+            check_backbone(value, where)

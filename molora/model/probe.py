@@ -1,0 +1,136 @@
+"""The probe: a backbone's packed results beside those of transformers, before it is trusted.
+
+Letters: T tokens of a sample, D backbone width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from molora.model.experts import Choices
+from molora.model.stock import decoder_layers, mixers, stock_attention
+from molora.routing import Flow
+
+if TYPE_CHECKING:
+    from molora.model.backbone import Backbone
+
+# A probe longer than this is not worth its time; windows beyond it stay unexercised.
+_TOKENS = 8192
+# Logits of all positions are gigabytes with a large vocabulary; final hidden states are compared at every position.
+_LOGITS = 16
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+class BackboneRefused(ValueError):
+    """A causal LM that cannot run packed samples exactly; the message says why."""
+
+
+@dataclass(frozen=True)
+class Stock:
+    """What transformers itself gives on the probe's samples."""
+
+    samples: list[Tensor]
+    hidden: list[Tensor]
+    logits: list[Tensor]
+    choices: Choices
+    embed_scale: float
+
+
+@torch.no_grad()
+def run_stock(model: PreTrainedModel) -> Stock:
+    """Runs the probe's samples one by one through the untouched model. Raises BackboneRefused."""
+    name = type(model).__name__
+    layers = decoder_layers(model)
+    if getattr(model, "_is_stateful", False):
+        raise BackboneRefused(f"{name} keeps a recurrent state ({mixers(model)}), which samples in a pack would share")
+    if not model._can_set_attn_implementation() or not layers:
+        raise BackboneRefused(
+            f"{name} has attention code of its own ({mixers(model)}) instead of transformers' attention interface, so "
+            "samples in a pack could see each other"
+        )
+    generator = torch.Generator().manual_seed(0)
+    samples = [
+        torch.randint(model.config.vocab_size, (length,), generator=generator).to(model.device)
+        for length in _probe_lengths(model.config)
+    ]
+    entered: list[Tensor] = []
+    hook = layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    hidden: list[Tensor] = []
+
+    def keep_last(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden.append(args[0][0])
+        return (args[0][:, -_LOGITS:],)
+
+    head: Any = model.get_output_embeddings()
+    head_hook = head.register_forward_pre_hook(keep_last)
+    model.set_attn_implementation(stock_attention(model))
+    choices = Choices(model)
+    with choices.keeping():
+        logits = [model(input_ids=ids[None], use_cache=False).logits[0] for ids in samples]
+    hook.remove()
+    head_hook.remove()
+    scale = _embed_scale(name, model.get_input_embeddings()(samples[0]), entered[0][0])
+    return Stock(samples, hidden, logits, choices, scale)
+
+
+def _probe_lengths(config: Any) -> tuple[int, ...]:
+    """A few tokens, something in between, and more than every window and RoPE switch that fits."""
+    edges = [getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)]
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        edges.append(parameters.get("original_max_position_embeddings"))
+    limit = min(config.max_position_embeddings, _TOKENS)
+    longest = max([edge + 9 for edge in edges if edge and edge + 9 <= limit], default=min(limit, 40))
+    return tuple(sorted({min(5, limit), max(1, longest // 2), longest}))
+
+
+def _embed_scale(name: str, embedded_TD: Tensor, entered_TD: Tensor) -> float:
+    """The factor between the embedding module's output and what the first layer receives."""
+    scale = float((entered_TD.double() * embedded_TD.double()).sum() / embedded_TD.double().square().sum())
+    if not torch.allclose(entered_TD, embedded_TD * scale, rtol=1e-2, atol=1e-4):
+        raise BackboneRefused(f"{name} transforms its input embeddings before the first layer by more than a factor")
+    return 1.0 if torch.equal(entered_TD, embedded_TD) else scale
+
+
+@torch.no_grad()
+def compare(backbone: Backbone, stock: Stock) -> dict[str, Any]:
+    """Runs the probe's samples alone and packed, and compares with what the stock model gave."""
+    name = type(backbone.model).__name__
+    lengths = [len(ids) for ids in stock.samples]
+    tolerance = _TOLERANCE[backbone.model.dtype]
+    try:
+        alone = [_hidden(backbone, stock, [index]) for index in range(len(lengths))]
+        packed = _hidden(backbone, stock, range(len(lengths))).split(lengths)
+    except NotImplementedError as error:
+        raise BackboneRefused(f"{name}: {error}") from error
+    differences: dict[str, float] = {}
+    for how, ours in (("alone", alone), ("packed", packed)):
+        logits = [backbone.head(hidden_TD[-_LOGITS:]) for hidden_TD in ours]
+        pairs = [*zip(ours, stock.hidden, strict=True), *zip(logits, stock.logits, strict=True)]
+        differences[how] = worst = max(
+            float((mine - theirs).abs().max() / theirs.abs().max()) for mine, theirs in pairs
+        )
+        if not worst <= tolerance:
+            types = ", ".join(sorted(set(getattr(backbone.config, "layer_types", None) or ["full_attention"])))
+            raise BackboneRefused(
+                f"{name} gives other logits {how} than in transformers: relative difference {worst:.2g}, allowed "
+                f"{tolerance:.0e}, for samples of {lengths} tokens (layer types: {types}; {mixers(backbone.model)})"
+            )
+    return {"embed_scale": stock.embed_scale, "lengths": lengths, "differences": differences}
+
+
+def _hidden(backbone: Backbone, stock: Stock, which: Sequence[int]) -> Tensor:
+    """Of some of the probe's samples in a pack, with the experts that the stock model chose for them."""
+    samples = [stock.samples[index] for index in which]
+    lengths = tuple(len(ids) for ids in samples)
+    positions = torch.cat([torch.arange(length, device=samples[0].device) for length in lengths])
+    with stock.choices.again(which, lengths):
+        return backbone(backbone.embed(torch.cat(samples)), positions, Flow(lengths))
