@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from molora import generate as generation
-from molora.backbone import Backbone, BackboneRefused, Identity
+from molora.backbone import Backbone, BackboneRefused, Identity, decoder_layers
 from molora.config import ConfigError
 from molora.generate import GenerationConfig, generate
 from molora.lora import lora_config
@@ -19,6 +19,7 @@ from molora.model import MoLoRA
 from molora.pack import Item, Sample, collate
 from molora.routers.learned import LearnedConfig, LearnedRouter
 from molora.routers.table import TableConfig, TableRouter
+from molora.routing import current_flow
 from molora.testing import ROPE_SWITCH, VOCAB_SIZE, Letters, Numbers, NumbersConfig, tiny_model
 
 NEW_TOKENS = 7
@@ -190,6 +191,8 @@ def test_a_deterministic_batch_gives_every_sample_the_bits_that_it_has_alone(
         list(generate(model, samples, GenerationConfig(max_new_tokens=2)))
     assert max(before.rows) > max(map(len, samples)), "the samples share their products"
     model.make_deterministic()
+    flows: list[Any] = []
+    decoder_layers(model.backbone.model)[0].register_forward_pre_hook(lambda *_: flows.append(current_flow()))
     with Products() as after:
         together = logits_of(model, [samples], monkeypatch)
     assert max(after.rows) <= max(map(len, samples)) + NEW_TOKENS
@@ -197,6 +200,7 @@ def test_a_deterministic_batch_gives_every_sample_the_bits_that_it_has_alone(
     assert together.keys() == alone.keys() and len(together) == len(samples)
     for seed, logits in together.items():
         assert all(torch.equal(*pair) for pair in zip(logits, alone[seed], strict=True))
+    assert flows and all(flow.apart for flow in flows), "a fused kernel may take the whole pack"
 
 
 def test_what_puts_samples_into_one_product_is_refused_in_a_deterministic_batch() -> None:
