@@ -29,7 +29,6 @@ MAX_FILE_BYTES = 100 * 2**20
 
 PICTURES = Sources(
     part_type="image",
-    noun="picture",
     keys=("path", "url", "base64", "bytes", "image", "array"),
     max_file_bytes=MAX_FILE_BYTES,
 )

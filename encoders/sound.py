@@ -87,7 +87,7 @@ def load_sound(part: Mapping[str, Any], *, max_seconds: float = 1800.0) -> Tenso
     Raises: MediaError that says which part, what is wrong with it, and what to do; ImportError without the `audio`
     extra.
     """
-    sources = Sources(part_type="audio", noun="clip", keys=SOURCES, max_file_bytes=MAX_FILE_BYTES)
+    sources = Sources(part_type="audio", keys=SOURCES, max_file_bytes=MAX_FILE_BYTES)
     part = sources.flat(part)
     key, value = sources.choose(part)
     with sources.named(key, value):

@@ -116,12 +116,11 @@ def policy() -> MediaPolicy:
 class Sources:
     """What the parts of one medium may be given as.
 
-    `part_type` names the medium in messages and is itself a source, of anything; `noun` is what one of it is called.
-    `max_file_bytes`: a larger file is refused.
+    `part_type` names the medium in messages and is itself a source, of anything. `max_file_bytes`: a larger file is
+    refused.
     """
 
     part_type: str
-    noun: str
     keys: tuple[str, ...]
     max_file_bytes: int
 

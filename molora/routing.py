@@ -114,11 +114,13 @@ class Router(Protocol):
 class Flow:
     """What the layers need to know about the pack in flight. Immutable: recomputation restores the same object.
 
-    `lengths` are the query tokens of each sample; the adapters come with `routing` (None: bare backbone).
+    `lengths` are the query tokens of each sample; the adapters come with `routing` (None: bare backbone). `apart`: no
+    kernel may take the rows of two samples, as its sums would depend on both.
     """
 
     lengths: tuple[int, ...]
     routing: Routing | None = None
+    apart: bool = False
 
 
 _flow: ContextVar[Flow | None] = ContextVar("molora_flow", default=None)

@@ -10,17 +10,19 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from molora import generate as generation
 from molora.config import ConfigError
+from molora.inference import generate as generation
 from molora.inference.generate import GenerationConfig, generate
 from molora.model.backbone import Backbone
 from molora.model.identity import Identity
 from molora.model.lora import lora_config
 from molora.model.molora import MoLoRA
 from molora.model.probe import BackboneRefused
+from molora.model.stock import decoder_layers
 from molora.pack import Item, Sample, collate
 from molora.routers.learned import LearnedConfig, LearnedRouter
 from molora.routers.table import TableConfig, TableRouter
+from molora.routing import current_flow
 from molora.testing import ROPE_SWITCH, VOCAB_SIZE, Letters, Numbers, NumbersConfig, tiny_model
 
 NEW_TOKENS = 7
@@ -192,6 +194,8 @@ def test_a_deterministic_batch_gives_every_sample_the_bits_that_it_has_alone(
         list(generate(model, samples, GenerationConfig(max_new_tokens=2)))
     assert max(before.rows) > max(map(len, samples)), "the samples share their products"
     model.make_deterministic()
+    flows: list[Any] = []
+    decoder_layers(model.backbone.model)[0].register_forward_pre_hook(lambda *_: flows.append(current_flow()))
     with Products() as after:
         together = logits_of(model, [samples], monkeypatch)
     assert max(after.rows) <= max(map(len, samples)) + NEW_TOKENS
@@ -199,6 +203,7 @@ def test_a_deterministic_batch_gives_every_sample_the_bits_that_it_has_alone(
     assert together.keys() == alone.keys() and len(together) == len(samples)
     for seed, logits in together.items():
         assert all(torch.equal(*pair) for pair in zip(logits, alone[seed], strict=True))
+    assert flows and all(flow.apart for flow in flows), "a fused kernel may take the whole pack"
 
 
 def test_what_puts_samples_into_one_product_is_refused_in_a_deterministic_batch() -> None:

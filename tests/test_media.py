@@ -37,7 +37,7 @@ INSIDE = MediaPolicy(allow_urls=True, allow_private_addresses=True)
 
 
 def read(part: dict[str, Any], max_file_bytes: int = 10) -> bytes:
-    sources = Sources(part_type="smell", noun="scent", keys=KEYS, max_file_bytes=max_file_bytes)
+    sources = Sources(part_type="smell", keys=KEYS, max_file_bytes=max_file_bytes)
     sources = pickle.loads(pickle.dumps(sources))
     key, value = sources.choose(sources.flat(part))
     with sources.named(key, value):
@@ -138,7 +138,7 @@ def test_parts_that_give_no_bytes(part: dict[str, Any], message: str):
 
 
 def test_what_is_no_file_is_left_to_the_medium():
-    sources = Sources(part_type="smell", noun="scent", keys=KEYS, max_file_bytes=10)
+    sources = Sources(part_type="smell", keys=KEYS, max_file_bytes=10)
     assert sources.choose({"smell": 3}) == ("smell", 3)
     assert sources.choose({"array": [1.0], "path": None}) == ("array", [1.0])
     assert sources.choose({"smell": [1.0]}) == ("array", [1.0])

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from molora import rows as module
 from molora.config import ConfigError
+from molora.data import rows as module
 from molora.data.rows import MAX_DEPTH, CellRows, JsonRows, parse
 
 

@@ -259,6 +259,11 @@ def test_what_datasets_saved_opens_by_its_folder(tmp_path: Path) -> None:
     assert part["path"] == str(tmp_path / "one/x.png")
     with pytest.raises(ConfigError, match="no split 'dev'"):
         table(tmp_path / "several", split="dev")
+    with pytest.raises(ConfigError, match=r"saved as one split \(None\), and test is another"):
+        table(tmp_path / "one", split="test")
+    for key in ("subset", "revision"):
+        with pytest.raises(ConfigError, match=f"{key} is for datasets of the hub"):
+            table(tmp_path / "several", **{key: "main"})
 
 
 def test_a_folder_of_text_files_is_read_without_guessing(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 import molora
 from molora.checkpoint.assembly import BackboneConfig
 from molora.config import ConfigError, build, dump
+from molora.data.sources import SourceConfig
 from molora.interrupt import Stopped
 from molora.received import read_json
 from molora.storage import hold
@@ -405,6 +406,19 @@ def test_a_wrong_data_source_is_told_before_what_trains(
     with pytest.raises(ConfigError, match=r"stages.0.data.rows.kind: no source is called 'mesages'"):
         train(config)
     assert "parameters" not in capsys.readouterr().out
+
+
+def test_a_source_of_the_users_that_fails_is_named(home: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from molora.testing import NumbersConfig as Options\n\n\nclass Rows:\n    config_type = Options\n\n"
+        "    def __init__(self, config): ...\n    def __len__(self): return 1\n"
+        "    def __getitem__(self, row): return {}['messages']\n"
+    )
+    config = recipe(home, tmp_path / "run")
+    config.stages[0].data = {"mine": SourceConfig(kind=f"{file}:Rows")}
+    with pytest.raises(ValueError, match=r"stages.0.data.mine, row 1: KeyError: 'messages'"):
+        train(config, show=False)
 
 
 def test_a_pattern_that_trains_nothing_is_refused(home: Path, tmp_path: Path) -> None:

@@ -206,17 +206,22 @@ class EncodedSamples(Dataset[Sample | Skipped]):
         id = f"{self.names[source]}/{example['id']}@{epoch}"
         try:
             sample = self.processor.encode(example["messages"], id, seed=seed_of(self.seed, id))
-            if len(sample) > self.max_tokens:
-                raise SampleTooLong(
-                    f"sample {id}: has {len(sample)} tokens, but a pack of this stage holds {self.max_tokens}; raise "
-                    "tokens_per_pack, or leave such samples out with `too_long: skip`"
-                )
+            check_length(sample, self.max_tokens)
             return sample
         except self.skips as error:
             return Skipped(id, str(error))
         except ValueError as error:
             kind = type(error) if type(error) in (MediaError, SampleTooLong, RoutingError) else ValueError
             raise kind(f"{where}: {error}") from error
+
+
+def check_length(sample: Sample, max_tokens: int) -> None:
+    """Raises SampleTooLong for a sample that no pack of a stage has room for."""
+    if len(sample) > max_tokens:
+        raise SampleTooLong(
+            f"sample {sample.id}: has {len(sample)} tokens, but a pack of this stage holds {max_tokens}; raise "
+            "tokens_per_pack, or leave such samples out with `too_long: skip`"
+        )
 
 
 class _Steps:

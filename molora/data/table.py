@@ -398,8 +398,18 @@ def _dataset(config: TableConfig, path: Path, split: str, wanted: Callable[[Iter
     )
     try:
         if saved:
+            for key, given in (("subset", config.subset), ("revision", config.revision)):
+                if given is not None:
+                    raise ConfigError(
+                        f"{where}: {key} is for datasets of the hub, and this one was saved; leave it out"
+                    )
             rows = datasets.load_from_disk(str(folder))
-            rows = rows if saved == "state.json" else rows[split]
+            if saved == "dataset_dict.json":
+                rows = rows[split]
+            elif split not in ("train", str(rows.split)):
+                raise ConfigError(
+                    f"{where}: was saved as one split ({rows.split}), and {split} is another; leave it out"
+                )
         else:
             name = config.path if folder is None else str(path)
             builder = datasets.load_dataset_builder(name, config.subset, revision=config.revision)

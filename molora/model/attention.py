@@ -68,14 +68,15 @@ def packed_attention(
     queries = query.split(flow.lengths, dim=2)
     keys = key if isinstance(key, Segments) else key.split(flow.lengths, dim=2)
     values = value if isinstance(value, Segments) else value.split(flow.lengths, dim=2)
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and softcap is None and s_aux is None:
+    plain = softcap is None and s_aux is None
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and plain and not flow.apart:
         return _varlen(module, query, keys, values, flow.lengths, scaling, sliding_window), None
     outputs = []
     for query_HQd, key_GKd, value_GKd in zip(queries, keys, values, strict=True):
         if query_HQd.shape[2] == 1 and sliding_window is not None:
             key_GKd, value_GKd = key_GKd[:, :, -sliding_window:], value_GKd[:, :, -sliding_window:]
         mask_QK = _mask(query_HQd.shape[2], key_GKd.shape[2], sliding_window, query.device)
-        if softcap is None and s_aux is None:
+        if plain:
             out, _ = sdpa_attention_forward(module, query_HQd, key_GKd, value_GKd, mask_QK, scaling=scaling)
         else:
             out = _explicit(module, query_HQd, key_GKd, value_GKd, mask_QK, scaling, softcap, s_aux)

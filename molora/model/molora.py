@@ -208,7 +208,8 @@ class MoLoRA(nn.Module):
             routing = self.router(pack, embeds_TD)
         if self.deterministic_batch:
             routing = routing.cut(pack.lengths)
-        return self.backbone(embeds_TD, position_ids_T, Flow(pack.lengths, routing), cache)
+        flow = Flow(pack.lengths, routing, apart=self.deterministic_batch)
+        return self.backbone(embeds_TD, position_ids_T, flow, cache)
 
     def logits(self, pack: Pack) -> Tensor:
         """Logits (T, V) at every position; for tests and small packs."""

@@ -109,8 +109,6 @@ class StageConfig:
     def __post_init__(self) -> None:
         require(self, 1, "steps", "samples_per_step", "tokens_per_pack")
         require(self, 0, "evaluate_every_steps")
-        if self.data and not any(source.weight for source in self.data.values()):
-            raise ValueError("data: every source has weight 0, so there is no sample to draw")
 
 
 @dataclass(kw_only=True)

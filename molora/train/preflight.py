@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from molora.config import ConfigError
-from molora.data.processor import Processor, SampleTooLong
-from molora.data.sources import Source, SourceConfig, open_source
+from molora.data.processor import Processor
+from molora.data.sources import Source, SourceConfig, check_length, open_source
 from molora.evaluate.judge import EvaluationConfig, Judged, question, scores
 
 # Rows of a source that are tried, spread over it; more of them if none of these can be used.
@@ -63,6 +63,10 @@ class Trial:
                 if not isinstance(error, self.skips):
                     raise ValueError(f"{self.where}, row {row + 1}: {error}") from error
                 faults.append(error)
+            except ImportError:  # what is not installed here is no fault of the row
+                raise
+            except Exception as error:  # a plugin's source can fail in any way
+                raise ValueError(f"{self.where}, row {row + 1}: {type(error).__name__}: {error}") from error
         if len(faults) == tried:
             raise ValueError(f"{self.where}: none of the {tried} rows tried can be used; the first: {faults[0]}")
 
@@ -75,12 +79,7 @@ class Trial:
         example = self.source[row]
         if processor is not None:
             id = f"{self.where.rpartition('.')[2]}/{example['id']}@0"
-            sample = processor.encode(example["messages"], id)
-            if len(sample) > max_tokens:
-                raise SampleTooLong(
-                    f"sample {id}: has {len(sample)} tokens, but a pack of this stage holds {max_tokens}; raise "
-                    "tokens_per_pack, or leave such samples out with `too_long: skip`"
-                )
+            check_length(processor.encode(example["messages"], id), max_tokens)
 
 
 def _spread(length: int, few: int, many: int) -> Iterator[int]:
