@@ -15,6 +15,7 @@ import difflib
 import math
 import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -346,8 +347,9 @@ def _build(kind: Any, value: Any, key: str) -> Any:
     if origin in (Union, types.UnionType):
         return _build_union(arguments, value, key)
     if origin is Literal:
-        if value in arguments and type(value) in {type(argument) for argument in arguments}:
-            return value
+        for argument in arguments:  # a text from the environment is a subclass; True is no 1
+            if value == argument and (type(value) is type(argument) or isinstance(value, str)):
+                return value
         near = difflib.get_close_matches(str(value), [str(argument) for argument in arguments], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise _Problem(key, f"expected one of {', '.join(map(repr, arguments))}, got {value!r}{hint}")
@@ -364,7 +366,7 @@ def _build(kind: Any, value: Any, key: str) -> Any:
             raise _Problem(key, f"expected {len(kinds)} values, got {len(value)}: {list(value)!r}")
         items = [_build(of, item, _join(key, str(i))) for i, (of, item) in enumerate(zip(kinds, value, strict=True))]
         return items if (origin or kind) is list else tuple(items)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     if (kind in (bool, int, float, type(None)) and type(value) is kind) or (kind is str and isinstance(value, str)):
         return value

@@ -13,13 +13,15 @@ import yaml
 # Far more than any config has; what goes beyond was made to fill the memory.
 MAX_VALUES = 10_000
 MAX_DEPTH = 32
+_MAX_DIGITS = 300
+_NUMBER = re.compile("[-+]?[0-9][0-9a-fA-Fx_]*")
 
 _TAG = "tag:yaml.org,2002:"
-_PLAIN_TAGS = (None, "!", *(_TAG + name for name in ("str", "int", "float", "bool", "null", "map", "seq")))
+_PLAIN_TAGS = (None, "!", *(_TAG + name for name in ("str", "map", "seq")))
 # The kinds of plain scalars, with the characters that one of them begins with. Anything else is text.
 _SCALARS = (
     ("bool", "yYnNtTfFoO", "yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF"),
-    ("int", "-+0123456789", "[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)"),
+    ("int", "-+0123456789", "[-+]?(0b[01][01_]*|0x[0-9a-fA-F][0-9a-fA-F_]*|0|[1-9][0-9_]*)"),
     (
         "float",
         "-+.0123456789",
@@ -94,6 +96,8 @@ def _measure(text: str) -> None:
             if event.tag not in _PLAIN_TAGS:
                 problem = f"the tag {event.tag} is not read; write plain values"
             if isinstance(event, yaml.ScalarEvent):
+                if event.implicit[0] and len(event.value) > _MAX_DIGITS and _NUMBER.fullmatch(event.value):
+                    problem = f"a number of more than {_MAX_DIGITS} digits; quote it if it is text"
                 sizes[event.anchor] = 1
             else:
                 begun.append((event.anchor, values))

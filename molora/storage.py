@@ -69,21 +69,28 @@ def _new_file(folder: Path) -> tuple[Path, int]:
 def write_folder(path: Path) -> Iterator[Path]:
     """A draft to write files into, which then becomes the folder at `path`, in place of one that is there.
 
-    After an error the draft is removed, and what was at `path` is as it was.
+    After an error the draft is removed, and what was at `path` is as it was. After a kill between the two renames it
+    lies beside `path` under a name that ends in .tmp.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.parent / f".molora-{secrets.token_hex(8)}.tmp"
+    draft, old = (path.parent / f".molora-{secrets.token_hex(8)}.tmp" for _ in range(2))
     draft.mkdir()
     try:
         yield draft
         settle(draft)
         if path.exists():
-            shutil.rmtree(path)
-        os.replace(draft, path)
+            os.replace(path, old)
+        try:
+            os.replace(draft, path)
+        except BaseException:
+            if old.exists():
+                os.replace(old, path)
+            raise
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
     sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def settle(folder: Path) -> None:

@@ -331,3 +331,15 @@ def test_options_are_read_as_a_recipe_reads_them() -> None:
         options(["share"])
     with pytest.raises(ConfigError, match="option 'share=\\[1'"):
         options(["share=[1"])
+
+
+def test_a_choice_may_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOLORA_RECIPE_ENV", "CHOICE")
+    monkeypatch.setenv("CHOICE", "skip")
+
+    @dataclass
+    class Choice:
+        choice: Literal["error", "skip"]
+
+    (tmp_path / "choice.yaml").write_text("choice: ${oc.env:CHOICE}")
+    assert read(Choice, tmp_path / "choice.yaml").choice == "skip"

@@ -8,6 +8,7 @@ import sys
 import warnings
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -288,3 +289,11 @@ def test_a_picture_beyond_what_pil_opens_is_told_our_limit() -> None:
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def test_threads_that_decode_leave_the_process_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    whole = saved(colours(), "PNG")
+    with ThreadPoolExecutor(8) as threads:
+        sizes = set(threads.map(lambda data: decode_picture("bytes", data, 10**6).size, [whole] * 200))
+    assert sizes == {colours().size} and ImageFile.LOAD_TRUNCATED_IMAGES is True

@@ -384,7 +384,8 @@ def test_it_works_in_a_data_worker(tmp_path):
         ({"pool": 0}, "cannot be pooled by 0"),
         ({"crop_pixels": 20}, "a crop of 20 pixels holds 1 patches of 14 a side, which cannot be pooled by 2"),
         ({"max_crops": -1}, "max_crops is at least 0"),
-        ({"max_pixels": 0}, "max_pixels 1"),
+        ({"max_pixels": 0}, "max_pixels from 1 to 178956970, got 36 and 0"),
+        ({"max_pixels": 2 * 10**8}, "max_pixels from 1 to 178956970"),
         ({"tower": CONVIT, "crop_pixels": 60}, "crop_pixels is a multiple of 8 for a convit tower, got 60"),
     ],
 )

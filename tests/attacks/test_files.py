@@ -404,6 +404,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "rank as text": ({"r": "8"}, "r: '8' is refused"),
     "rank as a boolean": ({"r": True}, "r: True is refused"),
     "alpha without end": ({"lora_alpha": float("inf")}, "lora_alpha: inf is refused"),
+    "alpha beyond floats": ({"lora_alpha": 10**400}, "lora_alpha: 1000.* is refused"),
     "alpha that is no number": ({"lora_alpha": float("nan")}, "NaN is no number"),
     "alpha by pattern": ({"alpha_pattern": {"o_proj": float("inf")}}, "alpha_pattern: .* is refused"),
     "dropout of all": ({"lora_dropout": 1.0}, "lora_dropout: 1.0 is refused; write a number from 0 to below 1"),

@@ -372,7 +372,15 @@ PICTURES: dict[str, tuple[Callable[[], bytes], str | None]] = {
     "webp of tags that name all": (lambda: saved(Image.new("RGB", (8, 8)), "WEBP", exif=tags(60_000)), None),
     "avif of tags that name all": (
         lambda: saved(Image.new("RGB", (8, 8)), "AVIF", exif=tags(60_000)),
-        "has 60000 tags of",
+        "has tags of [0-9]+ bytes in a file of",
+    ),
+    "avif by another brand": (
+        lambda: saved(Image.new("RGB", (8, 8)), "AVIF", exif=tags(60_000)).replace(b"ftypavif", b"ftypmif1", 1),
+        "has tags of [0-9]+ bytes in a file of",
+    ),
+    "avif of nothing but tags": (
+        lambda: b"\0\0\0\x18ftypavif\0\0\0\0avifmif1" + b"II*\0\xff\xff\xff\xff" * 2**23,
+        "more than 64 beginnings of EXIF",
     ),
     "tiff of tags that name all": (lambda: tags(60_000), "damaged or no picture|over four times its size"),
     "jpeg of tags that name all": (jpeg_tags, None),
@@ -526,7 +534,7 @@ SOUNDS: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: (b"OggS\0\2" + bytes(20) + b"\0" + b"x") * 2**18,
         "joined end to end, and 2000 is the most",
     ),
-    "flacs that all begin": (lambda: b"fLaC\0\0\0\x22" * 2**18, "joined end to end, and 2000 is the most"),
+    "flacs that all begin": (lambda: b"fLaC\0\0\0\x22" * 2**23, "joined end to end, and 2000 is the most"),
     "wav of nothing but chunks": (
         lambda: b"RIFF\0\0\0\0WAVE" + b"aaaa\0\0\0\0" * 2**20,
         "damaged or no audio|no samples",

@@ -19,6 +19,7 @@ from molora.train import train
 class Recipe:
     a: Any = None
     b: Any = None
+    number: float = 0.0
     rest: dict[str, Any] = field(default_factory=dict)
 
 
@@ -82,6 +83,11 @@ TEXTS = [
     ("a path by tag", "a: !!python/object/apply:pathlib.PosixPath [/etc/passwd]", "is not read; write plain values"),
     ("a tag of its own", "a: !include /etc/passwd", "the tag !include is not read"),
     ("bytes by tag", "a: !!binary aGk=", "is not read; write plain values"),
+    ("a boolean by tag", "a: !!bool maybe", "is not read; write plain values"),
+    ("a number by tag", "a: !!int ''", "is not read; write plain values"),
+    ("a number of no digits", "number: 0b_", "number: expected float, got '0b_'"),
+    ("a number of 400 digits", f"number: {10**400}", "a number of more than 300 digits; quote it"),
+    ("a number beyond floats", f"number: 0x{'f' * 280}", "number: expected float, got"),
     ("a set by tag", "a: !!set {x}", "is not read; write plain values"),
     ("keys that are no text", "rest: {1: {2: x}}", "expected keys that are text, got 1"),
     ("keys that are lists", "rest: {? [1, 2] : x}", "YAML"),
