@@ -112,6 +112,7 @@ BOMBS = {
     "an exponent": '{"messages": 1e999999999}',
     "quotes without end": '[{"a": "' + '\\"' * 4_000_000,
     "backslashes": '[{"a": "' + "\\" * 8_000_001,
+    "escapes by the million": '[{"a": "' + '\\"' * 8_000_000 + '"}]',
     "a key many times": "{" + ",".join(['"messages": 1'] * 500_000) + "}",
     "unclosed lists in a list": "[" + "[[]," * 3_000_000,
 }
