@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from molora.config import ConfigError
+from molora.received import once
 
 MAX_ROW_BYTES = 2**26
 MAX_UNPACKED_BYTES = 2**27
@@ -350,19 +351,11 @@ def parse(data: bytes, where: str, numbers_as_text: bool = False) -> Any:
     whole, fraction = (str, str) if numbers_as_text else (int, float)
     try:
         value = json.loads(
-            text, object_pairs_hook=_object, parse_constant=_no_constant, parse_int=whole, parse_float=fraction
+            text, object_pairs_hook=once, parse_constant=_no_constant, parse_int=whole, parse_float=fraction
         )
     except ValueError as error:
         raise ValueError(f"{where}: not valid JSON ({error})") from error
     return _whole(value) if r"\ud" in text.lower() else value
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        twice = next(key for key in value if sum(key == name for name, _ in pairs) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
-    return value
 
 
 def _no_constant(name: str) -> Any:
