@@ -61,7 +61,8 @@ _PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e
 _SILENT = re.compile(
     r"_.*|architectures|auto_map|transformers_version|(torch_)?dtype|use_cache|.*dropout.*|.*pdrop|.*_token_ids?|"
     r"initializer_range|id2label|label2id|problem_type|tokenizer_class|return_dict|output_.*|chunk_size_feed_forward|"
-    r"router_aux_loss_coef|gradient_checkpointing|rope_.*|partial_rotary_factor|original_max_position_embeddings"
+    r"router_aux_loss_coef|gradient_checkpointing|rope_.*|partial_rotary_factor|original_max_position_embeddings",
+    re.DOTALL,  # each "dropout" of a long name would be tried if the rest could hold no line break
 )
 # File systems tell times apart that are as far apart as this.
 _TICK_SECONDS = 0.02

@@ -234,6 +234,9 @@ def words(text: str) -> list[str]:
     """The words of a text, for error rates: letters, marks and numbers of every script, without case, what stands in
     brackets left out (as Whisper does). Scripts that are written without spaces have a word for every character."""
     folded = unicodedata.normalize("NFKC", text.replace("\u200b", " ")).casefold()
+    for opening, closing in (("[<[]", ">]"), ("[(]", ")")):  # searching what closes each would take for ever
+        closed = max(map(folded.rfind, closing)) + 1
+        folded = folded[:closed] + re.sub(opening, " ", folded[closed:])
     kept = re.sub(r"[<\[][^>\]]*[>\]]|\([^)]+?\)", "", folded)
     pieces: list[str] = []
     for character in unicodedata.normalize("NFKC", kept):

@@ -34,7 +34,7 @@ _UNREAD_MEDIA = re.compile("(image|img|audio|wav|video)s?(_?(path|file|file_?nam
 
 # How the base64 text of a png, jpeg, gif, riff (webp, wav), flac, ogg, mp3 or heif file begins.
 _BASE64_STARTS = ("iVBORw0KGg", "/9j/", "R0lGOD", "UklGR", "ZkxhQ", "T2dnUw", "SUQz", "AAAAGGZ0eX", "AAAAHGZ0eX")
-_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}[=\s]*")
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}(?:=[=\s]*)?")
 _LONGEST_PATH = 4096
 
 

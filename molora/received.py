@@ -130,7 +130,7 @@ def read_json(path: Path, folder: Path | None = None) -> dict[str, Any]:
 def parse_json(data: bytes, where: str) -> dict[str, Any]:
     """A JSON object from bytes. Raises ValueError for anything else, NaN, a key given twice, or deep nesting."""
     try:
-        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_once, parse_constant=_finite)
+        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=once, parse_constant=_finite)
     except RecursionError:
         raise ValueError(f"{where}: nested deeper than {MAX_JSON_DEPTH} levels; is it the right file?") from None
     except UnicodeDecodeError as error:
@@ -152,11 +152,15 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs of a JSON object. Raises ValueError for a key that stands twice."""
     value = dict(pairs)
     if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r:.80} is there twice")
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"the key {name!r:.80} stands twice in one object")
+            seen.add(name)
     return value
 
 

@@ -166,7 +166,7 @@ def test_a_pipe_or_a_folder_is_no_file_of_rows(tmp_path: Path) -> None:
                 kind(tmp_path / name)
 
 
-OBJECTS = [{"a": 'x\n, ]}[{ "q" \\', "b": [{"c": {}}, []]}, {"a": "é😀\u2028"}, {}, {"b": None}]
+OBJECTS = [{"a": 'x\n, ]}[{ "q" \\', "b": [{"c": {}}, []]}, {"a": "é😀\u2028"}, {}, {"b": None}, {"a": "]\\" * 2500}]
 
 
 @pytest.mark.parametrize("ascii", [True, False])

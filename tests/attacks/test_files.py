@@ -264,7 +264,12 @@ HEADERS: dict[str, tuple[Any, bytes, str]] = {
     "a million tensors": (None, b"", "a header of .* bytes, allowed 16777216"),
     "deep": (b'{"a":' * 10**5 + b"1" + b"}" * 10**5, b"", "nested deeper than 100"),
     "deep in lists": (b'{"a":' + b"[" * 10**6 + b"]" * 10**6 + b"}", b"", "nested deeper than 100"),
-    "one name twice": (b'{"a": {}, "a": {}}', b"", "key 'a' is there twice"),
+    "one name twice": (b'{"a": {}, "a": {}}', b"", "the key 'a' stands twice"),
+    "the last of many names twice": (
+        b"{" + b"".join(b'"%d": {},' % number for number in range(10**6)) + b'"999999": {}}',
+        b"",
+        "the key '999999' stands twice",
+    ),
     "no UTF-8": (b'{"\xff": 1}', b"", "not JSON but binary"),
     "NaN": (b'{"a": NaN}', b"", "NaN is no number"),
 }
@@ -371,6 +376,12 @@ def test_a_tensor_too_many_is_named_before_it_is_read(run: Path) -> None:
     refused(run, "projector.safetensors: the tensors do not fit: unexpected more")
 
 
+def test_a_setting_of_a_long_name_is_looked_at_once(tmp_path: Path) -> None:
+    save_backbone(tmp_path / "backbone")
+    change(tmp_path / "backbone" / "config.json", lambda about: about.update({"dropout" * 200_000 + "\n": 0.5}))
+    load_backbone(str(tmp_path / "backbone"))
+
+
 # JSON --------------------------------------------------------------------------------------------------------------
 
 
@@ -381,7 +392,7 @@ def test_a_tensor_too_many_is_named_before_it_is_read(run: Path) -> None:
         (b'{"a":' * 10**6, "nested deeper than 100 levels|not valid JSON"),
         (b'{"a":' + b"[" * 200 + b"]" * 200 + b"}", "nested deeper than 100 levels"),
         (b'{"a": "' + b" " * 2**24 + b'"}', "has 16777225 bytes, allowed 16777216"),
-        (b'{"format_version": "1.0", "format_version": "1.1"}', "key 'format_version' is there twice"),
+        (b'{"format_version": "1.0", "format_version": "1.1"}', "the key 'format_version' stands twice"),
         (b'{"a": 1' + b"0" * 10**5 + b"}", "not valid JSON"),
         (os.urandom(64), "not JSON but binary|not valid JSON"),
         (b'{"format_version": "' + b"9" * 10**6 + b'"}', "format version"),
@@ -404,7 +415,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "rank as text": ({"r": "8"}, "r: '8' is refused"),
     "rank as a boolean": ({"r": True}, "r: True is refused"),
     "alpha without end": ({"lora_alpha": float("inf")}, "lora_alpha: inf is refused"),
-    "alpha beyond floats": ({"lora_alpha": 10**400}, "lora_alpha: 1000.* is refused"),
+    "alpha beyond a float": ({"lora_alpha": 10**400}, "lora_alpha: 1000+ is refused; write a finite number"),
+    "alpha of one layer beyond a float": ({"alpha_pattern": {"o_proj": 10**400}}, "alpha_pattern: .* is refused"),
     "alpha that is no number": ({"lora_alpha": float("nan")}, "NaN is no number"),
     "alpha by pattern": ({"alpha_pattern": {"o_proj": float("inf")}}, "alpha_pattern: .* is refused"),
     "dropout of all": ({"lora_dropout": 1.0}, "lora_dropout: 1.0 is refused; write a number from 0 to below 1"),

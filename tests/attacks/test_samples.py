@@ -13,6 +13,7 @@ import torch
 
 from molora.answers import answer_file
 from molora.config import ConfigError
+from molora.evaluate import words
 from molora.generate import GenerationConfig
 from molora.modality import Prepared
 from molora.processor import Processor
@@ -74,6 +75,7 @@ BOMBS = {
     "width in a format method": ("{{ '{:1000000000}'.format(1) }}", "1e+09"),
     "width as an argument of a percent format": ("{{ '%*d' % (1000000000, 1) }}", "widths are arguments"),
     "width as an argument of a format": ("{{ '{:{}}'.format(1, 1000000000) }}", "widths are arguments"),
+    "a format of nothing but percent signs": ("{{ ('%' * 1000000) % 1 }}", "characters or more"),
     "a long text in many fields": (LONG + "{{ ('{0}' * 10000).format(s) }}", "characters or more"),
     "digits": ("{{ 1.5|round(1000000000) }}", "1e+09"),
     "bytes of a number": ("{{ (1).to_bytes(1000000000, 'big') }}", "1e+09"),
@@ -126,6 +128,11 @@ def test_a_template_does_not_leave_its_sandbox(escape: str, canary: Path) -> Non
     with pytest.raises(ValueError):
         render(ESCAPES[escape].replace("CANARY", str(canary)), HELLO, True, {})
     assert HELLO == [{"role": "user", "content": "hello"}]
+
+
+@pytest.mark.parametrize("text", ["<", "(", "[(", "()(", "<>("])
+def test_brackets_that_nothing_closes_are_looked_for_once(text: str) -> None:
+    assert words(text * 250_000 + "a") == ["a"]
 
 
 class Hostile(Numbers):
