@@ -11,7 +11,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from molora import attention
 from molora.cache import PackedCache
 from molora.config import ConfigError
-from molora.experts import Choices, routers
+from molora.experts import Choices
 from molora.prompt import ChatTemplate
 from molora.received import TensorFile, read_json, shard_names
 from molora.rotary import wrap_rotary
@@ -208,21 +208,6 @@ class Backbone(nn.Module):
         """Stays in eval mode."""
         return super().train(False)
 
-    def compute_by_sample(self) -> None:
-        """From now on every product has the rows of one sample, so that a sample's bits do not depend on its company.
-
-        Kernels choose their blocks, and so the order of their sums, by the number of rows. Raises BackboneRefused for a
-        mixture of experts, which puts tokens of several samples into one product by itself.
-        """
-        if routers(self.model):
-            raise BackboneRefused(
-                f"{type(self.model).__name__} sends tokens of all samples to its experts together, so its results "
-                "depend on the batch; leave deterministic_batch out"
-            )
-        for layer in self.model.modules():
-            if isinstance(layer, nn.Linear):
-                layer.forward = _by_sample(layer.forward)  # pyright: ignore[reportAttributeAccessIssue]
-
     def regime(self, length: int) -> tuple[int, ...]:
         """Changes exactly when a sample growing to `length` tokens changes its rotary frequencies."""
         return tuple(number for rotary in self.rotary for number in rotary.regimes(length))
@@ -273,7 +258,7 @@ class Backbone(nn.Module):
         for how, ours in (("alone", alone), ("packed", packed)):
             logits = [self.head(hidden_TD[-_PROBE_LOGITS:]) for hidden_TD in ours]
             pairs = [*zip(ours, stock.hidden, strict=True), *zip(logits, stock.logits, strict=True)]
-            differences[how] = worst = max(
+            differences[how] = worst = largest(
                 float((mine - theirs).abs().max() / theirs.abs().max()) for mine, theirs in pairs
             )
             if not worst <= tolerance:
@@ -308,16 +293,9 @@ class Backbone(nn.Module):
         return run
 
 
-def _by_sample(linear: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """A linear layer's forward in one product a sample; the head, which is outside the flow, in one a row."""
-
-    def run(x: Tensor) -> Tensor:
-        flow = current_flow()
-        rows = x.flatten(0, -2)
-        parts = rows.split([1] * len(rows) if flow is None else flow.lengths)
-        return torch.cat([linear(part) for part in parts]).unflatten(0, x.shape[:-1])
-
-    return run
+def largest(values: Iterable[float]) -> float:
+    """The largest of some numbers; NaN if one of them is NaN, which `max` may pass over."""
+    return float(torch.tensor([*values], dtype=torch.float64).max())
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:

@@ -208,6 +208,5 @@ def load(
         load_modality(model, name, folder)
     if run is not None and own is not None:
         load_router(model, run.folder)
-    if deterministic_batch:
-        model.make_deterministic()
+    model.deterministic_batch = deterministic_batch
     return LoadedModel(model.eval(), processor)

@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from molora.backbone import decoder_layers, open_stock, stock_attention, weights_hash
+from molora.backbone import decoder_layers, largest, open_stock, stock_attention, weights_hash
 from molora.checkpoint import check_modality, read_about
 from molora.experts import Choices, routers
 from molora.generate import GenerationConfig, generate
@@ -223,7 +223,7 @@ def _frozen(
         return
     for precision in precisions:  # caps and sinks are computed in another order
         with precision.of(model.backbone.model), precision.of(stock):
-            worst = max(difference(ours, theirs) for ours, theirs in _beside_stock(model, stock, texts))
+            worst = largest(difference(ours, theirs) for ours, theirs in _beside_stock(model, stock, texts))
         yield precision.check("1 frozen", f"{len(texts)} texts differ from transformers (eager)", worst)
 
 
@@ -321,7 +321,7 @@ def _packed_as_alone(model: MoLoRA, samples: Sequence[Sample], pack: Pack, preci
         which = [list(alone).index(id) for id in pack.ids]
         with choices.again(which, pack.lengths):
             packed = dict(zip(pack.ids, model.logits(pack).split(pack.lengths), strict=True))
-    worst = max(difference(packed[id], alone[id]) for id in pack.ids)
+    worst = largest(difference(packed[id], alone[id]) for id in pack.ids)
     return precision.check("3 any mix, one batch", f"{len(samples)} samples packed differ from alone", worst)
 
 
@@ -338,7 +338,7 @@ def _cached_as_not(model: MoLoRA, samples: Sequence[Sample], precision: _Precisi
                 behind.append(float((logits_V.max() - logits_V[token]) / logits_V.abs().max().clamp(min=1.0)))
     same = sum(lag == 0 for lag in behind)
     found = f"{same} of {len(behind)} cached tokens are a full forward's, the worst is behind"
-    return precision.check("5 one path", found, max(behind))
+    return precision.check("5 one path", found, largest(behind))
 
 
 def _whole(model: MoLoRA, folders: Mapping[str, Path]) -> Check:
