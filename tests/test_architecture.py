@@ -72,6 +72,7 @@ IMPORTED_AS = {
 CONSTANT_MAKERS = (
     *("dict", "float", "frozenset", "int", "len", "max", "min", "range", "set", "sorted", "sum", "tuple"),
     *("Console", "ContextVar", "NewType", "ParamSpec", "Path", "Sources", "TypeVar", "logging.getLogger", "re.compile"),
+    "threading.Lock",
     *("typer.Argument", "typer.Option", "typer.Typer"),
 )
 
