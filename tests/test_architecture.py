@@ -36,7 +36,7 @@ RANK = {f"molora.{name}": rank for rank, names in enumerate(TIERS.values()) for 
 # Plugins arrive by name: only `plugins` reads the tables of the built-in ones, and what they may import is little.
 PLUGINS = ("molora.encoders", "molora.routers")
 PLUGIN_MAY_IMPORT = {
-    "molora.encoders": {"molora.config", "molora.media", "molora.modality"},
+    "molora.encoders": {"molora.config", "molora.media", "molora.modality", "molora.received"},
     "molora.routers": {"molora.config", "molora.routing"},
 }
 
