@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from molora import received
 from molora.modality import Origin
+from molora.received import shard_names
 
 
 def fetch(repository: str, revision: str | None, wanted: Sequence[str]) -> tuple[Path, Origin]:
@@ -40,11 +41,9 @@ def shapes_only() -> bool:
 def weight_files(folder: Path, name: str = "model.safetensors") -> list[Path]:
     """The safetensors files of a folder: those in the index of `name`, or `name` itself.
 
-    Raises: ValueError if one is missing.
+    Raises: ValueError if one is missing, and for an index that names no files of its folder.
     """
-    index = folder / f"{name}.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [name]
-    files = [folder / name for name in names]
+    files = [folder / file for file in sorted(shard_names(folder, name))]
     for file in files:
         if not file.is_file():
             raise ValueError(f"{folder}: no {file.name} in this folder; weights are read from safetensors files")
@@ -52,10 +51,10 @@ def weight_files(folder: Path, name: str = "model.safetensors") -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises ValueError if the file is missing or no JSON."""
+    """Raises ValueError if the file is missing or no JSON object within bounds."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        return received.read_json(path)
+    except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error}); is the folder the right library's?") from error
 
 

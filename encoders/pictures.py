@@ -27,8 +27,8 @@ from molora.modality import MediaError
 FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 MAX_FILE_BYTES = 100 * 2**20
-# PIL opens no larger picture, whoever asks.
-MOST_PIXELS = 178_956_970
+# PIL opens no larger picture.
+MAX_PIXELS = 178_956_970
 
 PICTURES = Sources(
     part_type="image",
@@ -41,10 +41,10 @@ _BYTES_PER_PIXEL = 14
 # Chunks, segments and blocks of a file, and reads of it by PIL. Honest files have thousands at most.
 _MAX_PIECES = 2**17
 _MAX_READS = 2**20
-_MAX_DIRECTORIES = 64
 # Passes of a JPEG over its pixels, in pixels; a pass costs time and hardly any bytes. Programs write a dozen.
 _MAX_SCANNED = 2**31
 _ROWS_AT_ONCE = 256
+_ONE_AT_A_TIME = threading.Lock()
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 # Text and profiles, which may be long when unpacked; orientation is read from eXIf here.
@@ -52,8 +52,6 @@ _PNG_DROPPED = (b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf")
 _XMP_OF_JPEG = b"http://ns.adobe.com/xap/1.0/\0"
 _XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:=[\"']|>)([1-8])")
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1", b"mif2")
-
-_SWITCH = threading.Lock()
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -108,10 +106,10 @@ def _without_addresses(text: str) -> str:
 
 @contextmanager
 def _strictly() -> Iterator[None]:
-    """PIL has one switch for the whole process, and with it on it fills what is missing of a picture with grey: threads
-    decode one after the other. What it warns of, a picture that is refused says in its error, and one file could make
-    it warn ten thousand times."""
-    with _SWITCH:
+    """PIL has one switch for the whole process, and with it on it fills what is missing of a picture with grey. What it
+    warns of, a picture that is refused says in its error, and one file could make it warn ten thousand times. Both are
+    set back as they were, so pictures of several threads are decoded one after the other."""
+    with _ONE_AT_A_TIME:
         before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
         try:
             with warnings.catch_warnings():
@@ -136,7 +134,7 @@ def _from_file(data: bytes, max_pixels: int) -> Image.Image:
         slim = _slim_gif(data)
     elif data.startswith(b"\0\0\1\0"):
         _check_icon(data, max_pixels)
-    elif data[4:8] == b"ftyp":  # PIL opens AVIF by any of the brands that it lists
+    elif data[4:8] == b"ftyp":  # AVIF, by whichever brand
         _check_tags(data)
     Image.init()
     try:  # this reads the header alone: pixels are decoded once the size has been seen
@@ -171,8 +169,8 @@ class _Metered(io.BytesIO):
         return data
 
 
-def _too_many(what: str, most: int = _MAX_PIECES) -> MediaError:
-    return MediaError(f"has more than {most} {what}; save it again with another program")
+def _too_many(what: str) -> MediaError:
+    return MediaError(f"has more than {_MAX_PIECES} {what}; save it again with another program")
 
 
 def _slim_png(data: bytes) -> tuple[bytes, bytes, bytes]:
@@ -248,17 +246,20 @@ def _slim_gif(data: bytes) -> bytes:
 
 def _check_tags(data: bytes) -> None:
     """Refuses EXIF whose tags name so many bytes that they must name the same ones again and again; PIL copies each."""
-    for number, found in enumerate(re.finditer(rb"II\*\0|MM\0\*", data)):
-        if number == _MAX_DIRECTORIES:
-            raise _too_many("beginnings of EXIF", _MAX_DIRECTORIES)
+    pieces = 0
+    for found in re.finditer(rb"II\*\0|MM\0\*", data):
         order: Any = "little" if found[0] == b"II*\0" else "big"
-        named = sum(count * 8 for _, count, _ in _entries(data, order, found.start()))
+        counts = [count for _, count, _ in _entries(data, order, found.start())]
+        named = sum(counts) * 8
         if named > 16 * len(data):
-            raise MediaError(f"has tags of {named} bytes in a file of {len(data)}; save it again")
+            raise MediaError(f"has {len(counts)} tags of {named} bytes in a file of {len(data)}; save it again")
+        pieces += 1 + len(counts)
+        if pieces > _MAX_PIECES:
+            raise _too_many("tags")
 
 
 def _entries(tags: bytes, order: Any, begin: int = 0) -> Iterator[tuple[int, int, bytes]]:
-    """The entries of the first directory of EXIF that begins at an offset: tag, number of values, and the values if
+    """The entries of the first directory of EXIF, which begins at `begin`: tag, number of values, and the values if
     they are few."""
     start = begin + int.from_bytes(tags[begin + 4 : begin + 8], order)
     for at in range(start + 2, start + 2 + 12 * int.from_bytes(tags[start : start + 2], order), 12):

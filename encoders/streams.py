@@ -53,7 +53,7 @@ def pieces(data: bytes, max_seconds: float) -> list[bytes]:
         if data[:4] == b"caff" and (promised := _length(found[-1], 0) or 0) > len(found[-1]):
             raise MediaError(f"is cut off: {promised} bytes promised, {len(found[-1])} there; {_AGAIN}")
     if len(found) > _MAX_PIECES:
-        raise MediaError(f"is over {_MAX_PIECES} sounds joined end to end, and {_MAX_PIECES} is the most; convert it")
+        raise MediaError(f"is {len(found)} or more sounds joined end to end, and {_MAX_PIECES} is the most; convert it")
     return found
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from molora.encoders.convit import Convit
-from molora.encoders.pictures import MOST_PIXELS, PICTURES, decode_picture
+from molora.encoders.pictures import MAX_PIXELS, PICTURES, decode_picture
 from molora.encoders.siglip import Built, Tower, TowerConfig, build_library_tower
 from molora.modality import Encoder, Frames, MediaError, Origin, Prepared
 
@@ -37,7 +37,7 @@ CROPS_PER_CALL = 64
 class VisionConfig:
     """`crop_pixels`: side of a crop, and of the global view. `max_crops`: most crops of a picture; 0: the global view
     alone, that is, one crop and no separator before it. `pool`: patches averaged into one frame, along a side.
-    `max_pixels`: a larger picture is refused before it is decoded.
+    `max_pixels`: a larger picture is refused before it is decoded; at most 178,956,970, beyond which PIL opens none.
 
     Source of 448, 36 and 2: the released Phi-4-multimodal processor.
     """
@@ -58,9 +58,9 @@ class VisionConfig:
             )
         if self.tower.kind == "convit" and self.crop_pixels % self.tower.stride:
             raise ValueError(f"crop_pixels is a multiple of 8 for a convit tower, got {self.crop_pixels}")
-        if self.max_crops < 0 or not 1 <= self.max_pixels <= MOST_PIXELS:
+        if self.max_crops < 0 or not 1 <= self.max_pixels <= MAX_PIXELS:
             raise ValueError(
-                f"max_crops is at least 0 and max_pixels from 1 to {MOST_PIXELS}, got {self.max_crops} and "
+                f"max_crops is at least 0 and max_pixels from 1 to {MAX_PIXELS}, got {self.max_crops} and "
                 f"{self.max_pixels}"
             )
 

@@ -15,7 +15,7 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from molora.config import ConfigError, require
-from molora.data import Source, SourceConfig
+from molora.data import Source, SourceConfig, read_tags
 from molora.generate import Failed, GenerationConfig, Step, attempt, generate
 from molora.model import MoLoRA
 from molora.pack import Sample
@@ -165,8 +165,11 @@ def question(source: Source, index: int, without_media: bool) -> dict[str, Any]:
         ]
     expected = last["content"]
     if not isinstance(expected, str):
-        expected = "".join(part["text"] for part in expected if part["type"] == "text")
-    return {"id": f"{index}:{row['id']}", "prompt": prompt, "expected": expected, "tags": row.get("tags", [])}
+        if other := next((part["type"] for part in expected if part["type"] != "text"), None):
+            raise ValueError(f"evaluation row {index + 1}: the expected answer holds {other}; it can be text alone")
+        expected = "".join(part["text"] for part in expected)
+    tags = read_tags(row.get("tags"), f"evaluation row {index + 1}")
+    return {"id": f"{index}:{row['id']}", "prompt": prompt, "expected": expected, "tags": tags}
 
 
 def scores(judged: list[Judged], config: EvaluationConfig) -> dict[str, float]:

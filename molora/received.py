@@ -329,11 +329,12 @@ def _stamp(file: BinaryIO) -> tuple[int, int, int]:
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def shard_names(folder: Path) -> set[str]:
-    """The files of a model's tensors that transformers opens. Raises ValueError for an index that names no files."""
-    path = folder / SHARD_INDEX
+def shard_names(folder: Path, name: str = "model.safetensors") -> set[str]:
+    """The files of a model's tensors that its library opens: those in the index of `name`, or `name` itself. Raises
+    ValueError for an index that names no files."""
+    path = folder / f"{name}.index.json"
     if not path.is_file():
-        return {"model.safetensors"}
+        return {name}
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f'{path}: "weight_map" is no list of files by tensor; copy it again')

@@ -36,7 +36,7 @@ RANK = {f"molora.{name}": rank for rank, names in enumerate(TIERS.values()) for 
 # Plugins arrive by name: only `plugins` reads the tables of the built-in ones, and what they may import is little.
 PLUGINS = ("molora.encoders", "molora.routers")
 PLUGIN_MAY_IMPORT = {
-    "molora.encoders": {"molora.config", "molora.media", "molora.modality"},
+    "molora.encoders": {"molora.config", "molora.media", "molora.modality", "molora.received"},
     "molora.routers": {"molora.config", "molora.routing"},
 }
 
@@ -72,7 +72,8 @@ IMPORTED_AS = {
 CONSTANT_MAKERS = (
     *("dict", "float", "frozenset", "int", "len", "max", "min", "range", "set", "sorted", "sum", "tuple"),
     *("Console", "ContextVar", "NewType", "ParamSpec", "Path", "Sources", "TypeVar", "logging.getLogger", "re.compile"),
-    *("threading.Lock", "typer.Argument", "typer.Option", "typer.Typer"),
+    "threading.Lock",
+    *("typer.Argument", "typer.Option", "typer.Typer"),
 )
 
 

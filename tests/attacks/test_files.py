@@ -30,6 +30,7 @@ from molora.checkpoint import (
     save_modality,
     write_run,
 )
+from molora.encoders.hub import weight_files
 from molora.received import TensorFile, read_json
 from molora.storage import cache_folder, hold, write_text
 from molora.testing import save_backbone
@@ -374,6 +375,28 @@ def test_a_tensor_too_many_is_named_before_it_is_read(run: Path) -> None:
     save_file({**load_file(folder / "projector.safetensors"), "more": torch.ones(1)}, folder / "projector.safetensors")
     listed(folder, "projector.safetensors")
     refused(run, "projector.safetensors: the tensors do not fit: unexpected more")
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        (b'{"weight_map": {"a": "../../x"}}', "weight_map: '../../x' is no name"),
+        (b'{"weight_map": {"a": "/etc/passwd"}}', "weight_map: '/etc/passwd' is no name"),
+        (b'{"weight_map": {"a": ["x"]}}', "weight_map: .* is no name"),
+        (b'{"weight_map": ["a"]}', '"weight_map" is no list of files by tensor'),
+        (b"{}", '"weight_map" is no list of files by tensor'),
+        (b"[]", "expected a JSON object, found list"),
+        (b'{"weight_map": {"a": "x", "a": "x"}}', "the key 'a' stands twice"),
+        (b'{"weight_map": ' + b"[" * 200 + b"]" * 200 + b"}", "nested deeper than 100 levels"),
+        (b'{"a": "' + b" " * 2**24 + b'"}', "allowed 16777216"),
+        (b"\xff", "not JSON but binary"),
+    ],
+    ids=["above", "elsewhere", "list", "lists", "empty", "no object", "twice", "deep", "huge", "binary"],
+)
+def test_an_index_of_an_encoders_weights_names_files_of_its_folder(tmp_path: Path, index: bytes, said: str) -> None:
+    (tmp_path / "encoder.safetensors.index.json").write_bytes(index)
+    with pytest.raises(ValueError, match=f"encoder.safetensors.index.json: .*({said})"):
+        weight_files(tmp_path, "encoder.safetensors")
 
 
 def test_a_setting_of_a_long_name_is_looked_at_once(tmp_path: Path) -> None:

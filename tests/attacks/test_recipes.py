@@ -96,7 +96,11 @@ TEXTS = [
     ("backslashes without end", "a: '" + "\\" * 1_000_000 + "x${c}'", "there is no key 'c'"),
     ("brackets in an interpolation", "a: ${x" + "[" * 1_000_000 + "}", "there is no key 'x'"),
     ("an interpolation of many steps", "a: ${x" + ".x" * 500_000 + "}", "there is no key 'x.x.x"),
-    ("a key of many steps", "rest:\n  ? x" + ".x" * 500_000 + "\n  : '???'", "missing: ???"),
+    (
+        "a key of many steps among many keys",
+        "rest: ${b}\nb:\n  ? x" + ".x" * 400_000 + "\n  : {1: x}\n" + "".join(f"  k{i}: 1\n" for i in range(2000)),
+        "expected keys that are text, got 1",
+    ),
     ("keys that are no text", "rest: {1: {2: x}}", "expected keys that are text, got 1"),
     ("keys that are lists", "rest: {? [1, 2] : x}", "YAML"),
     ("control characters", b"a: \x00\x1b[2J", "YAML"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from molora.modality import Prepared
 from molora.processor import Processor
 from molora.template import render
 from molora.testing import Numbers, NumbersConfig, byte_tokenizer
+from tests.watch import Hung
 
 HELLO = [{"role": "user", "content": "hello"}]
 DOUBLED = (
@@ -121,6 +123,15 @@ def test_a_template_takes_neither_the_machine_nor_the_day(bomb: str) -> None:
     with pytest.raises(ValueError) as refused:
         render(template, HELLO, True, {})
     assert says in str(refused.value) and len(str(refused.value)) < 500
+
+
+@pytest.mark.parametrize("number", [signal.SIGPROF, signal.SIGALRM])
+def test_a_template_that_hangs_is_not_refused_but_fails_its_test(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("molora.template._text", lambda _: signal.raise_signal(number))
+    with pytest.raises(Hung):
+        render("{{ messages }}", HELLO, True, {})
 
 
 @pytest.mark.parametrize("escape", ESCAPES)
