@@ -29,6 +29,9 @@ from molora.modality import Encoder, Frames, MediaError, Origin, Prepared
 # Source: processing_phi4mm.py refuses a picture whose resized side is shorter.
 MIN_SIDE_PIXELS = 10
 
+# Beyond any tower. More pixels than MAX_PIXELS are refused whatever `max_pixels` says, which a received folder may set.
+MAX_CROP_PIXELS, MAX_CROPS, MAX_PIXELS = 8192, 1024, 2**28
+
 # Bounds the memory of one tower call; results do not depend on it.
 CROPS_PER_CALL = 64
 
@@ -37,7 +40,7 @@ CROPS_PER_CALL = 64
 class VisionConfig:
     """`crop_pixels`: side of a crop, and of the global view. `max_crops`: most crops of a picture; 0: the global view
     alone, that is, one crop and no separator before it. `pool`: patches averaged into one frame, along a side.
-    `max_pixels`: a larger picture is refused before it is decoded.
+    `max_pixels`: a larger picture is refused before it is decoded, and one of over 2**28 pixels whatever is said here.
 
     Source of 448, 36 and 2: the released Phi-4-multimodal processor.
     """
@@ -51,6 +54,11 @@ class VisionConfig:
     )
 
     def __post_init__(self) -> None:
+        if self.crop_pixels > MAX_CROP_PIXELS or self.max_crops > MAX_CROPS:
+            raise ValueError(
+                f"crop_pixels is at most {MAX_CROP_PIXELS} and max_crops {MAX_CROPS}, got {self.crop_pixels} and "
+                f"{self.max_crops}"
+            )
         if self.pool < 1 or self.grid < self.pool:
             raise ValueError(
                 f"a crop of {self.crop_pixels} pixels holds {self.grid} patches of {self.tower.stride} a side, "
@@ -152,7 +160,7 @@ class Vision:
         """
         key, value = PICTURES.choose(PICTURES.flat(part))
         with PICTURES.named(key, value):
-            image = decode_picture(key, value, self.config.max_pixels)
+            image = decode_picture(key, value, min(self.config.max_pixels, MAX_PIXELS))
             lay_out(*image.size, self.config)
         return image
 
