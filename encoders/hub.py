@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import torch
 from molora import received
 from molora.modality import Origin
 from molora.received import shard_names
+
+# Beyond any encoder. The largest that is known is 15,360 wide, with 64 layers.
+MAX_SIZE, MAX_LAYERS, MAX_LIST = 2**16, 1000, 16
 
 
 def fetch(repository: str, revision: str | None, wanted: Sequence[str]) -> tuple[Path, Origin]:
@@ -54,8 +58,24 @@ def read_json(path: Path) -> dict[str, Any]:
     """Raises ValueError if the file is missing or no JSON object within bounds."""
     try:
         return received.read_json(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); is the folder the right library's?") from error
+
+
+def check_sizes(what: str, given: Mapping[str, Any]) -> None:
+    """Raises ValueError for sizes, numbers of layers or lists beyond those of any encoder, and for what is no plain
+    value: all of it would be built before anything is compared with it."""
+    for key, value in given.items():
+        most = MAX_LAYERS if re.search("layers|depth|blocks", key) else MAX_SIZE
+        items = list(value) if isinstance(value, (list, tuple)) else [value]
+        for item in items:
+            if not isinstance(item, int | float | str | None):
+                raise ValueError(f"{what}: {key} is {value!r:.80}, expected a number, a text or a list of numbers")
+            if len(items) > MAX_LIST or (isinstance(item, int | float) and not -most <= item <= most):
+                raise ValueError(
+                    f"{what}: {key} is {value!r:.80}, allowed {most} at most, and {MAX_LIST} of them; is it a typing "
+                    "mistake?"
+                )
 
 
 def check_keys(what: str, owner: str, given: Iterable[str], known: Collection[str]) -> None:

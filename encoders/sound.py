@@ -253,11 +253,11 @@ class _Within(io.BytesIO):
 
     def __init__(self, data: bytes) -> None:
         super().__init__(data)
-        self.size = len(data)
+        self._size = len(data)  # asking the buffer for it would copy the data
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self.size}[whence]
-        return super().seek(min(max(base + offset, 0), self.size))
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self._size}[whence]
+        return super().seek(min(max(base + offset, 0), self._size))
 
 
 class _Mixer:

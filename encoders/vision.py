@@ -29,6 +29,9 @@ from molora.modality import Encoder, Frames, MediaError, Origin, Prepared
 # Source: processing_phi4mm.py refuses a picture whose resized side is shorter.
 MIN_SIDE_PIXELS = 10
 
+# Beyond any tower.
+MAX_CROP_PIXELS, MAX_CROPS = 8192, 1024
+
 # Bounds the memory of one tower call; results do not depend on it.
 CROPS_PER_CALL = 64
 
@@ -51,6 +54,11 @@ class VisionConfig:
     )
 
     def __post_init__(self) -> None:
+        if self.crop_pixels > MAX_CROP_PIXELS or self.max_crops > MAX_CROPS:
+            raise ValueError(
+                f"crop_pixels is at most {MAX_CROP_PIXELS} and max_crops {MAX_CROPS}, got {self.crop_pixels} and "
+                f"{self.max_crops}"
+            )
         if self.pool < 1 or self.grid < self.pool:
             raise ValueError(
                 f"a crop of {self.crop_pixels} pixels holds {self.grid} patches of {self.tower.stride} a side, "

@@ -5,6 +5,7 @@ Letters: T tokens in a pack, K positions, D backbone width, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -29,7 +30,7 @@ from molora.cache import PackedCache
 from molora.config import ConfigError
 from molora.experts import Choices
 from molora.prompt import ChatTemplate
-from molora.received import TensorFile, read_json, shard_names
+from molora.received import TensorFile, read_json, shard_names, stamps
 from molora.rotary import wrap_rotary
 from molora.routing import Flow, current_flow, flowing
 from molora.storage import cache_folder, read_cached_json, write_cached
@@ -326,7 +327,7 @@ def load_backbone(
     """
     folder = fetch(source, revision)
     stamps = _stamps(folder)
-    tokenizer = _load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     identity, remembered = _identify(folder, source, tokenizer)
     transformers.logging.disable_progress_bar()  # the hub's bar for downloads has been shown; loading is quick
     model = open_stock(folder, "auto" if dtype is None else read_dtype(dtype)).to(device)  # pyright: ignore[reportArgumentType]
@@ -352,13 +353,17 @@ def read_dtype(given: str, key: str = "dtype") -> torch.dtype:
     return found
 
 
-def fetch(source: str, revision: str | None = None) -> Path:
-    """The folder of a model: `source` itself, or what the hub has under that id. Raises FileNotFoundError."""
+def fetch(source: str, revision: str | None = None, *, weights: bool = True) -> Path:
+    """The folder of a model: `source` itself, or what the hub has under that id, with its `weights` or without.
+
+    Raises FileNotFoundError, ValueError for a folder that is not as it should be, and the hub's own errors.
+    """
     folder = Path(source)
     if not folder.is_dir():
         if source.startswith((".", "/", "~")) or source.count("/") > 1:
             raise FileNotFoundError(f"backbone {source!r}: no such folder")
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=_FILES))
+        wanted = [pattern for pattern in _FILES if weights or pattern != "*.safetensors"]
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"backbone {folder}: no config.json; expected a folder that transformers can open")
     _check_folder(folder)
@@ -389,22 +394,34 @@ def _check_folder(folder: Path) -> None:
 
 def identify(folder: Path, source: str) -> Identity:
     """What the backbone in a folder is, without loading its weights. Raises ValueError for what cannot be read."""
-    return _identify(folder, source, _load_tokenizer(folder))[0]
+    return _identify(folder, source, load_tokenizer(folder))[0]
 
 
 def open_stock(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
     """The causal LM of a folder as transformers has it, with eager attention. Raises OSError, ValueError."""
-    config = _opened(AutoConfig, folder)
+    config = read_config(folder)
     # Some released configs name flash attention. Where that is not installed, its kernel would be fetched. What
     # config.json says wins over an argument, but not over the config's own attribute.
     config._attn_implementation = "eager"
     return _opened(AutoModelForCausalLM, folder, config=config, dtype=dtype, use_safetensors=True)
 
 
+def read_config(folder: Path) -> Any:
+    """The config of a folder as transformers has it. Raises OSError, ValueError."""
+    return _opened(AutoConfig, folder)
+
+
 def _opened(auto: Any, folder: Path, **options: Any) -> Any:
     """What a class of transformers makes of a folder, without running code of it. Raises OSError, ValueError."""
-    try:
+    with damage_named(folder):
         return auto.from_pretrained(folder, trust_remote_code=False, **options)
+
+
+@contextlib.contextmanager
+def damage_named(folder: Path) -> Iterator[None]:
+    """Makes a ValueError that names the folder of whatever transformers raises over its files."""
+    try:
+        yield
     except (OSError, ValueError, MemoryError):
         raise
     except Exception as error:  # files that are damaged or edited end in errors of every kind there
@@ -412,7 +429,8 @@ def _opened(auto: Any, folder: Path, **options: Any) -> Any:
         raise ValueError(f"backbone {folder}: transformers cannot open it ({told:.300}); is it whole?") from error
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder. Raises OSError, ValueError for what is damaged or has no chat template."""
     tokenizer = _opened(AutoTokenizer, folder)
     if tokenizer.chat_template is None:
         raise ValueError(f"backbone {folder}: its tokenizer has no chat template; add one (chat_template.jinja)")
@@ -443,11 +461,9 @@ def _digest(value: Any) -> str:
 
 
 def _stamps(folder: Path) -> list[tuple[str, int, int, int, int]]:
-    """What changes when a file that decides about logits is written or replaced, even one of the same size whose time
-    was set back."""
-    files = [folder / "config.json", *sorted(folder.resolve().glob("*.safetensors"))]
-    found = [(path.name, path.stat()) for path in files]
-    return [(name, at.st_size, at.st_ino, at.st_mtime_ns, at.st_ctime_ns) for name, at in found]
+    """Of the files that decide about logits."""
+    folder = folder.resolve()
+    return stamps([folder / "config.json", *sorted(folder.glob("*.safetensors"))])
 
 
 def _memory(folder: Path) -> Path:
@@ -488,7 +504,7 @@ def _settings(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str,
 def _identify(folder: Path, source: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Identity, dict[str, Any]]:
     remembered = _remembered(folder)
     config = read_json(folder / "config.json")
-    whole = _opened(AutoConfig, folder).to_dict()
+    whole = read_config(folder).to_dict()
     rope_keys = (
         "rope_theta",
         "rope_scaling",

@@ -124,6 +124,9 @@ def generate(
 
     With `keep_going` a sample that fails (could not be made, collated or encoded, or has logits that are no numbers)
     ends with a step that has its error, and the others go on as if it had never been there. Else its error is raised.
+
+    Raises SampleFailed for a sample that cannot be collated or encoded, NotFinite for one whose logits are NaN or
+    infinite, and the error of one that could not be made.
     """
     config = config or GenerationConfig()
     model.eval()

@@ -12,6 +12,7 @@ from molora.assembly import RouterConfig, assemble, pick_device
 from molora.backbone import load_backbone
 from molora.checkpoint import (
     RunAbout,
+    check_encoder,
     check_modality,
     file_hash,
     load_modality,
@@ -63,6 +64,9 @@ class LoadedModel:
 
         A conversation that cannot be answered raises its error, which names it by its place. With `errors="return"` the
         error stands in its place in the list, and the others are answered.
+
+        Raises what `Processor.encode` raises (such as MediaError), SampleFailed for a sample that an encoder fails on,
+        NotFinite for one whose logits are NaN or infinite.
         """
         single = bool(conversations) and isinstance(conversations[0], Mapping)
         several: Any = [conversations] if single else conversations
@@ -185,7 +189,9 @@ def load(
     inside a network too (see `MediaPolicy`). `deterministic_batch`: whether answers are the same bits whatever batch
     they are in, which takes up to twice the time.
 
-    Raises ConfigError or ValueError naming the file that does not fit, BackboneRefused for a backbone that cannot run.
+    Raises ConfigError or ValueError naming the file that does not fit; Untrusted for code that `trust` does not name;
+    BackboneRefused for a backbone that cannot run, or not with `deterministic_batch`; ConfigError for
+    `deterministic_batch` with a router that learns.
     """
     layout = locate(source, modalities)
     run = layout.run
@@ -197,9 +203,10 @@ def load(
     if run is not None:
         for warning in backbone.identity.check(run.backbone, str(run.folder / "molora.json")):
             warn(warning)
-    for folder in layout.folders.values():
+    for name, folder in layout.folders.items():
         for warning in check_modality(folder, backbone.identity):
             warn(warning)
+        check_encoder(plans[name], folder)
     media_policy = MediaPolicy(allow_urls=allow_urls, allow_private_addresses=allow_private_addresses)
     model, processor = assemble(
         backbone, tokenizer, plans, own or router or RouterConfig(), where=where, media_policy=media_policy

@@ -89,7 +89,8 @@ def _chunks(file: BinaryIO, size: int) -> Iterator[bytes]:
 
 
 def file_hash(path: Path, folder: Path | None = None) -> str:
-    """SHA-256 of a regular file's bytes."""
+    """SHA-256 of a regular file's bytes. Raises OSError, ValueError for what is no file, and for a link out of
+    `folder`."""
     digest = hashlib.sha256()
     with open_file(path, folder) as file:
         while chunk := file.read(_CHUNK_BYTES):
@@ -100,7 +101,11 @@ def file_hash(path: Path, folder: Path | None = None) -> str:
 def copy_file(
     source: Path, target: Path, *, folder: Path, sha256: str | None = None, where: Path | None = None
 ) -> None:
-    """Copies the bytes of a file of `folder`. Raises ValueError if they do not have the hash that `where` lists."""
+    """Copies the bytes of a file of `folder`.
+
+    Raises OSError, ValueError for what is no file, for a link out of `folder`, and for bytes that do not have the hash
+    that `where` lists.
+    """
     digest = hashlib.sha256()
     with open_file(source, folder) as file, open(target, "wb") as copy:
         while chunk := file.read(_CHUNK_BYTES):
@@ -322,6 +327,12 @@ class TensorFile:
                 f"{name!r:.80} of {dtype} {shape!r:.80} needs {bits / 8:g} bytes, its offsets give {stop - start}"
             )
         return Entry(dtype, tuple(shape), start, stop)
+
+
+def stamps(paths: Iterable[Path]) -> list[tuple[str, int, int, int, int]]:
+    """What changes when a file is written or replaced, even by one of the same size whose time was set back."""
+    found = [(str(path), path.stat()) for path in paths]
+    return [(name, at.st_size, at.st_ino, at.st_mtime_ns, at.st_ctime_ns) for name, at in found]
 
 
 def _stamp(file: BinaryIO) -> tuple[int, int, int]:

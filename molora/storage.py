@@ -73,24 +73,36 @@ def write_folder(path: Path) -> Iterator[Path]:
     lies beside `path` under a name that ends in .tmp.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft, old = (path.parent / f".molora-{secrets.token_hex(8)}.tmp" for _ in range(2))
+    draft = path.parent / f".molora-{secrets.token_hex(8)}.tmp"
     draft.mkdir()
     try:
         yield draft
         settle(draft)
-        if path.exists():
-            os.replace(path, old)
-        try:
+        with _set_aside(path):
             os.replace(draft, path)
-        except BaseException:
-            if old.exists():
-                os.replace(old, path)
-            raise
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
     sync(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _set_aside(path: Path) -> Iterator[None]:
+    """Gives what is at `path` another name, and removes it in the end; after an error it has its own name again."""
+    if not os.path.lexists(path):
+        yield
+        return
+    former = path.parent / f".molora-{secrets.token_hex(8)}.tmp"
+    os.replace(path, former)
+    try:
+        yield
+    except BaseException:
+        os.replace(former, path)
+        raise
+    if former.is_dir() and not former.is_symlink():
+        shutil.rmtree(former, ignore_errors=True)
+    else:
+        former.unlink()
 
 
 def settle(folder: Path) -> None:

@@ -352,7 +352,7 @@ def _whole(model: MoLoRA, folders: Mapping[str, Path]) -> Check:
             "adapter_model.safetensors": adapter_tensors(model.backbone.model, name),
         }
         for file in here.keys() & read_about(path)["files"].keys():
-            tensors = read_tensors(path / file)
+            tensors = read_tensors(path / file, path)
             mine = here[file]
             if mine.keys() != tensors.keys() or not all(
                 torch.equal(mine[key].cpu(), tensor.to(mine[key].dtype)) for key, tensor in tensors.items()
