@@ -187,7 +187,7 @@ def load(
 
     `allow_urls`: whether media may be fetched over HTTP, whatever the messages say; `allow_private_addresses`: from
     inside a network too (see `MediaPolicy`). `deterministic_batch`: whether answers are the same bits whatever batch
-    they are in, which takes up to twice the time.
+    they are in, which takes as long as each alone.
 
     Raises ConfigError or ValueError naming the file that does not fit; Untrusted for code that `trust` does not name;
     BackboneRefused for a backbone that cannot run, or not with `deterministic_batch`; ConfigError for
