@@ -190,8 +190,7 @@ def load(
     they are in, which takes as long as each alone.
 
     Raises ConfigError or ValueError naming the file that does not fit; Untrusted for code that `trust` does not name;
-    BackboneRefused for a backbone that cannot run, or not with `deterministic_batch`; ConfigError for
-    `deterministic_batch` with a router that learns.
+    BackboneRefused for a backbone that cannot run.
     """
     layout = locate(source, modalities)
     run = layout.run
