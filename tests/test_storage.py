@@ -220,21 +220,3 @@ def test_a_state_follows_the_umask_and_replaces_older_ones_alone(tmp_path: Path,
         save_state(tmp_path, f"step-{step}", {"weights": {"x": torch.ones(3)}}, {})
     assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["notes", "step-2"]
     assert modes(tmp_path / "state" / "step-2") == {0o666 & ~umask}
-
-
-def test_a_folder_that_cannot_be_put_in_its_place_leaves_the_old_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "there").mkdir()
-    (tmp_path / "there" / "old").write_text("old")
-    replace = os.replace
-
-    def failing(source: Path, target: Path) -> None:
-        if (Path(source) / "new").exists():
-            raise OSError("no room for names")
-        replace(source, target)
-
-    monkeypatch.setattr(storage.os, "replace", failing)
-    with pytest.raises(OSError, match="no room for names"), storage.write_folder(tmp_path / "there") as draft:
-        (draft / "new").write_text("new")
-    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["there", "there/old"]
