@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from molora.encoders.hub import check_sizes
 from molora.encoders.logmel import NUM_MEL_BINS
 from molora.modality import Frames
 
@@ -44,6 +45,7 @@ class ConformerConfig:
     max_distance: int = 500
 
     def __post_init__(self) -> None:
+        check_sizes("conformer", vars(self))
         if min(self.width, self.blocks, self.heads, self.mlp_width, self.kernel_size, self.subsampling_channels) < 1:
             raise ValueError(f"conformer: every size is at least 1, got {self}")
         if self.width % self.heads or self.max_distance < 1:

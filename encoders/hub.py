@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import difflib
-import json
-from collections.abc import Collection, Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from molora import received
 from molora.modality import Origin
+from molora.received import shard_names
+
+# Beyond any encoder. The largest that is known is 15,360 wide, with 64 layers.
+MAX_SIZE, MAX_LAYERS, MAX_LIST = 2**16, 1000, 16
 
 
 def fetch(repository: str, revision: str | None, wanted: Sequence[str]) -> tuple[Path, Origin]:
@@ -40,11 +45,9 @@ def shapes_only() -> bool:
 def weight_files(folder: Path, name: str = "model.safetensors") -> list[Path]:
     """The safetensors files of a folder: those in the index of `name`, or `name` itself.
 
-    Raises: ValueError if one is missing.
+    Raises: ValueError if one is missing, and for an index that names no files of its folder.
     """
-    index = folder / f"{name}.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [name]
-    files = [folder / name for name in names]
+    files = [folder / file for file in sorted(shard_names(folder, name))]
     for file in files:
         if not file.is_file():
             raise ValueError(f"{folder}: no {file.name} in this folder; weights are read from safetensors files")
@@ -52,11 +55,27 @@ def weight_files(folder: Path, name: str = "model.safetensors") -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises ValueError if the file is missing or no JSON."""
+    """Raises ValueError if the file is missing or no JSON object within bounds."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        return received.read_json(path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); is the folder the right library's?") from error
+
+
+def check_sizes(what: str, given: Mapping[str, Any]) -> None:
+    """Raises ValueError for sizes, numbers of layers or lists beyond those of any encoder, and for what is no plain
+    value: all of it would be built before anything is compared with it."""
+    for key, value in given.items():
+        most = MAX_LAYERS if re.search("layers|depth|blocks", key) else MAX_SIZE
+        items = list(value) if isinstance(value, (list, tuple)) else [value]
+        for item in items:
+            if not isinstance(item, int | float | str | None):
+                raise ValueError(f"{what}: {key} is {value!r:.80}, expected a number, a text or a list of numbers")
+            if len(items) > MAX_LIST or (isinstance(item, int | float) and not -most <= item <= most):
+                raise ValueError(
+                    f"{what}: {key} is {value!r:.80}, allowed {most} at most, and {MAX_LIST} of them; is it a typing "
+                    "mistake?"
+                )
 
 
 def check_keys(what: str, owner: str, given: Iterable[str], known: Collection[str]) -> None:

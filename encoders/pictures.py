@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import re
 import struct
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ from molora.modality import MediaError
 FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 MAX_FILE_BYTES = 100 * 2**20
+# PIL opens no larger picture.
+MAX_PIXELS = 178_956_970
 
 PICTURES = Sources(
     part_type="image",
@@ -41,6 +44,7 @@ _MAX_READS = 2**20
 # Passes of a JPEG over its pixels, in pixels; a pass costs time and hardly any bytes. Programs write a dozen.
 _MAX_SCANNED = 2**31
 _ROWS_AT_ONCE = 256
+_ONE_AT_A_TIME = threading.Lock()
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 # Text and profiles, which may be long when unpacked; orientation is read from eXIf here.
@@ -71,6 +75,7 @@ def decode_picture(key: str, value: Any, max_pixels: int) -> Image.Image:
     Raises: MediaError that says what is wrong and what to do.
     """
     try:
+        data = PICTURES.read(key, value) if key not in ("array", "image") else b""
         with _strictly():
             if key == "array":
                 image = _from_array(value)
@@ -81,7 +86,7 @@ def decode_picture(key: str, value: Any, max_pixels: int) -> Image.Image:
                     raise MediaError("give a PIL image, an array, bytes, a path or a URL")
                 _check_pixels(value.size, max_pixels)
                 return _rgb(ImageOps.exif_transpose(value), value.format)
-            return _from_file(PICTURES.read(key, value), max_pixels)
+            return _from_file(data, max_pixels)
     except MediaError:
         raise
     except Exception as error:  # PIL's decoders raise anything on damaged data
@@ -102,14 +107,16 @@ def _without_addresses(text: str) -> str:
 @contextmanager
 def _strictly() -> Iterator[None]:
     """PIL has one switch for the whole process, and with it on it fills what is missing of a picture with grey. What it
-    warns of, a picture that is refused says in its error, and one file could make it warn ten thousand times."""
-    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="PIL")
-            yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
+    warns of, a picture that is refused says in its error, and one file could make it warn ten thousand times. Both are
+    set back as they were, so pictures of several threads are decoded one after the other."""
+    with _ONE_AT_A_TIME:
+        before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", module="PIL")
+                yield
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 # Files -----------------------------------------------------------------------------------------------------------
@@ -127,7 +134,7 @@ def _from_file(data: bytes, max_pixels: int) -> Image.Image:
         slim = _slim_gif(data)
     elif data.startswith(b"\0\0\1\0"):
         _check_icon(data, max_pixels)
-    elif data[4:12] in (b"ftypavif", b"ftypavis"):
+    elif data[4:8] == b"ftyp":  # AVIF, by whichever brand
         _check_tags(data)
     Image.init()
     try:  # this reads the header alone: pixels are decoded once the size has been seen
@@ -239,17 +246,22 @@ def _slim_gif(data: bytes) -> bytes:
 
 def _check_tags(data: bytes) -> None:
     """Refuses EXIF whose tags name so many bytes that they must name the same ones again and again; PIL copies each."""
+    pieces = 0
     for found in re.finditer(rb"II\*\0|MM\0\*", data):
         order: Any = "little" if found[0] == b"II*\0" else "big"
-        entries = list(_entries(data[found.start() :], order))
-        named = sum(count * 8 for _, count, _ in entries)
+        counts = [count for _, count, _ in _entries(data, order, found.start())]
+        named = sum(counts) * 8
         if named > 16 * len(data):
-            raise MediaError(f"has {len(entries)} tags of {named} bytes in a file of {len(data)}; save it again")
+            raise MediaError(f"has {len(counts)} tags of {named} bytes in a file of {len(data)}; save it again")
+        pieces += 1 + len(counts)
+        if pieces > _MAX_PIECES:
+            raise _too_many("tags")
 
 
-def _entries(tags: bytes, order: Any) -> Iterator[tuple[int, int, bytes]]:
-    """The entries of the first directory of EXIF: tag, number of values, and the values if they are few."""
-    start = int.from_bytes(tags[4:8], order)
+def _entries(tags: bytes, order: Any, begin: int = 0) -> Iterator[tuple[int, int, bytes]]:
+    """The entries of the first directory of EXIF, which begins at `begin`: tag, number of values, and the values if
+    they are few."""
+    start = begin + int.from_bytes(tags[begin + 4 : begin + 8], order)
     for at in range(start + 2, start + 2 + 12 * int.from_bytes(tags[start : start + 2], order), 12):
         if at + 12 <= len(tags):
             yield (

@@ -21,13 +21,28 @@ import torch
 from torch import Tensor, nn
 
 from molora.encoders import openclip
-from molora.encoders.hub import check_keys, fetch, read_json, shapes_only, weight_files
-from molora.modality import Origin
+from molora.encoders.hub import check_keys, check_sizes, fetch, read_json, shapes_only, weight_files
+from molora.modality import Origin, WeightSource
 
 Colour = tuple[float, float, float]
 
 # Source: SigLIP's published preprocessing (google/siglip-*); pixels in [0, 1] become [-1, 1].
 HALF: Colour = (0.5, 0.5, 0.5)
+
+# What may be said of a timm model: its sizes and parts. timm.create_model takes more, such as a file to unpickle.
+# Source: VisionTransformer (timm/models/vision_transformer.py), and what its convolutional and windowed models share.
+_TIMM_ARGUMENTS = (
+    *("img_size", "patch_size", "in_chans", "num_classes", "global_pool", "embed_dim", "depth", "num_heads"),
+    *("mlp_ratio", "qkv_bias", "qk_norm", "scale_attn_norm", "scale_mlp_norm", "proj_bias", "init_values"),
+    *("class_token", "pos_embed", "no_embed_class", "reg_tokens", "pre_norm", "final_norm", "fc_norm"),
+    *("pool_include_prefix", "dynamic_img_size", "dynamic_img_pad", "strict_img_size", "norm_layer", "act_layer"),
+    *("embed_norm_layer", "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate"),
+    *("drop_path_rate", "weight_init", "fix_init", "depths", "dims", "window_size", "output_stride", "ls_init_value"),
+    *("norm_eps", "layers", "cardinality", "base_width", "stem_width", "stem_type", "use_fc_norm", "rope_type"),
+    *("use_rot_pos_emb"),
+)
+# What a folder of timm's says of its weights, for timm to read them by. What else it may say is where to get others.
+_TIMM_ABOUT = ("tag", "num_classes", "input_size", "fixed_input_size", "mean", "std", "first_conv", "classifier")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +53,12 @@ class ConvitConfig:
     depth: int = 3
     heads: int = 4
 
+    def __post_init__(self) -> None:
+        check_sizes("convit", vars(self))
+
 
 @dataclass(frozen=True, kw_only=True)
-class TowerConfig:
+class TowerConfig(WeightSource):
     """Which tower, and where its weights come from.
 
     `kind`: `transformers` (SigLIP), `timm` (SigLIP, CLIP or any other model), `open_clip` (CLIP, SigLIP or any other
@@ -51,18 +69,14 @@ class TowerConfig:
 
     `layer` counts from the end: -1 is the output of the last block of the tower (of a convolutional net: stage), -2 of
     the one before; no norm is applied to it. `patch_pixels`: pixels per frame along a side before pooling, 14 unless
-    given, 8 for convit. `arguments` go to what builds an architecture: SiglipVisionConfig, or timm.create_model.
-    Weights that timm's notes say want QuickGELU, as OpenAI's CLIP, get it under timm's plain names too, unless
-    `arguments` name another `act_layer`.
+    given, 8 for convit. `arguments` are sizes and parts of an architecture:
+    those of SiglipVisionConfig, or of timm's models as `_TIMM_ARGUMENTS` lists them. Weights that timm's notes say want
+    QuickGELU, as OpenAI's CLIP, get it under timm's plain names too, unless `arguments` name another `act_layer`.
 
     Source of layer -2: Phi-4-multimodal's `hidden_states[-2]`.
     """
 
     kind: str
-    name: str | None = None
-    path: str | None = None
-    revision: str | None = None
-    pretrained: bool = True
     layer: int = -2
     patch_pixels: int | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -90,9 +104,19 @@ class TowerConfig:
             raise ValueError(f"patch_pixels is at least 1, got {self.patch_pixels}")
 
     @property
+    def fetches(self) -> bool:
+        """Whether building the tower reads files of the hub; an architecture of a library is no hub id."""
+        own = self.kind != "transformers" and not self.pretrained and "/" not in (self.name or "")
+        return super().fetches and not own
+
+    @property
     def stride(self) -> int:
         """Pixels per frame of the grid along a side."""
         return self.patch_pixels or (8 if self.kind == "convit" else 14)
+
+
+# Of SiglipVisionConfig; its image and patches are given by the crop.
+_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
 
 
 class Tower(nn.Module):
@@ -228,6 +252,7 @@ def _transformers(config: TowerConfig, crop_pixels: int) -> Built:
     if folder is None:
         known = [item.name for item in dataclasses.fields(SiglipVisionConfig)]
         check_keys("tower arguments", "SiglipVisionConfig", config.arguments, known)
+        check_sizes("tower arguments", config.arguments)
         sizes: Any = SiglipVisionConfig(**{"image_size": crop_pixels, "patch_size": config.stride, **config.arguments})
     elif config.arguments:
         raise ValueError(f"tower {name}: its folder describes the architecture; leave out arguments")
@@ -235,7 +260,9 @@ def _transformers(config: TowerConfig, crop_pixels: int) -> Built:
         found = read_json(folder / "config.json")
         if found.get("model_type") not in ("siglip", "siglip_vision_model"):
             raise ValueError(f"tower {name}: holds a {found.get('model_type')} model; kind transformers takes siglip")
-        sizes = SiglipVisionConfig.from_dict(found.get("vision_config", found))
+        found = found.get("vision_config", found)
+        check_sizes(f"{folder / 'config.json'}", {key: found[key] for key in _SIZES if key in found})
+        sizes = SiglipVisionConfig.from_dict(found)
 
     depth = sizes.num_hidden_layers
     blocks = _kept(config.layer, depth, name)
@@ -256,7 +283,7 @@ def _transformers(config: TowerConfig, crop_pixels: int) -> Built:
     if folder is not None and (folder / "preprocessor_config.json").is_file():
         about = read_json(folder / "preprocessor_config.json")
         tower.mean, tower.std = _colours({"mean": about.get("image_mean", HALF), "std": about.get("image_std", HALF)})
-    keys = ("hidden_size", "intermediate_size", "num_attention_heads", "hidden_act", "layer_norm_eps")
+    keys = (*_SIZES, "hidden_act", "layer_norm_eps")
     arguments = {key: getattr(sizes, key) for key in keys} | {"num_hidden_layers": depth}
     return Built(tower, origin, _from_scratch(config, name=None, arguments=arguments))
 
@@ -282,8 +309,7 @@ def _timm(config: TowerConfig, crop_pixels: int) -> Built:
     found = read_json(source / "config.json")
     if "architecture" not in found:
         raise ValueError(f"{source / 'config.json'}: names no timm 'architecture'; this is no folder that timm saved")
-    fields = {item.name for item in dataclasses.fields(timm.models.PretrainedCfg)} - {"source"}
-    about = {key: value for key, value in {**found.get("pretrained_cfg", {}), **found}.items() if key in fields}
+    about = {key: value for key, value in {**found.get("pretrained_cfg", {}), **found}.items() if key in _TIMM_ABOUT}
     architecture = found["architecture"]
     tagged = f"{architecture}.{about.get('tag')}"
     arguments = {**_activation(tagged), **found.get("model_args", {}), **config.arguments}
@@ -339,6 +365,10 @@ def _timm_trunk(
     import timm
 
     name = config.path or config.name or architecture
+    if not isinstance(architecture, str) or not timm.is_model(architecture):
+        raise ValueError(f"tower {name}: timm has no architecture {architecture!r:.80}; take another model")
+    check_keys(f"tower {name}: arguments", "timm", arguments, _TIMM_ARGUMENTS)
+    check_sizes(f"tower {name}: arguments", arguments)
     # timm stops checking keys when the number of classes differs from the weights', so we never let it differ.
     classes = {"num_classes": arguments["num_classes"]} if "num_classes" in arguments else {}
     overlay = {**about, **classes, **({} if state is None else {"state_dict": state})}
@@ -346,6 +376,8 @@ def _timm_trunk(
     fixed = about.get("fixed_input_size", registered is not None and registered.fixed_input_size)
     # Built at the size of the crops, so that a position table is resampled once or, if it fits, not at all.
     size = {"img_size": crop_pixels} if fixed else {}
+    if state is not None and origin is not None:
+        _check_filled(architecture, {**size, **arguments}, state, name)
     try:
         model: Any = timm.create_model(
             architecture, pretrained=state is not None, pretrained_cfg_overlay=overlay, **{**size, **arguments}
@@ -363,6 +395,23 @@ def _timm_trunk(
     tower = PatchTower(model.patch_embed.proj, model.pos_embed[0], enter, blocks, model.patch_embed.grid_size[0])
     tower.mean, tower.std = _colours(model.pretrained_cfg)
     return Built(tower, origin, scratch)
+
+
+def _check_filled(architecture: str, arguments: dict[str, Any], state: dict[str, Tensor], name: str) -> None:
+    """Raises ValueError for a model of far more numbers than its fetched weights hold, before memory is taken for it.
+    Position tables and patches that are resampled are larger than those in the file."""
+    import timm
+
+    with torch.device("meta"):
+        try:
+            model: Any = timm.create_model(architecture, **arguments)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"tower {name}: timm cannot build {architecture!r}: {error}") from error
+    count, held = (sum(tensor.numel() for tensor in side.values()) for side in (model.state_dict(), state))
+    if count > 4 * held + 2**24:
+        raise ValueError(
+            f"tower {name}: its description asks for {count} numbers and its weights hold {held}; take another"
+        )
 
 
 def _is_patch_transformer(model: Any) -> bool:

@@ -251,10 +251,13 @@ def _scaled(wave_LC: np.ndarray) -> np.ndarray:
 class _Within(io.BytesIO):
     """A file whose reader never leaves it: damaged headers make libsndfile seek before its begin and beyond its end."""
 
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self._size = len(data)  # asking the buffer for it would copy the data
+
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        size = self.getbuffer().nbytes
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: size}[whence]
-        return super().seek(min(max(base + offset, 0), size))
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self._size}[whence]
+        return super().seek(min(max(base + offset, 0), self._size))
 
 
 class _Mixer:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import islice
 
 from molora.modality import MediaError
 
@@ -45,13 +46,14 @@ def pieces(data: bytes, max_seconds: float) -> list[bytes]:
     elif _mp3_start(data) is not None:
         found = list(_mp3s(data, max_seconds))
     elif data.startswith(b"fLaC") or data.startswith(b"ID3"):
-        found = _between(data, [match.start() for match in _FLAC_BEGINS.finditer(data)])
+        starts = islice(_FLAC_BEGINS.finditer(data), _MAX_PIECES + 1)
+        found = _between(data, [match.start() for match in starts])
     else:
         found = [_filled_in(piece) for piece in _between(data, _header_starts(data))]
         if data[:4] == b"caff" and (promised := _length(found[-1], 0) or 0) > len(found[-1]):
             raise MediaError(f"is cut off: {promised} bytes promised, {len(found[-1])} there; {_AGAIN}")
     if len(found) > _MAX_PIECES:
-        raise MediaError(f"is {len(found)} sounds joined end to end, and {_MAX_PIECES} is the most; convert it")
+        raise MediaError(f"is {len(found)} or more sounds joined end to end, and {_MAX_PIECES} is the most; convert it")
     return found
 
 
@@ -68,6 +70,8 @@ def _ogg_starts(data: bytes) -> list[int]:
         start = match.start()
         if start != after:
             starts.append(start)
+            if len(starts) > _MAX_PIECES:
+                break
         table = data[start + 27 : start + 27 + (data[start + 26] if start + 26 < len(data) else 0)]
         after = start + 27 + len(table) + sum(table)
     return starts

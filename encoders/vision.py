@@ -22,12 +22,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from molora.encoders.convit import Convit
-from molora.encoders.pictures import PICTURES, decode_picture
+from molora.encoders.pictures import MAX_PIXELS, PICTURES, decode_picture
 from molora.encoders.siglip import Built, Tower, TowerConfig, build_library_tower
 from molora.modality import Encoder, Frames, MediaError, Origin, Prepared
 
 # Source: processing_phi4mm.py refuses a picture whose resized side is shorter.
 MIN_SIDE_PIXELS = 10
+
+# Beyond any tower.
+MAX_CROP_PIXELS, MAX_CROPS = 8192, 1024
 
 # Bounds the memory of one tower call; results do not depend on it.
 CROPS_PER_CALL = 64
@@ -37,7 +40,7 @@ CROPS_PER_CALL = 64
 class VisionConfig:
     """`crop_pixels`: side of a crop, and of the global view. `max_crops`: most crops of a picture; 0: the global view
     alone, that is, one crop and no separator before it. `pool`: patches averaged into one frame, along a side.
-    `max_pixels`: a larger picture is refused before it is decoded.
+    `max_pixels`: a larger picture is refused before it is decoded; at most 178,956,970, beyond which PIL opens none.
 
     Source of 448, 36 and 2: the released Phi-4-multimodal processor.
     """
@@ -51,6 +54,11 @@ class VisionConfig:
     )
 
     def __post_init__(self) -> None:
+        if self.crop_pixels > MAX_CROP_PIXELS or self.max_crops > MAX_CROPS:
+            raise ValueError(
+                f"crop_pixels is at most {MAX_CROP_PIXELS} and max_crops {MAX_CROPS}, got {self.crop_pixels} and "
+                f"{self.max_crops}"
+            )
         if self.pool < 1 or self.grid < self.pool:
             raise ValueError(
                 f"a crop of {self.crop_pixels} pixels holds {self.grid} patches of {self.tower.stride} a side, "
@@ -58,8 +66,11 @@ class VisionConfig:
             )
         if self.tower.kind == "convit" and self.crop_pixels % self.tower.stride:
             raise ValueError(f"crop_pixels is a multiple of 8 for a convit tower, got {self.crop_pixels}")
-        if self.max_crops < 0 or self.max_pixels < 1:
-            raise ValueError(f"max_crops is at least 0 and max_pixels 1, got {self.max_crops} and {self.max_pixels}")
+        if self.max_crops < 0 or not 1 <= self.max_pixels <= MAX_PIXELS:
+            raise ValueError(
+                f"max_crops is at least 0 and max_pixels from 1 to {MAX_PIXELS}, got {self.max_crops} and "
+                f"{self.max_pixels}"
+            )
 
     @property
     def grid(self) -> int:

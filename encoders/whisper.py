@@ -20,20 +20,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from molora.encoders.hub import check_keys, fetch, read_json, shapes_only, weight_files
+from molora.encoders.hub import check_keys, check_sizes, fetch, read_json, shapes_only, weight_files
 from molora.encoders.sound import SAMPLE_RATE_HZ
-from molora.modality import Encoder, Frames, Origin, Prepared
+from molora.modality import Encoder, Frames, Origin, Prepared, WeightSource
 
 # Bounds the memory of one call: it takes as much as this many whole windows.
 _WINDOWS_PER_CALL = 4
 
 _DESCRIPTIONS = ("config.json", "preprocessor_config.json", "processor_config.json", "model.safetensors.index.json")
+# The extractors' filters and windows take memory as soon as they are made. Beyond any of theirs.
+_MOST_FEATURES = {
+    **{"feature_size": 1024, "num_mel_bins": 1024, "n_fft": 8192, "win_length": 8192, "hop_length": 8192},
+    **{"chunk_length": 120, "stride": 64},
+}
 # Whisper's repositories hold the same weights under other names, in fp32, too.
 _WEIGHTS = ("model.safetensors", "model-*.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainedConfig:
+class PretrainedConfig(WeightSource):
     """Which network, and where its weights come from.
 
     `architecture`: `whisper` (50 frames a second, in windows of 30 s), `wav2vec2_bert` (50, 20 s) or `parakeet` (12.5,
@@ -48,10 +53,6 @@ class PretrainedConfig:
     """
 
     architecture: str
-    name: str | None = None
-    path: str | None = None
-    revision: str | None = None
-    pretrained: bool = True
     arguments: dict[str, Any] = field(default_factory=dict)
     features: dict[str, Any] = field(default_factory=dict)
     pool: int = 1
@@ -218,6 +219,11 @@ class _Network:
         classes = self.classes()
         check_keys("arguments", classes.sizes.__name__, arguments, self.size_keys)
         check_keys("features", classes.extractor.__name__, sound, self.sound_keys)
+        check_sizes("arguments", arguments)
+        for key, value in sound.items():
+            most = _MOST_FEATURES.get(key)
+            if most is not None and not (type(value) is int and 1 <= value <= most):
+                raise ValueError(f"features: {key} is {value!r:.80}, expected a whole number from 1 to {most}")
         try:
             self.sizes: Any = classes.sizes(**arguments, **self.fixed)
         except StrictDataclassError as error:

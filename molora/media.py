@@ -369,7 +369,7 @@ def _check_addresses(host: str, addresses: list[str]) -> None:
                 inside.append(ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF))
             if address.ipv4_mapped is not None:
                 inside.remove(address)
-        if any(one.is_multicast or not one.is_global or str(one) in _HOSTS_OF_MACHINES for one in inside):
+        if any(_is_inside(one) for one in inside):
             raise MediaError(
                 f"leads to {host} at {text}, an address inside a network, which a data set's rows could misuse; if you "
                 "trust them, say --allow-private-addresses too (allow_private_addresses=True of molora.load, "
@@ -444,3 +444,9 @@ class _Reader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         self.wire.settimeout(_left(self.deadline))
         return self.wire.recv_into(buffer)
+
+
+def _is_inside(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether an address is inside a network, or a machine's own; site-local ones of IPv6 count as global in Python."""
+    site_local = isinstance(address, ipaddress.IPv6Address) and address.is_site_local
+    return address.is_multicast or site_local or not address.is_global or str(address) in _HOSTS_OF_MACHINES

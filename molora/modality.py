@@ -44,6 +44,25 @@ class Origin:
     revision: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class WeightSource:
+    """Options that say where pretrained weights come from: a hub id (`name`, at a `revision`) or a local `path`.
+
+    Whoever opens a modality folder finds them among its options: a `path` is refused, and what is fetched from the hub
+    has to be named by its commit.
+    """
+
+    name: str | None = None
+    path: str | None = None
+    revision: str | None = None
+    pretrained: bool = True
+
+    @property
+    def fetches(self) -> bool:
+        """Whether building the encoder reads files of the hub."""
+        return self.path is None and self.name is not None
+
+
 class Encoder(nn.Module):
     """Items of one modality to packed frames.
 

@@ -89,7 +89,8 @@ def _chunks(file: BinaryIO, size: int) -> Iterator[bytes]:
 
 
 def file_hash(path: Path, folder: Path | None = None) -> str:
-    """SHA-256 of a regular file's bytes."""
+    """SHA-256 of a regular file's bytes. Raises OSError, ValueError for what is no file, and for a link out of
+    `folder`."""
     digest = hashlib.sha256()
     with open_file(path, folder) as file:
         while chunk := file.read(_CHUNK_BYTES):
@@ -100,7 +101,11 @@ def file_hash(path: Path, folder: Path | None = None) -> str:
 def copy_file(
     source: Path, target: Path, *, folder: Path, sha256: str | None = None, where: Path | None = None
 ) -> None:
-    """Copies the bytes of a file of `folder`. Raises ValueError if they do not have the hash that `where` lists."""
+    """Copies the bytes of a file of `folder`.
+
+    Raises OSError, ValueError for what is no file, for a link out of `folder`, and for bytes that do not have the hash
+    that `where` lists.
+    """
     digest = hashlib.sha256()
     with open_file(source, folder) as file, open(target, "wb") as copy:
         while chunk := file.read(_CHUNK_BYTES):
@@ -130,7 +135,7 @@ def read_json(path: Path, folder: Path | None = None) -> dict[str, Any]:
 def parse_json(data: bytes, where: str) -> dict[str, Any]:
     """A JSON object from bytes. Raises ValueError for anything else, NaN, a key given twice, or deep nesting."""
     try:
-        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_once, parse_constant=_finite)
+        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=once, parse_constant=_finite)
     except RecursionError:
         raise ValueError(f"{where}: nested deeper than {MAX_JSON_DEPTH} levels; is it the right file?") from None
     except UnicodeDecodeError as error:
@@ -152,11 +157,15 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs of a JSON object. Raises ValueError for a key that stands twice."""
     value = dict(pairs)
     if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r:.80} is there twice")
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"the key {name!r:.80} stands twice in one object")
+            seen.add(name)
     return value
 
 
@@ -320,16 +329,23 @@ class TensorFile:
         return Entry(dtype, tuple(shape), start, stop)
 
 
+def stamps(paths: Iterable[Path]) -> list[tuple[str, int, int, int, int]]:
+    """What changes when a file is written or replaced, even by one of the same size whose time was set back."""
+    found = [(str(path), path.stat()) for path in paths]
+    return [(name, at.st_size, at.st_ino, at.st_mtime_ns, at.st_ctime_ns) for name, at in found]
+
+
 def _stamp(file: BinaryIO) -> tuple[int, int, int]:
     found = os.fstat(file.fileno())
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def shard_names(folder: Path) -> set[str]:
-    """The files of a model's tensors that transformers opens. Raises ValueError for an index that names no files."""
-    path = folder / SHARD_INDEX
+def shard_names(folder: Path, name: str = "model.safetensors") -> set[str]:
+    """The files of a model's tensors that its library opens: those in the index of `name`, or `name` itself. Raises
+    ValueError for an index that names no files."""
+    path = folder / f"{name}.index.json"
     if not path.is_file():
-        return {"model.safetensors"}
+        return {name}
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f'{path}: "weight_map" is no list of files by tensor; copy it again')

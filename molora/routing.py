@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
-from itertools import accumulate, groupby, pairwise
+from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
@@ -53,18 +53,6 @@ class Routing:
     slices: tuple[Slice, ...]
     gates: tuple[Tensor | None, ...] | None = None
     losses_N: Tensor | None = None
-
-    def cut(self, lengths: Sequence[int]) -> Routing:
-        """The same decision in slices that hold no more than one sample each; `lengths` are tokens per sample."""
-        edges = [0, *accumulate(lengths)]
-        pieces = []
-        for adapters, start, stop, weights_TE in self.slices:
-            for first, last in pairwise(edges):
-                here, end = max(start, first), min(stop, last)
-                if here < end:
-                    weights = None if weights_TE is None else weights_TE[here - start : end - start]
-                    pieces.append(Slice(adapters, here, end, weights))
-        return replace(self, slices=tuple(pieces))
 
     @classmethod
     def by_sample(cls, adapters: Sequence[tuple[str, ...]], lengths: Sequence[int]) -> Routing:
@@ -114,13 +102,11 @@ class Router(Protocol):
 class Flow:
     """What the layers need to know about the pack in flight. Immutable: recomputation restores the same object.
 
-    `lengths` are the query tokens of each sample; the adapters come with `routing` (None: bare backbone). `apart`: no
-    kernel may take the rows of two samples, as its sums would depend on both.
+    `lengths` are the query tokens of each sample; the adapters come with `routing` (None: bare backbone).
     """
 
     lengths: tuple[int, ...]
     routing: Routing | None = None
-    apart: bool = False
 
 
 _flow: ContextVar[Flow | None] = ContextVar("molora_flow", default=None)

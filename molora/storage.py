@@ -69,7 +69,8 @@ def _new_file(folder: Path) -> tuple[Path, int]:
 def write_folder(path: Path) -> Iterator[Path]:
     """A draft to write files into, which then becomes the folder at `path`, in place of one that is there.
 
-    After an error the draft is removed, and what was at `path` is as it was.
+    After an error the draft is removed, and what was at `path` is as it was. After a kill between the two renames it
+    lies beside `path` under a name that ends in .tmp.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.parent / f".molora-{secrets.token_hex(8)}.tmp"
@@ -77,13 +78,31 @@ def write_folder(path: Path) -> Iterator[Path]:
     try:
         yield draft
         settle(draft)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(draft, path)
+        with _set_aside(path):
+            os.replace(draft, path)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
     sync(path.parent)
+
+
+@contextlib.contextmanager
+def _set_aside(path: Path) -> Iterator[None]:
+    """Gives what is at `path` another name, and removes it in the end; after an error it has its own name again."""
+    if not os.path.lexists(path):
+        yield
+        return
+    former = path.parent / f".molora-{secrets.token_hex(8)}.tmp"
+    os.replace(path, former)
+    try:
+        yield
+    except BaseException:
+        os.replace(former, path)
+        raise
+    if former.is_dir() and not former.is_symlink():
+        shutil.rmtree(former, ignore_errors=True)
+    else:
+        former.unlink()
 
 
 def settle(folder: Path) -> None:

@@ -44,7 +44,7 @@ IN_FUNCTIONS = {"testing": "plugin_kit"}
 # Plugins arrive by name: only `plugins` reads the tables of the built-in ones, and what they may import is little.
 PLUGINS = ("molora.encoders", "molora.routers")
 PLUGIN_MAY_IMPORT = {
-    "molora.encoders": {"molora.config", "molora.media", "molora.modality"},
+    "molora.encoders": {"molora.config", "molora.media", "molora.modality", "molora.received"},
     "molora.routers": {"molora.config", "molora.routing"},
 }
 
@@ -80,6 +80,7 @@ IMPORTED_AS = {
 CONSTANT_MAKERS = (
     *("dict", "float", "frozenset", "int", "len", "max", "min", "range", "set", "sorted", "sum", "tuple"),
     *("Console", "ContextVar", "NewType", "ParamSpec", "Path", "Sources", "TypeVar", "logging.getLogger", "re.compile"),
+    "threading.Lock",
     *("typer.Argument", "typer.Option", "typer.Typer"),
 )
 
@@ -232,6 +233,19 @@ def test_heavy_libraries_are_imported_where_they_are_used(path: Path) -> None:
     for found in imports(path):
         heavy = any(found.module == name or found.module.startswith(name + ".") for name in LAZY)
         assert not (heavy and found.top), f"{found} at the top of the file; import it in the function that uses it"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_every_pattern_compiles_on_the_oldest_python(path: Path) -> None:
+    """Python 3.10 has neither atomic groups nor possessive repeats."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("re."):
+            for text in ast.walk(node):
+                if isinstance(text, ast.Constant) and isinstance(text.value, (str, bytes)):
+                    pattern = text.value if isinstance(text.value, str) else text.value.decode("latin-1")
+                    plain = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "x", pattern, flags=re.DOTALL)
+                    newer = re.search(r"\(\?>|[*+?}]\+", plain)
+                    assert not newer, f"{path.relative_to(ROOT)}:{node.lineno}: {pattern!r} needs Python 3.11"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)

@@ -20,6 +20,7 @@ from PIL import Image
 
 from molora.cli import commands as cli
 from molora.testing import save_backbone
+from tests.png import chunk
 
 PICTURE = Image.fromarray(np.arange(16 * 24 * 3, dtype=np.uint8).reshape(16, 24, 3))
 RECIPE = """
@@ -85,10 +86,6 @@ def fingerprint(folder: Path) -> dict[str, str]:
 
 def bomb() -> bytes:
     """A PNG of a hundred bytes whose header promises 50,000 x 50,000 pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
 

@@ -43,6 +43,12 @@ class Recipe:
     last: Stage | None = None
 
 
+@dataclass
+class Schedules:
+    schedule: Literal["cosine", "constant"]
+    level: Literal[1, 2]
+
+
 GOOD = """
 stages:
   - {name: align, learning_rate: 1e-4, trainable: [projectors.vision]}
@@ -139,6 +145,11 @@ def test_interpolation_refers_to_the_merged_config(write) -> None:
         ("+5", 5),
         ("1_000", 1000),
         ("0x1f", 31),
+        ("0x_1_f", 31),
+        ("0b_1_0", 2),
+        ("0b_", "0b_"),
+        ("-0x__", "-0x__"),
+        ("9" * 1000, int("9" * 1000)),
         ("1e3", 1000.0),
         (".5", 0.5),
         ("6.", 6.0),
@@ -258,6 +269,16 @@ def test_build_takes_a_mapping_in_hand_and_says_where_it_was() -> None:
     assert build(Stage, {"name": "a", "learning_rate": 1}, "here") == Stage("a", 1.0)
     with pytest.raises(ConfigError, match="modality.json: options: nam: no such key; did you mean 'name'"):
         build(Stage, {"nam": "a"}, "modality.json: options")
+
+
+def test_a_choice_may_come_from_the_environment(write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOLORA_RECIPE_ENV", "CHOICE")
+    monkeypatch.setenv("CHOICE", "constant")
+    group = read(Schedules, write("schedule: ${oc.env:CHOICE}\nlevel: 1"))
+    assert group == Schedules("constant", 1) and "${oc.env:CHOICE}" in dump(group)
+    for text, got in (("schedule: ${oc.env:CHOICE}\nlevel: true", "got True"), ("schedule: 1\nlevel: 1", "got 1")):
+        with pytest.raises(ConfigError, match=f"expected one of .*{got}"):
+            read(Schedules, write(text))
 
 
 NASTY = [

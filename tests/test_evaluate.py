@@ -53,6 +53,10 @@ def test_scores_count_by_tag() -> None:
     }
 
 
+ASKED = {"role": "user", "content": "what?"}
+ANSWERED = {"role": "assistant", "content": "this"}
+
+
 def rows(several: list[dict[str, Any]]) -> Any:
     """A list is source enough."""
     return several
@@ -68,6 +72,24 @@ def test_a_question_without_media_keeps_its_text() -> None:
     assert question(rows([row]), 0, without_media=False)["prompt"][0]["content"] == [picture, text]
     with pytest.raises(ValueError, match="row 1: must end with an assistant message"):
         question(rows([{"id": "r", "messages": row["messages"][:1]}]), 0, without_media=False)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [ASKED, {"role": "assistant", "content": [{"type": "image", "path": "x"}]}]}, "holds image"),
+        ({"messages": [ASKED, ANSWERED], "tags": {"a": 1}}, "row 1: tags: expected a list of texts"),
+    ],
+)
+def test_a_row_of_a_plugins_source_is_checked_too(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        question(rows([{"id": "0", **row}]), 0, False)
+
+
+def test_tags_of_a_plugins_source_are_read_as_those_of_files() -> None:
+    given = {"id": "0", "messages": [ASKED, ANSWERED], "tags": ["", "a", "a"]}
+    assert question(rows([given]), 0, False)["tags"] == ["a"]
+    assert question(rows([{**given, "tags": "abc"}]), 0, False)["tags"] == ["abc"]
 
 
 def test_word_errors_are_counted_over_all_answers_without_punctuation() -> None:

@@ -24,6 +24,7 @@ from PIL import Image
 from molora.encoders.sound import load_sound
 from molora.encoders.vision import Vision, VisionConfig
 from molora.modality import MediaError
+from tests.watch import Hung
 
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("torchaudio")
@@ -110,7 +111,7 @@ def load(name: str, data: bytes) -> np.ndarray:
 @contextmanager
 def bounded(what: str) -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
-        raise AssertionError(f"{what}: over {MAX_PROCESSOR_SECONDS} seconds of processor time")
+        raise Hung(f"{what}: over {MAX_PROCESSOR_SECONDS} seconds of processor time")
 
     handler = signal.signal(signal.SIGPROF, stop)
     signal.setitimer(signal.ITIMER_PROF, MAX_PROCESSOR_SECONDS)
@@ -119,6 +120,12 @@ def bounded(what: str) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, handler)
+
+
+def test_a_hang_is_no_refusal(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Image, "open", lambda *_, **__: signal.raise_signal(signal.SIGPROF))
+    with pytest.raises(Hung, match="png: over 5 seconds"), bounded("png"):
+        load("png", picture("PNG"))
 
 
 def kibibytes(name: str) -> int:

@@ -238,6 +238,7 @@ PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(60)).decode()
         ("HTTPS://x/b.png", {"url": "HTTPS://x/b.png"}),
         ("data:image/png;base64,AAAA", {"base64": "AAAA"}),
         ("data:image/svg+xml,<svg>", {"url": "data:image/svg+xml,<svg>"}),
+        ("data:image/png;base64,AA%2BA", {"url": "data:image/png;base64,AA%2BA"}),
         (PNG, {"base64": PNG}),
         ("A" * 5000, {"base64": "A" * 5000}),
         ("A." * 5000, {"path": "A." * 5000}),

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -634,6 +635,54 @@ def test_a_release_opens_where_nothing_can_be_kept(
     monkeypatch.setenv("MOLORA_CACHE", str(tmp_path / "file" / "cache"))
     assert (Path(opened(one_shard)) / "molora.json").is_file()
     assert "nothing can be kept there" in capsys.readouterr().err
+
+
+def test_an_edited_release_is_converted_anew(one_shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOLORA_CACHE", str(tmp_path / "cache"))
+    folder = Path(shutil.copytree(one_shard, tmp_path / "release"))
+    first = opened(folder)
+    assert opened(folder) == first
+    for name in ("config.json", "tokenizer_config.json", "model.safetensors"):
+        path = folder / name
+        stamp = path.stat()
+        path.write_bytes(path.read_bytes())
+        os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+        assert opened(folder) != first, name
+        first = opened(folder)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda config: config.pop("vision_lora"),
+        lambda config: config.update(speech_lora=[]),
+        lambda config: config["vision_lora"].update(r="x"),
+        lambda config: config.update(embd_layer=7),
+        lambda config: config.update(audio_processor={}),
+        lambda config: config.update(hidden_size="wide"),
+    ],
+)
+def test_settings_of_another_form_are_told_in_one_line(
+    one_shard: Path, tmp_path: Path, edit: Callable[[Any], object]
+) -> None:
+    folder = Path(shutil.copytree(one_shard, tmp_path / "bad"))
+    config = json.loads((folder / "config.json").read_text())
+    edit(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"config\.json.*(not the settings of Phi-4-multimodal|lora)") as caught:
+        import_release(folder, tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("change", [{"layout": "other"}, {"dtypes": {}}, {"config": 7}, {"max_crops": None}])
+def test_what_was_kept_in_another_form_is_told(run: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    there = changed_run(run, tmp_path / "run")
+    path = there / "backbone" / "phi4mm" / "about.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ConfigError, match="about.json: "):
+        export_release(there, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_broken_shard_is_named(one_shard: Path, tmp_path: Path) -> None:

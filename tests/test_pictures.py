@@ -8,6 +8,7 @@ import sys
 import warnings
 import zlib
 from collections.abc import Callable
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,10 @@ import pytest
 import torch
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
+from molora.encoders import pictures
 from molora.encoders.pictures import PICTURES, decode_picture
 from molora.modality import MediaError
+from tests.png import chunk
 
 MAX_PIXELS = 1_000_000
 
@@ -43,10 +46,6 @@ def colours() -> Image.Image:
 PIXELS = np.asarray(colours())
 PNG = saved(colours(), "PNG")
 JPEG = saved(colours(), "JPEG", quality=95)
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def png_with(*chunks: bytes) -> bytes:
@@ -280,11 +279,34 @@ def test_heic_is_read_upright_and_within_the_limit():
         assert "0x" not in str(error.value)
 
 
+def test_the_most_that_may_be_allowed_is_what_pil_opens() -> None:
+    assert Image.MAX_IMAGE_PIXELS is not None and pictures.MAX_PIXELS == 2 * Image.MAX_IMAGE_PIXELS
+
+
+def test_pictures_of_two_threads_leave_pil_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    before = list(warnings.filters)
+    began, may_end, threads = [Event(), Event()], [Event(), Event()], list[Thread]()
+    for mine, its_end in zip(began, may_end, strict=True):
+        image = colours()
+
+        def tags(mine: Event = mine, its_end: Event = its_end) -> Image.Exif:
+            mine.set()
+            assert its_end.wait(60)
+            return Image.Exif()
+
+        monkeypatch.setattr(image, "getexif", tags)
+        threads.append(Thread(target=decode_picture, args=("image", image, MAX_PIXELS)))
+        threads[-1].start()
+        mine.wait(0.5)  # the second waits for the first
+    for thread, its_end in zip(threads, may_end, strict=True):
+        its_end.set()
+        thread.join()
+    assert all(event.is_set() for event in began)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True and warnings.filters == before
+
+
 def test_a_picture_beyond_what_pil_opens_is_told_our_limit() -> None:
-    header = b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", struct.pack(">2I5B", 20_000, 20_000, 8, 2, 0, 0, 0))
+    header = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">2I5B", 20_000, 20_000, 8, 2, 0, 0, 0))
     with pytest.raises(MediaError, match="has 400000000 pixels, and max_pixels 64000000 is the most"):
-        decode_picture("bytes", header + _chunk(b"IDAT", b"x") + _chunk(b"IEND", b""), 64_000_000)
-
-
-def _chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        decode_picture("bytes", header + chunk(b"IDAT", b"x") + chunk(b"IEND", b""), 64_000_000)

@@ -111,7 +111,7 @@ def test_names_are_names(name: str) -> None:
         (b"[1]", "expected a JSON object, found list"),
         (b"\x80\x03}q", "not JSON but binary"),
         (b'{"a": NaN}', "NaN is no number"),
-        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "key 'c' is there twice"),
+        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' stands twice"),
         (b'{"a": 1', "not valid JSON"),
         (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
         (b"", "not valid JSON"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
@@ -20,6 +21,7 @@ from torch import Tensor
 from transformers import SiglipConfig, SiglipVisionConfig, SiglipVisionModel
 
 from molora.encoders.siglip import PatchTower, Tower, TowerConfig, build_library_tower, position_ids
+from molora.modality import Origin
 
 CROP, PATCH, GRID = 56, 14, 4
 SIZES: dict[str, Any] = {
@@ -405,7 +407,7 @@ SCRATCH: dict[str, Any] = {"pretrained": False}
         (
             "timm",
             {"name": "tiny_siglip", "arguments": {"deptth": 1}, **SCRATCH},
-            "unexpected keyword argument 'deptth'",
+            "takes no 'deptth' here; did you mean 'depth'",
         ),
         ("timm", {"name": "tiny_siglip", "layer": -4, **SCRATCH}, "layer -4 asked for, but the tower has 3 blocks"),
         ("timm", {"name": "test_resnet", "layer": -9, **SCRATCH}, "layer -9 asked for, but the model has 5 feature"),
@@ -484,3 +486,37 @@ def test_other_timm_weights_are_checked_too(tmp_path):
     for arguments in ({}, {"num_classes": 0}):  # timm alone would load the second without a word
         with pytest.raises(ValueError, match=r"layer1.0.conv1.weight"):
             build_library_tower(replace(config, path=str(tmp_path / "bad.safetensors"), arguments=arguments), 64)
+
+
+@pytest.mark.parametrize(
+    ("about", "said"),
+    [
+        ({"model_args": {"checkpoint_path": "x.pth"}}, "takes no 'checkpoint_path'"),
+        ({"model_args": {"depth": 10**9}}, "depth is 1000000000, allowed 1000"),
+        ({"model_args": {"embed_dim": 49152, "depth": 100}}, "asks for .* numbers and its weights hold"),
+        ({"architecture": "local-dir:/etc"}, "no architecture 'local-dir:/etc'"),
+        ({"architecture": ["x"]}, "no architecture"),
+        ({"pretrained_cfg": {"file": "x.pth", "custom_load": "hf"}}, None),
+    ],
+)
+def test_a_repository_shapes_a_model_and_no_more(folders, tmp_path, monkeypatch, about, said):
+    folder = tmp_path / ("0" * 40)
+    shutil.copytree(folders["timm"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    about = {**about, "pretrained_cfg": {**config["pretrained_cfg"], **about.get("pretrained_cfg", {})}}
+    (folder / "config.json").write_text(json.dumps({**config, **about}))
+    monkeypatch.setattr("molora.encoders.siglip.fetch", lambda *_: (folder, Origin("a/b", folder.name)))
+    if said is None:
+        expected, found = build("timm", path=str(folders["timm"])), build("timm", name="a/b")
+        assert torch.equal(found(crops()), expected(crops()))
+    else:
+        with pytest.raises(ValueError, match=said):
+            build("timm", name="a/b")
+
+
+@pytest.mark.parametrize("weight_map", [7, {"a": "../model.safetensors"}, {"a": 7}])
+def test_an_index_of_weights_names_files_of_its_folder(folders, tmp_path, weight_map):
+    folder = Path(shutil.copytree(folders["transformers"], tmp_path / "tower"))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match="index.json.*weight_map"):
+        build("transformers", path=str(folder))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -390,3 +391,15 @@ def test_bad_clips_are_refused_with_the_reason(name: str):
     make, reason = BAD[name]
     with pytest.raises(MediaError, match=reason):
         load_sound({"type": "audio", **make()}, max_seconds=10)
+
+
+def test_the_bytes_of_a_clip_are_not_copied_to_move_in_them() -> None:
+    data = bytes(2**24)
+    tracemalloc.start()
+    try:
+        file = sound._Within(data)
+        assert file.seek(-8, io.SEEK_END) == len(data) - 8
+        assert file.seek(2**40) == len(data) and file.seek(-1) == 0
+        assert tracemalloc.get_traced_memory()[1] < len(data) // 2
+    finally:
+        tracemalloc.stop()

@@ -17,7 +17,7 @@ import torch
 from molora import received, storage
 from molora.checkpoint.folders import latest_state, read_state, save_state
 from molora.config import ConfigError
-from molora.storage import hold, settle, write_atomically, write_cached, write_tensors, write_text
+from molora.storage import hold, settle, write_atomically, write_cached, write_folder, write_tensors, write_text
 
 HOLDER = """
 import os, sys, time
@@ -87,6 +87,35 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> 
         write_atomically(tmp_path / "a", fail)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").read_text() == "old"
+
+
+@pytest.mark.parametrize("when", ["writing", "renaming"])
+def test_a_folder_that_cannot_be_replaced_is_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    folder = tmp_path / "folder"
+    with write_folder(folder) as draft:
+        (draft / "a").write_text("old")
+    replace = os.replace
+
+    def fail(source: Path, target: Path) -> None:
+        if (source / "a").read_text() == "new":
+            raise OSError("full")
+        replace(source, target)
+
+    if when == "renaming":
+        monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="full"), write_folder(folder) as draft:
+        (draft / "a").write_text("new")
+        if when == "writing":
+            raise OSError("full")
+    assert (folder / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    monkeypatch.undo()
+    with write_folder(folder) as draft:
+        (draft / "a").write_text("new")
+    assert (folder / "a").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path: Path, small_files: None) -> None:

@@ -7,7 +7,6 @@ import io
 import pickle
 import struct
 import wave
-import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from molora.encoders.pictures import MAX_FILE_BYTES
 from molora.encoders.siglip import ConvitConfig, TowerConfig
 from molora.encoders.vision import Vision, VisionConfig, lay_out
 from molora.modality import MediaError, Modality, Origin
+from tests.png import chunk
 
 SCRATCH = TowerConfig(
     kind="transformers",
@@ -384,7 +384,8 @@ def test_it_works_in_a_data_worker(tmp_path):
         ({"pool": 0}, "cannot be pooled by 0"),
         ({"crop_pixels": 20}, "a crop of 20 pixels holds 1 patches of 14 a side, which cannot be pooled by 2"),
         ({"max_crops": -1}, "max_crops is at least 0"),
-        ({"max_pixels": 0}, "max_pixels 1"),
+        ({"max_pixels": 0}, "max_pixels from 1 to 178956970"),
+        ({"max_pixels": 178_956_971}, "max_pixels from 1 to 178956970, got 36 and 178956971"),
         ({"tower": CONVIT, "crop_pixels": 60}, "crop_pixels is a multiple of 8 for a convit tower, got 60"),
     ],
 )
@@ -494,10 +495,6 @@ def test_sixteen_bits_are_scaled_and_not_clipped():
 
 def header_of_a_bomb() -> bytes:
     """A PNG of 100000 x 100000 pixels, by its header, in 57 bytes."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = struct.pack(">IIBBBBB", 100_000, 100_000, 1, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 

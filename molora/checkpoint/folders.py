@@ -6,8 +6,8 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from molora.checkpoint.assembly import Blueprint, RouterConfig, RouterPlan, blueprint, router_plan
-from molora.checkpoint.trust import find_received
+from molora.checkpoint.trust import Untrusted, find_received
 from molora.config import ConfigError, build
-from molora.modality import Origin
+from molora.modality import Origin, WeightSource
 from molora.model import lora
 from molora.model.identity import Identity
 from molora.model.molora import MoLoRA
-from molora.plugins import Found, Untrusted, file_of
+from molora.plugins import Found, file_of
 from molora.received import (
     MAX_JSON_BYTES,
     TensorFile,
@@ -50,6 +50,7 @@ _MODALITY_KEYS = {
     **{"backbone": dict, "encoder": dict, "files": dict},
 }
 _RUN_KEYS = {"backbone": dict, "modalities": list, "router": dict}
+_COMMIT = re.compile("[0-9a-f]{40}")
 _STATE = re.compile(r"step-\d{1,18}")
 _KINDS = {str: "a text", dict: "values by name", int: "a whole number", list: "a list"}
 
@@ -187,7 +188,26 @@ def read_about(folder: Path) -> dict[str, Any]:
                 f"{folder / file}: is there, but {path} does not list it, so it would not be loaded; take it away, or "
                 "copy the whole folder again"
             )
+    _check_encoder_about(about, path)
     return about
+
+
+def _check_encoder_about(about: Mapping[str, Any], path: Path) -> None:
+    """Raises ValueError for an encoder without a hash, and for one that is neither in the folder nor of some origin."""
+    sha256, origin = about["encoder"].get("hash"), about["encoder"].get("origin")
+    texts = origin is None or (
+        isinstance(origin, dict) and all(isinstance(origin.get(key), str) for key in ("source", "revision"))
+    )
+    if not isinstance(sha256, str) or not texts:
+        raise ValueError(
+            f'{path}: "encoder": hash is {sha256!r:.80} and origin {origin!r:.80}, expected a text, and null or texts '
+            "as source and revision; copy it again"
+        )
+    if origin is None and _ENCODER not in about["files"]:
+        raise ValueError(
+            f'{path}: "files" lacks {_ENCODER}, and "encoder" says no origin where its weights are; copy the whole '
+            "folder again"
+        )
 
 
 def read_blueprint(
@@ -199,7 +219,9 @@ def read_blueprint(
     Returns its blueprint and warnings. Raises ConfigError or ValueError naming the file.
     """
     warnings = check_modality(folder, identity)
-    return read_plan(folder, name, trusted), warnings
+    plan = read_plan(folder, name, trusted)
+    check_encoder(plan, folder)
+    return plan, warnings
 
 
 def check_modality(folder: Path, identity: Identity) -> list[str]:
@@ -231,9 +253,68 @@ def read_plan(folder: Path, name: str, trusted: Sequence[str | Found] = ()) -> B
         raise
     except ConfigError as error:
         raise ConfigError(f"{error}; {_how_to_get_plugin(about['plugin'])}") from error
+    _check_sources(plan, about, path)
     sha256 = about["files"].get(_ADAPTER[0])
     adapter = None if sha256 is None else lora.read_adapter(folder, sha256, path)
     return replace(plan, adapter=adapter)
+
+
+def _check_sources(plan: Blueprint, about: Mapping[str, Any], path: Path) -> None:
+    """Raises ConfigError for options that read a local path, or fetch what is not pinned to the origin's commit."""
+    sources = list(_sources(plan.modality.config))
+    origin = about["encoder"]["origin"] or {}
+    for source in sources:
+        if source.path is not None:
+            raise ConfigError(
+                f"{path}: its options name the path {source.path!r:.200}, and a modality folder reads nothing outside "
+                "itself; save the modality anew, with its encoder's weights"
+            )
+        if source.fetches and (
+            source.revision != origin.get("revision") or not _COMMIT.fullmatch(str(source.revision))
+        ):
+            raise ConfigError(
+                f"{path}: its options name {source.name!r:.200} on the hub at revision {source.revision!r:.80}, "
+                f'expected the commit that "encoder" gives as its origin ({origin.get("revision")!r:.80}); write that '
+                "commit there, or save the modality anew"
+            )
+    ours = type(plan.modality).__module__.startswith("molora.encoders.")
+    if ours and _ENCODER not in about["files"] and not any(source.fetches for source in sources):
+        raise ConfigError(
+            f"{path}: its encoder is neither in {_ENCODER} nor named on the hub by its options; copy the whole folder "
+            "again"
+        )
+
+
+def _sources(value: Any) -> Iterator[WeightSource]:
+    """Wherever they stand among a modality's options."""
+    if isinstance(value, WeightSource):
+        yield value
+    if is_dataclass(value) and not isinstance(value, type):
+        value = [getattr(value, item.name) for item in fields(value)]
+    for item in value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ():
+        yield from _sources(item)
+
+
+def check_encoder(plan: Blueprint, folder: Path) -> None:
+    """Compares the tensors in a folder's encoder.safetensors with those of the encoder that its options describe.
+
+    It is built without memory for its weights, so that no more is ever taken than the file holds. Raises ValueError.
+    """
+    if _ENCODER not in read_about(folder)["files"]:
+        return
+    try:
+        with torch.device("meta"):
+            encoder = plan.modality.build_encoder()
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        if not type(plan.modality).__module__.startswith("molora."):
+            return  # the user's code, which cannot be built so
+        raise ValueError(f"{folder / 'modality.json'}: its options describe no encoder ({error!s:.300})") from error
+    expected = {key: tensor.shape for key, tensor in encoder.state_dict().items()}
+    try:
+        with TensorFile(folder / _ENCODER, folder) as file:
+            check_shapes(file.shapes, expected, str(folder / _ENCODER))
+    except ValueError as error:
+        raise ValueError(f"{error}; did the plugin's code change? train it anew, under another run=") from error
 
 
 def _how_to_get_plugin(plugin: str) -> str:
@@ -243,7 +324,10 @@ def _how_to_get_plugin(plugin: str) -> str:
 
 
 def load_modality(model: MoLoRA, name: str, folder: Path) -> None:
-    """Fills a modality's modules from its folder. Raises ValueError listing tensors that do not fit."""
+    """Fills a modality's modules from its folder.
+
+    Raises ConfigError for what is no modality folder, ValueError listing tensors that do not fit.
+    """
     path = folder / "modality.json"
     about = read_about(folder)
     files = about["files"]
@@ -370,6 +454,7 @@ class RunAbout:
 
 
 def read_run(run: Path) -> RunAbout:
+    """What a run's molora.json says. Raises ConfigError for what is no run, ValueError naming what is wrong in it."""
     path = run / "molora.json"
     if not path.is_file():
         raise ConfigError(
@@ -430,7 +515,10 @@ def latest_state(run: Path) -> Path | None:
 
 
 def read_state(state: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """A state's description and its tensors by file."""
+    """A state's description and its tensors by file.
+
+    Raises OSError, ValueError naming the file that is missing, damaged or of another format.
+    """
     about = read_json(state / "state.json")
     check_format(about, state / "state.json")
     return about, {path.stem: read_tensors(path) for path in sorted(state.glob("*.safetensors"))}

@@ -13,13 +13,15 @@ import yaml
 # Far more than any config has; what goes beyond was made to fill the memory.
 MAX_VALUES = 10_000
 MAX_DEPTH = 32
+# Of a whole number: Python refuses to read or print one of over 4300 digits.
+_MAX_DIGITS = 1000
 
 _TAG = "tag:yaml.org,2002:"
-_PLAIN_TAGS = (None, "!", *(_TAG + name for name in ("str", "int", "float", "bool", "null", "map", "seq")))
+_PLAIN_TAGS = (None, "!", *(_TAG + name for name in ("str", "map", "seq")))
 # The kinds of plain scalars, with the characters that one of them begins with. Anything else is text.
 _SCALARS = (
     ("bool", "yYnNtTfFoO", "yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF"),
-    ("int", "-+0123456789", "[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)"),
+    ("int", "-+0123456789", "[-+]?(0b_*[01][01_]*|0x_*[0-9a-fA-F][0-9a-fA-F_]*|0|[1-9][0-9_]*)"),
     (
         "float",
         "-+.0123456789",
@@ -52,6 +54,12 @@ class _Loader(yaml.SafeLoader):
                     raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value}", problem_mark=key.start_mark)
                 seen.add(key.value)
         return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        if node.tag == _TAG + "int" and len(node.value) > _MAX_DIGITS:
+            problem = f"a whole number of {len(node.value)} characters, and {_MAX_DIGITS} are the most; write less"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return super().construct_object(node, deep)  # pyright: ignore[reportArgumentType]
 
 
 class _Dumper(yaml.SafeDumper):

@@ -33,6 +33,9 @@ ALLOWED_VARIABLES = "MOLORA_RECIPE_ENV"
 
 MAX_BYTES = 2**20
 MAX_BASES = 16
+_MAX_STEPS = 64
+# All the backslashes before an interpolation, tried from the first of them alone.
+_INTERPOLATION = re.compile(r"(?<!\\)(\\*)\$\{")
 
 
 class ConfigError(ValueError):
@@ -131,7 +134,7 @@ def _with(values: Any, steps: list[str], value: Any) -> Any:
         return _merge(values, value)
     step, *rest = steps
     if isinstance(values, list):
-        if not (step.isdigit() and int(step) < len(values)):
+        if not _is_index(step, values):
             raise _Problem("", f"index {step} is out of range: the list has {len(values)} items, counted from 0")
         index = int(step)
         return [*values[:index], _with(values[index], rest, value), *values[index + 1 :]]
@@ -143,13 +146,17 @@ def _with(values: Any, steps: list[str], value: Any) -> Any:
 
 def _steps(values: Any, words: list[str]) -> list[str]:
     """A dotted key in steps. A key with dots that a mapping already has is one step; of several, the longest."""
-    for count in range(len(words), 0, -1):
+    for count in range(min(len(words), _MAX_STEPS), 0, -1):
         step = ".".join(words[:count])
         if isinstance(values, dict) and step in values:
             return [step, *_steps(values[step], words[count:])]
-    if isinstance(values, list) and words and words[0].isdigit() and int(words[0]) < len(values):
+    if isinstance(values, list) and words and _is_index(words[0], values):
         return [words[0], *_steps(values[int(words[0])], words[1:])]
     return words
+
+
+def _is_index(step: str, values: list[Any]) -> bool:
+    return step.isdecimal() and len(step) < 10 and int(step) < len(values)
 
 
 class _Problem(Exception):
@@ -234,7 +241,7 @@ class _Resolver:
     def _text(self, text: str, path: tuple[str, ...], depth: int) -> Any:
         pieces: list[Any] = []
         end = 0
-        for found in re.finditer(r"(\\*)\$\{", text):
+        for found in _INTERPOLATION.finditer(text):
             slashes = len(found[1])
             pieces.append(text[end : found.start()] + "\\" * (slashes // 2))
             end = found.end()
@@ -278,7 +285,7 @@ class _Resolver:
                 node = self._value(node, path, depth)
             if isinstance(node, dict) and step in node:
                 node = node[step]
-            elif isinstance(node, list) and step.isdigit() and int(step) < len(node):
+            elif isinstance(node, list) and _is_index(step, node):
                 node = node[int(step)]
             else:
                 raise _Problem(where, f"${{{name}}}: there is no key {'.'.join(words)!r}")
@@ -305,7 +312,9 @@ def _variable(given: str, key: str) -> Any:
 
 def _words(key: str) -> list[str]:
     """The steps of a dotted key, which may have brackets: `a.b[0]`."""
-    return [inside or plain for inside, plain in re.findall(r"\[(.*?)\]|([^.\[]+)", key)]
+    closed = key.rfind("]") + 1
+    key = key[:closed] + key[closed:].replace("[", ".")  # what would close each of these would be looked for to the end
+    return [inside or plain for inside, plain in re.findall(r"\[([^\]]*)\]|([^.\[]+)", key)]
 
 
 def _merge(parent: Any, child: Any) -> Any:
@@ -316,12 +325,12 @@ def _merge(parent: Any, child: Any) -> Any:
 
 def _origin(layers: list[tuple[str, Any]], key: str) -> str | None:
     """The name of the last layer that says anything about `key`, or about the nearest key above it."""
-    while key:
-        for name, values in reversed(layers):
-            if key in _keys(values):
-                return name
-        key = key.rpartition(".")[0]
-    return None
+    whole, nearest, name = f"{key}.", "", None
+    for layer, values in reversed(layers):
+        for found in _keys(values):
+            if len(found) > len(nearest) and whole.startswith(f"{found}."):
+                nearest, name = found, layer
+    return name
 
 
 def _keys(values: Any, above: str = "") -> Iterator[str]:
@@ -346,7 +355,7 @@ def _build(kind: Any, value: Any, key: str) -> Any:
     if origin in (Union, types.UnionType):
         return _build_union(arguments, value, key)
     if origin is Literal:
-        if value in arguments and type(value) in {type(argument) for argument in arguments}:
+        if any(value == one and (isinstance(value, str) or type(value) is type(one)) for one in arguments):
             return value
         near = difflib.get_close_matches(str(value), [str(argument) for argument in arguments], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -365,7 +374,12 @@ def _build(kind: Any, value: Any, key: str) -> Any:
         items = [_build(of, item, _join(key, str(i))) for i, (of, item) in enumerate(zip(kinds, value, strict=True))]
         return items if (origin or kind) is list else tuple(items)
     if kind is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise _Problem(
+                key, f"a whole number of {value.bit_length()} bits is beyond a float; give a smaller one"
+            ) from error
     if (kind in (bool, int, float, type(None)) and type(value) is kind) or (kind is str and isinstance(value, str)):
         return value
     quote = "; quote it to make it text" if kind is str and isinstance(value, (bool, int, float)) else ""
@@ -419,7 +433,7 @@ def _plain(value: Any, escaped: bool) -> Any:
     if isinstance(value, _FromEnvironment):
         return value.written
     if isinstance(value, str) and escaped:
-        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+        return _INTERPOLATION.sub(r"\1\1\\${", value)
     return value
 
 

@@ -6,6 +6,7 @@ are kept beside the backbone, so that a run can be written in either layout.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -15,11 +16,12 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from peft import LoraConfig
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
@@ -59,7 +61,7 @@ from molora.convert.phi4mm import (
 )
 from molora.model import lora
 from molora.model.pretrained import fetch, identify
-from molora.received import SHARD_INDEX, TensorFile, copy_file, read_json, read_tensors, shard_names
+from molora.received import SHARD_INDEX, TensorFile, copy_file, read_json, read_tensors, shard_names, stamps
 from molora.storage import (
     cache_folder,
     check_shapes,
@@ -148,7 +150,10 @@ def layout_of(source: str | Path) -> Layout | None:
             path = Path(hf_hub_download(str(source), path.name))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
             return None  # whoever opens it as a backbone says what is wrong
-    return MODEL_TYPES.get(read_json(path).get("model_type", ""))
+    kind = read_json(path).get("model_type", "")
+    if not isinstance(kind, str):
+        raise ValueError(f"{path}: model_type is {kind!r:.80}, expected a text; copy it again")
+    return MODEL_TYPES.get(kind)
 
 
 def opened(source: str | Path) -> str | Path:
@@ -156,8 +161,9 @@ def opened(source: str | Path) -> str | Path:
     if layout_of(source) is None:
         return source
     folder = fetch(str(source))
-    stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.resolve().rglob("*.safetensors"))]
-    key = hashlib.sha256(json.dumps([stamps, FORMAT_VERSION]).encode()).hexdigest()
+    folders = [folder, *(folder / adapter for adapter, _ in ADAPTERS.values())]
+    read = [path for place in folders if place.is_dir() for path in files_in(place.resolve())]
+    key = hashlib.sha256(json.dumps([stamps(read), FORMAT_VERSION]).encode()).hexdigest()
     kept = cache_folder() / _KEPT
     if not (kept / key).is_dir() and not write_cached(kept / "about.txt", lambda path: path.write_text(_ABOUT_KEPT)):
         _converted.append(TemporaryDirectory(prefix="molora-"))
@@ -187,7 +193,8 @@ def import_release(source: str | Path, run: Path) -> None:
         raise ConfigError(f"{run}: is there already; name a folder that is not")
     folder = fetch(str(source))
     tensors, release = _read_release(folder, layout)
-    places = release.places()
+    with _of_form(folder / "config.json"):
+        places = release.places()
     tensors.check({place.named(layout): place.released_shape for place in places}, str(folder))
 
     for file, group in itertools.groupby(sorted(places, key=lambda place: place.file), key=lambda place: place.file):
@@ -230,7 +237,7 @@ def _describe_run(run: Path, release: Release, layout: Layout, source: str) -> N
         folder = run / "modalities" / name
         if layout == "hub":
             write_text(folder / "adapter_config.json", lora.adapter_json(release.adapters[name], source))
-        encoder = read_tensors(folder / "encoder.safetensors")
+        encoder = read_tensors(folder / "encoder.safetensors", folder)
         widths = {"vision": release.config.vision_config.hidden_size, "audio": release.config.audio_config.hidden_size}
         files = ["encoder.safetensors", "projector.safetensors", "adapter_model.safetensors", "adapter_config.json"]
         describe_modality(
@@ -257,7 +264,32 @@ def _read_release(folder: Path, layout: Layout) -> tuple[_Tensors, Release]:
         if not file.is_file():
             raise ValueError(f"{file}: missing; copy the whole release, in which it holds part of the weights")
     tensors = _Tensors(files)
-    if layout == "hub":
+    adapters = None if layout == "hub" else {name: lora.read_adapter(folder / f) for name, (f, _) in ADAPTERS.items()}
+    with _of_form(path):
+        release = _understood(path, values, tensors, adapters)
+    check_settings(release.config, path)
+    return tensors, release
+
+
+@contextlib.contextmanager
+def _of_form(path: Path) -> Iterator[None]:
+    """Makes a ConfigError that names the file of what reading settings of another form ends in."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # settings of another form end in errors of every kind in transformers' classes
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(
+            f"{path}: not the settings of Phi-4-multimodal ({told:.300}); copy the file again from where it came from"
+        ) from error
+
+
+def _understood(
+    path: Path, values: Mapping[str, Any], tensors: _Tensors, adapters: Mapping[str, LoraConfig] | None
+) -> Release:
+    """What the settings of a release say; without `adapters`, the hub's, which hold those of the adapters too."""
+    if adapters is None:
         adapters = {
             name: lora.lora_config(
                 {
@@ -272,10 +304,8 @@ def _read_release(folder: Path, layout: Layout) -> tuple[_Tensors, Release]:
         }
         config = from_hub(values, {key: tensors.shape(key) for key in tensors})
     else:
-        adapters = {name: lora.read_adapter(folder / f) for name, (f, _) in ADAPTERS.items()}
-        config = Phi4MultimodalConfig.from_dict(values)
-    check_settings(config, path)
-    return tensors, Release(config, adapters, _max_crops(folder))
+        config = Phi4MultimodalConfig.from_dict(dict(values))
+    return Release(config, adapters, _max_crops(path.parent))
 
 
 def _max_crops(folder: Path) -> int:
@@ -350,11 +380,15 @@ def export_release(run: Path, folder: Path, layout: Layout | None = None) -> Non
         adapters[name] = plan.adapter
     about = read_json(kept / _ABOUT)
     check_format(about, kept / _ABOUT)
-    own: Layout = about["layout"]
-    layout = layout or own
-    release = Release(Phi4MultimodalConfig.from_dict(about["config"]), adapters, about["max_crops"])
-
-    places = release.places()
+    with _of_form(kept / _ABOUT):
+        own: Layout = about["layout"]
+        layout = layout or own
+        release = Release(Phi4MultimodalConfig.from_dict(about["config"]), adapters, int(about["max_crops"]))
+        kinds = {name: str(about["dtypes"][name]) for name in about["dtypes"]}
+        places = release.places()
+    missing = {place.native for place in places} - kinds.keys()
+    if own not in get_args(Layout) or missing or not _DTYPES.keys() >= {*kinds.values()}:
+        raise ConfigError(f"{kept / _ABOUT}: its layout or dtypes are no release's; convert the release anew")
     files = dict.fromkeys(sorted(backbone.glob("*.safetensors")), "backbone:")
     files |= {
         backbone / place.file.removeprefix("backbone/"): f"{place.file}:" for place in places if _KEPT in place.file
@@ -366,7 +400,7 @@ def export_release(run: Path, folder: Path, layout: Layout | None = None) -> Non
     tensors.check({place.key: place.shape for place in places} | COLOURS, str(run))
 
     baked = {place.named(layout): place for place in places if layout == "hub" or not place.of_adapter}
-    dtypes = {name: about["dtypes"][place.native] for name, place in baked.items()}
+    dtypes = {name: kinds[place.native] for name, place in baked.items()}
 
     def read(name: str) -> Tensor:
         place = baked[name]

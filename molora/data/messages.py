@@ -34,7 +34,7 @@ _UNREAD_MEDIA = re.compile("(image|img|audio|wav|video)s?(_?(path|file|file_?nam
 
 # How the base64 text of a png, jpeg, gif, riff (webp, wav), flac, ogg, mp3 or heif file begins.
 _BASE64_STARTS = ("iVBORw0KGg", "/9j/", "R0lGOD", "UklGR", "ZkxhQ", "T2dnUw", "SUQz", "AAAAGGZ0eX", "AAAAHGZ0eX")
-_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}[=\s]*")
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}(?:=[=\s]*)?")
 _LONGEST_PATH = 4096
 
 
@@ -287,8 +287,9 @@ def media(kind: str, value: Any) -> dict[str, Any]:
     scheme = value[:8].lower()
     if scheme.startswith("data:"):
         head, _, data = value.partition(",")
-        return {"type": kind, "base64": data} if head.endswith(";base64") else {"type": kind, "url": value}
-    if scheme.startswith(("http://", "https://")):
+        if head.endswith(";base64") and "%" not in data:
+            return {"type": kind, "base64": data}
+    if scheme.startswith(("data:", "http://", "https://")):
         return {"type": kind, "url": value}
     if (value.startswith(_BASE64_STARTS) or len(value) > _LONGEST_PATH) and _BASE64.fullmatch(value):
         return {"type": kind, "base64": value}
@@ -340,14 +341,14 @@ def _local(path: str, folder: Path | None, bound: Path | None, where: str) -> st
         if (uri[1] or "").lower() not in ("", "localhost") or not uri[2]:
             raise MediaError(f"{where}: {given!r:.200} is no local file; write file:///folder/file, or a path")
         path = unquote(uri[2], errors="surrogateescape")
+    if "\0" in path:
+        raise MediaError(f"{where}: {given!r:.200} holds a NUL character")
     path = os.path.expanduser(path)
     start = bound or folder
     if start is None and not os.path.isabs(path):
         raise MediaError(f"{where}: {given!r:.200} is relative, and nothing says to what; give media_root")
     path = os.path.join(start or "", path)
     if bound is not None:
-        if "\0" in path:
-            raise MediaError(f"{where}: {given!r:.200} holds a NUL character")
         path, root = os.path.realpath(path), os.path.realpath(bound)
         if os.path.commonpath([path, root]) != root:
             raise MediaError(f"{where}: {given!r:.200} leads out of media_root {bound}, to {path}")

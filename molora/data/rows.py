@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from molora.config import ConfigError
+from molora.received import once
 
 MAX_ROW_BYTES = 2**26
 MAX_UNPACKED_BYTES = 2**27
@@ -31,9 +32,12 @@ _UTF8_MARK = b"\xef\xbb\xbf"
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _GZIP = b"\x1f\x8b"
 
-# A string (to the end of the file if nothing closes it) or a bracket.
-_TOKENS = re.compile(rb'"(?>[^"\\]+|\\.)*+(?:"|\Z)|[\[\]{}]', re.DOTALL)
-_STRINGS = re.compile(r'"(?>[^"\\]+|\\.)*+"', re.DOTALL)
+# A whole string without escapes, the quote before another, or a bracket.
+_TOKENS = re.compile(rb'"[^"\\]*"|["\[\]{}]')
+# Some of what a string holds: a match of millions of escapes would take gigabytes.
+_IN_STRING = re.compile(rb'(?:[^"\\]+|\\.?){1,1000}', re.DOTALL)
+# A string without escapes (to the end if nothing closes it), or text outside that is no bracket.
+_NO_BRACKETS = re.compile(r'"[^"]*"?|[^"\[\]{}]+')
 _STEPS = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 _Dialect = Callable[[Iterable[str]], Iterator[list[str]]]
@@ -183,11 +187,14 @@ class JsonRows:
             unpacked = self.bytes.unpacked
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if unpacked is None else unpacked
             depth, begin, end, position = 0, 0, self.bytes.start, self.bytes.start
-            while token := _TOKENS.search(data, position, position + MAX_ROW_BYTES + 1):
-                if token.end() - position > MAX_ROW_BYTES:
-                    raise ConfigError(f"{self._next()}: a text of over {MAX_ROW_BYTES} bytes, the most that is read")
-                position = token.end()
+            while token := _TOKENS.search(data, position, stop := position + MAX_ROW_BYTES + 1):
                 bracket = data[token.start()]
+                after = token.end()
+                if bracket in b'"' and after == token.start() + 1:
+                    after = _after_string(data, after, stop)
+                if after - position > MAX_ROW_BYTES:
+                    raise ConfigError(f"{self._next()}: a text of over {MAX_ROW_BYTES} bytes, the most that is read")
+                position = after
                 if bracket in b"[{":
                     if depth < 2:
                         begin = token.start()
@@ -213,6 +220,17 @@ class JsonRows:
         if text != expected or end - start > 4096:
             found = text[:40].decode(errors="replace")
             raise ConfigError(f"{self._next()}: expected objects with commas between them, found {found!r}")
+
+
+def _after_string(data: mmap.mmap | bytes, position: int, stop: int) -> int:
+    """Where a string ends that begins before `position`: behind its quote, or at `stop` or the end of the data."""
+    stop = min(stop, len(data))
+    while position < stop:
+        inside = _IN_STRING.match(data, position, stop)
+        if inside is None:
+            return position + 1
+        position = inside.end()
+    return stop
 
 
 class CellRows:
@@ -327,25 +345,17 @@ def parse(data: bytes, where: str, numbers_as_text: bool = False) -> Any:
     """
     text = _decoded(data, 0, where)
     if text.count("[") + text.count("{") > MAX_DEPTH:
-        brackets = re.sub(r"[^\[\]{}]+", "", _STRINGS.sub("", text))
+        brackets = _NO_BRACKETS.sub("", text.replace("\\\\", "").replace('\\"', ""))
         if max(accumulate(map(_STEPS.__getitem__, brackets)), default=0) > MAX_DEPTH:
             raise ValueError(f"{where}: nested over {MAX_DEPTH} levels deep")
     whole, fraction = (str, str) if numbers_as_text else (int, float)
     try:
         value = json.loads(
-            text, object_pairs_hook=_object, parse_constant=_no_constant, parse_int=whole, parse_float=fraction
+            text, object_pairs_hook=once, parse_constant=_no_constant, parse_int=whole, parse_float=fraction
         )
     except ValueError as error:
         raise ValueError(f"{where}: not valid JSON ({error})") from error
     return _whole(value) if r"\ud" in text.lower() else value
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        twice = next(key for key in value if sum(key == name for name, _ in pairs) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
-    return value
 
 
 def _no_constant(name: str) -> Any:

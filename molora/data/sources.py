@@ -88,11 +88,11 @@ class Messages:
         return {
             "id": row_id(value.get("id"), row, where),
             "messages": rooted(messages, self.rows.path.absolute().parent, self.media_root, where),
-            "tags": _tags(value.get("tags"), where),
+            "tags": read_tags(value.get("tags"), where),
         }
 
 
-def _tags(value: Any, where: str) -> list[str]:
+def read_tags(value: Any, where: str) -> list[str]:
     """The names that a row is counted under: a list of texts, one text, or null. Raises ValueError."""
     tags = [value] if isinstance(value, str) else value or []
     if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):

@@ -154,7 +154,7 @@ class _Template:
         for step in place.steps:
             if isinstance(value, Mapping) and step in value:
                 value = value[step]
-            elif isinstance(value, (list, tuple)) and step.isdecimal() and int(step) < len(value):
+            elif isinstance(value, (list, tuple)) and step.isdecimal() and len(step) < 10 and int(step) < len(value):
                 value = value[int(step)]
             else:
                 raise ValueError(f"{where}: {{{place.name}}}: no item {step[:80]!r} in {_described(value)}")
@@ -165,9 +165,11 @@ def _bound(place: _Place, names: Iterable[str]) -> _Place | None:
     """The place with its column, if that is among the names."""
     if place.name in names:
         return _Place(place.name, place.name)
-    item = re.fullmatch(r"(.*?)((?:\[[^\[\]]+\])+)", place.name, re.DOTALL)
-    if item and item[1] in names:
-        return _Place(place.name, item[1], tuple(re.findall(r"\[([^\[\]]+)\]", item[2])))
+    # From the end, as otherwise each bracket would be tried as the first.
+    steps = re.match(r"(?:\][^\[\]]+\[)*", place.name[::-1])
+    start = len(place.name) - (steps.end() if steps else 0)
+    if start < len(place.name) and place.name[:start] in names:
+        return _Place(place.name, place.name[:start], tuple(re.findall(r"\[([^\[\]]+)\]", place.name[start:])))
     return None
 
 
@@ -356,7 +358,7 @@ def _suffix(path: Path) -> str:
 
 def _slice(split: str, where: str) -> tuple[str, str, str]:
     """A split's name, and the start and stop of its slice, as written."""
-    found = re.fullmatch(r"([^\[\]+]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
+    found = re.fullmatch(r"([^\[\]+]+)(?:\[(-?\d{1,15}%?)?:(-?\d{1,15}%?)?\])?", split)
     if not found:
         raise ConfigError(f"{where}: split {split!r}: write a name, or a slice such as train[:1000] or train[90%:]")
     return found[1], found[2] or "", found[3] or ""

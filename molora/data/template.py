@@ -278,7 +278,7 @@ def _foresee(spent: _Spent, name: str, args: Sequence[Any], kwargs: Mapping[str,
     """Refuses a call of a filter, or of a method (its name has a dot), that would make a value beyond the limits."""
     subject, others = args[0] if args else "", [*args[1:], *kwargs.values()]
     if name in ("format", ".format", ".format_map"):
-        if re.search(r"%[^a-zA-Z]*\*|\{[^}]*\{", str(subject)):
+        if re.search(r"%[^a-zA-Z%]*\*|\{[^}]*\{", str(subject)):
             raise TooCostly(f"it formats with {subject!r:.40}, whose widths are arguments; write the widths down")
         widths = [int(digits) for digits in re.findall(r"[0-9]+", subject)]
         _small(widths)

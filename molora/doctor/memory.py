@@ -21,15 +21,17 @@ import psutil
 import torch
 import transformers
 from accelerate import Accelerator
+from huggingface_hub.errors import HfHubHTTPError
 from rich.text import Text
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoModelForCausalLM
 
 from molora.checkpoint.assembly import Blueprint, RouterConfig, RouterPlan, assemble, blueprint, pick_device
 from molora.checkpoint.folders import read_plan
+from molora.checkpoint.trust import Untrusted
 from molora.config import ConfigError, build, options, read
 from molora.convert.release import layout_of
 from molora.data.processor import Processor, SampleTooLong
@@ -42,9 +44,8 @@ from molora.model.backbone import Backbone
 from molora.model.cache import PackedCache
 from molora.model.identity import Identity
 from molora.model.molora import MoLoRA
-from molora.model.pretrained import check_backbone, read_dtype
+from molora.model.pretrained import damage_named, fetch, load_tokenizer, read_config, read_dtype
 from molora.pack import Sample
-from molora.plugins import Untrusted
 from molora.routing import Flow, RoutingError, flowing
 from molora.seeding import seed_of
 from molora.terminal import console, print_table, say, styled
@@ -134,7 +135,7 @@ def on_meta(
     """The model of a recipe, of a run, or of a backbone (folder or hub id) with modality folders, on the meta device.
 
     It has every parameter and buffer, with shape and dtype, and none of their values. Of the hub it needs descriptions
-    only: config.json of the backbone, and JSON files of an encoder that is named there.
+    only: JSON files of the backbone, and JSON files of an encoder that is named there.
 
     Raises ConfigError or ValueError for what is missing, cannot be fetched, or cannot be built without weights.
     """
@@ -161,25 +162,22 @@ def on_meta(
 
 def _backbone(source: str, revision: str | None, dtype: str | None) -> Backbone:
     try:
-        check_backbone(
-            PretrainedConfig.get_config_dict(source, revision=revision)[0], f"backbone {source!r}: config.json"
-        )
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        folder = fetch(source, revision, weights=False)
+        config = read_config(folder)
     except Untrusted:
         raise
-    except (OSError, ValueError) as error:
+    except (HfHubHTTPError, OSError, ValueError) as error:
         raise ValueError(
             f"backbone {source!r}: its config.json cannot be read, or fetched from the hub ({_first_line(error)}); "
             "check the name and the network, or give a local folder"
         ) from error
     if dtype is None and config.dtype is None:
         raise ConfigError(f"backbone {source!r}: its config.json names no dtype, and weights are not read; give dtype")
-    model = AutoModelForCausalLM.from_config(
-        config,
-        dtype=config.dtype if dtype is None else read_dtype(dtype),
-        attn_implementation="eager",
-        trust_remote_code=False,
-    )
+    cast = config.dtype if dtype is None else read_dtype(dtype)
+    with damage_named(folder):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=cast, attn_implementation="eager", trust_remote_code=False
+        )
     # What a probe finds is a factor, which takes no memory.
     return Backbone(model, Identity(source, "", "", "", ""), probe={"embed_scale": 1.0})
 
@@ -431,7 +429,7 @@ def _ruled(model: MoLoRA, company: frozenset[str]) -> bool:
 def _heaviest_step(model: MoLoRA, recipe: Recipe, index: int) -> tuple[list[Sample], str]:
     """The samples of the step with the largest pack, of the first steps of a stage; and what is to be said of them."""
     stage, path = recipe.stages[index], recipe.backbone.path
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=recipe.backbone.revision, trust_remote_code=False)
+    tokenizer = load_tokenizer(fetch(path, recipe.backbone.revision, weights=False))
     policy = MediaPolicy(allow_urls=recipe.allow_urls, allow_private_addresses=recipe.allow_private_addresses)
     processor = Processor(tokenizer, model.modalities, model.router.order, model.backbone.max_tokens, policy)
     dataset = EncodedSamples(

@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 
 from molora.config import ConfigError, require
 from molora.data.processor import Processor
-from molora.data.sources import Source, SourceConfig
+from molora.data.sources import Source, SourceConfig, read_tags
 from molora.inference.generate import Failed, GenerationConfig, Step, attempt, generate
 from molora.model.molora import MoLoRA
 from molora.pack import Sample
@@ -165,8 +165,11 @@ def question(source: Source, index: int, without_media: bool) -> dict[str, Any]:
         ]
     expected = last["content"]
     if not isinstance(expected, str):
-        expected = "".join(part["text"] for part in expected if part["type"] == "text")
-    return {"id": f"{index}:{row['id']}", "prompt": prompt, "expected": expected, "tags": row.get("tags", [])}
+        if other := next((part["type"] for part in expected if part["type"] != "text"), None):
+            raise ValueError(f"evaluation row {index + 1}: the expected answer holds {other}; it can be text alone")
+        expected = "".join(part["text"] for part in expected)
+    tags = read_tags(row.get("tags"), f"evaluation row {index + 1}")
+    return {"id": f"{index}:{row['id']}", "prompt": prompt, "expected": expected, "tags": tags}
 
 
 def scores(judged: list[Judged], config: EvaluationConfig) -> dict[str, float]:
@@ -234,6 +237,9 @@ def words(text: str) -> list[str]:
     """The words of a text, for error rates: letters, marks and numbers of every script, without case, what stands in
     brackets left out (as Whisper does). Scripts that are written without spaces have a word for every character."""
     folded = unicodedata.normalize("NFKC", text.replace("\u200b", " ")).casefold()
+    for opening, closing in (("[<[]", ">]"), ("[(]", ")")):  # searching what closes each would take for ever
+        closed = max(map(folded.rfind, closing)) + 1
+        folded = folded[:closed] + re.sub(opening, " ", folded[closed:])
     kept = re.sub(r"[<\[][^>\]]*[>\]]|\([^)]+?\)", "", folded)
     pieces: list[str] = []
     for character in unicodedata.normalize("NFKC", kept):

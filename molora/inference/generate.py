@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 import torch
@@ -124,6 +124,9 @@ def generate(
 
     With `keep_going` a sample that fails (could not be made, collated or encoded, or has logits that are no numbers)
     ends with a step that has its error, and the others go on as if it had never been there. Else its error is raised.
+
+    Raises SampleFailed for a sample that cannot be collated or encoded, NotFinite for one whose logits are NaN or
+    infinite, and the error of one that could not be made.
     """
     config = config or GenerationConfig()
     model.eval()
@@ -206,11 +209,14 @@ def _faults(model: MoLoRA, samples: Sequence[Sample]) -> dict[str, Exception]:
 def _prefill(
     model: MoLoRA, samples: Sequence[Sample], config: GenerationConfig
 ) -> tuple[list[_Running], list[Tensor], PackedCache]:
-    if model.deterministic_batch:
-        samples = [
-            replace(sample, items=tuple(replace(item, frames_SC=model.frames(item)) for item in sample.items))
-            for sample in samples
-        ]
+    """Runs prompts; returns what decoding goes on with, and the logits behind each."""
+    if model.deterministic_batch and len(samples) > 1:
+        running, logits, cache = [], [], PackedCache()
+        for sample in samples:
+            its_running, its_logits, its_cache = _prefill(model, [sample], config)
+            running, logits = running + its_running, logits + its_logits
+            cache.join(its_cache)
+        return running, logits, cache
     pack = collate(samples, model.modalities, model.router.order).to(model.device)
     cache = PackedCache()
     embeds_TD = model.embed(pack)
@@ -229,6 +235,12 @@ def _prefill(
 
 def _decode(model: MoLoRA, running: Sequence[_Running], cache: PackedCache) -> tuple[list[Tensor], PackedCache]:
     """Feeds every sample its latest token. Those whose rotary regime changes with it are prefilled again, alone."""
+    if model.deterministic_batch and len(running) > 1:
+        both = [_decode(model, [sample], its) for sample, its in zip(running, cache.split(), strict=True)]
+        joined = PackedCache()
+        for _, its in both:
+            joined.join(its)
+        return [logits_V for logits, _ in both for logits_V in logits], joined
     crossing = {
         index
         for index, sample in enumerate(running)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from molora.checkpoint.assembly import RouterConfig, assemble, pick_device
 from molora.checkpoint.folders import (
     RunAbout,
+    check_encoder,
     check_modality,
     file_hash,
     load_modality,
@@ -63,6 +64,9 @@ class LoadedModel:
 
         A conversation that cannot be answered raises its error, which names it by its place. With `errors="return"` the
         error stands in its place in the list, and the others are answered.
+
+        Raises what `Processor.encode` raises (such as MediaError), SampleFailed for a sample that an encoder fails on,
+        NotFinite for one whose logits are NaN or infinite.
         """
         single = bool(conversations) and isinstance(conversations[0], Mapping)
         several: Any = [conversations] if single else conversations
@@ -183,9 +187,10 @@ def load(
 
     `allow_urls`: whether media may be fetched over HTTP, whatever the messages say; `allow_private_addresses`: from
     inside a network too (see `MediaPolicy`). `deterministic_batch`: whether answers are the same bits whatever batch
-    they are in, which takes up to twice the time.
+    they are in, which takes as long as each alone.
 
-    Raises ConfigError or ValueError naming the file that does not fit, BackboneRefused for a backbone that cannot run.
+    Raises ConfigError or ValueError naming the file that does not fit; Untrusted for code that `trust` does not name;
+    BackboneRefused for a backbone that cannot run.
     """
     layout = locate(source, modalities)
     run = layout.run
@@ -197,9 +202,10 @@ def load(
     if run is not None:
         for warning in backbone.identity.check(run.backbone, str(run.folder / "molora.json")):
             warn(warning)
-    for folder in layout.folders.values():
+    for name, folder in layout.folders.items():
         for warning in check_modality(folder, backbone.identity):
             warn(warning)
+        check_encoder(plans[name], folder)
     media_policy = MediaPolicy(allow_urls=allow_urls, allow_private_addresses=allow_private_addresses)
     model, processor = assemble(
         backbone, tokenizer, plans, own or router or RouterConfig(), where=where, media_policy=media_policy
@@ -208,6 +214,5 @@ def load(
         load_modality(model, name, folder)
     if run is not None and own is not None:
         load_router(model, run.folder)
-    if deterministic_batch:
-        model.make_deterministic()
+    model.deterministic_batch = deterministic_batch
     return LoadedModel(model.eval(), processor)

@@ -69,7 +69,7 @@ def packed_attention(
     keys = key if isinstance(key, Segments) else key.split(flow.lengths, dim=2)
     values = value if isinstance(value, Segments) else value.split(flow.lengths, dim=2)
     plain = softcap is None and s_aux is None
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and plain and not flow.apart:
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and plain:
         return _varlen(module, query, keys, values, flow.lengths, scaling, sliding_window), None
     outputs = []
     for query_HQd, key_GKd, value_GKd in zip(queries, keys, values, strict=True):

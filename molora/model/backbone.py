@@ -6,7 +6,6 @@ Letters: T tokens in a pack, K positions, D backbone width, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,9 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from molora.model import attention
 from molora.model.cache import PackedCache
-from molora.model.experts import routers
 from molora.model.identity import Identity
-from molora.model.probe import BackboneRefused, compare, run_stock
+from molora.model.probe import compare, run_stock
 from molora.model.rotary import wrap_rotary
 from molora.model.stock import decoder, decoder_layers
 from molora.routing import Flow, current_flow, flowing
@@ -116,21 +114,6 @@ class Backbone(nn.Module):
         """Stays in eval mode."""
         return super().train(False)
 
-    def compute_by_sample(self) -> None:
-        """From now on every product has the rows of one sample, so that a sample's bits do not depend on its company.
-
-        Kernels choose their blocks, and so the order of their sums, by the number of rows. Raises BackboneRefused for a
-        mixture of experts, which puts tokens of several samples into one product by itself.
-        """
-        if routers(self.model):
-            raise BackboneRefused(
-                f"{type(self.model).__name__} sends tokens of all samples to its experts together, so its results "
-                "depend on the batch; leave deterministic_batch out"
-            )
-        for layer in self.model.modules():
-            if isinstance(layer, nn.Linear):
-                layer.forward = _by_sample(layer.forward)  # pyright: ignore[reportAttributeAccessIssue]
-
     def regime(self, length: int) -> tuple[int, ...]:
         """Changes exactly when a sample growing to `length` tokens changes its rotary frequencies."""
         return tuple(number for rotary in self.rotary for number in rotary.regimes(length))
@@ -180,15 +163,3 @@ class Backbone(nn.Module):
             return checkpoint(again, *args, use_reentrant=False, **kwargs)
 
         return run
-
-
-def _by_sample(linear: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """A linear layer's forward in one product a sample; the head, which is outside the flow, in one a row."""
-
-    def run(x: Tensor) -> Tensor:
-        flow = current_flow()
-        rows = x.flatten(0, -2)
-        parts = rows.split([1] * len(rows) if flow is None else flow.lengths)
-        return torch.cat([linear(part) for part in parts]).unflatten(0, x.shape[:-1])
-
-    return run

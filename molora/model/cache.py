@@ -75,6 +75,14 @@ class PackedCache(Cache):
             for layer, segments in store.items():
                 store[layer] = [segments[sample] for sample in samples]
 
+    def split(self) -> list[PackedCache]:
+        """One cache for each sample, which goes on with the same keys and values."""
+        caches = [PackedCache() for _ in next(iter(self._keys.values()), ())]
+        for sample, cache in enumerate(caches):
+            cache._keys = {layer: [segments[sample]] for layer, segments in self._keys.items()}
+            cache._values = {layer: [segments[sample]] for layer, segments in self._values.items()}
+        return caches
+
     def join(self, other: PackedCache) -> None:
         """Appends the samples of another cache after this one's."""
         for mine, theirs in ((self._keys, other._keys), (self._values, other._values)):

@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from molora.received import TensorFile, read_json
+from molora.received import TensorFile, read_json, stamps
 from molora.storage import cache_folder, read_cached_json, write_cached
 
 FORMAT_VERSION = 2
@@ -25,7 +25,8 @@ FORMAT_VERSION = 2
 _SILENT = re.compile(
     r"_.*|architectures|auto_map|transformers_version|(torch_)?dtype|use_cache|.*dropout.*|.*pdrop|.*_token_ids?|"
     r"initializer_range|id2label|label2id|problem_type|tokenizer_class|return_dict|output_.*|chunk_size_feed_forward|"
-    r"router_aux_loss_coef|gradient_checkpointing|rope_.*|partial_rotary_factor|original_max_position_embeddings"
+    r"router_aux_loss_coef|gradient_checkpointing|rope_.*|partial_rotary_factor|original_max_position_embeddings",
+    re.DOTALL,  # each "dropout" of a long name would be tried if the rest could hold no line break
 )
 # File systems tell times apart that are as far apart as this.
 _TICK_SECONDS = 0.02
@@ -120,17 +121,15 @@ def describe(
     return identity, remembered
 
 
-def stamps(folder: Path) -> list[tuple[str, int, int, int, int]]:
-    """What changes when a file that decides about logits is written or replaced, even one of the same size whose time
-    was set back."""
-    files = [folder / "config.json", *sorted(folder.resolve().glob("*.safetensors"))]
-    found = [(path.name, path.stat()) for path in files]
-    return [(name, at.st_size, at.st_ino, at.st_mtime_ns, at.st_ctime_ns) for name, at in found]
+def weight_stamps(folder: Path) -> list[tuple[str, int, int, int, int]]:
+    """Of the files that decide about logits."""
+    folder = folder.resolve()
+    return stamps([folder / "config.json", *sorted(folder.glob("*.safetensors"))])
 
 
 def _memory(folder: Path) -> Path:
     """Where hashes and probe results of this folder's present files are remembered."""
-    key = _digest([str(folder.resolve()), stamps(folder), FORMAT_VERSION])
+    key = _digest([str(folder.resolve()), weight_stamps(folder), FORMAT_VERSION])
     return cache_folder() / "backbones" / f"{key}.json"
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import math
 import re
 import subprocess
 import sys
@@ -172,7 +171,7 @@ def _check_values(options: Mapping[str, Any], where: str) -> None:
             raise ConfigError(f"{where}.{key}: {options[key]!r:.80} is refused; write {what}")
 
     def number(value: object) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
     def rank(value: object) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and value > 0

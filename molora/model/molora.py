@@ -14,7 +14,6 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from molora.config import ConfigError
 from molora.modality import Encoder, Frames, Modality
 from molora.model import lora
 from molora.model.backbone import Backbone
@@ -72,21 +71,10 @@ class MoLoRA(nn.Module):
         for name, config in self.adapters.items():
             with seeded(seed, "adapter", name):
                 lora.inject(backbone.model, name, config, where=f"adapter {name!r}")
+        # Whether `generate` computes every sample by itself, so that its bits do not depend on its company.
         self.deterministic_batch = False
         self.requires_grad_(False)
         self.train(False)
-
-    def make_deterministic(self) -> None:
-        """From now on the answers of `generate` are the same bits whatever batch they are in: items are encoded one by
-        one, and products computed sample by sample.
-
-        Raises BackboneRefused for a mixture of experts, ConfigError for a router that learns, whose gates are a product
-        over the pack.
-        """
-        if self.router_tensors():
-            raise ConfigError("deterministic_batch: a router that learns decides for the whole pack in one product")
-        self.backbone.compute_by_sample()
-        self.deterministic_batch = True
 
     @property
     def device(self) -> torch.device:
@@ -174,8 +162,6 @@ class MoLoRA(nn.Module):
             )
         projectors: Any = self.projectors[name]
         items = frames.frames_SC.split(frames.lengths)
-        if self.deterministic_batch:
-            return torch.cat([projectors[key](item) for key, item in zip(media.projectors, items, strict=True)])
         if len(set(media.projectors)) == 1:
             return projectors[media.projectors[0]](frames.frames_SC)
         tokens: list[Tensor] = [frames.frames_SC] * len(items)
@@ -206,10 +192,7 @@ class MoLoRA(nn.Module):
             position_ids_T = pack.position_ids_T
         if routing is None:
             routing = self.router(pack, embeds_TD)
-        if self.deterministic_batch:
-            routing = routing.cut(pack.lengths)
-        flow = Flow(pack.lengths, routing, apart=self.deterministic_batch)
-        return self.backbone(embeds_TD, position_ids_T, flow, cache)
+        return self.backbone(embeds_TD, position_ids_T, Flow(pack.lengths, routing), cache)
 
     def logits(self, pack: Pack) -> Tensor:
         """Logits (T, V) at every position; for tests and small packs."""

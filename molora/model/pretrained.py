@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from molora.config import ConfigError
 from molora.data.prompt import ChatTemplate
 from molora.model.backbone import Backbone
-from molora.model.identity import Identity, describe, remember, stamps
+from molora.model.identity import Identity, describe, remember, weight_stamps
 from molora.plugins import Untrusted
 from molora.received import read_json, shard_names
 from molora.terminal import warn
@@ -48,12 +49,12 @@ def load_backbone(
     Raises FileNotFoundError, ValueError for what cannot be read, BackboneRefused for what cannot be run.
     """
     folder = fetch(source, revision)
-    before = stamps(folder)
-    tokenizer = _load_tokenizer(folder)
-    identity, remembered = describe(folder, source, tokenizer, _opened(AutoConfig, folder))
+    before = weight_stamps(folder)
+    tokenizer = load_tokenizer(folder)
+    identity, remembered = describe(folder, source, tokenizer, read_config(folder))
     transformers.logging.disable_progress_bar()  # the hub's bar for downloads has been shown; loading is quick
     model = open_stock(folder, "auto" if dtype is None else read_dtype(dtype)).to(device)  # pyright: ignore[reportArgumentType]
-    if stamps(folder) != before:
+    if weight_stamps(folder) != before:
         raise ValueError(f"backbone {folder}: was written to while it was opened; let what writes it finish")
     key = f"{transformers.__version__} {torch.__version__} {model.dtype} {torch.device(device).type}"
     probes = remembered["probes"]
@@ -75,13 +76,17 @@ def read_dtype(given: str, key: str = "dtype") -> torch.dtype:
     return found
 
 
-def fetch(source: str, revision: str | None = None) -> Path:
-    """The folder of a model: `source` itself, or what the hub has under that id. Raises FileNotFoundError."""
+def fetch(source: str, revision: str | None = None, *, weights: bool = True) -> Path:
+    """The folder of a model: `source` itself, or what the hub has under that id, with its `weights` or without.
+
+    Raises FileNotFoundError, ValueError for a folder that is not as it should be, and the hub's own errors.
+    """
     folder = Path(source)
     if not folder.is_dir():
         if source.startswith((".", "/", "~")) or source.count("/") > 1:
             raise FileNotFoundError(f"backbone {source!r}: no such folder")
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=_FILES))
+        wanted = [pattern for pattern in _FILES if weights or pattern != "*.safetensors"]
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"backbone {folder}: no config.json; expected a folder that transformers can open")
     _check_folder(folder)
@@ -91,16 +96,21 @@ def fetch(source: str, revision: str | None = None) -> Path:
 
 def identify(folder: Path, source: str) -> Identity:
     """What the backbone in a folder is, without loading its weights. Raises ValueError for what cannot be read."""
-    return describe(folder, source, _load_tokenizer(folder), _opened(AutoConfig, folder))[0]
+    return describe(folder, source, load_tokenizer(folder), read_config(folder))[0]
 
 
 def open_stock(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
     """The causal LM of a folder as transformers has it, with eager attention. Raises OSError, ValueError."""
-    config = _opened(AutoConfig, folder)
+    config = read_config(folder)
     # Some released configs name flash attention. Where that is not installed, its kernel would be fetched. What
     # config.json says wins over an argument, but not over the config's own attribute.
     config._attn_implementation = "eager"
     return _opened(AutoModelForCausalLM, folder, config=config, dtype=dtype, use_safetensors=True)
+
+
+def read_config(folder: Path) -> Any:
+    """The config of a folder as transformers has it. Raises OSError, ValueError."""
+    return _opened(AutoConfig, folder)
 
 
 def _check_folder(folder: Path) -> None:
@@ -126,8 +136,15 @@ def _check_folder(folder: Path) -> None:
 
 def _opened(auto: Any, folder: Path, **options: Any) -> Any:
     """What a class of transformers makes of a folder, without running code of it. Raises OSError, ValueError."""
-    try:
+    with damage_named(folder):
         return auto.from_pretrained(folder, trust_remote_code=False, **options)
+
+
+@contextlib.contextmanager
+def damage_named(folder: Path) -> Iterator[None]:
+    """Makes a ValueError that names the folder of whatever transformers raises over its files."""
+    try:
+        yield
     except (OSError, ValueError, MemoryError):
         raise
     except Exception as error:  # files that are damaged or edited end in errors of every kind there
@@ -135,7 +152,8 @@ def _opened(auto: Any, folder: Path, **options: Any) -> Any:
         raise ValueError(f"backbone {folder}: transformers cannot open it ({told:.300}); is it whole?") from error
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder. Raises OSError, ValueError for what is damaged or has no chat template."""
     tokenizer = _opened(AutoTokenizer, folder)
     if tokenizer.chat_template is None:
         raise ValueError(f"backbone {folder}: its tokenizer has no chat template; add one (chat_template.jinja)")

@@ -5,7 +5,7 @@ Letters: T tokens of a sample, D backbone width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +100,11 @@ def _embed_scale(name: str, embedded_TD: Tensor, entered_TD: Tensor) -> float:
     return 1.0 if torch.equal(entered_TD, embedded_TD) else scale
 
 
+def largest(values: Iterable[float]) -> float:
+    """The largest of some numbers; NaN if one of them is NaN, which `max` may pass over."""
+    return float(torch.tensor([*values], dtype=torch.float64).max())
+
+
 @torch.no_grad()
 def compare(backbone: Backbone, stock: Stock) -> dict[str, Any]:
     """Runs the probe's samples alone and packed, and compares with what the stock model gave."""
@@ -115,7 +120,7 @@ def compare(backbone: Backbone, stock: Stock) -> dict[str, Any]:
     for how, ours in (("alone", alone), ("packed", packed)):
         logits = [backbone.head(hidden_TD[-_LOGITS:]) for hidden_TD in ours]
         pairs = [*zip(ours, stock.hidden, strict=True), *zip(logits, stock.logits, strict=True)]
-        differences[how] = worst = max(
+        differences[how] = worst = largest(
             float((mine - theirs).abs().max() / theirs.abs().max()) for mine, theirs in pairs
         )
         if not worst <= tolerance:

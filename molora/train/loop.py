@@ -36,6 +36,7 @@ from molora.checkpoint.assembly import (
     router_plan,
 )
 from molora.checkpoint.folders import (
+    check_encoder,
     check_format,
     check_modality,
     copy_modality,
@@ -252,9 +253,10 @@ def build_model(
     backbone, tokenizer = load_backbone(
         recipe.backbone.path, dtype=recipe.backbone.dtype, revision=recipe.backbone.revision, device=device
     )
-    for folder in saved.values():
+    for name, folder in saved.items():
         for warning in check_modality(folder, backbone.identity):
             warn(warning)
+        check_encoder(plans[name], folder)
     where = "router" if recipe.router.path is None else str(Path(recipe.router.path) / "molora.json")
     model, processor = assemble(
         backbone,

@@ -29,6 +29,7 @@ from molora.model.identity import weights_hash
 from molora.model.lora import adapter_tensors
 from molora.model.molora import MoLoRA
 from molora.model.pretrained import open_stock
+from molora.model.probe import largest
 from molora.model.stock import decoder_layers, stock_attention
 from molora.pack import Pack, Sample, collate
 from molora.received import read_tensors
@@ -225,7 +226,7 @@ def _frozen(
         return
     for precision in precisions:  # caps and sinks are computed in another order
         with precision.of(model.backbone.model), precision.of(stock):
-            worst = max(difference(ours, theirs) for ours, theirs in _beside_stock(model, stock, texts))
+            worst = largest(difference(ours, theirs) for ours, theirs in _beside_stock(model, stock, texts))
         yield precision.check("1 frozen", f"{len(texts)} texts differ from transformers (eager)", worst)
 
 
@@ -323,7 +324,7 @@ def _packed_as_alone(model: MoLoRA, samples: Sequence[Sample], pack: Pack, preci
         which = [list(alone).index(id) for id in pack.ids]
         with choices.again(which, pack.lengths):
             packed = dict(zip(pack.ids, model.logits(pack).split(pack.lengths), strict=True))
-    worst = max(difference(packed[id], alone[id]) for id in pack.ids)
+    worst = largest(difference(packed[id], alone[id]) for id in pack.ids)
     return precision.check("3 any mix, one batch", f"{len(samples)} samples packed differ from alone", worst)
 
 
@@ -340,7 +341,7 @@ def _cached_as_not(model: MoLoRA, samples: Sequence[Sample], precision: _Precisi
                 behind.append(float((logits_V.max() - logits_V[token]) / logits_V.abs().max().clamp(min=1.0)))
     same = sum(lag == 0 for lag in behind)
     found = f"{same} of {len(behind)} cached tokens are a full forward's, the worst is behind"
-    return precision.check("5 one path", found, max(behind))
+    return precision.check("5 one path", found, largest(behind))
 
 
 def _whole(model: MoLoRA, folders: Mapping[str, Path]) -> Check:
@@ -354,7 +355,7 @@ def _whole(model: MoLoRA, folders: Mapping[str, Path]) -> Check:
             "adapter_model.safetensors": adapter_tensors(model.backbone.model, name),
         }
         for file in here.keys() & read_about(path)["files"].keys():
-            tensors = read_tensors(path / file)
+            tensors = read_tensors(path / file, path)
             mine = here[file]
             if mine.keys() != tensors.keys() or not all(
                 torch.equal(mine[key].cpu(), tensor.to(mine[key].dtype)) for key, tensor in tensors.items()

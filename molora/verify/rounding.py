@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from molora.model.probe import largest
 from molora.model.stock import decoder_layers
 
 HALF = (torch.bfloat16, torch.float16)
@@ -30,7 +31,7 @@ class Rounding:
     @property
     def most(self) -> float:
         """How far two ways of computing one result may differ: each is as far from the exact one as the stock model."""
-        return max(self.shape, 2 * self.fp32)
+        return largest((self.shape, 2 * self.fp32))
 
 
 def difference(ours: Tensor, reference: Tensor) -> float:
@@ -42,7 +43,7 @@ def difference(ours: Tensor, reference: Tensor) -> float:
 def measure(stock: PreTrainedModel, samples: Iterable[Tensor]) -> Rounding:
     """How far the results of a half-precision causal LM move on samples, each given by its embeddings (T, D)."""
     found = [_measure(stock, embeds_TD) for embeds_TD in samples]
-    return Rounding(max(rounding.shape for rounding in found), max(rounding.fp32 for rounding in found))
+    return Rounding(largest(rounding.shape for rounding in found), largest(rounding.fp32 for rounding in found))
 
 
 def _measure(stock: Any, embeds_TD: Tensor) -> Rounding:

@@ -14,6 +14,7 @@ import soundfile  # noqa: F401
 import torchaudio  # noqa: F401
 
 # What attacks import takes seconds the first time, which are not theirs.
+from tests.watch import Hung
 
 # Of this process. On a quiet machine no attack takes over 5 seconds; neighbours that share its cores stretch processor
 # time too, by up to three times. What waits for nothing gets longer still.
@@ -35,7 +36,7 @@ def watched() -> Iterator[None]:
     """Fails an attack that takes over 15 seconds of processor time, a minute of waiting, or a gibibyte."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise AssertionError(f"hangs: over {MAX_PROCESSOR_SECONDS} s at work or {MAX_CLOCK_SECONDS} s in all")
+        raise Hung(f"hangs: over {MAX_PROCESSOR_SECONDS} s at work or {MAX_CLOCK_SECONDS} s in all")
 
     gc.collect()
     gc.freeze()  # what is there now need not be looked through before every test

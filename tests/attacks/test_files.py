@@ -14,9 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
 import molora
 from molora.checkpoint.assembly import RouterConfig, assemble, blueprint
@@ -24,11 +26,15 @@ from molora.checkpoint.folders import (
     copy_modality,
     load_modality,
     read_blueprint,
-    read_plan,
-    read_run,
     save_modality,
+    tensor_hash,
     write_run,
 )
+from molora.doctor.memory import on_meta
+from molora.encoders.audio import Audio, AudioConfig
+from molora.encoders.hub import weight_files
+from molora.encoders.vision import VisionConfig
+from molora.modality import MediaError
 from molora.model.pretrained import load_backbone
 from molora.received import TensorFile, read_json
 from molora.storage import cache_folder, hold, write_text
@@ -264,7 +270,12 @@ HEADERS: dict[str, tuple[Any, bytes, str]] = {
     "a million tensors": (None, b"", "a header of .* bytes, allowed 16777216"),
     "deep": (b'{"a":' * 10**5 + b"1" + b"}" * 10**5, b"", "nested deeper than 100"),
     "deep in lists": (b'{"a":' + b"[" * 10**6 + b"]" * 10**6 + b"}", b"", "nested deeper than 100"),
-    "one name twice": (b'{"a": {}, "a": {}}', b"", "key 'a' is there twice"),
+    "one name twice": (b'{"a": {}, "a": {}}', b"", "the key 'a' stands twice"),
+    "the last of many names twice": (
+        b"{" + b"".join(b'"%d": {},' % number for number in range(10**6)) + b'"999999": {}}',
+        b"",
+        "the key '999999' stands twice",
+    ),
     "no UTF-8": (b'{"\xff": 1}', b"", "not JSON but binary"),
     "NaN": (b'{"a": NaN}', b"", "NaN is no number"),
 }
@@ -332,7 +343,7 @@ def test_mutated_descriptions_are_refused_in_one_paragraph_or_open(run: Path, se
     values = [None, 7, -1, 2**70, 1e308, True, "", "../x", "\0", [], {}, [[]], {"a": {"b": 1}}, "x" * 500]
     for path in (run / "molora.json", run / "modalities" / "vision" / "modality.json"):
         whole = json.loads(path.read_text())
-        for _ in range(150):
+        for _ in range(60):
             about = json.loads(json.dumps(whole))
             place = about
             while True:
@@ -343,10 +354,7 @@ def test_mutated_descriptions_are_refused_in_one_paragraph_or_open(run: Path, se
             place[key] = generator.choice(values)
             path.write_text(json.dumps(about))
             try:
-                there = read_run(run)
-                there.backbone_source()
-                for name, folder in there.modality_folders().items():
-                    read_plan(folder, name)
+                molora.load(run, device="cpu")
             except (ValueError, OSError) as error:
                 assert len(str(error)) < 2000, str(error)[:300]
         path.write_text(json.dumps(whole))
@@ -371,6 +379,167 @@ def test_a_tensor_too_many_is_named_before_it_is_read(run: Path) -> None:
     refused(run, "projector.safetensors: the tensors do not fit: unexpected more")
 
 
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        (b'{"weight_map": {"a": "../../x"}}', "weight_map: '../../x' is no name"),
+        (b'{"weight_map": {"a": "/etc/passwd"}}', "weight_map: '/etc/passwd' is no name"),
+        (b'{"weight_map": {"a": ["x"]}}', "weight_map: .* is no name"),
+        (b'{"weight_map": ["a"]}', '"weight_map" is no list of files by tensor'),
+        (b"{}", '"weight_map" is no list of files by tensor'),
+        (b"[]", "expected a JSON object, found list"),
+        (b'{"weight_map": {"a": "x", "a": "x"}}', "the key 'a' stands twice"),
+        (b'{"weight_map": ' + b"[" * 200 + b"]" * 200 + b"}", "nested deeper than 100 levels"),
+        (b'{"a": "' + b" " * 2**24 + b'"}', "allowed 16777216"),
+        (b"\xff", "not JSON but binary"),
+    ],
+    ids=["above", "elsewhere", "list", "lists", "empty", "no object", "twice", "deep", "huge", "binary"],
+)
+def test_an_index_of_an_encoders_weights_names_files_of_its_folder(tmp_path: Path, index: bytes, said: str) -> None:
+    (tmp_path / "encoder.safetensors.index.json").write_bytes(index)
+    with pytest.raises(ValueError, match=f"encoder.safetensors.index.json: .*({said})"):
+        weight_files(tmp_path, "encoder.safetensors")
+
+
+def test_a_setting_of_a_long_name_is_looked_at_once(tmp_path: Path) -> None:
+    save_backbone(tmp_path / "backbone")
+    change(tmp_path / "backbone" / "config.json", lambda about: about.update({"dropout" * 200_000 + "\n": 0.5}))
+    load_backbone(str(tmp_path / "backbone"))
+
+
+# What an encoder's options say ------------------------------------------------------------------------------------
+
+
+def tower(**options: Any) -> dict[str, Any]:
+    return {**OPTIONS, "tower": {"layer": -1, **options}}
+
+
+def ear(**options: Any) -> dict[str, Any]:
+    return {"tower": {"kind": "pretrained", "pretrained": {"architecture": "whisper", **options}}}
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+TIMM = {"kind": "timm", "name": "test_vit", "pretrained": False, "patch_pixels": 16}
+SIGLIP = {"kind": "transformers", "pretrained": False}
+SCRATCH_EAR = {"pretrained": False, "arguments": {"d_model": 16}}
+# The modality, its options, and why it is refused. PICKLE is a file that runs code when it is unpickled.
+OPTIONS_OF_STRANGERS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a checkpoint": ("vision", tower(**TIMM, arguments={"checkpoint_path": "PICKLE"}), "takes no 'checkpoint_path'"),
+    "a cache": ("vision", tower(**TIMM, arguments={"cache_dir": "PICKLE"}), "takes no 'cache_dir'"),
+    "a config": (
+        "vision",
+        tower(**TIMM, arguments={"pretrained_cfg": {"file": "PICKLE"}}),
+        "takes no 'pretrained_cfg'",
+    ),
+    "a part that is none": ("vision", tower(**TIMM, arguments={"act_layer": {"a": 1}}), "act_layer is .* expected"),
+    "a file of weights": ("vision", tower(kind="timm", name="test_vit", path="PICKLE"), "name the path .*PICKLE"),
+    "a file of none": ("vision", tower(**{**TIMM, "path": "PICKLE"}), "name the path .*PICKLE"),
+    "a folder": ("vision", tower(kind="transformers", path="/etc"), "name the path '/etc'"),
+    "a folder of sound": ("audio", ear(path="/etc"), "name the path '/etc'"),
+    "the hub": ("vision", tower(kind="transformers", name="a/b"), "name 'a/b' on the hub at revision None"),
+    "the hub's timm": ("vision", tower(kind="timm", name="test_vit.r160_in1k"), "on the hub at revision None"),
+    "the hub's sizes": ("vision", tower(**{**TIMM, "name": "a/b"}), "name 'a/b' on the hub"),
+    "the hub's sizes without slash": ("vision", tower(**SIGLIP, name="gpt2"), "name 'gpt2' on the hub"),
+    "a branch": ("vision", tower(kind="transformers", name="a/b", revision="main"), "at revision 'main'"),
+    "another commit": ("audio", ear(name="a/b", revision=COMMIT), f"at revision '{COMMIT}', expected the commit"),
+    "a wide tower": ("vision", {**OPTIONS, "tower": {**OPTIONS["tower"], "convit": {"width": 60_000}}}, "do not fit"),
+    "a wider one": (
+        "vision",
+        {**OPTIONS, "tower": {**OPTIONS["tower"], "convit": {"width": 2**40}}},
+        "width is 1.*most",
+    ),
+    "a deep tower": (
+        "vision",
+        {**OPTIONS, "tower": {**OPTIONS["tower"], "convit": {"depth": 10**9}}},
+        "depth is 1.*most",
+    ),
+    "a deep timm": ("vision", tower(**TIMM, arguments={"depth": 10**9}), "depth is 1000000000, allowed 1000"),
+    "a long list": ("vision", tower(**TIMM, arguments={"depths": [9] * 10**5}), "depths is .*16 of them"),
+    "a deep SigLIP": ("vision", tower(**SIGLIP, arguments={"num_hidden_layers": 10**9}), "num_hidden_layers is 1"),
+    "a huge crop": ("vision", {**OPTIONS, "crop_pixels": 2**30}, "crop_pixels is at most 8192"),
+    "many crops": ("vision", {**OPTIONS, "max_crops": 2**30}, "max_crops 1024"),
+    "a wide ear": ("audio", {"tower": {"conformer": {"width": 60_000, "heads": 1}}}, "do not fit"),
+    "a deep ear": ("audio", {"tower": {"conformer": {"blocks": 10**9}}}, "blocks is 1000000000, allowed 1000"),
+    "a deep Whisper": ("audio", ear(pretrained=False, arguments={"encoder_layers": 10**9}), "encoder_layers is 1"),
+    "filters of sound": ("audio", ear(**SCRATCH_EAR, features={"n_fft": 2**30}), "n_fft is 1073741824, expected"),
+    "windows of years": ("audio", ear(**SCRATCH_EAR, features={"chunk_length": 10**9}), "chunk_length is .* to 120"),
+}
+
+
+@pytest.mark.parametrize("what", OPTIONS_OF_STRANGERS)
+def test_options_that_read_fetch_or_take_too_much_are_refused(
+    run: Path, what: str, canary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin, options, said = OPTIONS_OF_STRANGERS[what]
+    pickle = run.parent / "PICKLE"
+    torch.save(Surprise(canary), pickle)
+    options = json.loads(json.dumps(options).replace('"PICKLE"', json.dumps(str(pickle))))
+    change(run / "modalities" / "vision" / "modality.json", lambda about: about.update(plugin=plugin, options=options))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("fetched"))
+    refused(run, said)
+
+
+class Surprise:
+    """Unpickling it makes a file."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> Any:
+        return open, (str(self.canary), "w")
+
+
+@pytest.mark.parametrize(
+    ("encoder", "said"),
+    [
+        ({}, "hash is None"),
+        ({"hash": 7, "origin": None}, "hash is 7"),
+        ({"hash": "0" * 64, "origin": "x"}, "origin 'x'"),
+        ({"hash": "0" * 64, "origin": None}, 'files" lacks encoder.safetensors, and .* no origin'),
+        ({"hash": "0" * 64, "origin": {"source": "a", "revision": COMMIT}}, "neither in encoder.safetensors nor named"),
+    ],
+)
+def test_an_encoder_that_is_nowhere_is_not_built(run: Path, encoder: Any, said: str) -> None:
+    folder = run / "modalities" / "vision"
+    (folder / "encoder.safetensors").unlink()
+    change(folder / "modality.json", lambda about: about["files"].pop("encoder.safetensors"))
+    change(folder / "modality.json", lambda about: about.update(encoder=encoder))
+    refused(run, said)
+
+
+def test_an_encoder_that_was_pinned_opens_from_the_hub_and_no_other_does(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "models--someone--tiny"
+    sizes: Any = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=56, patch_size=14)).save_pretrained(
+        repository / "snapshots" / COMMIT
+    )
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    options = {"crop_pixels": 56, "tower": {"kind": "transformers", "name": "someone/tiny", "revision": COMMIT}}
+    backbone, tokenizer = load_backbone(str(home / "backbone"))
+    plans = {"vision": blueprint("vision", "vision", options, ADAPTER, "vision")}
+    model, _ = assemble(backbone, tokenizer, plans, RouterConfig())
+    folder = tmp_path / "vision"
+    pristine = {"vision": tensor_hash(model.encoders["vision"].state_dict())}
+    save_modality(model, "vision", plans["vision"], folder, pristine)
+    assert not (folder / "encoder.safetensors").exists()
+    molora.load(home / "backbone", [folder], device="cpu")
+    path = repository / "snapshots" / COMMIT / "model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(ValueError, match="whose tensors now have another hash"):
+        molora.load(home / "backbone", [folder], device="cpu")
+
+
+def test_limits_of_a_received_folder_have_a_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("molora.encoders.audio.MAX_SECONDS", 0.5)
+    with pytest.raises(ValueError, match="max_pixels from 1 to 178956970"):
+        VisionConfig(max_pixels=10**12)
+    with pytest.raises(MediaError, match="max_seconds is 0.5"):
+        Audio("audio", AudioConfig(max_seconds=float("inf"))).load({"array": np.zeros(16000), "sampling_rate": 16000})
+
+
 # JSON --------------------------------------------------------------------------------------------------------------
 
 
@@ -381,7 +550,7 @@ def test_a_tensor_too_many_is_named_before_it_is_read(run: Path) -> None:
         (b'{"a":' * 10**6, "nested deeper than 100 levels|not valid JSON"),
         (b'{"a":' + b"[" * 200 + b"]" * 200 + b"}", "nested deeper than 100 levels"),
         (b'{"a": "' + b" " * 2**24 + b'"}', "has 16777225 bytes, allowed 16777216"),
-        (b'{"format_version": "1.0", "format_version": "1.1"}', "key 'format_version' is there twice"),
+        (b'{"format_version": "1.0", "format_version": "1.1"}', "the key 'format_version' stands twice"),
         (b'{"a": 1' + b"0" * 10**5 + b"}", "not valid JSON"),
         (os.urandom(64), "not JSON but binary|not valid JSON"),
         (b'{"format_version": "' + b"9" * 10**6 + b'"}', "format version"),
@@ -404,6 +573,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "rank as text": ({"r": "8"}, "r: '8' is refused"),
     "rank as a boolean": ({"r": True}, "r: True is refused"),
     "alpha without end": ({"lora_alpha": float("inf")}, "lora_alpha: inf is refused"),
+    "alpha beyond a float": ({"lora_alpha": 10**400}, "lora_alpha: 1000+ is refused; write a finite number"),
+    "alpha of one layer beyond a float": ({"alpha_pattern": {"o_proj": 10**400}}, "alpha_pattern: .* is refused"),
     "alpha that is no number": ({"lora_alpha": float("nan")}, "NaN is no number"),
     "alpha by pattern": ({"alpha_pattern": {"o_proj": float("inf")}}, "alpha_pattern: .* is refused"),
     "dropout of all": ({"lora_dropout": 1.0}, "lora_dropout: 1.0 is refused; write a number from 0 to below 1"),
@@ -475,6 +646,39 @@ def test_weights_that_are_not_hashed_are_not_loaded(run: Path, backbone: Path) -
     refused(run, "transformers_weights in config.json names 'other.bin'")
 
 
+def test_a_model_type_of_another_kind_is_told(run: Path, backbone: Path) -> None:
+    change(backbone / "config.json", lambda config: config.update(model_type=[]))
+    with pytest.raises(ValueError, match=r"config.json: model_type is \[\], expected a text"):
+        molora.load(backbone, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda config: config.update(hidden_size="x"),
+        lambda config: config.update(num_attention_heads=0),
+        lambda config: config.update(rope_scaling=[1]),
+        lambda config: config.update(num_hidden_layers=[]),
+    ],
+)
+def test_counting_the_memory_of_a_damaged_backbone_is_no_traceback(
+    backbone: Path, edit: Callable[[Any], object]
+) -> None:
+    change(backbone / "config.json", edit)
+    with pytest.raises((ValueError, OSError)):
+        on_meta(backbone, dtype="float32")
+
+
+def test_counting_memory_leads_to_no_other_model_either(backbone: Path) -> None:
+    (backbone / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds adapter_config.json"):
+        on_meta(backbone, dtype="float32")
+    (backbone / "adapter_config.json").unlink()
+    (backbone / "config.json").write_bytes(b'{"a": "' + b" " * 2**24 + b'"}')
+    with pytest.raises(ValueError, match="has 16777225 bytes, allowed 16777216"):
+        on_meta(backbone, dtype="float32")
+
+
 @pytest.mark.parametrize("file", ["../other.safetensors", "/x/other.safetensors"])
 def test_an_index_names_files_of_its_folder(run: Path, backbone: Path, file: str) -> None:
     shutil.move(backbone / "model.safetensors", run / "other.safetensors")
@@ -483,12 +687,8 @@ def test_an_index_names_files_of_its_folder(run: Path, backbone: Path, file: str
 
 
 def test_pickles_of_a_backbone_are_not_opened(run: Path, backbone: Path, canary: Path) -> None:
-    class Surprise:
-        def __reduce__(self) -> Any:
-            return open, (str(canary), "w")
-
     (backbone / "model.safetensors").unlink()
-    torch.save(Surprise(), backbone / "pytorch_model.bin")
+    torch.save(Surprise(canary), backbone / "pytorch_model.bin")
     refused(run, "no .safetensors weights .*reads no pickles")
 
 

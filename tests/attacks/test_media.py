@@ -28,6 +28,7 @@ from molora.encoders.vision import Vision, VisionConfig
 from molora.media import MediaPolicy, fetch
 from molora.modality import MediaError
 from molora.testing import Letters, NumbersConfig, byte_tokenizer
+from tests.png import chunk
 
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("torchaudio")
@@ -106,6 +107,7 @@ INTERNAL = [
     "http://[64:ff9b::7f00:1]/",
     "http://[2002:7f00:1::]/",
     "http://[fe80::1]/",
+    "http://[fec0::1]/",
     "http://[fd00:ec2::254]/",
     "http://[ff02::1]/",
     "http://10.0.0.1/",
@@ -231,10 +233,8 @@ def test_an_address_cannot_smuggle_lines_into_the_request():
     ],
 )  # fmt: skip
 def test_a_server_that_drips_floods_or_lies_is_left(answer: bytes, options: dict[str, Any], message: str):
-    began = time.monotonic()
     with serving(answer, **options) as (server, _), INSIDE.in_force(), pytest.raises(MediaError, match=message):
         fetch(f"{server}/", 100_000)
-    assert time.monotonic() - began < 10
 
 
 def test_a_name_that_is_looked_up_for_ever_is_left(monkeypatch: pytest.MonkeyPatch):
@@ -244,7 +244,12 @@ def test_a_name_that_is_looked_up_for_ever_is_left(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_handshake_that_never_ends_is_left():
-    with serving(b"", drip=0.1, for_ever=b"\x16") as (server, _), INSIDE.in_force(), pytest.raises(MediaError):
+    half_a_record = b"\x16\x03\x03\x3f\xff"
+    with (
+        serving(half_a_record, drip=0.1, for_ever=b"x") as (server, _),
+        INSIDE.in_force(),
+        pytest.raises(MediaError, match="cannot be fetched within 2 seconds"),
+    ):
         fetch(server.replace("http", "https"), 10)
 
 
@@ -311,10 +316,6 @@ def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
 def png(width: int, height: int, bits: int, colour: int, row: int, *chunks: bytes) -> bytes:
     """A PNG of zeros, with `row` bytes a row."""
     packed = zlib.compressobj()
@@ -373,6 +374,14 @@ PICTURES: dict[str, tuple[Callable[[], bytes], str | None]] = {
     "avif of tags that name all": (
         lambda: saved(Image.new("RGB", (8, 8)), "AVIF", exif=tags(60_000)),
         "has 60000 tags of",
+    ),
+    "avif of tags that name all, by another brand": (
+        lambda: saved(Image.new("RGB", (8, 8)), "AVIF", exif=tags(60_000)).replace(b"ftypavif", b"ftypmif1"),
+        "has 60000 tags of",
+    ),
+    "avif of nothing but tags": (
+        lambda: b"\0\0\0\x18ftypavif" + b"II*\0" * 2**19 + b"\0\1\0\0" * 2**20,
+        "more than 131072 tags",
     ),
     "tiff of tags that name all": (lambda: tags(60_000), "damaged or no picture|over four times its size"),
     "jpeg of tags that name all": (jpeg_tags, None),
@@ -523,10 +532,10 @@ SOUNDS: dict[str, tuple[Callable[[], bytes], str]] = {
         "joined end to end, and 2000 is the most",
     ),
     "ogg pages that all begin": (
-        lambda: (b"OggS\0\2" + bytes(20) + b"\0" + b"x") * 2**18,
+        lambda: (b"OggS\0\2" + bytes(20) + b"\0" + b"x") * 2**23,
         "joined end to end, and 2000 is the most",
     ),
-    "flacs that all begin": (lambda: b"fLaC\0\0\0\x22" * 2**18, "joined end to end, and 2000 is the most"),
+    "flacs that all begin": (lambda: b"fLaC\0\0\0\x22" * 2**24, "joined end to end, and 2000 is the most"),
     "wav of nothing but chunks": (
         lambda: b"RIFF\0\0\0\0WAVE" + b"aaaa\0\0\0\0" * 2**20,
         "damaged or no audio|no samples",

@@ -83,7 +83,25 @@ TEXTS = [
     ("a path by tag", "a: !!python/object/apply:pathlib.PosixPath [/etc/passwd]", "is not read; write plain values"),
     ("a tag of its own", "a: !include /etc/passwd", "the tag !include is not read"),
     ("bytes by tag", "a: !!binary aGk=", "is not read; write plain values"),
+    ("a boolean by tag", "a: !!bool maybe", "is not read; write plain values"),
+    ("a number by tag", "a: !!int ''", "is not read; write plain values"),
     ("a set by tag", "a: !!set {x}", "is not read; write plain values"),
+    *[
+        (f"a number by tag, {value}", f"a: !!{value}", "is not read; write plain values")
+        for value in ("int foo", "int ''", "float ''", "float x", "bool maybe", "null x")
+    ],
+    ("a number of 5,000 digits", "a: " + "9" * 5000, "a whole number of 5000 characters"),
+    ("one of 5,000 digits in hexadecimal", "a: 0x" + "f" * 5000, "a whole number of 5002 characters"),
+    ("an index that no number is", "a: ${b.²}\nb: [1]", "there is no key 'b.²'"),
+    ("an index of 5,000 digits", "a: ${b." + "9" * 5000 + "}\nb: [1]", "there is no key"),
+    ("backslashes without end", "a: '" + "\\" * 1_000_000 + "x${c}'", "there is no key 'c'"),
+    ("brackets in an interpolation", "a: ${x" + "[" * 1_000_000 + "}", "there is no key 'x'"),
+    ("an interpolation of many steps", "a: ${x" + ".x" * 500_000 + "}", "there is no key 'x.x.x"),
+    (
+        "a key of many steps among many keys",
+        "rest: ${b}\nb:\n  ? x" + ".x" * 400_000 + "\n  : {1: x}\n" + "".join(f"  k{i}: 1\n" for i in range(2000)),
+        "expected keys that are text, got 1",
+    ),
     ("keys that are no text", "rest: {1: {2: x}}", "expected keys that are text, got 1"),
     ("keys that are lists", "rest: {? [1, 2] : x}", "YAML"),
     ("control characters", b"a: \x00\x1b[2J", "YAML"),
@@ -171,6 +189,8 @@ def test_no_variable_gets_into_folders_that_are_given_away(
 
 
 NUMBERS = [
+    ("stages.0.data.rows.weight", "9" * 400),
+    ("stages.0.train.projectors.learning_rate", "-" + "9" * 400),
     ("stages.0.steps", "0"),
     ("stages.0.steps", "-5"),
     ("stages.0.samples_per_step", "0"),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from molora.config import ConfigError
+from molora.data.messages import media
 from molora.data.rows import MAX_ROW_BYTES, MAX_UNPACKED_BYTES
 from molora.data.sources import SourceConfig, open_source
 from molora.modality import MediaError
@@ -99,6 +100,26 @@ def test_templates_reach_no_objects_and_make_no_padding(tmp_path: Path, template
         table(tmp_path / "t.jsonl", template)
 
 
+def test_a_template_of_nothing_but_items_is_looked_at_once(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"q": "x"}')
+    with pytest.raises(ConfigError, match=r"no column '\[a\]"):
+        table(tmp_path / "t.jsonl", "{" + "[a]" * 300_000 + "x}")
+
+
+def test_a_number_beyond_every_row_is_no_number_of_one(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"q": ["x"]}')
+    with pytest.raises(ValueError, match="row 1: .*no item '9999"):
+        table(tmp_path / "t.jsonl", "{q[" + "9" * 5000 + "]}")
+    with pytest.raises(ConfigError, match="write a name, or a slice"):
+        table(tmp_path / "t.jsonl", split="train[:" + "9" * 400 + "%]")
+
+
+@pytest.mark.parametrize("end", ["!", "=!", "\n= !"])
+def test_what_is_nearly_base64_is_looked_at_once(end: str) -> None:
+    text = "iVBORw0KGg" + "A" * 54 + " " * 1_000_000 + end
+    assert media("image", text) == {"type": "image", "path": text}
+
+
 def test_what_a_cell_says_is_no_template(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("q\n{q.__class__} {{x}} %s ${y}\n")
     assert table(tmp_path / "t.csv")[0]["messages"][0]["content"][-1]["text"] == "{q.__class__} {{x}} %s ${y}"
@@ -112,7 +133,9 @@ BOMBS = {
     "an exponent": '{"messages": 1e999999999}',
     "quotes without end": '[{"a": "' + '\\"' * 4_000_000,
     "backslashes": '[{"a": "' + "\\" * 8_000_001,
+    "escapes by the million": '[{"a": "' + '\\"' * 8_000_000 + '"}]',
     "a key many times": "{" + ",".join(['"messages": 1'] * 500_000) + "}",
+    "the last of many keys twice": "{" + "".join(f'"{i}": 1,' for i in range(500_000)) + '"499999": 1}',
     "unclosed lists in a list": "[" + "[[]," * 3_000_000,
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ import torch
 from molora.config import ConfigError
 from molora.data.processor import Processor
 from molora.data.template import render
+from molora.evaluate.judge import words
 from molora.inference.answers import answer_file
 from molora.inference.generate import GenerationConfig
 from molora.modality import Prepared
 from molora.testing import Numbers, NumbersConfig, byte_tokenizer
+from tests.watch import Hung
 
 HELLO = [{"role": "user", "content": "hello"}]
 DOUBLED = (
@@ -74,6 +77,7 @@ BOMBS = {
     "width in a format method": ("{{ '{:1000000000}'.format(1) }}", "1e+09"),
     "width as an argument of a percent format": ("{{ '%*d' % (1000000000, 1) }}", "widths are arguments"),
     "width as an argument of a format": ("{{ '{:{}}'.format(1, 1000000000) }}", "widths are arguments"),
+    "a format of nothing but percent signs": ("{{ ('%' * 1000000) % 1 }}", "characters or more"),
     "a long text in many fields": (LONG + "{{ ('{0}' * 10000).format(s) }}", "characters or more"),
     "digits": ("{{ 1.5|round(1000000000) }}", "1e+09"),
     "bytes of a number": ("{{ (1).to_bytes(1000000000, 'big') }}", "1e+09"),
@@ -121,11 +125,25 @@ def test_a_template_takes_neither_the_machine_nor_the_day(bomb: str) -> None:
     assert says in str(refused.value) and len(str(refused.value)) < 500
 
 
+@pytest.mark.parametrize("number", [signal.SIGPROF, signal.SIGALRM])
+def test_a_template_that_hangs_is_not_refused_but_fails_its_test(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("molora.template._text", lambda _: signal.raise_signal(number))
+    with pytest.raises(Hung):
+        render("{{ messages }}", HELLO, True, {})
+
+
 @pytest.mark.parametrize("escape", ESCAPES)
 def test_a_template_does_not_leave_its_sandbox(escape: str, canary: Path) -> None:
     with pytest.raises(ValueError):
         render(ESCAPES[escape].replace("CANARY", str(canary)), HELLO, True, {})
     assert HELLO == [{"role": "user", "content": "hello"}]
+
+
+@pytest.mark.parametrize("text", ["<", "(", "[(", "()(", "<>("])
+def test_brackets_that_nothing_closes_are_looked_for_once(text: str) -> None:
+    assert words(text * 250_000 + "a") == ["a"]
 
 
 class Hostile(Numbers):
