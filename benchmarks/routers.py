@@ -15,7 +15,6 @@ import statistics
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from train_step import LEARNING_RATE, LORA, VOCAB_SIZE, WARMUPS, Pictures, make_backbone, milliseconds
 
 from molora.config import build
@@ -27,8 +26,8 @@ from molora.model.molora import MoLoRA
 from molora.pack import Item, Sample
 from molora.plugins import resolve
 from molora.testing import byte_tokenizer
-from molora.train.loop import train_step
 from molora.train.optim import PartConfig, set_trainable
+from molora.train.step import train_step
 
 NAMES = ("first", "second", "third", "fourth")
 # Precomputed frames again, under four names.
@@ -76,12 +75,11 @@ class Step:
         trained = ["adapters", "projectors", *(["router"] if self.model.router_tensors() else [])]
         patterns = dict.fromkeys(trained, learning)
         self.optimizers = set_trainable(self.model, patterns, total_steps=1, where="benchmark")
-        self.accelerator = Accelerator(cpu=device == "cpu")
         self.samples = make_samples()
         self.model.train()
 
     def __call__(self) -> None:
-        train_step(self.model, self.processor, self.samples, 8192, self.optimizers, self.accelerator)
+        train_step(self.model, self.processor, self.samples, 8192, self.optimizers)
 
 
 def main() -> None:

@@ -28,7 +28,6 @@ from typing import Any, ClassVar
 import peft
 import torch
 import transformers
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -43,8 +42,8 @@ from molora.model.molora import MoLoRA
 from molora.pack import Item, Sample
 from molora.routers.table import TableConfig, TableRouter
 from molora.testing import byte_tokenizer
-from molora.train.loop import train_step
 from molora.train.optim import PartConfig, count, set_trainable
+from molora.train.step import train_step
 
 NUM_PICTURES, PICTURE_TOKENS, PICTURE_TEXT_TOKENS = 2, 545, 48
 NUM_TEXTS, TEXT_TOKENS = 6, 64
@@ -165,11 +164,10 @@ class Molora:
             for pattern in ("adapters", "projectors")
         }
         self.optimizers = set_trainable(self.model, patterns, total_steps=1, where="benchmark")
-        self.accelerator = Accelerator(cpu=device == "cpu")
         self.model.train()
 
     def step(self) -> dict[str, Any]:
-        return train_step(self.model, self.processor, self.samples, 8192, self.optimizers, self.accelerator)
+        return train_step(self.model, self.processor, self.samples, 8192, self.optimizers)
 
 
 class Peer:

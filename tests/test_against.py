@@ -18,15 +18,17 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import molora
-from molora.checkpoint.folders import file_hash
+from molora.checkpoint.opening import locate
 from molora.cli.commands import app
 from molora.config import build
-from molora.inference.load import LoadedModel, locate
+from molora.inference.load import LoadedModel
 from molora.model.lora import adapter_parameters
 from molora.pack import Sample
+from molora.received import file_hash
 from molora.routing import RoutingError
 from molora.testing import save_backbone
-from molora.train.loop import Recipe, train
+from molora.train.loop import train
+from molora.train.recipe import Recipe
 from molora.verify.compare import NUM_SAMPLES, compare_files, compare_logits, unmoved
 from molora.verify.promises import Check, examples, routed
 

@@ -20,7 +20,7 @@ from molora.data.sources import MessagesConfig, SourceConfig
 from molora.data.table import TableConfig
 from molora.plugin_kit.scaffold import new_plugin
 from molora.testing import save_backbone
-from molora.train.loop import StageConfig
+from molora.train.recipe import StageConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]

@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from molora.checkpoint.opening import open_model
 from molora.config import build
 from molora.model.molora import MoLoRA
 from molora.pack import collate
 from molora.testing import save_backbone
 from molora.train.frame_cache import FeatureCache
-from molora.train.loop import Recipe, _Run, build_model, train
+from molora.train.loop import _Run, train
+from molora.train.recipe import Recipe, plan_recipe
 
 STEPS = 6
 
@@ -108,7 +110,7 @@ def test_a_run_with_the_cache_follows_one_without(recipe: Callable[..., Recipe],
 
 def test_frames_are_never_stale(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     """Other weights, other options and another item are other files; another training state is not."""
-    model, processor, _ = build_model(recipe("any"), torch.device("cpu"))
+    model, processor = open_model(plan_recipe(recipe("any")), "cpu")
 
     def files(scale: float, number: float) -> int:
         model.modalities["numbers"].config.scale = scale
@@ -133,7 +135,7 @@ def test_frames_are_never_stale(recipe: Callable[..., Recipe], tmp_path: Path) -
 
 
 def test_an_encoder_that_trains_is_not_cached(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    model, processor, _ = build_model(recipe("any"), torch.device("cpu"))
+    model, processor = open_model(plan_recipe(recipe("any")), "cpu")
     next(model.encoders["numbers"].parameters()).requires_grad_(True)
     content = [{"type": "numbers", "numbers": [1.0]}]
     sample = processor.encode([{"role": "user", "content": content}], "x", generate=True)

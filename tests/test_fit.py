@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -21,7 +20,9 @@ from typer.testing import CliRunner
 
 import molora.inference.generate
 from molora.checkpoint.assembly import BackboneConfig, ModalityConfig, RouterConfig
-from molora.checkpoint.folders import save_modality, write_run
+from molora.checkpoint.modality_folder import save_modality
+from molora.checkpoint.opening import open_model
+from molora.checkpoint.run_folder import write_run
 from molora.cli.commands import app
 from molora.config import dump
 from molora.data.processor import Processor
@@ -48,8 +49,9 @@ from molora.pack import Sample
 from molora.seeding import seed_of
 from molora.terminal import console
 from molora.testing import ROPE_SWITCH, Numbers, byte_tokenizer, save_backbone
-from molora.train.loop import Recipe, StageConfig, build_model, train_step
 from molora.train.optim import PartConfig, set_trainable
+from molora.train.recipe import Recipe, StageConfig, plan_recipe
+from molora.train.step import train_step
 
 VISION: dict[str, Any] = {
     "crop_pixels": 32,
@@ -145,7 +147,7 @@ def need(moment: Moment, what: str) -> int:
 
 def test_a_recipes_model_on_meta_has_the_tensors_of_the_real_one(backbone: Path) -> None:
     recipe = recipe_of(backbone)
-    real, _, _ = build_model(recipe, torch.device("cpu"))
+    real, _ = open_model(plan_recipe(recipe), "cpu")
     model = on_meta(recipe)
     assert named(model) == named(real)
     assert {tensor.device.type for tensor in [*model.parameters(), *model.buffers()]} == {"meta"}
@@ -154,14 +156,16 @@ def test_a_recipes_model_on_meta_has_the_tensors_of_the_real_one(backbone: Path)
 
 def test_dtypes_are_those_of_the_real_one_too(backbone: Path) -> None:
     recipe = recipe_of(backbone, "bfloat16")
-    real, _, _ = build_model(recipe, torch.device("cpu"))
+    real, _ = open_model(plan_recipe(recipe), "cpu")
     assert named(on_meta(recipe)) == named(real)
     assert {p.dtype for p in real.parameters()} == {torch.bfloat16, torch.float32}
 
 
 def test_a_run_and_a_backbone_with_folders_become_models_on_meta(backbone: Path, tmp_path: Path) -> None:
     recipe = recipe_of(backbone)
-    real, _, plans = build_model(recipe, torch.device("cpu"))
+    planned = plan_recipe(recipe)
+    plans = planned.modalities
+    real, _ = open_model(planned, "cpu")
     folders = {name: tmp_path / "modalities" / name for name in plans}
     for name, plan in plans.items():
         save_modality(real, name, plan, folders[name], {})
@@ -232,7 +236,7 @@ def test_pretrained_encoders_are_built_from_their_descriptions_alone(
     given = json.loads(json.dumps(given).replace(FOLDER, str(tmp_path)))
     modalities = [{plugin: ModalityConfig(plugin=plugin, options=options)} for options in (given, scratch)]
     model = on_meta(recipe_of(backbone, modalities=modalities[0], router=RouterConfig()))
-    real, _, _ = build_model(recipe_of(backbone, modalities=modalities[1], router=RouterConfig()), torch.device("cpu"))
+    real, _ = open_model(plan_recipe(recipe_of(backbone, modalities=modalities[1], router=RouterConfig())), "cpu")
     assert named(model) == named(real)
 
 
@@ -298,16 +302,15 @@ def test_weights_gradients_and_optimiser_are_what_a_step_holds_to_the_byte(
     stage.train = {f"{part}.*": PartConfig(learning_rate=1e-3) for part in parts}
     expected = fit_recipe(recipe)
 
-    model, processor, _ = build_model(recipe, torch.device("cpu"))
+    model, processor = open_model(plan_recipe(recipe), "cpu")
     optimizers = set_trainable(model, stage.train, stage.steps, "stages.0.train")
-    accelerator = Accelerator(cpu=True)
     samples = [
         processor.encode([{"role": "user", "content": content}, {"role": "assistant", "content": "yes"}], str(index))
         for index, content in enumerate(every_company(processor))
     ]
-    train_step(model, processor, samples, 700, {}, accelerator)
+    train_step(model, processor, samples, 700, {})
     gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-    train_step(model, processor, samples, 700, optimizers, accelerator)
+    train_step(model, processor, samples, 700, optimizers)
     state = [tensor for optimizer in optimizers.values() for tensor in optimizer.tensors().values()]
 
     assert expected.weight_bytes == held(model)
@@ -350,7 +353,7 @@ def test_activations_and_logits_are_within_a_hundredth_of_what_is_allocated(
         next(word for word in origin.replace(",", "").split() if word in ("audio+vision", "audio", "vision")).split("+")
     )
 
-    model, processor, _ = build_model(recipe, torch.device("cpu"))
+    model, processor = open_model(plan_recipe(recipe), "cpu")
     model.backbone.activation_checkpointing = checkpointing
     set_trainable(model, stage.train, stage.steps, "stages.0.train")
     for parameter in model.parameters():
@@ -358,8 +361,7 @@ def test_activations_and_logits_are_within_a_hundredth_of_what_is_allocated(
             parameter.grad = torch.zeros_like(parameter)
     model.train()
     samples = fit.full_pack(model, company, stage)
-    accelerator = Accelerator(cpu=True)
-    taken = most_allocated(lambda: train_step(model, processor, samples, stage.tokens_per_pack, {}, accelerator))
+    taken = most_allocated(lambda: train_step(model, processor, samples, stage.tokens_per_pack, {}))
     assert sum(map(len, samples)) > 0.95 * stage.tokens_per_pack
     assert need(moment, "activations") + need(moment, "logits") == pytest.approx(taken, rel=0.01)
 
@@ -385,7 +387,7 @@ def test_packs_of_the_data_are_counted_as_the_recipes_own_steps_take_them(small:
     given = moment.given
     assert given is not None and given.name == "stage all, as its data are"
 
-    model, processor, _ = build_model(recipe, torch.device("cpu"))
+    model, processor = open_model(plan_recipe(recipe), "cpu")
     set_trainable(model, stage.train, stage.steps, "stages.0.train")
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -399,9 +401,7 @@ def test_packs_of_the_data_are_counted_as_the_recipes_own_steps_take_them(small:
     heaviest: Any = steps[tokens.index(max(tokens))]
     (origin,) = (its.origin for its in given.needs if its.what == "activations")
     assert origin == f"a pack of {max(tokens)} tokens, the largest from 8 rows of its data, checkpointing off"
-    taken = most_allocated(
-        lambda: train_step(model, processor, heaviest, stage.tokens_per_pack, {}, Accelerator(cpu=True))
-    )
+    taken = most_allocated(lambda: train_step(model, processor, heaviest, stage.tokens_per_pack, {}))
     assert need(given, "activations") + need(given, "logits") == pytest.approx(taken, rel=0.01)
     assert need(given, "activations") < need(moment, "activations")
 

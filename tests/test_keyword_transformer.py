@@ -14,7 +14,8 @@ from molora.checkpoint.assembly import blueprint
 from molora.config import read
 from molora.modality import Modality
 from molora.testing import save_backbone
-from molora.train.loop import Recipe, train
+from molora.train.loop import train
+from molora.train.recipe import Recipe
 
 DATA = Path(os.environ.get("MOLORA_TEST_DATA", "."))
 WEIGHTS = DATA / "weights/kwt1"

@@ -15,13 +15,15 @@ from typer.testing import CliRunner
 
 import molora
 from molora.checkpoint.assembly import RouterConfig, assemble, blueprint
-from molora.checkpoint.folders import read_run, save_modality, write_run
+from molora.checkpoint.modality_folder import save_modality
+from molora.checkpoint.run_folder import read_run, write_run
 from molora.cli.commands import app
 from molora.config import ConfigError, build
 from molora.model.pretrained import load_backbone
 from molora.terminal import visible
 from molora.testing import byte_tokenizer, save_backbone
-from molora.train.loop import Recipe, train
+from molora.train.loop import train
+from molora.train.recipe import Recipe
 
 ADAPTER = {"r": 2, "lora_alpha": 8, "init_lora_weights": False, "target_modules": ["qkv_proj", "down_proj"]}
 DEPTH = """

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 import molora
 from molora.checkpoint.assembly import RouterConfig
-from molora.checkpoint.folders import save_modality
+from molora.checkpoint.modality_folder import save_modality
+from molora.checkpoint.opening import open_model
 from molora.cli.commands import app
 from molora.config import ConfigError, build
 from molora.data.processor import Processor
@@ -30,7 +30,7 @@ from molora.media import MediaPolicy, Sources, fetch, policy
 from molora.modality import MediaError
 from molora.pack import Sample
 from molora.testing import Letters, NumbersConfig, byte_tokenizer, save_backbone
-from molora.train.loop import Recipe, build_model
+from molora.train.recipe import Recipe, plan_recipe
 
 KEYS = ("path", "url", "base64", "bytes", "smell", "array")
 INSIDE = MediaPolicy(allow_urls=True, allow_private_addresses=True)
@@ -332,7 +332,7 @@ def test_a_recipe_says_whether_training_may_fetch(backbone: Path):
         ({}, MediaPolicy()),
         ({"allow_urls": True, "allow_private_addresses": True}, INSIDE),
     ):
-        _, processor, _ = build_model(recipe(backbone, **more), torch.device("cpu"))
+        _, processor = open_model(plan_recipe(recipe(backbone, **more)), "cpu")
         assert processor.media_policy == wanted
 
 
@@ -344,27 +344,29 @@ def test_a_recipe_with_what_a_modality_once_said_learns_where_it_stands_now(back
     options = {"crop_pixels": 64, "tower": TOWER, option: None}
     given = recipe(backbone, modalities={"vision": {"plugin": "vision", "options": options}})
     with pytest.raises(ConfigError, match=rf"modalities.vision.options.{option}: is no option of a modality.*{advice}"):
-        build_model(given, torch.device("cpu"))
+        open_model(plan_recipe(given), "cpu")
 
 
 def test_a_folder_that_was_saved_with_a_policy_opens_and_cannot_widen_the_callers(backbone: Path, tmp_path: Path):
-    model, _, plans = build_model(recipe(backbone), torch.device("cpu"))
-    save_modality(model, "vision", plans["vision"], tmp_path / "vision", {"vision": ""})
+    plan = plan_recipe(recipe(backbone))
+    model, _ = open_model(plan, "cpu")
+    save_modality(model, "vision", plan.modalities["vision"], tmp_path / "vision", {"vision": ""})
     about = json.loads((tmp_path / "vision/modality.json").read_text())
     about["options"] |= {"allow_urls": True, "media_root": None}
     (tmp_path / "vision/modality.json").write_text(json.dumps(about))
     loaded = molora.load(
         backbone, [tmp_path / "vision"], router=RouterConfig(options={"rules": {"vision": None}}), device="cpu"
     )
-    assert loaded.processor.modalities["vision"].config == plans["vision"].modality.config
+    assert loaded.processor.modalities["vision"].config == plan.modalities["vision"].modality.config
     with pytest.raises(MediaError, match="URLs are not fetched unless you allow it"):
         loaded.encode([{"role": "user", "content": [{"type": "image", "url": "http://127.0.0.1/a.png"}]}])
 
 
 def test_the_command_line_says_whether_media_may_be_fetched(backbone: Path, tmp_path: Path):
     """Kept off, kept out of the network, and fetched."""
-    model, _, plans = build_model(recipe(backbone), torch.device("cpu"))
-    save_modality(model, "vision", plans["vision"], tmp_path / "vision", {"vision": ""})
+    plan = plan_recipe(recipe(backbone))
+    model, _ = open_model(plan, "cpu")
+    save_modality(model, "vision", plan.modalities["vision"], tmp_path / "vision", {"vision": ""})
     Image.new("RGB", (64, 64)).save(picture := io.BytesIO(), "PNG")
     with serving({"/a.png": picture.getvalue()}) as server:
         row = {"id": "1", "messages": [{"role": "user", "content": [{"type": "image", "url": f"{server}/a.png"}]}]}

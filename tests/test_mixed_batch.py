@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch import Tensor
 from transformers import Phi4MultimodalConfig, Phi4MultimodalForCausalLM
 
 from molora.checkpoint.assembly import Blueprint
-from molora.checkpoint.folders import save_modality
+from molora.checkpoint.modality_folder import save_modality
 from molora.config import build
 from molora.data.processor import Processor
 from molora.encoders.audio import Audio, AudioConfig
@@ -29,8 +28,8 @@ from molora.model.molora import MoLoRA
 from molora.pack import Sample, collate
 from molora.routers.table import TableConfig, TableRouter
 from molora.testing import assert_close, byte_tokenizer, tiny_model
-from molora.train.loop import train_step
 from molora.train.optim import PartConfig, set_trainable
+from molora.train.step import train_step
 
 pytest.importorskip("torchaudio")
 
@@ -166,12 +165,11 @@ def trained(patterns: tuple[str, ...], kinds: tuple[str, ...], model: MoLoRA | N
     model = model or make_model()
     processor = Processor(byte_tokenizer(), model.modalities, model.router.order, model.backbone.max_tokens)
     optimizers = set_trainable(model, {p: PartConfig(learning_rate=1e-3) for p in patterns}, STEPS, "here")
-    accelerator = Accelerator(cpu=True)
     samples = [processor.encode(conversation(KINDS[i % 8], i), f"{i}") for i in range(32)]
     for step in range(STEPS):
         shown = [samples[(4 * step + i) % 32] for i in range(8)]
         model.train()
-        train_step(model, processor, [s for s in shown if KINDS[int(s.id) % 8] in kinds], 4096, optimizers, accelerator)
+        train_step(model, processor, [s for s in shown if KINDS[int(s.id) % 8] in kinds], 4096, optimizers)
     return model.eval()
 
 

@@ -25,7 +25,8 @@ from molora.model.lora import lora_config
 from molora.model.pretrained import load_backbone
 from molora.routing import Flow, Routing
 from molora.testing import VOCAB_SIZE, assert_close, byte_tokenizer
-from molora.train.loop import Recipe, train
+from molora.train.loop import train
+from molora.train.recipe import Recipe
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SWITCH, EXPERTS, LAYERS = 24, 16, 2

@@ -518,7 +518,8 @@ def trained(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
     from molora.config import read
-    from molora.train.loop import Recipe, train
+    from molora.train.loop import train
+    from molora.train.recipe import Recipe
 
     return train(read(Recipe, folder / "recipe.yaml"), show=False)
 

@@ -23,13 +23,15 @@ from transformers import AutoModelForCausalLM
 from transformers.trainer_pt_utils import get_parameter_names
 
 from molora.checkpoint.assembly import RouterConfig, assemble, blueprint
-from molora.checkpoint.folders import save_modality
+from molora.checkpoint.modality_folder import save_modality
+from molora.checkpoint.opening import open_model
 from molora.config import read
 from molora.data.sources import SourceConfig, open_source
 from molora.model.pretrained import load_backbone
 from molora.testing import assert_close, byte_tokenizer, tiny_model
-from molora.train.loop import Recipe, build_model, train
+from molora.train import Recipe, train
 from molora.train.optim import PartConfig, set_trainable
+from molora.train.recipe import plan_recipe
 
 soundfile = pytest.importorskip("soundfile")
 for library in ("torchaudio", "datasets", "sacrebleu"):
@@ -174,7 +176,7 @@ def test_the_vision_recipe_has_the_published_settings() -> None:
 
 def test_what_decays_is_what_transformers_trainer_would_let_decay(home: Path, tmp_path: Path) -> None:
     recipe = tiny(home, "vision", tmp_path)
-    model, _, _ = build_model(recipe, torch.device("cpu"))
+    model, _ = open_model(plan_recipe(recipe), "cpu")
     optimizers = set_trainable(model, recipe.stages[0].train, 3, "stages.0.train")
     decayed = {
         name: config.weight_decay > 0
@@ -283,7 +285,7 @@ def test_every_answer_is_learned_to_its_end_or_its_sample_is_left_out_and_counte
 def test_padding_is_never_learned_and_a_real_token_0_is(home: Path, tmp_path: Path) -> None:
     """The samples pad ids and labels with 0 and hide every 0 from attention; only 0 is never ignored by the loss."""
     recipe = tiny(home, "audio", tmp_path)
-    model, processor, _ = build_model(recipe, torch.device("cpu"))
+    model, processor = open_model(plan_recipe(recipe), "cpu")
     stock = AutoModelForCausalLM.from_pretrained(home / "backbone", attn_implementation="sdpa").eval()
     asked = ["Is it!", "Where is the station, and when does the last train leave?", "!!! Why"]
     answers = ["!", "At eight!! On the left.", "No"]

@@ -23,7 +23,8 @@ from molora.inference.load import LoadedModel
 from molora.pack import Sample, collate
 from molora.routing import Flow, Routing
 from molora.testing import assert_close, save_backbone
-from molora.train.loop import Recipe, train
+from molora.train.loop import train
+from molora.train.recipe import Recipe
 
 TEXTS = ("hello", "a longer text than the other, past the switch of the rotary frequencies", "x")
 SIZES = ((16, 16), (40, 24), (23, 47), (90, 30))

@@ -17,7 +17,8 @@ from molora.evaluate.judge import Evaluations
 from molora.plugin_kit.scaffold import new_plugin
 from molora.plugins import Plugin, available
 from molora.testing import save_backbone
-from molora.train.loop import Recipe, train
+from molora.train.loop import train
+from molora.train.recipe import Recipe
 
 LONG = "temperature_of_the_river"
 

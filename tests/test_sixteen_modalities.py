@@ -21,7 +21,8 @@ from molora.pack import Sample
 from molora.plugins import available
 from molora.routing import Flow, Routing
 from molora.testing import assert_close, save_backbone
-from molora.train.loop import Recipe, train
+from molora.train.loop import train
+from molora.train.recipe import Recipe
 from molora.verify.promises import verify
 
 NAMES = [f"sense{i:02}" for i in range(16)]

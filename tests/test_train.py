@@ -20,19 +20,21 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 import molora
 from molora.checkpoint.assembly import BackboneConfig
+from molora.checkpoint.opening import open_model
 from molora.config import ConfigError, build, dump
 from molora.data.sources import SourceConfig
 from molora.interrupt import Stopped
 from molora.received import read_json
 from molora.storage import hold
 from molora.testing import save_backbone
-from molora.train.loop import EvaluationFailed, Recipe, TrainingError, _Run, build_model, train, train_step
+from molora.train.loop import EvaluationFailed, _Run, train
 from molora.train.optim import PartConfig, set_trainable
+from molora.train.recipe import Recipe, plan_recipe
+from molora.train.step import TrainingError, train_step
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["molora.train.loop", "molora.testing"])
@@ -358,19 +360,18 @@ def test_modalities_trained_together_get_the_updates_they_get_alone(home: Path, 
 
 
 def test_a_step_gives_a_modality_the_update_it_gets_without_the_others(home: Path, tmp_path: Path) -> None:
-    accelerator = Accelerator(cpu=True)
     rows = [json.loads(line) for line in (home / "rows.jsonl").read_text().splitlines()]
     outcomes = []
     for together in (True, False):
         config = recipe(home, tmp_path / "run")
-        model, processor, _ = build_model(config, torch.device("cpu"))
+        model, processor = open_model(plan_recipe(config), "cpu")
         patterns = {"encoders": PartConfig(learning_rate=1e-3), "projectors": PartConfig(learning_rate=1e-3)}
         optimizers = set_trainable(model, patterns, 10, "test")
         samples = [processor.encode(row["messages"], row["id"]) for row in rows]
         letters = frozenset({"letters"})
         chosen = [s for s in samples if s.modalities == letters or (together and "letters" not in s.modalities)]
         assert {s.modalities == letters for s in chosen} == ({True, False} if together else {True})
-        row = train_step(model, processor, chosen, 4096, optimizers, accelerator)
+        row = train_step(model, processor, chosen, 4096, optimizers)
         outcomes.append((row, {n: p.clone() for n, p in model.projectors["letters"].named_parameters()}))
     (ours, weights), (expected, expected_weights) = outcomes
     for key in (

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 import molora
-from molora.checkpoint.folders import file_hash
+from molora.checkpoint.opening import locate
 from molora.config import build
-from molora.inference.load import LoadedModel, locate
+from molora.inference.load import LoadedModel
 from molora.model import attention
 from molora.model.backbone import Backbone
 from molora.model.cache import PackedCache
@@ -26,9 +26,11 @@ from molora.model.lora import RoutedLinear, adapter_parameters
 from molora.model.rotary import SampleRotary
 from molora.model.stock import decoder_layers
 from molora.pack import Pack
+from molora.received import file_hash
 from molora.routing import Flow, Routing, current_flow, flowing
 from molora.testing import save_backbone, tiny_model
-from molora.train.loop import Recipe, train
+from molora.train.loop import train
+from molora.train.recipe import Recipe
 from molora.verify.promises import Check, promises
 from molora.verify.rounding import in_fp32, measure
 

@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import functional as tv
 from transformers import SiglipVisionConfig, SiglipVisionModel
 from transformers.models.phi4_multimodal.image_processing_phi4_multimodal import Phi4MultimodalImageProcessor
 
-from molora.checkpoint.folders import tensor_hash
+from molora.checkpoint.format import tensor_hash
 from molora.config import ConfigError, build, dump
 from molora.encoders.pictures import MAX_FILE_BYTES
 from molora.encoders.siglip import ConvitConfig, TowerConfig

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
 
@@ -184,8 +183,3 @@ def assemble(
         tokenizer, modalities, decide.order, backbone.max_tokens, media_policy, backbone.num_embeddings
     )
     return model, processor
-
-
-def pick_device(name: str | None = None) -> torch.device:
-    """The device named, else the first GPU, else the CPU."""
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))

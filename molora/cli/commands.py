@@ -103,8 +103,8 @@ def train(config: ConfigArgument, overrides: Overrides = None, trust_plugin: Tru
     """Run a recipe: writes a run folder, and goes on where it stopped."""
     from molora.config import read
     from molora.terminal import say
-    from molora.train.loop import Recipe
     from molora.train.loop import train as run_recipe
+    from molora.train.recipe import Recipe
 
     recipe = read(Recipe, config, overrides or ())
     with _stoppable():
@@ -244,10 +244,11 @@ def evaluate(
 ) -> None:
     """Answer the evaluations of a config or a recipe: a table, and JSON in MODEL/evaluation.json, or alone on standard
     output if MODEL is no run. Questions that cannot be asked are counted, and exit code 2 says so."""
+    from molora.checkpoint.opening import model_hashes
     from molora.config import read
     from molora.data.sources import open_source
     from molora.evaluate.judge import Evaluations, complaints, judge, record, scores
-    from molora.inference.load import load, model_hashes
+    from molora.inference.load import load
     from molora.terminal import console, print_table, progress, warn
 
     is_run = (Path(model) / "molora.json").is_file()
@@ -331,12 +332,13 @@ def verify(
 ) -> None:
     """Check the promises on this model and print a table. It brings its own samples, examples of its modalities; rows
     of its recipe or of a file can be added."""
+    from molora.checkpoint.opening import locate
     from molora.checkpoint.trust import find_received
     from molora.config import ConfigError, read
     from molora.data.messages import media_parts
     from molora.data.sources import SourceConfig, open_source
-    from molora.inference.load import load, locate
-    from molora.train.loop import Recipe
+    from molora.inference.load import load
+    from molora.train.recipe import Recipe
     from molora.verify.compare import unmoved
     from molora.verify.promises import verify as check
 

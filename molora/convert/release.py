@@ -33,15 +33,9 @@ from transformers import (
 )
 
 from molora.checkpoint.assembly import RouterConfig
-from molora.checkpoint.folders import (
-    check_format,
-    describe_modality,
-    files_in,
-    read_blueprint,
-    read_run,
-    tensor_hash,
-    write_run,
-)
+from molora.checkpoint.format import check_format, tensor_hash
+from molora.checkpoint.modality_folder import describe_modality, files_in, read_blueprint
+from molora.checkpoint.run_folder import read_run, write_run
 from molora.config import ConfigError
 from molora.convert.phi4mm import (
     ADAPTERS,

@@ -17,21 +17,22 @@ from pathlib import Path
 from typing import Any
 
 from molora.checkpoint.assembly import BackboneConfig, ModalityConfig, RouterConfig
-from molora.checkpoint.folders import file_hash
+from molora.checkpoint.opening import locate
 from molora.data.easy_vqa import CAPTION_QUESTION, TRANSCRIPT_QUESTION, caption, descriptions, read_split
 from molora.data.sources import SourceConfig, open_source
 from molora.evaluate.judge import EvaluationConfig, Judged, judge, scores
 from molora.inference.generate import GenerationConfig
-from molora.inference.load import LoadedModel, load, locate
+from molora.inference.load import LoadedModel, load
 from molora.pretrain.loop import PretrainConfig, pretrain
-from molora.received import read_json
+from molora.received import file_hash, read_json
 from molora.report.page import Example, Media, Report, read_history
 from molora.report.page import write as write_report
 from molora.seeding import seed_of
 from molora.storage import write_json, write_text
 from molora.terminal import print_table, progress, say
-from molora.train.loop import Recipe, StageConfig, train
+from molora.train.loop import train
 from molora.train.optim import PartConfig
+from molora.train.recipe import Recipe, StageConfig
 
 # How a picture is put into words for the backbone's reading practice; {0} is the colour, {1} the shape.
 _PHRASES = (

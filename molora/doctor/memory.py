@@ -20,7 +20,6 @@ from typing import Any
 import psutil
 import torch
 import transformers
-from accelerate import Accelerator
 from huggingface_hub.errors import HfHubHTTPError
 from rich.text import Text
 from torch import Tensor, nn
@@ -29,15 +28,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM
 
-from molora.checkpoint.assembly import Blueprint, RouterConfig, RouterPlan, assemble, blueprint, pick_device
-from molora.checkpoint.folders import read_plan
+from molora.checkpoint.assembly import BackboneConfig, assemble
+from molora.checkpoint.opening import ModelPlan, pick_device, plan_model
 from molora.checkpoint.trust import Untrusted
 from molora.config import ConfigError, build, options, read
 from molora.convert.release import layout_of
 from molora.data.processor import Processor, SampleTooLong
 from molora.data.sources import EncodedSamples, step_loader
 from molora.inference.generate import GenerationConfig, generate
-from molora.inference.load import locate
 from molora.media import MediaPolicy
 from molora.modality import MediaError, Modality
 from molora.model.backbone import Backbone
@@ -50,8 +48,9 @@ from molora.routing import Flow, RoutingError, flowing
 from molora.seeding import seed_of
 from molora.terminal import console, print_table, say, styled
 from molora.testing.tiny import byte_tokenizer
-from molora.train.loop import Recipe, StageConfig, recipe_router, train_step
 from molora.train.optim import PartOptimizer, count, set_trainable
+from molora.train.recipe import Recipe, StageConfig, plan_recipe
+from molora.train.step import train_step
 
 # Rows of a stage's data from which its packs are known.
 _SAMPLED_ROWS = 64
@@ -140,29 +139,19 @@ def on_meta(
     Raises ConfigError or ValueError for what is missing, cannot be fetched, or cannot be built without weights.
     """
     if isinstance(source, Recipe):
-        path, revision, dtype = source.backbone.path, source.backbone.revision, dtype or source.backbone.dtype
-        router = recipe_router(source, trust)
-        plans = {
-            name: read_plan(Path(config.path), name, trust)
-            if config.path is not None
-            else blueprint(name, str(config.plugin), config.options, config.adapter, f"modalities.{name}")
-            for name, config in source.modalities.items()
-        }
+        plan = plan_recipe(source, trust)
+    elif layout_of(source) is not None:
+        raise ConfigError(f"{source}: a release; make it a run first: molora convert phi4mm {source} runs/phi4mm")
     else:
-        if layout_of(source) is not None:
-            raise ConfigError(f"{source}: a release; make it a run first: molora convert phi4mm {source} runs/phi4mm")
-        layout = locate(source, modalities)
-        path, revision = layout.backbone, None
-        dtype = dtype or (None if layout.run is None else layout.run.backbone["dtype"])
-        router = RouterConfig() if layout.run is None else layout.run.router_plan(trust)
-        plans = {name: read_plan(folder, name, trust) for name, folder in layout.folders.items()}
+        plan = plan_model(source, modalities, trust=trust)
     with torch.device("meta"):
-        return _assembled(_backbone(path, revision, dtype), plans, router)
+        return _assembled(_backbone(plan.backbone, dtype or plan.backbone.dtype), plan)
 
 
-def _backbone(source: str, revision: str | None, dtype: str | None) -> Backbone:
+def _backbone(given: BackboneConfig, dtype: str | None) -> Backbone:
+    source = given.path
     try:
-        folder = fetch(source, revision, weights=False)
+        folder = fetch(source, given.revision, weights=False)
         config = read_config(folder)
     except Untrusted:
         raise
@@ -186,12 +175,12 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def _assembled(backbone: Backbone, plans: Mapping[str, Blueprint], router: RouterConfig | RouterPlan) -> MoLoRA:
+def _assembled(backbone: Backbone, plan: ModelPlan) -> MoLoRA:
     try:
-        return assemble(backbone, byte_tokenizer(), plans, router)[0]
+        return assemble(backbone, byte_tokenizer(), plan.modalities, plan.router, where=plan.where)[0]
     except (RuntimeError, NotImplementedError) as error:
         raise ValueError(
-            f"an encoder of {', '.join(plans)} cannot be built without weights: {error}; under "
+            f"an encoder of {', '.join(plan.modalities)} cannot be built without weights: {error}; under "
             'torch.device("meta"), a build_encoder makes modules without reading weights or looking at values'
         ) from error
 
@@ -350,7 +339,6 @@ def fit_recipe(recipe: Recipe, trust: Sequence[str] = ()) -> Fit:
     learned = [_learned(model, stage, f"stages.{index}.train") for index, stage in enumerate(recipe.stages)]
     dry = DryRun(model)
     model.backbone.activation_checkpointing = recipe.activation_checkpointing
-    accelerator = Accelerator(cpu=recipe.device == "cpu")
     moments, unknown = [], None
     cached = recipe.feature_cache is not None
     for index, (stage, (gradients, optimiser)) in enumerate(zip(recipe.stages, learned, strict=True)):
@@ -358,7 +346,7 @@ def fit_recipe(recipe: Recipe, trust: Sequence[str] = ()) -> Fit:
         companies = [company for company in _companies(model) if model.trains(company)] or _companies(model)
         full = [full_pack(model, company, stage) for company in companies]
         packs = [f"a pack of {len(its)} x {len(its[0]):,} tokens of {_named(its[0].modalities)}" for its in full]
-        steps = [_step(dry, its, stage, accelerator, cached, pack) for its, pack in zip(full, packs, strict=True)]
+        steps = [_step(dry, its, stage, cached, pack) for its, pack in zip(full, packs, strict=True)]
         hungriest = max(steps, key=lambda needs: sum(need.num_bytes for need in needs))
         given = None
         try:
@@ -366,7 +354,7 @@ def fit_recipe(recipe: Recipe, trust: Sequence[str] = ()) -> Fit:
         except (ImportError, OSError, ValueError) as error:
             unknown = f"stages.{index}.data: {_first_line(error)}"
         else:
-            needs = _step(dry, samples, stage, accelerator, cached, origin)
+            needs = _step(dry, samples, stage, cached, origin)
             given = Moment(f"stage {stage.name}, as its data are", (gradients, optimiser, *needs))
         moments.append(Moment(f"stage {stage.name}", (gradients, optimiser, *hungriest), given))
     optimiser = max((optimiser for _, optimiser in learned), key=lambda need: need.num_bytes)
@@ -463,9 +451,7 @@ def _heaviest_step(model: MoLoRA, recipe: Recipe, index: int) -> tuple[list[Samp
     return samples, f"a pack of {largest_pack(samples):,} tokens, the largest from {rows} rows of its data"
 
 
-def _step(
-    dry: DryRun, samples: list[Sample], stage: StageConfig, accelerator: Accelerator, cached: bool, pack: str
-) -> tuple[Need, ...]:
+def _step(dry: DryRun, samples: list[Sample], stage: StageConfig, cached: bool, pack: str) -> tuple[Need, ...]:
     """What a training step holds beside weights, gradients and optimiser: logits, and everything else."""
     model = dry.model
     if cached:
@@ -473,7 +459,7 @@ def _step(
     dry.gradients(p for parameters in model.parts().values() for p in parameters.values() if p.requires_grad)
     model.train()
     with dry:
-        train_step(model, _processor(model), samples, stage.tokens_per_pack, {}, accelerator)
+        train_step(model, _processor(model), samples, stage.tokens_per_pack, {})
     full, checkpointing = dry.fullest, "on" if model.backbone.activation_checkpointing else "off"
     return (
         Need("logits", full.logits, _logits(full.logits, "chunk by chunk", model)),

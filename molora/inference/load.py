@@ -8,28 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from molora.checkpoint.assembly import RouterConfig, assemble, pick_device
-from molora.checkpoint.folders import (
-    RunAbout,
-    check_encoder,
-    check_modality,
-    file_hash,
-    load_modality,
-    load_router,
-    read_about,
-    read_plan,
-    read_run,
-)
-from molora.config import ConfigError
+from molora.checkpoint.assembly import RouterConfig
+from molora.checkpoint.opening import open_model, pick_device, plan_model
 from molora.convert.release import opened
 from molora.data.messages import Message
 from molora.data.processor import Processor
 from molora.inference.generate import Failed, GenerationConfig, attempt, generate
 from molora.media import MediaPolicy
 from molora.model.molora import MoLoRA
-from molora.model.pretrained import load_backbone
 from molora.pack import Sample
-from molora.terminal import warn
 
 
 @dataclass(frozen=True)
@@ -123,51 +110,6 @@ class LoadedModel:
                 shown = text
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where the parts of a model lie: its backbone (a folder or hub id), its modality folders by name, and what the
-    molora.json of a run says. Folders that molora.json does not name are not part of the run."""
-
-    backbone: str
-    folders: dict[str, Path]
-    run: RunAbout | None
-
-
-def locate(source: str | Path, modalities: Sequence[str | Path] = ()) -> Layout:
-    """Finds the parts of a run folder, or of a backbone with modality folders, without loading them.
-
-    Raises ConfigError or ValueError naming the file that is missing or wrong.
-    """
-    source = opened(source)
-    path = Path(source)
-    if (path / "molora.json").is_file():
-        run = read_run(path)
-        backbone, folders = run.backbone_source(), run.modality_folders()
-    else:
-        if path.is_dir() and not (path / "config.json").is_file():
-            raise ConfigError(
-                f"{path}: neither a run (no molora.json) nor a backbone (no config.json); name one of these, and "
-                "modality folders beside a backbone"
-            )
-        backbone, folders, run = str(source), {}, None
-    for folder in map(Path, modalities):
-        name: str = read_about(folder)["name"]
-        if name in folders:
-            raise ConfigError(
-                f"{folder}: its modality {name!r} is already loaded from {folders[name]}; leave one out, or give one "
-                f'another "name" in its modality.json'
-            )
-        folders[name] = folder
-    return Layout(backbone, folders, run)
-
-
-def model_hashes(source: str | Path, modalities: Sequence[str | Path] = ()) -> dict[str, str]:
-    """What tells one state of a model from another: the hash of each file that has the hashes of the others."""
-    layout = locate(source, modalities)
-    hashes = {name: file_hash(folder / "modality.json") for name, folder in sorted(layout.folders.items())}
-    return hashes if layout.run is None else {"molora.json": file_hash(layout.run.folder / "molora.json"), **hashes}
-
-
 def load(
     source: str | Path,
     modalities: Sequence[str | Path] = (),
@@ -192,27 +134,14 @@ def load(
     Raises ConfigError or ValueError naming the file that does not fit; Untrusted for code that `trust` does not name;
     BackboneRefused for a backbone that cannot run.
     """
-    layout = locate(source, modalities)
-    run = layout.run
-    own = run.router_plan(trust) if run is not None and router is None else None
-    where = str(run.folder / "molora.json") if run is not None and own is not None else "router"
-    plans = {name: read_plan(folder, name, trust) for name, folder in layout.folders.items()}
-    dtype = dtype or (None if run is None else run.backbone["dtype"])
-    backbone, tokenizer = load_backbone(layout.backbone, dtype=dtype, device=pick_device(device))
-    if run is not None:
-        for warning in backbone.identity.check(run.backbone, str(run.folder / "molora.json")):
-            warn(warning)
-    for name, folder in layout.folders.items():
-        for warning in check_modality(folder, backbone.identity):
-            warn(warning)
-        check_encoder(plans[name], folder)
-    media_policy = MediaPolicy(allow_urls=allow_urls, allow_private_addresses=allow_private_addresses)
-    model, processor = assemble(
-        backbone, tokenizer, plans, own or router or RouterConfig(), where=where, media_policy=media_policy
+    plan = plan_model(
+        opened(source),
+        modalities,
+        router=router,
+        dtype=dtype,
+        media_policy=MediaPolicy(allow_urls=allow_urls, allow_private_addresses=allow_private_addresses),
+        trust=trust,
     )
-    for name, folder in layout.folders.items():
-        load_modality(model, name, folder)
-    if run is not None and own is not None:
-        load_router(model, run.folder)
+    model, processor = open_model(plan, pick_device(device))
     model.deterministic_batch = deterministic_batch
     return LoadedModel(model.eval(), processor)

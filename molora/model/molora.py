@@ -73,6 +73,7 @@ class MoLoRA(nn.Module):
                 lora.inject(backbone.model, name, config, where=f"adapter {name!r}")
         # Whether `generate` computes every sample by itself, so that its bits do not depend on its company.
         self.deterministic_batch = False
+        self._part_names = frozenset(self.parts())
         self.requires_grad_(False)
         self.train(False)
 
@@ -113,12 +114,15 @@ class MoLoRA(nn.Module):
         names |= {f"projectors.{name}.{self.modalities[name].projector(modalities)}" for name in modalities}
         names |= {f"adapters.{name}" for name in self.router.adapters(modalities)}
         names |= {"router"} if self.router.learns(modalities) else set()
-        return frozenset(names & self.parts().keys())
+        return frozenset(names & self._part_names)
+
+    def training_parts(self) -> frozenset[str]:
+        """The parts that have something to train."""
+        return frozenset(name for name, part in self.parts().items() if any(p.requires_grad for p in part.values()))
 
     def trains(self, modalities: frozenset[str]) -> bool:
         """Whether such a sample has anything to train."""
-        parts = self.parts()
-        return any(p.requires_grad for name in self.parts_of(modalities) for p in parts[name].values())
+        return bool(self.parts_of(modalities) & self.training_parts())
 
     def embed(self, pack: Pack) -> Tensor:
         """Token embeddings (T, D) with media tokens spliced in at their positions.

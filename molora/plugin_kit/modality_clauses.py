@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from molora.checkpoint.assembly import Blueprint
-from molora.checkpoint.folders import load_modality, read_blueprint, save_modality, tensor_hash
+from molora.checkpoint.format import tensor_hash
+from molora.checkpoint.modality_folder import load_modality, read_blueprint, save_modality
 from molora.config import ConfigError, build
 from molora.data.processor import Processor
 from molora.modality import Encoder, Frames, MediaError, Modality, Prepared
@@ -49,8 +48,8 @@ from molora.plugin_kit.trial import (
 from molora.plugin_kit.worker import Parts, forked, spawned
 from molora.plugins import available, find, resolve
 from molora.seeding import seeded
-from molora.train.loop import train_step
 from molora.train.optim import PartConfig, set_trainable
+from molora.train.step import train_step
 
 # Decoding a part should take a moment; a worker that takes this long starves every training.
 LOAD_SECONDS = 10.0
@@ -631,12 +630,7 @@ def _training(trial: Trial) -> str:
     samples = [sample for kind in ("own", "others", "mixed") for sample in trial.samples(processor, kind)]
     parts = [f"encoders.{OWN}.{name}" for name in trial.trains] + [f"projectors.{OWN}", f"adapters.{OWN}"]
     optimizers = set_trainable(model, {part: PartConfig(learning_rate=_RATE) for part in parts}, 1, "conformance")
-    first = not AcceleratorState._shared_state
-    try:
-        row = train_step(model.train(), processor, samples, MAX_TOKENS, optimizers, Accelerator())
-    finally:
-        if first:  # the next Accelerator of this process chooses its device anew
-            AcceleratorState._reset_state(reset_partial_state=True)
+    row = train_step(model.train(), processor, samples, MAX_TOKENS, optimizers)
     trial.model, trial.processor = model.eval(), processor
     if wild := [name for name in trial.trains if not model.get_parameter(f"encoders.{OWN}.{name}").isfinite().all()]:
         raise _Fault(

@@ -29,7 +29,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from torch import Tensor
 from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
-from molora.checkpoint.folders import FORMAT_VERSION, check_format
+from molora.checkpoint.format import FORMAT_VERSION, check_format
 from molora.config import ConfigError, require
 from molora.data.messages import Message, check, parts
 from molora.data.prompt import ChatTemplate

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from molora.checkpoint.folders import tensor_hash
+from molora.checkpoint.format import tensor_hash
 from molora.model.molora import MoLoRA
 from molora.pack import Item, Sample
 from molora.received import read_tensors

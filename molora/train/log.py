@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from accelerate import Accelerator
-
+from molora.ranks import Ranks
 from molora.storage import sync
 
 
@@ -18,15 +17,15 @@ class MetricsLog:
     """`metrics.jsonl` and `tensorboard/`, written by the main process, each row at once and without a thread of its
     own: a full disk is an error of the row that did not fit."""
 
-    def __init__(self, run: Path, accelerator: Accelerator) -> None:
+    def __init__(self, run: Path, ranks: Ranks) -> None:
         self.run = run
-        self.accelerator = accelerator
+        self.ranks = ranks
         self.rows: BinaryIO | None = None
         self.events: BinaryIO | None = None
 
     def open(self) -> None:
         """Goes on writing after what is there."""
-        if self.accelerator.is_main_process:
+        if self.ranks.is_main:
             folder = self.run / "tensorboard"
             folder.mkdir(exist_ok=True)
             # Unbuffered, so that closing has nothing left to write.
@@ -61,7 +60,7 @@ class MetricsLog:
 
     def truncate(self, lengths: Mapping[str, int]) -> None:
         """Forgets what was logged after a state was saved, so that no step is logged twice."""
-        if not self.accelerator.is_main_process:
+        if not self.ranks.is_main:
             return
         for path in self._paths():
             length = lengths.get(str(path.relative_to(self.run)), 0)

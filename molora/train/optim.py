@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -138,3 +139,31 @@ def matches(pattern: str, name: str) -> bool:
 
 def count(parameters: Iterable[Tensor]) -> int:
     return sum(p.numel() for p in parameters)
+
+
+def check_start(model: MoLoRA, start_from: Mapping[str, str], where: str) -> None:
+    """Raises ConfigError for parts of `start_from` that are not there, differ or do not train."""
+    parts = model.parts()
+    for target, source in start_from.items():
+        if unknown := sorted({target, source} - parts.keys()):
+            near = nearest(unknown[0], list(parts))
+            raise ConfigError(f"{where}: no part {unknown}{near} the parts of this model are {sorted(parts)}")
+        shapes = [{key: tuple(p.shape) for key, p in parts[part].items()} for part in (target, source)]
+        if shapes[0] != shapes[1]:
+            raise ConfigError(f"{where}: {target} cannot start from {source}: {shapes[0]} and {shapes[1]} differ")
+        if not all(p.requires_grad for p in parts[target].values()):
+            raise ConfigError(f"{where}: {target} does not train in this stage, so nothing may change it")
+
+
+def copy_parts(model: MoLoRA, start_from: Mapping[str, str]) -> None:
+    """Gives parts the weights of others."""
+    parts = model.parts()
+    with torch.no_grad():
+        for target, source in start_from.items():
+            for key, parameter in parts[target].items():
+                parameter.copy_(parts[source][key])
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ";"

@@ -13,10 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from molora.checkpoint.folders import file_hash, files_in
-from molora.inference.load import Layout, LoadedModel, load, locate
+from molora.checkpoint.modality_folder import files_in
+from molora.checkpoint.opening import Layout, locate
+from molora.inference.load import LoadedModel, load
 from molora.model.identity import weights_hash
 from molora.pack import Sample, collate
+from molora.received import file_hash
 from molora.verify.promises import Check, examples, routed, show
 
 NUM_SAMPLES = 200

@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from molora.checkpoint.folders import check_modality, read_about
+from molora.checkpoint.modality_folder import check_modality, read_about
 from molora.data.messages import Message
 from molora.data.processor import SampleTooLong
 from molora.inference.generate import GenerationConfig, generate

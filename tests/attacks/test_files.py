@@ -22,14 +22,9 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 import molora
 from molora.checkpoint.assembly import RouterConfig, assemble, blueprint
-from molora.checkpoint.folders import (
-    copy_modality,
-    load_modality,
-    read_blueprint,
-    save_modality,
-    tensor_hash,
-    write_run,
-)
+from molora.checkpoint.format import tensor_hash
+from molora.checkpoint.modality_folder import copy_modality, load_modality, read_blueprint, save_modality
+from molora.checkpoint.run_folder import write_run
 from molora.doctor.memory import on_meta
 from molora.encoders.audio import Audio, AudioConfig
 from molora.encoders.hub import weight_files

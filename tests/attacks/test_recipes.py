@@ -12,8 +12,8 @@ import pytest
 from molora.config import ConfigError, build, dump, options, plain, read
 from molora.config.reading import MAX_BYTES
 from molora.testing import save_backbone
-from molora.train.loop import Recipe as WholeRecipe
 from molora.train.loop import train
+from molora.train.recipe import Recipe as WholeRecipe
 
 
 @dataclass

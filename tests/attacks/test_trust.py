@@ -19,7 +19,8 @@ import molora
 from molora import plugins
 from molora.checkpoint import trust
 from molora.checkpoint.assembly import RouterConfig, assemble, blueprint
-from molora.checkpoint.folders import save_modality, write_run
+from molora.checkpoint.modality_folder import save_modality
+from molora.checkpoint.run_folder import write_run
 from molora.checkpoint.trust import Untrusted, find_received, remember
 from molora.cli.commands import app
 from molora.config import ConfigError, build
@@ -28,7 +29,8 @@ from molora.model.pretrained import load_backbone, open_stock
 from molora.plugin_kit.scaffold import new_plugin
 from molora.plugins import find
 from molora.testing import save_backbone
-from molora.train.loop import Recipe, train
+from molora.train.loop import train
+from molora.train.recipe import Recipe
 
 ADAPTER = {"r": 2, "lora_alpha": 8, "target_modules": ["o_proj"]}
 GOOD = """

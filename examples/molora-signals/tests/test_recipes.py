@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 from molora.checkpoint.assembly import blueprint
-from molora.checkpoint.folders import file_hash
 from molora.config import read
 from molora.data.sources import open_source
+from molora.received import file_hash
 from molora.testing import save_backbone
-from molora.train.loop import Recipe, train
+from molora.train import Recipe, train
 
 pyarrow = pytest.importorskip("pyarrow")
 

@@ -1,13 +1,10 @@
-"""What a run leaves on disk: modality folders that stand alone, the run's molora.json, and states to resume from."""
+"""Modality folders, which stand alone: adapter, projector, encoder, and modality.json with their hashes."""
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molora.checkpoint.assembly import Blueprint, RouterConfig, RouterPlan, blueprint, router_plan
+from molora.checkpoint.assembly import Blueprint, blueprint
+from molora.checkpoint.format import FORMAT_VERSION, checked, fill, read_described, tensor_hash
 from molora.checkpoint.trust import Untrusted, find_received
-from molora.config import ConfigError, build
+from molora.config import ConfigError
 from molora.modality import Origin, WeightSource
 from molora.model import lora
 from molora.model.identity import Identity
@@ -26,7 +24,6 @@ from molora.plugins import Found, file_of
 from molora.received import (
     MAX_JSON_BYTES,
     TensorFile,
-    check_finite,
     check_hash,
     check_name,
     copy_file,
@@ -34,13 +31,9 @@ from molora.received import (
     listed_files,
     parse_json,
     read_bytes,
-    read_json,
-    read_tensors,
 )
-from molora.storage import check_shapes, write_atomically, write_folder, write_json, write_tensors, write_text
+from molora.storage import check_shapes, write_atomically, write_json, write_tensors, write_text
 
-FORMAT_VERSION = "1.0"
-_ROUTER = "router.safetensors"
 # What is loaded of a modality's folder, if modality.json lists it.
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _PROJECTOR = "projector.safetensors"
@@ -49,47 +42,7 @@ _MODALITY_KEYS = {
     **{"name": str, "plugin": str, "options": dict, "part_type": str, "frame_width": int, "projectors": list},
     **{"backbone": dict, "encoder": dict, "files": dict},
 }
-_RUN_KEYS = {"backbone": dict, "modalities": list, "router": dict}
 _COMMIT = re.compile("[0-9a-f]{40}")
-_STATE = re.compile(r"step-\d{1,18}")
-_KINDS = {str: "a text", dict: "values by name", int: "a whole number", list: "a list"}
-
-
-def check_format(value: Mapping[str, Any], path: Path) -> None:
-    """Raises ValueError for a major format version this code does not know."""
-    version = str(value.get("format_version"))
-    if version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
-        raise ValueError(
-            f"{path}: format version {version!r:.80}, this molora reads {FORMAT_VERSION}; upgrade molora, or use "
-            "the one that wrote it"
-        )
-
-
-def _read(path: Path, keys: Mapping[str, type]) -> dict[str, Any]:
-    return _checked(read_json(path, path.parent), path, keys)
-
-
-def _checked(about: dict[str, Any], path: Path, keys: Mapping[str, type]) -> dict[str, Any]:
-    check_format(about, path)
-    if missing := [key for key in keys if key not in about]:
-        raise ValueError(f"{path}: lacks {', '.join(missing)}; copy it again from where it was written")
-    if wrong := [key for key, kind in keys.items() if not isinstance(about[key], kind)]:
-        told = "; ".join(f"{key} is {about[key]!r:.80}, expected {_KINDS[keys[key]]}" for key in wrong)
-        raise ValueError(f"{path}: {told}; copy it again from where it was written")
-    return about
-
-
-def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the sorted names, dtypes, shapes and bytes of tensors."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-# Modality folders ------------------------------------------------------------------------------------------------
 
 
 def save_modality(model: MoLoRA, name: str, plan: Blueprint, folder: Path, pristine: Mapping[str, str]) -> None:
@@ -158,7 +111,7 @@ def copy_modality(source: Path, folder: Path) -> None:
     """
     path = source / "modality.json"
     data = read_bytes(path, MAX_JSON_BYTES, source)
-    about = _checked(parse_json(data, str(path)), path, _MODALITY_KEYS)
+    about = checked(parse_json(data, str(path)), path, _MODALITY_KEYS)
     for file, sha256 in listed_files(about["files"], path).items():
         write_atomically(folder / file, partial(copy_file, source / file, folder=source, sha256=sha256, where=path))
     write_atomically(folder / path.name, lambda temporary: temporary.write_bytes(data))
@@ -176,7 +129,7 @@ def read_about(folder: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{folder}: not a modality folder (no modality.json); give one that a run wrote as modalities/<name>"
         )
-    about = _read(path, _MODALITY_KEYS)
+    about = read_described(path, _MODALITY_KEYS)
     check_name(about["name"], f'{path}: "name"')
     files = listed_files(about["files"], path)
     for file in (_PROJECTOR, *(_ADAPTER if files.keys() & {*_ADAPTER} else ())):
@@ -343,10 +296,10 @@ def load_modality(model: MoLoRA, name: str, folder: Path) -> None:
             f"{path}: plugin {about['plugin']!r} has changed since: {'; '.join(changed)}; "
             f"{_how_to_get_plugin(about['plugin'])}"
         )
-    _load(model.projectors[name].state_dict(), folder / _PROJECTOR, files[_PROJECTOR], path)
+    fill(model.projectors[name].state_dict(), folder / _PROJECTOR, files[_PROJECTOR], path)
     if _ENCODER in files:
         try:
-            _load(encoder.state_dict(), folder / _ENCODER, files[_ENCODER], path, finite=False)
+            fill(encoder.state_dict(), folder / _ENCODER, files[_ENCODER], path, finite=False)
         except ValueError as error:
             raise ValueError(f"{error}; did the plugin's code change? train it anew, under another run=") from error
     elif tensor_hash(encoder.state_dict()) != about["encoder"]["hash"]:
@@ -355,170 +308,4 @@ def load_modality(model: MoLoRA, name: str, folder: Path) -> None:
             "when the modality was saved"
         )
     if _ADAPTER[1] in files:
-        _load(lora.adapter_tensors(model.backbone.model, name), folder / _ADAPTER[1], files[_ADAPTER[1]], path)
-
-
-def _load(
-    parameters: Mapping[str, Tensor], path: Path, sha256: str | None, where: Path, *, finite: bool = True
-) -> None:
-    """Copies a file's tensors, one by one, into parameters of the same names and shapes.
-
-    Raises ValueError listing what does not fit before anything is read, for other bytes than those with the hash in
-    `where`, and for numbers that are not finite; an encoder's masks may hold them.
-    """
-    with TensorFile(path, path.parent) as file:
-        check_shapes(file.shapes, {key: parameter.shape for key, parameter in parameters.items()}, str(path))
-        tensors = file.tensors(sha256, where)
-        with torch.no_grad():
-            for key, tensor in check_finite(tensors, str(path)) if finite else tensors:
-                parameters[key].copy_(tensor)
-
-
-# Runs ------------------------------------------------------------------------------------------------------------
-
-
-def write_run(
-    run: Path,
-    backbone: Identity,
-    modalities: Sequence[str],
-    router: RouterConfig | RouterPlan,
-    *,
-    dtype: str | None = None,
-    learned: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Writes molora.json, which makes a folder a run that `molora.load` opens, and what the router has learned.
-
-    A backbone folder is named by its path from the run, so that the two can be moved together.
-    """
-    source = backbone.source
-    folder = os.path.relpath(os.path.realpath(source), os.path.realpath(run)) if Path(source).is_dir() else None
-    if learned:
-        write_tensors(run / _ROUTER, learned)
-    plan = router if isinstance(router, RouterPlan) else router_plan(router)
-    write_json(
-        run / "molora.json",
-        {
-            "format_version": FORMAT_VERSION,
-            "backbone": {**asdict(backbone), "folder": folder, "dtype": dtype},
-            "modalities": list(modalities),
-            "router": {"plugin": plan.found.spec, "options": plan.options},
-            "router_sha256": plan.found.sha256,
-            "files": {_ROUTER: file_hash(run / _ROUTER)} if learned else {},
-        },
-    )
-
-
-@dataclass(frozen=True)
-class RunAbout:
-    """What the molora.json in `folder` says. `files` is None if an older molora wrote it, which listed none."""
-
-    folder: Path
-    backbone: dict[str, Any]
-    modalities: list[str]
-    router: RouterConfig
-    files: Mapping[str, str] | None
-    router_sha256: str | None = None
-
-    def backbone_source(self) -> str:
-        """The folder or hub id of the backbone. Raises ConfigError for a folder that is not there.
-
-        The path may lead anywhere, as backbones lie beside runs, and begins where the run really is, links followed.
-        What it leads to is only read, runs no code, and has to have the hashes that are recorded here.
-        """
-        if self.backbone["folder"] is None:
-            return self.backbone["source"]
-        path = os.path.realpath(self.folder / self.backbone["folder"])
-        if not Path(path).is_dir():
-            raise ConfigError(
-                f"{self.folder / 'molora.json'}: its backbone is not in {path}; move the two together, or write its "
-                f'path from {self.folder} as "folder" there'
-            )
-        return path
-
-    def router_plan(self, trusted: Sequence[str | Found] = ()) -> RouterPlan:
-        """The run's router; `trusted` as in `read_blueprint`. Raises ConfigError."""
-        may_run = partial(find_received, sha256=self.router_sha256, trusted=trusted)
-        return router_plan(self.router, str(self.folder / "molora.json"), may_run)
-
-    def modality_folders(self) -> dict[str, Path]:
-        """Modality folders by name; others that molora.json does not name are not part of the run. Raises ConfigError
-        for one that is not there."""
-        folders = {name: self.folder / "modalities" / name for name in self.modalities}
-        for name, folder in folders.items():
-            if not folder.is_dir():
-                raise ConfigError(
-                    f"{self.folder / 'molora.json'}: lists modality {name!r}, whose folder {folder} is missing; copy "
-                    'the whole run, or take it out of "modalities" there'
-                )
-        return folders
-
-
-def read_run(run: Path) -> RunAbout:
-    """What a run's molora.json says. Raises ConfigError for what is no run, ValueError naming what is wrong in it."""
-    path = run / "molora.json"
-    if not path.is_file():
-        raise ConfigError(
-            f"{run}: not a run folder (no molora.json); was its training finished or saved at least once?"
-        )
-    about = _read(path, _RUN_KEYS)
-    backbone, names = about["backbone"], about["modalities"]
-    for key in ("source", "folder", "dtype"):
-        value = backbone.get(key)
-        if (not isinstance(value, str) and (value is not None or key == "source")) or len(value or "") > 4096:
-            raise ValueError(f'{path}: "backbone": {key} is {value!r:.80}, expected a text; copy it again')
-    for name in names:
-        check_name(name, f'{path}: "modalities"')
-    if len(set(names)) < len(names):
-        raise ValueError(f'{path}: "modalities" lists one twice: {", ".join(names):.200}; copy it again')
-    router = build(RouterConfig, about["router"], f"{path}: router")
-    if router.path is not None:
-        raise ValueError(f"{path}: router.path is {router.path!r:.80}, but a run has its own router; copy it again")
-    files = listed_files(about["files"], path) if "files" in about else None
-    return RunAbout(run, {"folder": None, "dtype": None, **backbone}, names, router, files, about.get("router_sha256"))
-
-
-def load_router(model: MoLoRA, run: Path) -> None:
-    """Gives the router what the router of a run had learned, if it learns. Raises ValueError for what does not fit."""
-    if own := model.router_tensors():
-        path = run / _ROUTER
-        if not path.is_file():
-            raise ValueError(f"{path}: missing, though the run's router learns; copy the whole run folder")
-        files = read_run(run).files
-        if files is not None and _ROUTER not in files:
-            raise ValueError(f"{path}: is not listed in {run / 'molora.json'}; copy the whole run folder again")
-        sha256 = None if files is None else files[_ROUTER]
-        if sha256 is not None:
-            check_hash(file_hash(path, run), sha256, path, run / "molora.json")
-        _load(own, path, sha256, run / "molora.json")
-
-
-# States ----------------------------------------------------------------------------------------------------------
-
-
-def save_state(run: Path, name: str, tensors: Mapping[str, Mapping[str, Tensor]], about: Mapping[str, Any]) -> None:
-    """Writes `state/<name>/` in one step, then removes older states: a kill at any instant leaves one whole state."""
-    root = run / "state"
-    with write_folder(root / name) as draft:
-        for file, values in tensors.items():
-            write_tensors(draft / f"{file}.safetensors", values)
-        write_json(draft / "state.json", {"format_version": FORMAT_VERSION, **about})
-    for other in root.iterdir():
-        if _STATE.fullmatch(other.name) and other.name != name:
-            shutil.rmtree(other)
-
-
-def latest_state(run: Path) -> Path | None:
-    """The newest whole state of a run, if it has one."""
-    states = [path for path in (run / "state").glob("step-*") if _STATE.fullmatch(path.name)]
-    whole = [path for path in states if (path / "state.json").is_file()]
-    return max(whole, key=lambda path: int(path.name.removeprefix("step-")), default=None)
-
-
-def read_state(state: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """A state's description and its tensors by file.
-
-    Raises OSError, ValueError naming the file that is missing, damaged or of another format.
-    """
-    about = read_json(state / "state.json")
-    check_format(about, state / "state.json")
-    return about, {path.stem: read_tensors(path) for path in sorted(state.glob("*.safetensors"))}
+        fill(lora.adapter_tensors(model.backbone.model, name), folder / _ADAPTER[1], files[_ADAPTER[1]], path)

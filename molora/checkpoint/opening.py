@@ -1,0 +1,145 @@
+"""Opening models: what one is made of, read from folders before anything is loaded, and then the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from molora.checkpoint.assembly import BackboneConfig, Blueprint, RouterConfig, RouterPlan, assemble, router_plan
+from molora.checkpoint.modality_folder import check_encoder, check_modality, load_modality, read_about, read_plan
+from molora.checkpoint.run_folder import RunAbout, load_router, read_run
+from molora.config import ConfigError
+from molora.data.processor import Processor
+from molora.media import MediaPolicy
+from molora.model.molora import MoLoRA
+from molora.model.pretrained import load_backbone
+from molora.received import file_hash
+from molora.terminal import warn
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the parts of a model lie: its backbone (a folder or hub id), its modality folders by name, and what the
+    molora.json of a run says. Folders that molora.json does not name are not part of the run."""
+
+    backbone: str
+    folders: dict[str, Path]
+    run: RunAbout | None
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """A model before its weights: its backbone, its modalities by name, and its router, which is written in `where`.
+
+    `folders` hold the weights of modalities that were saved, `learned` is the run whose router has learned, and `run`
+    the one that recorded what its backbone was. What was not saved is drawn from `seed`.
+    """
+
+    backbone: BackboneConfig
+    modalities: dict[str, Blueprint]
+    router: RouterPlan
+    where: str = "router"
+    folders: Mapping[str, Path] = field(default_factory=dict)
+    learned: Path | None = None
+    run: RunAbout | None = None
+    seed: int = 0
+    media_policy: MediaPolicy | None = None
+
+
+def locate(source: str | Path, modalities: Sequence[str | Path] = ()) -> Layout:
+    """Finds the parts of a run folder, or of a backbone with modality folders, without loading them.
+
+    Raises ConfigError or ValueError naming the file that is missing or wrong.
+    """
+    path = Path(source)
+    if (path / "molora.json").is_file():
+        run = read_run(path)
+        backbone, folders = run.backbone_source(), run.modality_folders()
+    else:
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise ConfigError(
+                f"{path}: neither a run (no molora.json) nor a backbone (no config.json); name one of these, and "
+                "modality folders beside a backbone"
+            )
+        backbone, folders, run = str(source), {}, None
+    for folder in map(Path, modalities):
+        name: str = read_about(folder)["name"]
+        if name in folders:
+            raise ConfigError(
+                f"{folder}: its modality {name!r} is already loaded from {folders[name]}; leave one out, or give one "
+                f'another "name" in its modality.json'
+            )
+        folders[name] = folder
+    return Layout(backbone, folders, run)
+
+
+def model_hashes(source: str | Path, modalities: Sequence[str | Path] = ()) -> dict[str, str]:
+    """What tells one state of a model from another: the hash of each file that has the hashes of the others."""
+    layout = locate(source, modalities)
+    hashes = {name: file_hash(folder / "modality.json") for name, folder in sorted(layout.folders.items())}
+    return hashes if layout.run is None else {"molora.json": file_hash(layout.run.folder / "molora.json"), **hashes}
+
+
+def plan_model(
+    source: str | Path,
+    modalities: Sequence[str | Path] = (),
+    *,
+    router: RouterConfig | None = None,
+    dtype: str | None = None,
+    media_policy: MediaPolicy | None = None,
+    trust: Sequence[str] = (),
+) -> ModelPlan:
+    """The plan of a run folder, or of a backbone with modality folders, with another `router` or `dtype` if given.
+
+    Raises ConfigError or ValueError naming the file that is missing or wrong, Untrusted for code that `trust` does not
+    name.
+    """
+    layout = locate(source, modalities)
+    run = layout.run
+    plans = {name: read_plan(folder, name, trust) for name, folder in layout.folders.items()}
+    if run is None or router is not None:
+        chosen, where, learned = router_plan(router or RouterConfig()), "router", None
+    else:
+        chosen, where, learned = run.router_plan(trust), str(run.folder / "molora.json"), run.folder
+    dtype = dtype or (None if run is None else run.backbone["dtype"])
+    backbone = BackboneConfig(path=layout.backbone, dtype=dtype)
+    return ModelPlan(backbone, plans, chosen, where, layout.folders, learned, run, media_policy=media_policy)
+
+
+def open_model(plan: ModelPlan, device: torch.device | str) -> tuple[MoLoRA, Processor]:
+    """The model of a plan with its processor.
+
+    Raises ConfigError or ValueError naming the file that does not fit; BackboneRefused for a backbone that cannot run.
+    """
+    given = plan.backbone
+    backbone, tokenizer = load_backbone(given.path, dtype=given.dtype, revision=given.revision, device=device)
+    warnings = []
+    if plan.run is not None:
+        warnings += backbone.identity.check(plan.run.backbone, str(plan.run.folder / "molora.json"))
+    for name, folder in plan.folders.items():
+        warnings += check_modality(folder, backbone.identity)
+        check_encoder(plan.modalities[name], folder)
+    for warning in warnings:
+        warn(warning)
+    model, processor = assemble(
+        backbone,
+        tokenizer,
+        plan.modalities,
+        plan.router,
+        seed=plan.seed,
+        where=plan.where,
+        media_policy=plan.media_policy,
+    )
+    for name, folder in plan.folders.items():
+        load_modality(model, name, folder)
+    if plan.learned is not None:
+        load_router(model, plan.learned)
+    return model, processor
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device named, else the first GPU, else the CPU."""
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -1,0 +1,145 @@
+"""A run's molora.json: its backbone, modalities and router, and what the router has learned."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from molora.checkpoint.assembly import RouterConfig, RouterPlan, router_plan
+from molora.checkpoint.format import FORMAT_VERSION, fill, read_described
+from molora.checkpoint.trust import find_received
+from molora.config import ConfigError, build
+from molora.model.identity import Identity
+from molora.model.molora import MoLoRA
+from molora.plugins import Found
+from molora.received import (
+    check_hash,
+    check_name,
+    file_hash,
+    listed_files,
+)
+from molora.storage import write_json, write_tensors
+
+_ROUTER = "router.safetensors"
+_RUN_KEYS = {"backbone": dict, "modalities": list, "router": dict}
+
+
+def write_run(
+    run: Path,
+    backbone: Identity,
+    modalities: Sequence[str],
+    router: RouterConfig | RouterPlan,
+    *,
+    dtype: str | None = None,
+    learned: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Writes molora.json, which makes a folder a run that `molora.load` opens, and what the router has learned.
+
+    A backbone folder is named by its path from the run, so that the two can be moved together.
+    """
+    source = backbone.source
+    folder = os.path.relpath(os.path.realpath(source), os.path.realpath(run)) if Path(source).is_dir() else None
+    if learned:
+        write_tensors(run / _ROUTER, learned)
+    plan = router if isinstance(router, RouterPlan) else router_plan(router)
+    write_json(
+        run / "molora.json",
+        {
+            "format_version": FORMAT_VERSION,
+            "backbone": {**asdict(backbone), "folder": folder, "dtype": dtype},
+            "modalities": list(modalities),
+            "router": {"plugin": plan.found.spec, "options": plan.options},
+            "router_sha256": plan.found.sha256,
+            "files": {_ROUTER: file_hash(run / _ROUTER)} if learned else {},
+        },
+    )
+
+
+@dataclass(frozen=True)
+class RunAbout:
+    """What the molora.json in `folder` says. `files` is None if an older molora wrote it, which listed none."""
+
+    folder: Path
+    backbone: dict[str, Any]
+    modalities: list[str]
+    router: RouterConfig
+    files: Mapping[str, str] | None
+    router_sha256: str | None = None
+
+    def backbone_source(self) -> str:
+        """The folder or hub id of the backbone. Raises ConfigError for a folder that is not there.
+
+        The path may lead anywhere, as backbones lie beside runs, and begins where the run really is, links followed.
+        What it leads to is only read, runs no code, and has to have the hashes that are recorded here.
+        """
+        if self.backbone["folder"] is None:
+            return self.backbone["source"]
+        path = os.path.realpath(self.folder / self.backbone["folder"])
+        if not Path(path).is_dir():
+            raise ConfigError(
+                f"{self.folder / 'molora.json'}: its backbone is not in {path}; move the two together, or write its "
+                f'path from {self.folder} as "folder" there'
+            )
+        return path
+
+    def router_plan(self, trusted: Sequence[str | Found] = ()) -> RouterPlan:
+        """The run's router; `trusted` as in `read_blueprint`. Raises ConfigError."""
+        may_run = partial(find_received, sha256=self.router_sha256, trusted=trusted)
+        return router_plan(self.router, str(self.folder / "molora.json"), may_run)
+
+    def modality_folders(self) -> dict[str, Path]:
+        """Modality folders by name; others that molora.json does not name are not part of the run. Raises ConfigError
+        for one that is not there."""
+        folders = {name: self.folder / "modalities" / name for name in self.modalities}
+        for name, folder in folders.items():
+            if not folder.is_dir():
+                raise ConfigError(
+                    f"{self.folder / 'molora.json'}: lists modality {name!r}, whose folder {folder} is missing; copy "
+                    'the whole run, or take it out of "modalities" there'
+                )
+        return folders
+
+
+def read_run(run: Path) -> RunAbout:
+    """What a run's molora.json says. Raises ConfigError for what is no run, ValueError naming what is wrong in it."""
+    path = run / "molora.json"
+    if not path.is_file():
+        raise ConfigError(
+            f"{run}: not a run folder (no molora.json); was its training finished or saved at least once?"
+        )
+    about = read_described(path, _RUN_KEYS)
+    backbone, names = about["backbone"], about["modalities"]
+    for key in ("source", "folder", "dtype"):
+        value = backbone.get(key)
+        if (not isinstance(value, str) and (value is not None or key == "source")) or len(value or "") > 4096:
+            raise ValueError(f'{path}: "backbone": {key} is {value!r:.80}, expected a text; copy it again')
+    for name in names:
+        check_name(name, f'{path}: "modalities"')
+    if len(set(names)) < len(names):
+        raise ValueError(f'{path}: "modalities" lists one twice: {", ".join(names):.200}; copy it again')
+    router = build(RouterConfig, about["router"], f"{path}: router")
+    if router.path is not None:
+        raise ValueError(f"{path}: router.path is {router.path!r:.80}, but a run has its own router; copy it again")
+    files = listed_files(about["files"], path) if "files" in about else None
+    return RunAbout(run, {"folder": None, "dtype": None, **backbone}, names, router, files, about.get("router_sha256"))
+
+
+def load_router(model: MoLoRA, run: Path) -> None:
+    """Gives the router what the router of a run had learned, if it learns. Raises ValueError for what does not fit."""
+    if own := model.router_tensors():
+        path = run / _ROUTER
+        if not path.is_file():
+            raise ValueError(f"{path}: missing, though the run's router learns; copy the whole run folder")
+        files = read_run(run).files
+        if files is not None and _ROUTER not in files:
+            raise ValueError(f"{path}: is not listed in {run / 'molora.json'}; copy the whole run folder again")
+        sha256 = None if files is None else files[_ROUTER]
+        if sha256 is not None:
+            check_hash(file_hash(path, run), sha256, path, run / "molora.json")
+        fill(own, path, sha256, run / "molora.json")

@@ -1,0 +1,144 @@
+"""Recipes: everything a run is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from molora.checkpoint.assembly import (
+    BackboneConfig,
+    Blueprint,
+    ModalityConfig,
+    RouterConfig,
+    blueprint,
+    router_plan,
+)
+from molora.checkpoint.modality_folder import (
+    read_plan,
+)
+from molora.checkpoint.opening import ModelPlan
+from molora.checkpoint.run_folder import read_run
+from molora.checkpoint.trust import remember
+from molora.config import ConfigError, environment_in, require
+from molora.data.processor import SampleTooLong
+from molora.data.sources import SourceConfig
+from molora.evaluate.judge import EvaluationConfig
+from molora.media import MediaPolicy
+from molora.modality import MediaError
+from molora.plugins import Kind, find
+from molora.received import check_name
+from molora.train.optim import PartConfig
+
+
+@dataclass(kw_only=True)
+class StageConfig:
+    """What trains (name pattern to how), on what, for how long. Samples of a step are packed up to `tokens_per_pack`;
+    several packs are accumulated. A sample longer than a pack is `too_long`, one whose media cannot be used is
+    `unusable`: either stops the run, or is left out and counted. `start_from` maps a part that trains to the part whose
+    weights it begins with."""
+
+    name: str
+    train: dict[str, PartConfig]
+    data: dict[str, SourceConfig]
+    steps: int
+    samples_per_step: int
+    tokens_per_pack: int = 8192
+    too_long: Literal["error", "skip"] = "error"
+    unusable: Literal["error", "skip"] = "error"
+    evaluate_every_steps: int = 0
+    start_from: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require(self, 1, "steps", "samples_per_step", "tokens_per_pack")
+        require(self, 0, "evaluate_every_steps")
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """Everything a run is made of.
+
+    `run` is the folder it writes; `data_root` is for the recipe's own paths: `${data_root}/…`. `feature_cache` is a
+    folder that keeps the frames of frozen encoders, for later epochs and other runs. `allow_urls`: whether media may be
+    fetched over HTTP; `allow_private_addresses`: from inside a network too.
+    """
+
+    run: str
+    backbone: BackboneConfig
+    modalities: dict[str, ModalityConfig]
+    stages: list[StageConfig]
+    router: RouterConfig = field(default_factory=RouterConfig)
+    evaluations: dict[str, EvaluationConfig] = field(default_factory=dict)
+    data_root: str | None = None
+    seed: int = 0
+    save_every_steps: int = 100
+    log_every_steps: int = 1
+    data_workers: int = 0
+    activation_checkpointing: bool = False
+    feature_cache: str | None = None
+    allow_urls: bool = False
+    allow_private_addresses: bool = False
+    device: str | None = None
+    allow_changed_environment: bool = False
+
+    def __post_init__(self) -> None:
+        named = [("modalities", self.modalities), ("evaluations", self.evaluations)]
+        for where, names in (*named, ("stages", [stage.name for stage in self.stages])):
+            for name in names:
+                check_name(name, where)
+        if not self.stages:
+            raise ValueError("stages: none given; a recipe trains at least one stage")
+        require(self, 1, "save_every_steps", "log_every_steps")
+        require(self, 0, "data_workers")
+        given_away = [*((m.options, m.adapter) for m in self.modalities.values()), self.router.options]
+        if secret := next(environment_in(given_away), None):
+            raise ValueError(
+                f"{secret} stands among the options of a modality or router, whose folders are given to others and "
+                "would hold its value; write the value itself if it may be known"
+            )
+
+
+def plan_recipe(recipe: Recipe, trust: Sequence[str] = ()) -> ModelPlan:
+    """The model that a recipe describes, before training. `trust` as in `train`. Raises ConfigError, ValueError."""
+    plans: dict[str, Blueprint] = {}
+    saved: dict[str, Path] = {}
+    for name, config in recipe.modalities.items():
+        if config.path is not None:
+            saved[name] = Path(config.path)
+            try:
+                plans[name] = read_plan(saved[name], name, trust)
+            except ConfigError as error:
+                raise type(error)(f"modalities.{name}.path: {error}") from error
+        else:
+            plans[name] = blueprint(name, str(config.plugin), config.options, config.adapter, f"modalities.{name}")
+    router = recipe.router
+    if router.path is None:
+        chosen, where, learned = router_plan(router), "router", None
+    elif router != RouterConfig(path=router.path):
+        raise ConfigError(f"router: path {router.path!r} brings plugin and options with it; leave them out")
+    else:
+        learned = Path(router.path)
+        chosen, where = read_run(learned).router_plan(trust), str(learned / "molora.json")
+    policy = MediaPolicy(allow_urls=recipe.allow_urls, allow_private_addresses=recipe.allow_private_addresses)
+    return ModelPlan(recipe.backbone, plans, chosen, where, saved, learned, seed=recipe.seed, media_policy=policy)
+
+
+def remember_plugins(recipe: Recipe) -> None:
+    """Trusts the files and modules that a recipe of the user's names, wherever folders made with them name them."""
+    sources = [source for stage in recipe.stages for source in stage.data.values()]
+    sources += [evaluation.data for evaluation in recipe.evaluations.values()]
+    named: dict[Kind, Iterable[str | None]] = {
+        "modality": (config.plugin for config in recipe.modalities.values()),
+        "router": [recipe.router.plugin],
+        "source": (source.kind for source in sources),
+    }
+    for kind, specs in named.items():
+        for spec in filter(None, specs):
+            remember(find(kind, spec))
+
+
+def skipped_errors(stage: StageConfig) -> tuple[type[ValueError], ...]:
+    """The errors of samples that a stage leaves out."""
+    choices = ((SampleTooLong, stage.too_long), (MediaError, stage.unusable))
+    return tuple(error for error, choice in choices if choice == "skip")
