@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 
 from molora.plugin_kit import modality_clauses as conformance
 from molora.plugin_kit.modality_clauses import Finding, check_modality
-from molora.plugin_kit.trial import fingerprint, shared_state
+from molora.plugin_kit.under_test import fingerprint, shared_state
 from molora.plugins import resolve
 from molora.testing import assert_conforms
 

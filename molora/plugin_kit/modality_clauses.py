@@ -30,7 +30,7 @@ from molora.config import ConfigError, build
 from molora.data.processor import Processor
 from molora.modality import Encoder, Frames, MediaError, Modality, Prepared
 from molora.model.molora import MoLoRA
-from molora.plugin_kit.trial import (
+from molora.plugin_kit.under_test import (
     GENERATORS,
     MAX_TOKENS,
     OTHER,
@@ -45,7 +45,7 @@ from molora.plugin_kit.trial import (
     shared_state,
     tiny_molora,
 )
-from molora.plugin_kit.worker import Parts, forked, spawned
+from molora.testing.data_workers import Parts, forked, spawned
 from molora.plugins import available, find, resolve
 from molora.seeding import seeded
 from molora.train.optim import PartConfig, set_trainable
