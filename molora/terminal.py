@@ -1,4 +1,4 @@
-"""What people see: text and tables within 80 columns, and progress bars with time left.
+"""What people see: text, tables and findings within 80 columns, and progress bars with time left.
 
 Data are shown as they are: no markup is read in them, and a control character, which could move the cursor, hide text
 or talk to the terminal, is shown as its escape.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
@@ -22,6 +23,22 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u20
 
 console = Console(highlight=False)
 _errors = Console(highlight=False, stderr=True)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was examined, what was found there, and whether that is right. None: nobody can tell, or it does no harm.
+
+    `needed` is what should be found, and `remedy` says how to get it. `cause` names the finding that kept this one from
+    being reached.
+    """
+
+    what: str
+    found: str
+    ok: bool | None = True
+    needed: str = ""
+    remedy: str = ""
+    cause: str = ""
 
 
 def visible(text: str) -> str:
@@ -60,6 +77,21 @@ def print_table(
     for row in rows:
         table.add_row(*map(_shown, row))
     console.print(table, width=min(console.width, COLUMNS))
+
+
+def print_findings(heading: str, findings: Iterable[Finding], marks: tuple[str, str, str] = ("ok", "no", "--")) -> bool:
+    """Prints a table of findings, then their remedies. `marks` are for what is right, what is wrong, and None. Returns
+    whether nothing is wrong."""
+    findings = list(findings)
+    right, wrong, neither = marks
+    mark = {True: styled(right, "green"), False: styled(wrong, "red"), None: styled(neither, "yellow")}
+    headings = ("", heading, "found", *(["needed"] if any(each.needed for each in findings) else []))
+    rows = [(mark[each.ok], each.what, each.found, each.needed)[: len(headings)] for each in findings]
+    print_table(headings, rows, wide="found")
+    for each in findings:
+        if each.remedy:
+            say(mark[each.ok], " ", styled(each.what, "bold"), f": {each.remedy}")
+    return all(each.ok is not False for each in findings)
 
 
 def _print(to: Console, text: Text) -> None:

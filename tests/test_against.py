@@ -26,11 +26,12 @@ from molora.model.lora import adapter_parameters
 from molora.pack import Sample
 from molora.received import file_hash
 from molora.routing import RoutingError
+from molora.terminal import Finding
 from molora.testing import save_backbone
 from molora.train.loop import train
 from molora.train.recipe import Recipe
 from molora.verify.compare import NUM_SAMPLES, compare_files, compare_logits, unmoved
-from molora.verify.promises import Check, examples, routed
+from molora.verify.promises import examples, routed
 
 pytest.importorskip("torchaudio")
 
@@ -122,8 +123,8 @@ def pair(home: Path) -> LoadedModel:
     return molora.load(home / "pair", device="cpu")
 
 
-def held(checks: Iterable[Check]) -> dict[str, bool | None]:
-    return {check.promise: check.holds for check in checks}
+def held(checks: Iterable[Finding]) -> dict[str, bool | None]:
+    return {check.what: check.ok for check in checks}
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -147,12 +148,12 @@ ADDED_AND_REMOVED: dict[str, tuple[str, str, tuple[str, ...], list[str]]] = {
         "pair",
         (),
         [
-            "backbone 6 of 6 files are equal to the byte holds",
-            "backbone weights have the hash that OLD recorded holds",
-            "vision 5 of 5 files are equal to the byte holds",
-            "audio added: 5 files of MODEL alone not checked",
-            "text 100 of 100 samples are equal to the bit holds",
-            "vision 100 of 100 samples are equal to the bit holds",
+            "holds backbone 6 of 6 files are equal to the byte",
+            "holds backbone weights have the hash that OLD recorded",
+            "holds vision 5 of 5 files are equal to the byte",
+            "not checked audio added: 5 files of MODEL alone",
+            "holds text 100 of 100 samples are equal to the bit",
+            "holds vision 100 of 100 samples are equal to the bit",
         ],
     ),
     "a plugin added": (
@@ -160,10 +161,10 @@ ADDED_AND_REMOVED: dict[str, tuple[str, str, tuple[str, ...], list[str]]] = {
         "three",
         (),
         [
-            "backbone 6 files, which OLD and MODEL share holds",
-            "audio 5 of 5 files are equal to the byte holds",
-            "numbers added: 5 files of MODEL alone not checked",
-            "audio+vision 50 of 50 samples are equal to the bit holds",
+            "holds backbone 6 files, which OLD and MODEL share",
+            "holds audio 5 of 5 files are equal to the byte",
+            "not checked numbers added: 5 files of MODEL alone",
+            "holds audio+vision 50 of 50 samples are equal to the bit",
         ],
     ),
     "a plugin removed": (
@@ -171,8 +172,8 @@ ADDED_AND_REMOVED: dict[str, tuple[str, str, tuple[str, ...], list[str]]] = {
         "pair",
         (),
         [
-            "numbers removed: 5 files of OLD alone not checked",
-            "audio+vision 50 of 50 samples are equal to the bit holds",
+            "not checked numbers removed: 5 files of OLD alone",
+            "holds audio+vision 50 of 50 samples are equal to the bit",
         ],
     ),
     "all but one removed": ("three", "vision", (), ["audio removed", "numbers removed", "vision 100 of 100 samples"]),
@@ -181,11 +182,11 @@ ADDED_AND_REMOVED: dict[str, tuple[str, str, tuple[str, ...], list[str]]] = {
         "backbone",
         ("three/modalities/audio", "vision/modalities/vision"),
         [
-            "audio 5 files, which OLD and MODEL share holds",
-            "vision 5 of 5 files are equal to the byte holds",
+            "holds audio 5 files, which OLD and MODEL share",
+            "holds vision 5 of 5 files are equal to the byte",
             "numbers removed",
-            "vision 66 of 66 samples are equal to the bit holds",
-            "other sets no rule in MODEL for audio+vision not checked",
+            "holds vision 66 of 66 samples are equal to the bit",
+            "not checked other sets no rule in MODEL for audio+vision",
         ],
     ),
 }
@@ -202,8 +203,8 @@ def test_the_command_says_what_came_and_went_and_that_all_else_holds(case: str, 
     assert all(text in told for text in said) and "BROKEN" not in told, told
 
 
-def moved(checks: Iterable[Check]) -> dict[str, str]:
-    return {check.promise: check.found for check in checks if check.holds is False}
+def moved(checks: Iterable[Finding]) -> dict[str, str]:
+    return {check.what: check.found for check in checks if check.ok is False}
 
 
 def copied(home: Path, name: str, to: Path) -> Path:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from molora.doctor.installation import Finding, examine, libraries, show
-from molora.terminal import console
+from molora.doctor.installation import examine, libraries
+from molora.terminal import Finding, console, print_findings
 
 
 def test_libraries_are_compared_with_what_is_installed() -> None:
@@ -22,15 +22,15 @@ def test_libraries_are_compared_with_what_is_installed() -> None:
         "of-another-system; sys_platform == 'win32'",
     ]
     assert list(libraries(lines, ["audio"])) == [
-        Finding("rich", version("rich"), ">=1"),
-        Finding("packaging", version("packaging"), "<1", "bad", "pip install 'packaging<1'"),
-        Finding("no-such-library", "not installed", "==2.*", "bad", "pip install 'no-such-library==2.*'"),
-        Finding("another-one", "not installed", "", "note", "pip install 'molora[audio]'"),
+        Finding("rich", version("rich"), True, ">=1"),
+        Finding("packaging", version("packaging"), False, "<1", "pip install 'packaging<1'"),
+        Finding("no-such-library", "not installed", False, "==2.*", "pip install 'no-such-library==2.*'"),
+        Finding("another-one", "not installed", None, "", "pip install 'molora[audio]'"),
     ]
 
 
 def test_this_environment_is_sound() -> None:
-    bad = [finding for finding in examine() if finding.state == "bad"]
+    bad = [finding for finding in examine() if finding.ok is False]
     # The tests also run in a checkout that is not installed.
     assert [finding for finding in bad if finding.found != "not installed" or finding.what != "molora"] == []
 
@@ -41,7 +41,7 @@ def test_the_table_fits_in_80_columns_and_keeps_every_word(
     found = "/a/long/path" * 12
     remedy = "pip install 'molora[audio]' " + "and more " * 20
     monkeypatch.setattr(console, "width", 200)
-    show([Finding("what", "found"), Finding("library", found, "==2.11.*", "bad", remedy)])
+    assert not print_findings("what", [Finding("what", "found"), Finding("library", found, False, "==2.11.*", remedy)])
     shown = capsys.readouterr().out
     assert max(len(line.rstrip()) for line in shown.splitlines()) <= 80
     squeezed = "".join(shown.split())

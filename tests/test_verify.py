@@ -28,10 +28,11 @@ from molora.model.stock import decoder_layers
 from molora.pack import Pack
 from molora.received import file_hash
 from molora.routing import Flow, Routing, current_flow, flowing
+from molora.terminal import Finding
 from molora.testing import save_backbone, tiny_model
 from molora.train.loop import train
 from molora.train.recipe import Recipe
-from molora.verify.promises import Check, promises
+from molora.verify.promises import promises
 from molora.verify.rounding import in_fp32, measure
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -81,18 +82,18 @@ def opened(run: Path, dtype: str) -> tuple[LoadedModel, dict[str, Path]]:
     return molora.load(run, dtype=dtype, device="cpu"), locate(run).folders
 
 
-def checked(loaded: LoadedModel, folders: dict[str, Path]) -> list[Check]:
+def checked(loaded: LoadedModel, folders: dict[str, Path]) -> list[Finding]:
     return list(promises(loaded, [], folders))
 
 
-def broken(checks: list[Check]) -> set[str]:
-    return {f"{check.promise[0]}: {check.found}" for check in checks if check.holds is False}
+def broken(checks: list[Finding]) -> set[str]:
+    return {f"{check.what[0]}: {check.found}" for check in checks if check.ok is False}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_row_holds_in_any_dtype(dtype: str, home: Path) -> None:
     checks = checked(*opened(home / "run", dtype))
-    assert all(check.holds for check in checks), [check for check in checks if not check.holds]
+    assert all(check.ok for check in checks), [check for check in checks if not check.ok]
     found = " ".join(check.found for check in checks)
     if dtype == "float32":
         assert "the stock model" not in found and found.count("allowed 1e-05") == 4
@@ -105,7 +106,7 @@ def test_other_backbones_hold_in_bfloat16(family: str, tmp_path: Path) -> None:
     adapter = {**ADAPTER, "target_modules": ["q_proj", "v_proj"]}
     checks = checked(*opened(run_of(tmp_path, "run", family, adapter), "bfloat16"))
     assert not broken(checks)
-    unchecked = [check.found for check in checks if check.holds is None]
+    unchecked = [check.found for check in checks if check.ok is None]
     moe = family in ("gpt-oss", "phimoe")
     assert unchecked == (["neighbours of experts move the order of their sums"] if moe else [])
 

@@ -11,48 +11,33 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
 
 import psutil
 from packaging.requirements import Requirement
 
 from molora.config import ConfigError
 from molora.plugins import Kind, Plugin, available, resolve
-from molora.terminal import console, print_table, say, styled
+from molora.terminal import Finding, console, print_findings
 
 # For these the right version is not enough: their compiled parts must fit each other, or they import those that do.
 _IMPORTED = {
     **{name: name for name in ("torch", "torchvision", "torchaudio", "timm", "peft", "huggingface_hub")},
     "transformers": "transformers.models.llama.modeling_llama",  # its other imports wait until a model is used
 }
-_MARKS = {"good": ("ok", "green"), "note": ("--", "yellow"), "bad": ("no", "red")}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One row. "bad" is what molora cannot work with, "note" what it can work without; `remedy` mends either."""
-
-    what: str
-    found: str
-    needed: str = ""
-    state: Literal["good", "note", "bad"] = "good"
-    remedy: str = ""
 
 
 def main() -> int:
     """Examines and prints within 80 columns. Returns the exit code: 1 if something is bad, else 0."""
     with console.status("importing the libraries"):
         findings = examine()
-    show(findings)
-    return int(any(finding.state == "bad" for finding in findings))
+    return int(not print_findings("what", findings))
 
 
 def examine() -> list[Finding]:
-    """Everything that `molora doctor` looks at, in the order it is shown."""
+    """Everything that `molora doctor` looks at, in the order it is shown. What molora can work without is not wrong."""
     return [_python(), *_molora(), *_machine(), *_hub(), *_plugins("modality"), *_plugins("router")]
 
 
@@ -66,20 +51,10 @@ def libraries(lines: Iterable[str], extras: Iterable[str]) -> Iterator[Finding]:
         yield from (_library(each, extra) for each in added if each.marker and each.marker.evaluate({"extra": extra}))
 
 
-def show(findings: Iterable[Finding]) -> None:
-    """Prints the table, then how to mend each row that can be mended."""
-    findings = list(findings)
-    rows = [(styled(*_MARKS[finding.state]), finding.what, finding.found, finding.needed) for finding in findings]
-    print_table(("", "what", "found", "needed"), rows, wide="found")
-    for finding in findings:
-        if finding.remedy:
-            say(styled(*_MARKS[finding.state]), " ", styled(finding.what, "bold"), f": {finding.remedy}")
-
-
 def _python() -> Finding:
     good = (3, 10) <= sys.version_info[:2] <= (3, 12)
     remedy = "" if good else "make the environment with another Python, such as: make PYTHON=python3.12 setup"
-    return Finding("Python", platform.python_version(), "3.10 to 3.12", "good" if good else "bad", remedy)
+    return Finding("Python", platform.python_version(), good, "3.10 to 3.12", remedy=remedy)
 
 
 def _molora() -> Iterator[Finding]:
@@ -90,7 +65,7 @@ def _molora() -> Iterator[Finding]:
         yield from libraries(installed.requires or [], extras)
     else:
         remedy = "its libraries cannot be examined; install it, in its checkout: pip install --editable ."
-        yield Finding("molora", "not installed", "installed", "bad", remedy)
+        yield Finding("molora", "not installed", False, "installed", remedy)
 
 
 def _library(requirement: Requirement, extra: str = "") -> Finding:
@@ -98,15 +73,14 @@ def _library(requirement: Requirement, extra: str = "") -> Finding:
     install = f"pip install 'molora[{extra}]'" if extra else f"pip install '{name}{needed}'"
     found = _version(name)
     if not found:
-        return Finding(name, "not installed", needed, "note" if extra else "bad", install)
+        return Finding(name, "not installed", None if extra else False, needed, install)
     if not requirement.specifier.contains(found, prereleases=True):
-        return Finding(name, found, needed, "bad", install)
+        return Finding(name, found, False, needed, install)
     if name in _IMPORTED and isinstance(error := _import(_IMPORTED[name]), Exception):
         why = f"{type(error).__name__}: {error}".splitlines()[0]
-        return Finding(
-            name, f"{found}, import fails: {why}", needed, "bad", _other_build() or f"{install} --force-reinstall"
-        )
-    return Finding(name, found, needed)
+        remedy = _other_build() or f"{install} --force-reinstall"
+        return Finding(name, f"{found}, import fails: {why}", False, needed, remedy)
+    return Finding(name, found, needed=needed)
 
 
 def _version(name: str) -> str:
@@ -175,7 +149,7 @@ def _hub() -> Iterator[Finding]:
     yield Finding("hub cache", _short(folder) + ("" if folder.is_dir() else " (nothing downloaded yet)"))
     if hub.HF_HUB_OFFLINE:
         remedy = "only models in the hub cache can be loaded by id; to download others: unset HF_HUB_OFFLINE"
-        yield Finding("hub", "offline, HF_HUB_OFFLINE is set", state="note", remedy=remedy)
+        yield Finding("hub", "offline, HF_HUB_OFFLINE is set", None, remedy=remedy)
     else:
         yield Finding("hub", "online")
 
@@ -190,7 +164,7 @@ def _plugin(kind: Kind, plugin: Plugin) -> Finding:
     try:
         resolve(kind, plugin.name)
     except ConfigError as error:
-        return Finding(what, found, state="bad" if plugin.origin == "built-in" else "note", remedy=str(error))
+        return Finding(what, found, False if plugin.origin == "built-in" else None, remedy=str(error))
     return Finding(what, found)
 
 

@@ -45,9 +45,9 @@ from molora.plugin_kit.under_test import (
     shared_state,
     tiny_molora,
 )
-from molora.testing.data_workers import Parts, forked, spawned
 from molora.plugins import available, find, resolve
 from molora.seeding import seeded
+from molora.testing.data_workers import Parts, forked, spawned
 from molora.train.optim import PartConfig, set_trainable
 from molora.train.step import train_step
 

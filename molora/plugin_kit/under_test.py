@@ -23,8 +23,8 @@ from molora.model.backbone import Backbone
 from molora.model.identity import Identity
 from molora.model.molora import MoLoRA
 from molora.pack import Sample
-from molora.testing.data_workers import prepare
 from molora.seeding import seeded
+from molora.testing.data_workers import prepare
 from molora.testing.tiny import byte_tokenizer, tiny_model
 
 # The names under which the plugin and its neighbour are tried.

@@ -19,7 +19,8 @@ from molora.inference.load import LoadedModel, load
 from molora.model.identity import weights_hash
 from molora.pack import Sample, collate
 from molora.received import file_hash
-from molora.verify.promises import Check, examples, routed, show
+from molora.terminal import Finding
+from molora.verify.promises import examples, routed, show
 
 NUM_SAMPLES = 200
 _SAMPLES_PER_PACK = 8
@@ -44,36 +45,36 @@ def unmoved(
     return show("logits", compare_logits(was, now)) and same_files
 
 
-def compare_files(old: Layout, new: Layout) -> Iterator[Check]:
+def compare_files(old: Layout, new: Layout) -> Iterator[Finding]:
     """Whether each file of OLD's backbone and modalities is in MODEL, byte by byte; what only one has is named."""
     before, after = Path(old.backbone), Path(new.backbone)
     if before.is_dir() and after.is_dir():
         yield _compare_folders("backbone", before, after)
         if old.run:
             recorded = weights_hash(after) == old.run.backbone["weights"]
-            yield Check("backbone", "weights have the hash that OLD recorded", recorded)
+            yield Finding("backbone", "weights have the hash that OLD recorded", recorded)
     else:
-        yield Check("backbone", f"{old.backbone} and {new.backbone} are not two folders", None)
+        yield Finding("backbone", f"{old.backbone} and {new.backbone} are not two folders", None)
     for name, folder in sorted(old.folders.items()):
         if name in new.folders:
             yield _compare_folders(name, folder, new.folders[name])
         else:
-            yield Check(name, f"removed: {len(files_in(folder))} files of OLD alone", None)
+            yield Finding(name, f"removed: {len(files_in(folder))} files of OLD alone", None)
     for name in sorted(new.folders.keys() - old.folders.keys()):
-        yield Check(name, f"added: {len(files_in(new.folders[name]))} files of MODEL alone", None)
+        yield Finding(name, f"added: {len(files_in(new.folders[name]))} files of MODEL alone", None)
 
 
-def _compare_folders(what: str, before: Path, after: Path) -> Check:
+def _compare_folders(what: str, before: Path, after: Path) -> Finding:
     names = [path.name for path in files_in(before)]
     if before.resolve() == after.resolve():
-        return Check(what, f"{len(names)} files, which OLD and MODEL share", True)
+        return Finding(what, f"{len(names)} files, which OLD and MODEL share", True)
     moved = [n for n in names if not (after / n).is_file() or file_hash(before / n) != file_hash(after / n)]
     found = f"{len(names) - len(moved)} of {len(names)} files are equal to the byte"
-    return Check(what, f"{found}, not {', '.join(moved)}" if moved else found, not moved)
+    return Finding(what, f"{found}, not {', '.join(moved)}" if moved else found, not moved)
 
 
 @torch.no_grad()
-def compare_logits(old: LoadedModel, new: LoadedModel, num_samples: int = NUM_SAMPLES) -> Iterator[Check]:
+def compare_logits(old: LoadedModel, new: LoadedModel, num_samples: int = NUM_SAMPLES) -> Iterator[Finding]:
     """Whether samples made from the modalities' examples have equal logits in equal packs, set by set of modalities.
 
     `num_samples` are spread evenly over the sets that the routers of both models take; a set that only OLD's takes is
@@ -98,10 +99,10 @@ def compare_logits(old: LoadedModel, new: LoadedModel, num_samples: int = NUM_SA
         said = f"{len(found) - len(differing)} of {len(found)} samples are equal to the bit"
         if len(differing):
             said += f", largest difference {float(differing.max()):.1e}"
-        yield Check(_name(modalities), said, not len(differing) if found else None)
+        yield Finding(_name(modalities), said, not len(differing) if found else None)
     if refused := [_name(modalities) for modalities in asked if modalities not in taken]:
         more = f" and {len(refused) - _NAMES_SHOWN} more" if len(refused) > _NAMES_SHOWN else ""
-        yield Check("other sets", f"no rule in MODEL for {', '.join(refused[:_NAMES_SHOWN])}{more}", None)
+        yield Finding("other sets", f"no rule in MODEL for {', '.join(refused[:_NAMES_SHOWN])}{more}", None)
 
 
 def _hidden(loaded: LoadedModel, ordering: LoadedModel, samples: Sequence[Sample]) -> dict[str, Tensor]:

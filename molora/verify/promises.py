@@ -34,7 +34,7 @@ from molora.model.stock import decoder_layers, stock_attention
 from molora.pack import Pack, Sample, collate
 from molora.received import read_tensors
 from molora.routing import Flow, Routing, RoutingError
-from molora.terminal import print_table, styled
+from molora.terminal import Finding, print_findings
 from molora.verify.rounding import HALF, difference, in_fp32, measure
 
 _TOLERANCE = 1e-5
@@ -49,21 +49,12 @@ _TEXTS = (
 )
 
 
-@dataclass(frozen=True)
-class Check:
-    """One checked promise: what was found, and whether it holds. None: nothing here to check it with."""
-
-    promise: str
-    found: str
-    holds: bool | None
-
-
 def verify(loaded: LoadedModel, rows: Sequence[dict[str, Any]], folders: Mapping[str, Path]) -> bool:
     """Checks every promise as `promises` does and prints a table. Returns whether all that was checked holds."""
     return show("promise", promises(loaded, rows, folders))
 
 
-def promises(loaded: LoadedModel, rows: Sequence[dict[str, Any]], folders: Mapping[str, Path]) -> Iterator[Check]:
+def promises(loaded: LoadedModel, rows: Sequence[dict[str, Any]], folders: Mapping[str, Path]) -> Iterator[Finding]:
     """Checks every promise on `rows` (conversations with media), a few texts and the modalities' own examples.
 
     `folders` are those that the modalities were loaded from. What is promised to the bit is compared to the bit. The
@@ -80,12 +71,9 @@ def promises(loaded: LoadedModel, rows: Sequence[dict[str, Any]], folders: Mappi
     yield from _checks(loaded.model, samples, folders)
 
 
-def show(heading: str, checks: Iterable[Check]) -> bool:
-    """Prints checks as a table within 80 columns. Returns whether none is broken."""
-    marks = {True: ("holds", "green"), False: ("BROKEN", "red"), None: ("not checked", "yellow")}
-    checks = list(checks)
-    print_table((heading, "found", ""), [(c.promise, c.found, styled(*marks[c.holds])) for c in checks])
-    return all(check.holds is not False for check in checks)
+def show(heading: str, findings: Iterable[Finding]) -> bool:
+    """Prints findings as a table within 80 columns. Returns whether none is broken."""
+    return print_findings(heading, findings, ("holds", "BROKEN", "not checked"))
 
 
 def routed(loaded: LoadedModel, names: Iterable[str]) -> Iterator[frozenset[str]]:
@@ -143,7 +131,7 @@ def _conversation(parts: Sequence[Sequence[dict[str, Any]]], turn: int) -> list[
 
 
 @torch.no_grad()
-def _checks(model: MoLoRA, samples: list[Sample], folders: Mapping[str, Path]) -> Iterator[Check]:
+def _checks(model: MoLoRA, samples: list[Sample], folders: Mapping[str, Path]) -> Iterator[Finding]:
     """Exact promises to the bit; the others within the tolerance of fp32, or of how far a half-precision model moves by
     itself, and then in fp32 too."""
     model.eval()
@@ -161,14 +149,14 @@ def _checks(model: MoLoRA, samples: list[Sample], folders: Mapping[str, Path]) -
     for precision in precisions:
         yield _packed_as_alone(model, samples, pack, precision)
     counted = sum(len(sample.items) for sample in samples)
-    yield Check("4 tokens equal frames", f"{counted} items gave the tokens they reserved", True if counted else None)
+    yield Finding("4 tokens equal frames", f"{counted} items gave the tokens they reserved", True if counted else None)
     for precision in precisions:
         yield _cached_as_not(model, samples, precision)
     yield _whole(model, folders)
     for name, path in folders.items():
         users = [sample for sample in samples if model.router.adapters(sample.modalities) == {name}]
         if name not in model.adapters or not users:
-            yield Check("7 open ends", f"{name}: no sample uses its adapter", None)
+            yield Finding("7 open ends", f"{name}: no sample uses its adapter", None)
             continue
         with warnings.catch_warnings():  # PEFT asks by a name that transformers has given up
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
@@ -192,8 +180,8 @@ class _Precision:
         with in_fp32(model) if self.fp32 else nullcontext():
             yield
 
-    def check(self, promise: str, found: str, difference: float) -> Check:
-        return Check(promise, f"{found} by {difference:.1e}{self.told} ({self.reason})", difference <= self.tolerance)
+    def check(self, promise: str, found: str, difference: float) -> Finding:
+        return Finding(promise, f"{found} by {difference:.1e}{self.told} ({self.reason})", difference <= self.tolerance)
 
 
 def _precisions(model: MoLoRA, stock: PreTrainedModel, samples: Sequence[Sample]) -> list[_Precision]:
@@ -211,18 +199,20 @@ def _precisions(model: MoLoRA, stock: PreTrainedModel, samples: Sequence[Sample]
 
 def _frozen(
     model: MoLoRA, stock: Any, source: Path, texts: Sequence[Sample], precisions: Sequence[_Precision]
-) -> Iterator[Check]:
+) -> Iterator[Finding]:
     if source.is_dir():
-        yield Check(
+        yield Finding(
             "1 frozen", "backbone files have the recorded hash", weights_hash(source) == model.backbone.identity.weights
         )
     mine = {name.replace(".base_layer.", "."): value for name, value in model.backbone.model.state_dict().items()}
     same = all(torch.equal(mine[name], value) for name, value in stock.state_dict().items())
-    yield Check("1 frozen", "weights in memory equal those on disk to the bit", same)
+    yield Finding("1 frozen", "weights in memory equal those on disk to the bit", same)
     if stock.config._attn_implementation == "sdpa":
         pairs = list(_beside_stock(model, stock, texts))
         equal = [torch.equal(ours, theirs) for ours, theirs in pairs]
-        yield Check("1 frozen", f"{sum(equal)} of {len(texts)} texts equal transformers (sdpa) to the bit", all(equal))
+        yield Finding(
+            "1 frozen", f"{sum(equal)} of {len(texts)} texts equal transformers (sdpa) to the bit", all(equal)
+        )
         return
     for precision in precisions:  # caps and sinks are computed in another order
         with precision.of(model.backbone.model), precision.of(stock):
@@ -236,12 +226,12 @@ def _beside_stock(model: MoLoRA, stock: Any, texts: Sequence[Sample]) -> Iterato
         yield model.logits(pack), stock(input_ids=pack.token_ids_T[None]).logits[0]
 
 
-def _no_interference(model: MoLoRA, pack: Pack, packed: Mapping[str, Tensor]) -> Iterator[Check]:
+def _no_interference(model: MoLoRA, pack: Pack, packed: Mapping[str, Tensor]) -> Iterator[Finding]:
     modalities = dict(zip(pack.ids, pack.modalities, strict=True))
     bare = dict(zip(pack.ids, _bare_logits(model, pack).split(pack.lengths), strict=True))
     untouched = [torch.equal(packed[id], bare[id]) for id in pack.ids if not model.router.adapters(modalities[id])]
     found = f"{sum(untouched)} of {len(untouched)} samples without adapter equal the bare backbone's pack to the bit"
-    yield Check("2 no interference", found, all(untouched))
+    yield Finding("2 no interference", found, all(untouched))
     stayed: list[bool] = []
     for name in model.modalities:
         with _negated(model, name):
@@ -249,7 +239,7 @@ def _no_interference(model: MoLoRA, pack: Pack, packed: Mapping[str, Tensor]) ->
         others = [id for id, its in modalities.items() if name not in its | model.router.adapters(its)]
         stayed += [torch.equal(logits[id], packed[id]) for id in others]
     found = f"a modality's weights negated: {sum(stayed)} of {len(stayed)} samples without it are equal to the bit"
-    yield Check("2 no interference", found, all(stayed) if stayed else None)
+    yield Finding("2 no interference", found, all(stayed) if stayed else None)
 
 
 @contextmanager
@@ -270,16 +260,16 @@ def _negated(model: MoLoRA, name: str) -> Iterator[None]:
             parameter.neg_()
 
 
-def _own_place(model: MoLoRA, samples: Sequence[Sample], pack: Pack, packed: Mapping[str, Tensor]) -> Iterator[Check]:
+def _own_place(model: MoLoRA, samples: Sequence[Sample], pack: Pack, packed: Mapping[str, Tensor]) -> Iterator[Finding]:
     """What a sample is told of its place is the same in a pack, and what its neighbours hold does not reach it."""
     told = dict(zip(pack.ids, _told(model, pack), strict=True))
     equal = [_equal(_told(model, _alone(model, sample))[0], told[sample.id]) for sample in samples]
-    yield Check(
+    yield Finding(
         "3 any mix, one batch", f"{sum(equal)} of {len(samples)} samples packed have their own positions", all(equal)
     )
     if routers(model.backbone.model):
         # Experts run on all tokens that chose them, so how many there are follows from the neighbours.
-        yield Check("3 any mix, one batch", "neighbours of experts move the order of their sums", None)
+        yield Finding("3 any mix, one batch", "neighbours of experts move the order of their sums", None)
         return
     embeds_TD = model.embed(pack)
     equal = []
@@ -290,7 +280,7 @@ def _own_place(model: MoLoRA, samples: Sequence[Sample], pack: Pack, packed: Map
         stayed = list(zip(pack.ids, logits, strict=True))[1 - side :: 2]
         equal += [torch.equal(logits_TV, packed[id]) for id, logits_TV in stayed]
     found = f"{sum(equal)} of {len(samples)} samples are equal to the bit when all of their neighbours change"
-    yield Check("3 any mix, one batch", found, all(equal))
+    yield Finding("3 any mix, one batch", found, all(equal))
 
 
 def _told(model: MoLoRA, pack: Pack) -> list[list[Tensor]]:
@@ -316,7 +306,7 @@ def _equal(ours: Sequence[Tensor], reference: Sequence[Tensor]) -> bool:
     return all(torch.equal(mine, its) for mine, its in zip(ours, reference, strict=True))
 
 
-def _packed_as_alone(model: MoLoRA, samples: Sequence[Sample], pack: Pack, precision: _Precision) -> Check:
+def _packed_as_alone(model: MoLoRA, samples: Sequence[Sample], pack: Pack, precision: _Precision) -> Finding:
     choices = Choices(model.backbone.model)
     with precision.of(model.backbone.model):
         with choices.keeping():
@@ -328,7 +318,7 @@ def _packed_as_alone(model: MoLoRA, samples: Sequence[Sample], pack: Pack, preci
     return precision.check("3 any mix, one batch", f"{len(samples)} samples packed differ from alone", worst)
 
 
-def _cached_as_not(model: MoLoRA, samples: Sequence[Sample], precision: _Precision) -> Check:
+def _cached_as_not(model: MoLoRA, samples: Sequence[Sample], precision: _Precision) -> Finding:
     """Each token of an answer that was made with the cache is the likeliest after those before it without."""
     behind: list[float] = []
     with precision.of(model.backbone.model):
@@ -344,7 +334,7 @@ def _cached_as_not(model: MoLoRA, samples: Sequence[Sample], precision: _Precisi
     return precision.check("5 one path", found, largest(behind))
 
 
-def _whole(model: MoLoRA, folders: Mapping[str, Path]) -> Check:
+def _whole(model: MoLoRA, folders: Mapping[str, Path]) -> Finding:
     """Modality folders have the hashes that they list, and what runs is what they hold."""
     other: list[str] = []
     for name, path in folders.items():
@@ -363,10 +353,10 @@ def _whole(model: MoLoRA, folders: Mapping[str, Path]) -> Check:
                 other.append(f"{name}/{file}")
     found = f"{len(folders)} modality folders whole, files as recorded"
     found += f"; the weights in memory are others than in {', '.join(sorted(other))}" if other else " and as in memory"
-    return Check("6 nothing lost", found, not other if folders else None)
+    return Finding("6 nothing lost", found, not other if folders else None)
 
 
-def _peft_as_ours(model: MoLoRA, peft: Any, name: str, sample: Sample, precision: _Precision) -> Check:
+def _peft_as_ours(model: MoLoRA, peft: Any, name: str, sample: Sample, precision: _Precision) -> Finding:
     pack = _alone(model, sample)
     embeds_TD = model.embed(pack)
     embeds_TD = embeds_TD.float() if precision.fp32 else embeds_TD
