@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from molora.checkpoint.assembly import RouterConfig, assemble, blueprint
+from molora.checkpoint.pretrained import load_backbone
 from molora.data.processor import Processor
 from molora.model.lora import RoutedLinear
 from molora.model.molora import MoLoRA
-from molora.model.pretrained import load_backbone
 from molora.report.figures import adapter_similarity, pack_figure, similarity_figure, weights_figure
 from molora.testing import save_backbone
 

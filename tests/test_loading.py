@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 import molora
 from molora.checkpoint.assembly import RouterConfig, assemble, blueprint
 from molora.checkpoint.modality_folder import save_modality
+from molora.checkpoint.pretrained import load_backbone
 from molora.checkpoint.run_folder import read_run, write_run
 from molora.cli.commands import app
 from molora.config import ConfigError, build
-from molora.model.pretrained import load_backbone
 from molora.terminal import visible
 from molora.testing import byte_tokenizer, save_backbone
 from molora.train.loop import train

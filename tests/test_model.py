@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from molora import backbone as backbone_module
+from molora.model import backbone as backbone_module
 from molora.model.backbone import Backbone
 from molora.model.identity import Identity
 from molora.model.lora import lora_config
@@ -157,14 +157,14 @@ def replace_window(config: object) -> object:
 
 
 def test_the_probe_refuses_logits_that_are_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = backbone_module._run_stock
+    run = backbone_module.run_stock
 
     def with_nan(model: PreTrainedModel) -> object:
         stock = run(model)
         stock.logits[-1][0, 0] = float("nan")
         return stock
 
-    monkeypatch.setattr(backbone_module, "_run_stock", with_nan)
+    monkeypatch.setattr(backbone_module, "run_stock", with_nan)
     with pytest.raises(BackboneRefused, match="relative difference nan"):
         Backbone(tiny_model("llama"), Identity("test", "", "", "", ""))
 

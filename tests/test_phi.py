@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from molora.checkpoint.pretrained import load_backbone
 from molora.config import read
 from molora.model import lora
 from molora.model.backbone import Backbone
 from molora.model.experts import routers
 from molora.model.lora import lora_config
-from molora.model.pretrained import load_backbone
 from molora.routing import Flow, Routing
 from molora.testing import VOCAB_SIZE, assert_close, byte_tokenizer
 from molora.train.loop import train

@@ -25,9 +25,9 @@ from transformers.trainer_pt_utils import get_parameter_names
 from molora.checkpoint.assembly import RouterConfig, assemble, blueprint
 from molora.checkpoint.modality_folder import save_modality
 from molora.checkpoint.opening import open_model
+from molora.checkpoint.pretrained import load_backbone
 from molora.config import read
 from molora.data.sources import SourceConfig, open_source
-from molora.model.pretrained import load_backbone
 from molora.testing import assert_close, byte_tokenizer, tiny_model
 from molora.train import Recipe, train
 from molora.train.optim import PartConfig, set_trainable

@@ -23,8 +23,8 @@ from molora.model.backbone import Backbone
 from molora.model.cache import PackedCache
 from molora.model.identity import Identity
 from molora.model.lora import RoutedLinear, adapter_parameters
+from molora.model.probe import decoder_layers
 from molora.model.rotary import SampleRotary
-from molora.model.stock import decoder_layers
 from molora.pack import Pack
 from molora.received import file_hash
 from molora.routing import Flow, Routing, current_flow, flowing

@@ -9,6 +9,7 @@ from typing import Any
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
 
+from molora.checkpoint.pretrained import read_dtype
 from molora.config import ConfigError, build, plain
 from molora.data.processor import Processor
 from molora.media import MediaPolicy
@@ -16,7 +17,6 @@ from molora.modality import Modality
 from molora.model.backbone import Backbone
 from molora.model.lora import lora_config
 from molora.model.molora import MoLoRA
-from molora.model.pretrained import read_dtype
 from molora.plugins import Finder, Found, find
 from molora.routing import RoutingError
 

@@ -10,12 +10,12 @@ import torch
 
 from molora.checkpoint.assembly import BackboneConfig, Blueprint, RouterConfig, RouterPlan, assemble, router_plan
 from molora.checkpoint.modality_folder import check_encoder, check_modality, load_modality, read_about, read_plan
+from molora.checkpoint.pretrained import load_backbone
 from molora.checkpoint.run_folder import RunAbout, load_router, read_run
 from molora.config import ConfigError
 from molora.data.processor import Processor
 from molora.media import MediaPolicy
 from molora.model.molora import MoLoRA
-from molora.model.pretrained import load_backbone
 from molora.received import file_hash
 from molora.terminal import warn
 

@@ -35,6 +35,7 @@ from transformers import (
 from molora.checkpoint.assembly import RouterConfig
 from molora.checkpoint.format import check_format, tensor_hash
 from molora.checkpoint.modality_folder import describe_modality, files_in, read_blueprint
+from molora.checkpoint.pretrained import fetch, identify
 from molora.checkpoint.run_folder import read_run, write_run
 from molora.config import ConfigError
 from molora.convert.phi4mm import (
@@ -54,7 +55,6 @@ from molora.convert.phi4mm import (
     to_hub,
 )
 from molora.model import lora
-from molora.model.pretrained import fetch, identify
 from molora.received import SHARD_INDEX, TensorFile, copy_file, read_json, read_tensors, shard_names, stamps
 from molora.storage import (
     cache_folder,

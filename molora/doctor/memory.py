@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM
 
 from molora.checkpoint.assembly import BackboneConfig, assemble
 from molora.checkpoint.opening import ModelPlan, pick_device, plan_model
+from molora.checkpoint.pretrained import damage_named, fetch, load_tokenizer, read_config, read_dtype
 from molora.checkpoint.trust import Untrusted
 from molora.config import ConfigError, build, options, read
 from molora.convert.release import layout_of
@@ -42,7 +43,6 @@ from molora.model.backbone import Backbone
 from molora.model.cache import PackedCache
 from molora.model.identity import Identity
 from molora.model.molora import MoLoRA
-from molora.model.pretrained import damage_named, fetch, load_tokenizer, read_config, read_dtype
 from molora.pack import Sample
 from molora.routing import Flow, RoutingError, flowing
 from molora.seeding import seed_of

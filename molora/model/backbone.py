@@ -6,6 +6,7 @@ Letters: T tokens in a pack, K positions, D backbone width, V vocabulary.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,9 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from molora.model import attention
 from molora.model.cache import PackedCache
 from molora.model.identity import Identity
-from molora.model.probe import compare, run_stock
+from molora.model.probe import compare, decoder, decoder_layers, run_stock
 from molora.model.rotary import wrap_rotary
-from molora.model.stock import decoder, decoder_layers
 from molora.routing import Flow, current_flow, flowing
 
 
@@ -44,7 +44,7 @@ class Backbone(nn.Module):
             layer.forward = self._checkpointed(layer.forward)
         self.probe = probe or {}
         if stock is not None:
-            self.probe = compare(self, stock)
+            self.probe = compare(model, stock, self._packed, self.head)
         self.embed_scale: float = self.probe["embed_scale"]
         self.turn_ends: frozenset[int] = frozenset()
 
@@ -148,6 +148,12 @@ class Backbone(nn.Module):
         if cap := getattr(self.config, "final_logit_softcapping", None):
             logits = torch.tanh(logits / cap) * cap
         return logits
+
+    def _packed(self, samples: Sequence[Tensor]) -> Tensor:
+        """Final hidden states (T, D) of samples end to end, given as token ids."""
+        lengths = tuple(len(ids) for ids in samples)
+        positions_T = torch.cat([torch.arange(length, device=self.device) for length in lengths])
+        return self(self.embed(torch.cat([*samples])), positions_T, Flow(lengths))
 
     def _checkpointed(self, forward: Any) -> Any:
         # transformers checkpoints only in training mode, which a frozen backbone never is.

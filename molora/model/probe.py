@@ -5,20 +5,16 @@ Letters: T tokens of a sample, D backbone width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from molora.model.experts import Choices
-from molora.model.stock import decoder_layers, mixers, stock_attention
-from molora.routing import Flow
-
-if TYPE_CHECKING:
-    from molora.model.backbone import Backbone
 
 # A probe longer than this is not worth its time; windows beyond it stay unexercised.
 _TOKENS = 8192
@@ -40,6 +36,28 @@ class Stock:
     logits: list[Tensor]
     choices: Choices
     embed_scale: float
+
+
+def decoder(model: PreTrainedModel) -> nn.Module:
+    """The part of a causal LM without its head; some classes call themselves their decoder."""
+    found = model.get_decoder()
+    return found if found is not model else model.get_submodule("model")
+
+
+def stock_attention(model: PreTrainedModel) -> str:
+    """The attention of transformers that computes all of a model: scores in full are gigabytes for a long sample, but
+    only eager attention knows caps and sinks."""
+    capped = getattr(model.config, "attn_logit_softcapping", None)
+    return "sdpa" if model._supports_sdpa and not capped else "eager"
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def mixers(model: nn.Module) -> str:
+    names = {type(module).__name__ for module in model.modules()}
+    return ", ".join(sorted(name for name in names if "Attention" in name or "Mixer" in name))
 
 
 @torch.no_grad()
@@ -106,36 +124,41 @@ def largest(values: Iterable[float]) -> float:
 
 
 @torch.no_grad()
-def compare(backbone: Backbone, stock: Stock) -> dict[str, Any]:
-    """Runs the probe's samples alone and packed, and compares with what the stock model gave."""
-    name = type(backbone.model).__name__
+def compare(
+    model: PreTrainedModel,
+    stock: Stock,
+    packed: Callable[[Sequence[Tensor]], Tensor],
+    head: Callable[[Tensor], Tensor],
+) -> dict[str, Any]:
+    """Runs the probe's samples alone and packed, and compares with what the stock model gave.
+
+    `packed` gives final hidden states (T, D) of samples that lie end to end, `head` the logits of some.
+    """
+    name = type(model).__name__
     lengths = [len(ids) for ids in stock.samples]
-    tolerance = _TOLERANCE[backbone.model.dtype]
+    tolerance = _TOLERANCE[model.dtype]
+
+    def run(which: Sequence[int]) -> Tensor:
+        """With the experts that the stock model chose for these samples."""
+        with stock.choices.again(which, [lengths[index] for index in which]):
+            return packed([stock.samples[index] for index in which])
+
     try:
-        alone = [_hidden(backbone, stock, [index]) for index in range(len(lengths))]
-        packed = _hidden(backbone, stock, range(len(lengths))).split(lengths)
+        alone = [run([index]) for index in range(len(lengths))]
+        together = run(range(len(lengths))).split(lengths)
     except NotImplementedError as error:
         raise BackboneRefused(f"{name}: {error}") from error
     differences: dict[str, float] = {}
-    for how, ours in (("alone", alone), ("packed", packed)):
-        logits = [backbone.head(hidden_TD[-_LOGITS:]) for hidden_TD in ours]
+    for how, ours in (("alone", alone), ("packed", together)):
+        logits = [head(hidden_TD[-_LOGITS:]) for hidden_TD in ours]
         pairs = [*zip(ours, stock.hidden, strict=True), *zip(logits, stock.logits, strict=True)]
         differences[how] = worst = largest(
             float((mine - theirs).abs().max() / theirs.abs().max()) for mine, theirs in pairs
         )
         if not worst <= tolerance:
-            types = ", ".join(sorted(set(getattr(backbone.config, "layer_types", None) or ["full_attention"])))
+            types = ", ".join(sorted(set(getattr(model.config, "layer_types", None) or ["full_attention"])))
             raise BackboneRefused(
                 f"{name} gives other logits {how} than in transformers: relative difference {worst:.2g}, allowed "
-                f"{tolerance:.0e}, for samples of {lengths} tokens (layer types: {types}; {mixers(backbone.model)})"
+                f"{tolerance:.0e}, for samples of {lengths} tokens (layer types: {types}; {mixers(model)})"
             )
     return {"embed_scale": stock.embed_scale, "lengths": lengths, "differences": differences}
-
-
-def _hidden(backbone: Backbone, stock: Stock, which: Sequence[int]) -> Tensor:
-    """Of some of the probe's samples in a pack, with the experts that the stock model chose for them."""
-    samples = [stock.samples[index] for index in which]
-    lengths = tuple(len(ids) for ids in samples)
-    positions = torch.cat([torch.arange(length, device=samples[0].device) for length in lengths])
-    with stock.choices.again(which, lengths):
-        return backbone(backbone.embed(torch.cat(samples)), positions, Flow(lengths))

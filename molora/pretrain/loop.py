@@ -30,12 +30,12 @@ from torch import Tensor
 from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
 from molora.checkpoint.format import FORMAT_VERSION, check_format
+from molora.checkpoint.pretrained import read_dtype
 from molora.config import ConfigError, require
 from molora.data.messages import Message, check, parts
 from molora.data.prompt import ChatTemplate
 from molora.interrupt import Interrupt, Stopped
 from molora.model.loss import target_losses
-from molora.model.pretrained import read_dtype
 from molora.received import read_json, read_tensors
 from molora.seeding import seeded
 from molora.storage import hold, settle, sync, write_json, write_tensors

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from molora.checkpoint.modality_folder import check_modality, read_about
+from molora.checkpoint.pretrained import open_stock
 from molora.data.messages import Message
 from molora.data.processor import SampleTooLong
 from molora.inference.generate import GenerationConfig, generate
@@ -28,9 +29,7 @@ from molora.model.experts import Choices, routers
 from molora.model.identity import weights_hash
 from molora.model.lora import adapter_tensors
 from molora.model.molora import MoLoRA
-from molora.model.pretrained import open_stock
-from molora.model.probe import largest
-from molora.model.stock import decoder_layers, stock_attention
+from molora.model.probe import decoder_layers, largest, stock_attention
 from molora.pack import Pack, Sample, collate
 from molora.received import read_tensors
 from molora.routing import Flow, Routing, RoutingError

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from molora.model.probe import largest
-from molora.model.stock import decoder_layers
+from molora.model.probe import decoder_layers, largest
 
 HALF = (torch.bfloat16, torch.float16)
 

@@ -24,13 +24,13 @@ import molora
 from molora.checkpoint.assembly import RouterConfig, assemble, blueprint
 from molora.checkpoint.format import tensor_hash
 from molora.checkpoint.modality_folder import copy_modality, load_modality, read_blueprint, save_modality
+from molora.checkpoint.pretrained import load_backbone
 from molora.checkpoint.run_folder import write_run
 from molora.doctor.memory import on_meta
 from molora.encoders.audio import Audio, AudioConfig
 from molora.encoders.hub import weight_files
 from molora.encoders.vision import VisionConfig
 from molora.modality import MediaError
-from molora.model.pretrained import load_backbone
 from molora.received import TensorFile, read_json
 from molora.storage import cache_folder, hold, write_text
 from molora.testing import save_backbone
