@@ -5,7 +5,7 @@ Letters: T tokens in a pack or slice, N samples, D backbone width, E adapters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -28,6 +28,11 @@ def modality_set(key: str, where: str) -> frozenset[str]:
     if not modalities:
         raise RoutingError(f"router {where}: a rule for text alone is not possible, it runs on the bare backbone")
     return modalities
+
+
+def name_of(modalities: Iterable[str]) -> str:
+    """What a set of modalities is called, such as "audio+vision"; none is "text"."""
+    return "+".join(sorted(modalities)) or "text"
 
 
 class Slice(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from molora.routing import Routing, RoutingError, Slice, modality_set, runs
+from molora.routing import Routing, RoutingError, Slice, modality_set, name_of, runs
 
 
 @dataclass
@@ -45,7 +45,7 @@ class SumRouter(nn.Module):
         if found is None:
             found = dict.fromkeys(sorted(modalities & self.known), 1.0)
             if modalities and not found:
-                name = "+".join(sorted(modalities))
+                name = name_of(modalities)
                 raise RoutingError(f"no adapter for a sample with modalities {name!r}; add 'router.weights.{name}'")
         return {name: weight for name, weight in sorted(found.items()) if weight}
 

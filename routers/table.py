@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from molora.routing import Routing, RoutingError, modality_set
+from molora.routing import Routing, RoutingError, modality_set, name_of
 
 
 @dataclass
@@ -45,8 +45,8 @@ class TableRouter(nn.Module):
     def adapter(self, modalities: frozenset[str]) -> str | None:
         """The adapter for a set of modalities. Raises RoutingError if no rule covers the set."""
         if modalities not in self.table:
-            name = "+".join(sorted(modalities))
-            known = sorted("+".join(sorted(rule)) or "text" for rule in self.table)
+            name = name_of(modalities)
+            known = sorted(name_of(rule) for rule in self.table)
             raise RoutingError(
                 f"no routing rule for a sample with modalities {name!r} (rules: {', '.join(known)}); "
                 f"add 'router.options.rules.{name}: <adapter or null>' to the recipe, or say on the command line: "

@@ -15,7 +15,7 @@ from molora.data.processor import Processor
 from molora.model.molora import MoLoRA
 from molora.pack import Pack, Sample
 from molora.ranks import Ranks
-from molora.routing import Routing
+from molora.routing import Routing, name_of
 from molora.train.optim import PartOptimizer
 
 
@@ -69,13 +69,13 @@ def train_step(
     means = {g: value / max(1, targets[g]) for g, value in zip(groups, reduced.tolist(), strict=True)}
     if not all(math.isfinite(mean) for mean in means.values()):
         ids = ", ".join(sample.id for sample in samples[:4])
-        shown = {"+".join(sorted(g)) or "text": mean for g, mean in means.items()}
+        shown = {name_of(g): mean for g, mean in means.items()}
         raise TrainingError(
             f"the loss is not finite ({shown}); stopped before the optimiser. The step's samples: {ids}, …"
         )
     row: dict[str, Any] = {}
     for group, mean in means.items():
-        name = "+".join(sorted(group)) or "text"
+        name = name_of(group)
         row[f"loss/{name}"], row[f"targets/{name}"] = mean, targets[group]
     shares = ranks.gather(shares)
     samples_of = Counter(name for name, _ in shares)
@@ -101,7 +101,7 @@ def routed_shares(pack: Pack, routing: Routing) -> list[tuple[str, dict[str, flo
             weights = piece.weights_TE.detach().split([pack.lengths[n] for n in inside])
             for n, weights_TE in zip(inside, weights, strict=True):
                 means = weights_TE.mean(0).tolist()
-                shares.append(("+".join(sorted(pack.modalities[n])), dict(zip(piece.adapters, means, strict=True))))
+                shares.append((name_of(pack.modalities[n]), dict(zip(piece.adapters, means, strict=True))))
     return shares
 
 

@@ -19,6 +19,7 @@ from molora.inference.load import LoadedModel, load
 from molora.model.identity import weights_hash
 from molora.pack import Sample, collate
 from molora.received import file_hash
+from molora.routing import name_of
 from molora.terminal import Finding
 from molora.verify.promises import examples, routed, show
 
@@ -99,8 +100,8 @@ def compare_logits(old: LoadedModel, new: LoadedModel, num_samples: int = NUM_SA
         said = f"{len(found) - len(differing)} of {len(found)} samples are equal to the bit"
         if len(differing):
             said += f", largest difference {float(differing.max()):.1e}"
-        yield Finding(_name(modalities), said, not len(differing) if found else None)
-    if refused := [_name(modalities) for modalities in asked if modalities not in taken]:
+        yield Finding(name_of(modalities), said, not len(differing) if found else None)
+    if refused := [name_of(modalities) for modalities in asked if modalities not in taken]:
         more = f" and {len(refused) - _NAMES_SHOWN} more" if len(refused) > _NAMES_SHOWN else ""
         yield Finding("other sets", f"no rule in MODEL for {', '.join(refused[:_NAMES_SHOWN])}{more}", None)
 
@@ -110,7 +111,3 @@ def _hidden(loaded: LoadedModel, ordering: LoadedModel, samples: Sequence[Sample
     model = loaded.model
     pack = collate(samples, model.modalities, ordering.model.router.order).to(model.device)
     return dict(zip(pack.ids, model(pack).split(pack.lengths), strict=True))
-
-
-def _name(modalities: frozenset[str]) -> str:
-    return "+".join(sorted(modalities)) or "text"
