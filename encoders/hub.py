@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from molora import received
+from molora.config import did_you_mean
 from molora.modality import Origin
 from molora.received import shard_names
 
@@ -82,6 +82,6 @@ def check_keys(what: str, owner: str, given: Iterable[str], known: Collection[st
     """Raises ValueError, with the nearest name that there is, for a key that `owner` does not take."""
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
-            raise ValueError(f"{what}: {owner} takes no {key!r} here; {hint}")
+            raise ValueError(
+                f"{what}: {owner} takes no {key!r} here; {did_you_mean(key, known)}it has {', '.join(known)}"
+            )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
+
+from molora.config import did_you_mean
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -21,8 +22,8 @@ def model_config(name: str) -> dict[str, Any]:
     library = _library()
     config = library.get_model_config(name)
     if config is None:
-        near = difflib.get_close_matches(name, library.list_models(), n=3)
-        raise ValueError(f"open_clip has no model {name!r}; near it: {', '.join(near) or 'none'}")
+        near = did_you_mean(name, library.list_models(), at_most=3)
+        raise ValueError(f"open_clip has no model {name!r}; {near}open_clip.list_models() has their names")
     return config
 
 

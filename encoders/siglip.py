@@ -9,7 +9,6 @@ Letters: B crops, C width, H and W rows and columns (of pixels in `crops`, of pa
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from molora.config import did_you_mean
 from molora.encoders import openclip
 from molora.encoders.hub import check_keys, check_sizes, fetch, read_json, shapes_only, weight_files
 from molora.modality import Origin, WeightSource
@@ -295,8 +295,8 @@ def _timm(config: TowerConfig, crop_pixels: int) -> Built:
     repository = name if "/" in name else None
     if name and repository is None:
         if not timm.is_model(name):
-            near = difflib.get_close_matches(name, timm.list_models(), n=3)
-            raise ValueError(f"timm has no model {name!r}; near it: {', '.join(near) or 'none'}")
+            near = did_you_mean(name, timm.list_models(), at_most=3)
+            raise ValueError(f"timm has no model {name!r}; {near}timm.list_models() has their names")
         if config.pretrained and not config.path:
             repository = getattr(timm.models.get_pretrained_cfg(name), "hf_hub_id", None)
             if repository is None:

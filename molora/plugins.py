@@ -7,7 +7,6 @@ a received folder says goes through `molora.checkpoint.trust`, which decides whe
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -20,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal, NamedTuple
 
-from molora.config import ConfigError
+from molora.config import ConfigError, did_you_mean
 
 Kind = Literal["modality", "router", "source"]
 
@@ -153,8 +152,8 @@ def _class_in(kind: Kind, spec: str, module: ModuleType, place: str, class_name:
     if found is None:
         classes = list(_classes(module))
         raise ConfigError(
-            f"{kind} {spec!r}: {place} has no {class_name!r}{_nearest(class_name, classes)}"
-            f" its classes: {', '.join(classes) or 'none'}"
+            f"{kind} {spec!r}: {place} has no {class_name!r}; {did_you_mean(class_name, classes)}"
+            f"its classes: {', '.join(classes) or 'none'}"
         )
     if not isinstance(found, type):
         raise ConfigError(f"{kind} {spec!r}: {place}:{class_name} is {found!r}, not a class")
@@ -189,7 +188,7 @@ def _named(kind: Kind, name: str) -> Plugin:
     if not owners:
         names = [plugin.name for plugin in plugins]
         raise ConfigError(
-            f"no {kind} is called {name!r}{_nearest(name, names)} there is {', '.join(names) or 'none'};"
+            f"no {kind} is called {name!r}; {did_you_mean(name, names)}there is {', '.join(names) or 'none'};"
             f" or write `package.module:Class` or `path/to/file.py:Class`"
         )
     return owners[0]
@@ -226,8 +225,3 @@ def _run_file(path: Path, source: bytes, sha256: str) -> ModuleType:
         del sys.modules[name]
         raise
     return module
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ";"

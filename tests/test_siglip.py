@@ -401,7 +401,7 @@ SCRATCH: dict[str, Any] = {"pretrained": False}
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("timm", {"name": "tiny_siglop"}, "timm has no model 'tiny_siglop'; near it: tiny_siglip"),
+        ("timm", {"name": "tiny_siglop"}, "timm has no model 'tiny_siglop'; did you mean 'tiny_siglip'"),
         ("timm", {"name": "tiny_siglip", "path": "nowhere.pth"}, "nowhere.pth: no such file"),
         ("timm", {"path": __file__}, "test_siglip.py is a file of weights: name says their architecture"),
         (
@@ -427,7 +427,7 @@ SCRATCH: dict[str, Any] = {"pretrained": False}
             {"arguments": {**SIZES, "patch_size": 7}, **SCRATCH},
             "grid of 8 frames a side, .* promises 4",
         ),
-        ("open_clip", {"name": "ViT-B-16-SigLip"}, "no model 'ViT-B-16-SigLip'; near it: ViT-B-16-SigLIP"),
+        ("open_clip", {"name": "ViT-B-16-SigLip"}, "no model 'ViT-B-16-SigLip'; did you mean 'ViT-B-16-SigLIP'"),
         ("open_clip", {"name": "RN50", **SCRATCH}, "neither a timm model nor a plain vision transformer"),
         ("open_clip", {"name": "ViT-B-32"}, "tags .*laion2b_s34b_b79k.*; name one hub repository in name"),
     ],

@@ -1,5 +1,6 @@
 """Recipes and options: YAML files read into plain dataclasses."""
 
+from molora.config.nearest import did_you_mean
 from molora.config.reading import (
     ALLOWED_VARIABLES,
     ConfigError,
@@ -16,6 +17,7 @@ __all__ = [
     "ALLOWED_VARIABLES",
     "ConfigError",
     "build",
+    "did_you_mean",
     "dump",
     "environment_in",
     "options",

@@ -11,7 +11,6 @@ interpolation that it was.
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import re
@@ -25,6 +24,7 @@ from typing import Any, Literal, TypeVar, Union
 import yaml
 
 from molora.config import plain_yaml
+from molora.config.nearest import did_you_mean
 from molora.config.plain_yaml import MAX_DEPTH, MAX_VALUES
 
 T = TypeVar("T")
@@ -357,9 +357,8 @@ def _build(kind: Any, value: Any, key: str) -> Any:
     if origin is Literal:
         if any(value == one and (isinstance(value, str) or type(value) is type(one)) for one in arguments):
             return value
-        near = difflib.get_close_matches(str(value), [str(argument) for argument in arguments], n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise _Problem(key, f"expected one of {', '.join(map(repr, arguments))}, got {value!r}{hint}")
+        near = did_you_mean(value, map(str, arguments))
+        raise _Problem(key, f"{near}expected one of {', '.join(map(repr, arguments))}, got {value!r}")
     if (origin or kind) is dict and isinstance(value, Mapping):
         of = arguments[1] if arguments else Any
         for name in value:
@@ -406,9 +405,8 @@ def _build_dataclass(cls: Any, value: Any, key: str) -> Any:
     known: dict[str, Field[Any]] = {field.name: field for field in fields(cls) if field.init}
     for name in value:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
             there = ", ".join(known) or "none"
+            hint = did_you_mean(name, known)
             raise _Problem(_join(key, str(name)), f"no such key; {hint}{cls.__name__} has: {there}")
     required = [name for name, field in known.items() if field.default is MISSING and field.default_factory is MISSING]
     missing = [name for name in required if name not in value]

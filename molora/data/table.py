@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import decimal
-import difflib
 import glob
 import math
 import re
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from molora.config import ConfigError
+from molora.config import ConfigError, did_you_mean
 from molora.data.messages import media_list, rooted
 from molora.data.rows import CellRows, JsonRows, check_file
 
@@ -177,9 +176,8 @@ def _check_column(column: str, names: Sequence[str], where: str) -> None:
     if (count := list(names).count(column)) > 1:
         raise ConfigError(f"{where}: {count} columns are called {column!r}; give each a name of its own")
     if not count:
-        near = difflib.get_close_matches(column, names, n=1)
-        hint = f" did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{where}: no column {column!r};{hint} columns are {list(names)}")
+        near = did_you_mean(column, names)
+        raise ConfigError(f"{where}: no column {column!r}; {near}columns are {list(names)}")
 
 
 def _text(value: Any, name: str, where: str) -> str:

@@ -7,7 +7,6 @@ Letters: T tokens in a pack or slice, D input width, O output width, R rank, E a
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
@@ -27,7 +26,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from molora.config import ConfigError
+from molora.config import ConfigError, did_you_mean
 from molora.model.experts import untargetable
 from molora.received import MAX_JSON_BYTES, check_hash, parse_json, read_bytes
 from molora.routing import current_flow
@@ -143,9 +142,7 @@ def lora_config(options: Mapping[str, Any], where: str) -> LoraConfig:
     known = LoraConfig.__dataclass_fields__
     for key in options:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{where}.{key}: PEFT's LoraConfig has no such option{hint}")
+            raise ConfigError(f"{where}.{key}: {did_you_mean(key, known)}PEFT's LoraConfig has no such option")
     if not options.get("target_modules"):
         raise ConfigError(f"{where}.target_modules: missing; name the backbone's linear layers to adapt")
     return _config(options, where)

@@ -25,7 +25,7 @@ from molora.checkpoint.modality_folder import (
 from molora.checkpoint.opening import open_model
 from molora.checkpoint.run_folder import write_run
 from molora.checkpoint.state import latest_state, read_state, save_state
-from molora.config import ConfigError, dump, plain
+from molora.config import ConfigError, did_you_mean, dump, plain
 from molora.data.sources import EncodedSamples, Skipped, open_source, step_loader
 from molora.evaluate.judge import EvaluationConfig, complaints, gathered, judge, scores
 from molora.interrupt import Interrupt, Stopped
@@ -45,7 +45,6 @@ from molora.train.optim import (
     copy_parts,
     count,
     matches,
-    nearest,
     set_trainable,
 )
 from molora.train.preflight import Trial
@@ -422,12 +421,16 @@ def _check_names(recipe: Recipe, model: MoLoRA) -> None:
     """Raises ConfigError for modalities that the recipe's rules name and that are not there."""
     known = sorted(model.modalities)
     for name in sorted(getattr(model.router, "named", frozenset()) - set(known)) if recipe.router.path is None else ():
-        raise ConfigError(f"router.options: a rule names modality {name!r}{nearest(name, known)} there is {known}")
+        raise ConfigError(
+            f"router.options: a rule names modality {name!r}; {did_you_mean(name, known)}there is {known}"
+        )
     for owner, modality in model.modalities.items():
         others = [other for other in known if other != owner]
         for name in getattr(modality.config, "beside", None) or ():
-            if name not in others and (near := nearest(name, others)) != ";":
-                raise ConfigError(f"modalities.{owner}.options.beside: names modality {name!r}{near} there is {others}")
+            if name not in others and (near := did_you_mean(name, others)):
+                raise ConfigError(
+                    f"modalities.{owner}.options.beside: names modality {name!r}; {near}there is {others}"
+                )
 
 
 def describe(model: MoLoRA, stage: StageConfig) -> None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from molora.config import ConfigError, require
+from molora.config import ConfigError, did_you_mean, require
 from molora.model.molora import MoLoRA
 
 
@@ -146,8 +145,8 @@ def check_start(model: MoLoRA, start_from: Mapping[str, str], where: str) -> Non
     parts = model.parts()
     for target, source in start_from.items():
         if unknown := sorted({target, source} - parts.keys()):
-            near = nearest(unknown[0], list(parts))
-            raise ConfigError(f"{where}: no part {unknown}{near} the parts of this model are {sorted(parts)}")
+            near = did_you_mean(unknown[0], parts)
+            raise ConfigError(f"{where}: no part {unknown}; {near}the parts of this model are {sorted(parts)}")
         shapes = [{key: tuple(p.shape) for key, p in parts[part].items()} for part in (target, source)]
         if shapes[0] != shapes[1]:
             raise ConfigError(f"{where}: {target} cannot start from {source}: {shapes[0]} and {shapes[1]} differ")
@@ -162,8 +161,3 @@ def copy_parts(model: MoLoRA, start_from: Mapping[str, str]) -> None:
         for target, source in start_from.items():
             for key, parameter in parts[target].items():
                 parameter.copy_(parts[source][key])
-
-
-def nearest(name: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ";"
