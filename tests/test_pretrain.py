@@ -12,12 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from rich.progress import Progress
-from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3ForCausalLM, PreTrainedTokenizerFast
 
 from molora.config import ConfigError, build
 from molora.interrupt import Stopped
 from molora.pretrain import loop as module
-from molora.pretrain.loop import SPECIAL_TOKENS, Piece, PretrainConfig, long_factors, pretrain
+from molora.pretrain.config import PretrainConfig
+from molora.pretrain.loop import long_factors, pretrain
+from molora.pretrain.text import Document, Piece, contents, cut, read_documents
+from molora.pretrain.tokenizer import SPECIAL_TOKENS, train_tokenizer
+from molora.pretrain.windows import collate, pack
 from molora.storage import hold
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "big", "red", "moon", "over", "1234", "hills"]
@@ -55,6 +59,11 @@ def tiny(folder: Path, name: str = "backbone", **changes: object) -> PretrainCon
         checkpoint_every_steps=4,
     )
     return replace(config, **changes)
+
+
+def learned_tokenizer(documents: list[Document], config: PretrainConfig) -> PreTrainedTokenizerFast:
+    texts = [text for document in documents for text in contents(document)]
+    return train_tokenizer(texts, config.vocab_size, config.max_position_embeddings)
 
 
 class Interruption(Progress):
@@ -150,9 +159,9 @@ def test_tokenizer_keeps_every_byte_and_frequent_words_whole(folder):
 
 def test_text_that_spells_a_special_token_stays_text(tmp_path):
     config = tiny(tmp_path)
-    documents = list(module._read_documents(Path(config.text[0])))
-    tokenizer = module.train_tokenizer([text for _, text in documents], config)
-    (piece,) = module._cut([("here", "a <|end|> b")], tokenizer, 32)
+    documents = list(read_documents(Path(config.text[0])))
+    tokenizer = learned_tokenizer([text for _, text in documents], config)
+    (piece,) = cut([("here", "a <|end|> b")], tokenizer, 32)
     assert (piece.token_ids >= 300 - len(SPECIAL_TOKENS)).sum() == 1
     assert piece.token_ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(piece.token_ids[:-1]) == "a <|end|> b"
@@ -160,9 +169,9 @@ def test_text_that_spells_a_special_token_stays_text(tmp_path):
 
 def test_conversations_learn_what_the_assistant_says(tmp_path):
     config = tiny(tmp_path)
-    documents = [text for path in config.text for _, text in module._read_documents(Path(path))]
-    tokenizer = module.train_tokenizer(documents, config)
-    (piece,) = module._cut([("here", [*CHAT])], tokenizer, 32)
+    documents = [text for path in config.text for _, text in read_documents(Path(path))]
+    tokenizer = learned_tokenizer(documents, config)
+    (piece,) = cut([("here", [*CHAT])], tokenizer, 32)
     assert piece.token_ids.tolist() == tokenizer.apply_chat_template(CHAT, return_dict=False)
     assert tokenizer.decode(piece.token_ids[piece.targets]) == "the moon<|end|><|endoftext|>"
 
@@ -173,7 +182,7 @@ def test_packing_keeps_every_piece_whole_and_once():
         window = draw.randint(2, 60)
         lengths = [draw.randint(1, window) for _ in range(draw.randint(1, 200))]
         order = draw.sample(range(len(lengths)), len(lengths))
-        windows = module._pack(lengths, order, window)
+        windows = pack(lengths, order, window)
         assert sorted(piece for members in windows for piece in members) == list(range(len(lengths)))
         assert all(sum(lengths[piece] for piece in members) <= window for members in windows)
 
@@ -181,23 +190,23 @@ def test_packing_keeps_every_piece_whole_and_once():
 def test_packing_wastes_little():
     draw = random.Random(0)
     lengths = [128] * 100 + [draw.randint(10, 40) for _ in range(2000)]
-    windows = module._pack(lengths, draw.sample(range(2100), 2100), 128)
+    windows = pack(lengths, draw.sample(range(2100), 2100), 128)
     assert sum(lengths) > 0.95 * 128 * len(windows)
 
 
 def test_documents_in_a_window_do_not_see_each_other(tmp_path):
     config = tiny(tmp_path)
-    documents = [item for path in config.text for item in module._read_documents(Path(path))]
-    tokenizer = module.train_tokenizer([document for _, document in documents], config)
+    documents = [item for path in config.text for item in read_documents(Path(path))]
+    tokenizer = learned_tokenizer([document for _, document in documents], config)
     model = module._build_model(config, tokenizer).eval()
-    pieces = [piece for piece in module._cut(documents, tokenizer, 32) if len(piece) <= 10][:3]
-    together = module._losses(model, module._collate(pieces, [[0, 1, 2]], 32), "float32")
-    alone = [module._losses(model, module._collate([piece], [[0]], len(piece)), "float32") for piece in pieces]
+    pieces = [piece for piece in cut(documents, tokenizer, 32) if len(piece) <= 10][:3]
+    together = module._losses(model, collate(pieces, [[0, 1, 2]], 32), "float32")
+    alone = [module._losses(model, collate([piece], [[0]], len(piece)), "float32") for piece in pieces]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
     # The oracle: transformers' own loss on one plain row.
     text = Piece(pieces[0].token_ids, torch.ones_like(pieces[0].targets))
     ids = text.token_ids[None]
-    ours = module._losses(model, module._collate([text], [[0]], len(text)), "float32").mean()
+    ours = module._losses(model, collate([text], [[0]], len(text)), "float32").mean()
     torch.testing.assert_close(ours, model(input_ids=ids, labels=ids).loss, rtol=1e-5, atol=1e-5)
 
 
@@ -260,7 +269,7 @@ def test_a_finished_folder_is_reused(tmp_path):
 def test_another_config_or_text_for_a_finished_folder_is_refused(tmp_path):
     config = tiny(tmp_path, steps=2)
     pretrain(config)
-    with pytest.raises(ConfigError, match=r"backbone was made differently: steps is 3, there 2; remove"):
+    with pytest.raises(ConfigError, match=r"backbone was made differently: config\.steps: was 2, is 3; remove"):
         pretrain(replace(config, steps=3))
     with open(config.text[0], "a") as file:
         file.write("more")
@@ -273,12 +282,12 @@ def test_an_interrupted_run_of_another_config_is_refused(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         pretrain(config, Interruption(5))
     with pytest.raises(
-        ConfigError, match=r"backbone\.partial was made differently: learning_rate is 0\.5, there 0\.01"
+        ConfigError, match=r"backbone\.partial was made differently: config\.learning_rate: was 0\.01, is 0\.5"
     ):
         pretrain(replace(config, learning_rate=0.5))
     recorded = tmp_path / "backbone.partial" / "pretrain.json"
     recorded.write_text(recorded.read_text().replace('"threads": ', '"threads": 9'))
-    with pytest.raises(ConfigError, match="threads is"):
+    with pytest.raises(ConfigError, match="threads: was"):
         pretrain(config)
 
 
@@ -324,7 +333,7 @@ def test_a_config_that_cannot_work_is_refused(tmp_path, change, message):
         ("empty.txt", b" \n", "empty.txt: the file is empty"),
         ("latin.txt", b"caf\xe9", "latin.txt: not UTF-8 at byte 3"),
         ("table.csv", b"a,b", "table.csv: text is read from .txt and .jsonl files, not from '.csv'"),
-        ("rows.jsonl", b'{"text": "a"}\n{"text": ', "rows.jsonl, row 2: not JSON"),
+        ("rows.jsonl", b'{"text": "a"}\n{"text": ', "rows.jsonl, row 2: not valid JSON"),
         ("rows.jsonl", b'{"txt": "a"}', "rows.jsonl, row 1: expected an object with `text`"),
         ("rows.jsonl", b'{"messages": [{"role": "robot", "content": "a"}]}', "row 1: message 0: role 'robot'"),
         ("rows.jsonl", b'{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "no modality answers"),

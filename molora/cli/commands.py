@@ -129,7 +129,7 @@ def _stoppable() -> Iterator[None]:
 def pretrain(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Build a small backbone from text."""
     from molora.config import read
-    from molora.pretrain.loop import PretrainConfig
+    from molora.pretrain.config import PretrainConfig
     from molora.pretrain.loop import pretrain as run_pretraining
     from molora.terminal import progress, say
 

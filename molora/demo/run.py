@@ -23,7 +23,8 @@ from molora.data.sources import SourceConfig, open_source
 from molora.evaluate.judge import EvaluationConfig, Judged, judge, scores
 from molora.inference.generate import GenerationConfig
 from molora.inference.load import LoadedModel, load
-from molora.pretrain.loop import PretrainConfig, pretrain
+from molora.pretrain.config import PretrainConfig
+from molora.pretrain.loop import pretrain
 from molora.received import file_hash, read_json
 from molora.report.page import Example, Media, Report, read_history
 from molora.report.page import write as write_report

@@ -9,152 +9,40 @@ Letters: B windows in a step, T tokens in a window, K predicted tokens, D width.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import math
 import os
 import shutil
 import signal
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import tokenizers
 import torch
 import transformers
 from rich.progress import Progress
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
 from molora.checkpoint.format import FORMAT_VERSION, check_format
-from molora.checkpoint.pretrained import read_dtype
-from molora.config import ConfigError, require
-from molora.data.messages import Message, check, parts
-from molora.data.prompt import ChatTemplate
+from molora.config import ConfigError
 from molora.interrupt import Interrupt, Stopped
 from molora.model.loss import target_losses
+from molora.pretrain.config import PretrainConfig
+from molora.pretrain.text import Piece, contents, cut, hash_files, hold_out, read_documents
+from molora.pretrain.tokenizer import END_OF_TEXT, END_OF_TURN, train_tokenizer
+from molora.pretrain.windows import Batch, batches, collate, pack
 from molora.received import read_json, read_tensors
 from molora.seeding import seeded
 from molora.storage import hold, settle, sync, write_json, write_tensors
-
-END_OF_TEXT = "<|endoftext|>"
-END_OF_TURN = "<|end|>"
-# In the order of their ids in Phi-4-mini, behind the learned vocabulary. All but the first absorb following whitespace.
-SPECIAL_TOKENS = (
-    END_OF_TEXT,
-    "<|assistant|>",
-    END_OF_TURN,
-    "<|user|>",
-    "<|system|>",
-    "<|tool|>",
-    "<|/tool|>",
-    "<|tool_call|>",
-    "<|/tool_call|>",
-    "<|tool_response|>",
-)
-# Phi-4-mini's format: turns back to back, no newlines; a system message may carry a `tools` string.
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{{- '<|' ~ message.role ~ '|>' ~ message.content -}}"
-    "{%- if message.role == 'system' and message.tools -%}{{- '<|tool|>' ~ message.tools ~ '<|/tool|>' -}}{%- endif -%}"
-    "{{- '<|end|>' -}}"
-    "{%- endfor -%}"
-    "{{- '<|assistant|>' if add_generation_prompt else eos_token -}}"
-)
-
-# Words with the character before them, numbers of up to three digits, runs of punctuation, line ends, spaces.
-# Source: a simpler relative of o200k_base's pattern (openai/tiktoken, tiktoken_ext/openai_public.py).
-WORD_PATTERN = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+from molora.train.optim import PartConfig, learning_rate
+from molora.train.resume import differences, environment
 
 _ROTATED_SHARE = 0.75
 _BETAS = (0.9, 0.95)
-# Windows that still take documents while packing; more of them waste fewer positions.
-_OPEN_WINDOWS = 16
 _WITHOUT_EFFECT_ON_RESULT = ("output", "text", "checkpoint_every_steps")
-
-Document: TypeAlias = "str | list[Message]"
-
-
-@dataclass
-class PretrainConfig:
-    """What a backbone is made from and how.
-
-    `text` are .txt files (one document each) or .jsonl files whose rows have `text` or `messages`; `output` a folder.
-    `vocab_size` includes the special tokens. `precision` is that of matrix products; weights and optimiser are fp32.
-    The two position limits are LongRoPE's: the length up to which frequencies are plain, and the promised length.
-    """
-
-    output: str
-    text: list[str]
-    vocab_size: int = 2048
-    width: int = 192
-    mlp_width: int = 512
-    layers: int = 4
-    heads: int = 6
-    key_value_heads: int = 2
-    original_max_position_embeddings: int = 4096
-    max_position_embeddings: int = 131072
-    window_tokens: int = 128
-    windows_per_step: int = 8
-    steps: int = 600
-    learning_rate: float = 1.5e-3
-    warmup_steps: int = 40
-    weight_decay: float = 0.1
-    max_gradient_norm: float = 1.0
-    held_out_share: float = 0.02
-    precision: str = "float32"
-    checkpoint_every_steps: int = 100
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        require(self, 1, "vocab_size", "width", "mlp_width", "layers", "heads", "key_value_heads", "window_tokens")
-        require(self, 1, "windows_per_step", "steps", "checkpoint_every_steps")
-        require(self, 0, "learning_rate", "warmup_steps", "weight_decay")
-        self.precision = str(read_dtype(self.precision, "precision")).removeprefix("torch.")
-        _require(self.precision in ("float32", "bfloat16"), f"precision {self.precision} is not float32 or bfloat16")
-        _require(
-            self.width % (8 * self.heads) == 0,
-            f"width {self.width} must be a multiple of 8 x heads ({8 * self.heads}), so that three quarters of a head "
-            "can be rotated in pairs",
-        )
-        _require(
-            self.heads % self.key_value_heads == 0,
-            f"heads {self.heads} must be a multiple of key_value_heads {self.key_value_heads}",
-        )
-        _require(
-            2 <= self.window_tokens <= self.original_max_position_embeddings <= self.max_position_embeddings,
-            f"window_tokens {self.window_tokens} (at least 2), original_max_position_embeddings "
-            f"{self.original_max_position_embeddings} and max_position_embeddings {self.max_position_embeddings} must "
-            "not decrease in this order",
-        )
-        _require(0 < self.held_out_share < 1, f"held_out_share {self.held_out_share} must lie between 0 and 1")
-        _require(self.learning_rate > 0, f"learning_rate {self.learning_rate} must be positive")
-        fewest = len(pre_tokenizers.ByteLevel.alphabet()) + len(SPECIAL_TOKENS)
-        _require(
-            self.vocab_size >= fewest,
-            f"vocab_size {self.vocab_size} must be at least {fewest}: every byte and the special tokens",
-        )
-
-
-class Piece(NamedTuple):
-    """A document, or a part of one, that fits into a window; targets are the tokens to be learned."""
-
-    token_ids: Tensor
-    targets: Tensor
-
-    def __len__(self) -> int:
-        return len(self.token_ids)
-
-
-class Batch(NamedTuple):
-    """Windows of packed documents; `predicted_BT` is True where the next token is a target of the same document."""
-
-    token_ids_BT: Tensor
-    position_ids_BT: Tensor
-    predicted_BT: Tensor
 
 
 def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Path:
@@ -172,22 +60,23 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Path:
     made_from = {
         "format_version": FORMAT_VERSION,
         "config": {name: value for name, value in asdict(config).items() if name not in _WITHOUT_EFFECT_ON_RESULT},
-        "text_sha256": _hash_files(config.text),
+        "text_sha256": hash_files(config.text),
     }
     if output.exists():
         _check_same(made_from, output)
         shutil.rmtree(partial, ignore_errors=True)  # a kill between the two last steps leaves it behind
         return output
     # Going on exactly needs the same arithmetic; a finished backbone does not care.
-    made_from["environment"] = _environment()
+    made_from["environment"] = environment(tokenizers=tokenizers.__version__)
     if state.exists():
         _check_same(made_from, partial)
 
-    documents = [document for path in config.text for document in _read_documents(Path(path))]
-    tokenizer = train_tokenizer((document for _, document in documents), config)
+    documents = [document for path in config.text for document in read_documents(Path(path))]
+    texts = itertools.chain.from_iterable(contents(document) for _, document in documents)
+    tokenizer = train_tokenizer(texts, config.vocab_size, config.max_position_embeddings)
     bar = progress.add_task("tokenising", total=len(documents), note="")
-    pieces = _cut(progress.track(documents, task_id=bar), tokenizer, config.window_tokens)
-    train_pieces, held_out_pieces = _hold_out(pieces, config)
+    pieces = cut(progress.track(documents, task_id=bar), tokenizer, config.window_tokens)
+    train_pieces, held_out_pieces = hold_out(pieces, config.held_out_share, config.seed)
 
     partial.mkdir(parents=True, exist_ok=True)
     with hold(partial):
@@ -211,45 +100,6 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Path:
         sync(output.absolute().parent)
         shutil.rmtree(partial)
     return output
-
-
-def train_tokenizer(documents: Iterable[Document], config: PretrainConfig) -> PreTrainedTokenizerFast:
-    """Learns a byte-level BPE of exactly `config.vocab_size` tokens; special tokens and template are Phi-4-mini's.
-
-    Raises: ConfigError if the text does not support a vocabulary of that size.
-    """
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
-        [
-            pre_tokenizers.Split(Regex(WORD_PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
-    trainer = trainers.BpeTrainer(
-        vocab_size=config.vocab_size - len(SPECIAL_TOKENS),
-        min_frequency=2,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(itertools.chain.from_iterable(map(_contents, documents)), trainer)
-    backend.add_special_tokens(
-        [AddedToken(token, rstrip=token != END_OF_TEXT, special=True) for token in SPECIAL_TOKENS]
-    )
-    if backend.get_vocab_size() != config.vocab_size:
-        raise ConfigError(
-            f"vocab_size {config.vocab_size} is too large for {', '.join(config.text)}: pairs that occur twice or more "
-            f"give {backend.get_vocab_size()} tokens; lower vocab_size or add text"
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
-        chat_template=CHAT_TEMPLATE,
-        model_max_length=config.max_position_embeddings,
-        clean_up_tokenization_spaces=False,
-    )
 
 
 def long_factors(count: int, scale: float) -> list[float]:
@@ -314,14 +164,15 @@ def _train(
     others = [parameter for parameter in parameters.values() if parameter.ndim < 2]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=_BETAS, fused=True)
+    schedule = PartConfig(learning_rate=config.learning_rate, warmup_steps=config.warmup_steps)
     losses = _load_state(state_path, parameters, optimizer) if state_path.exists() else []
 
     task = progress.add_task("pretraining", total=config.steps, completed=len(losses), note="")
     model.train()
-    batches = itertools.islice(_batches(pieces, config), len(losses), config.steps)
-    for step, batch in enumerate(batches, start=len(losses)):
+    steps = itertools.islice(batches(pieces, config), len(losses), config.steps)
+    for step, batch in enumerate(steps, start=len(losses)):
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * _schedule(step, config)
+            group["lr"] = learning_rate(schedule, step, config.steps)
         loss = _losses(model, batch, config.precision).mean()
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
@@ -341,13 +192,6 @@ def _train(
     return losses
 
 
-def _schedule(step: int, config: PretrainConfig) -> float:
-    """Linear warm-up, then a cosine to zero."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    return 0.5 * (1 + math.cos(math.pi * (step - config.warmup_steps) / (config.steps - config.warmup_steps)))
-
-
 def _losses(model: Phi3ForCausalLM, batch: Batch, precision: str) -> Tensor:
     """Negative log-likelihood of every predicted token, (K,)."""
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
@@ -360,10 +204,10 @@ def _losses(model: Phi3ForCausalLM, batch: Batch, precision: str) -> Tensor:
 @torch.no_grad()
 def _evaluate(model: Phi3ForCausalLM, pieces: Sequence[Piece], config: PretrainConfig) -> float:
     model.eval()
-    windows = _pack([len(piece) for piece in pieces], range(len(pieces)), config.window_tokens)
+    windows = pack([len(piece) for piece in pieces], range(len(pieces)), config.window_tokens)
     losses = []
     for start in range(0, len(windows), config.windows_per_step):
-        batch = _collate(pieces, windows[start : start + config.windows_per_step], config.window_tokens)
+        batch = collate(pieces, windows[start : start + config.windows_per_step], config.window_tokens)
         losses.append(_losses(model, batch, "float32"))
     return float(torch.cat(losses).mean())
 
@@ -387,144 +231,6 @@ def _load_state(path: Path, parameters: dict[str, torch.nn.Parameter], optimizer
     return state["losses"].tolist()
 
 
-def _batches(pieces: Sequence[Piece], config: PretrainConfig) -> Iterator[Batch]:
-    """Steps without end; every epoch packs the pieces anew in another order and leaves out what does not fill a step.
-
-    Raises: ConfigError if the text does not fill one step.
-    """
-    lengths = [len(piece) for piece in pieces]
-    for epoch in itertools.count():
-        with seeded(config.seed, "epoch", epoch):
-            order = torch.randperm(len(pieces)).tolist()
-        windows = _pack(lengths, order, config.window_tokens)
-        if len(windows) < config.windows_per_step:
-            raise ConfigError(
-                f"{', '.join(config.text)}: the text fills {len(windows)} windows of {config.window_tokens} tokens, a "
-                f"step takes {config.windows_per_step}; add text or lower windows_per_step or window_tokens"
-            )
-        for start in range(0, len(windows) - config.windows_per_step + 1, config.windows_per_step):
-            yield _collate(pieces, windows[start : start + config.windows_per_step], config.window_tokens)
-
-
-def _pack(lengths: Sequence[int], order: Iterable[int], window_tokens: int) -> list[list[int]]:
-    """Puts every piece whole into the fullest open window that has room for it."""
-    full: list[list[int]] = []
-    windows: list[tuple[int, list[int]]] = []  # (free positions, pieces), the fullest first
-    for piece in order:
-        length = lengths[piece]
-        at = next((i for i, (free, _) in enumerate(windows) if free >= length), None)
-        free, members = (window_tokens, []) if at is None else windows.pop(at)
-        windows.append((free - length, [*members, piece]))
-        windows.sort(key=lambda window: window[0])
-        if len(windows) > _OPEN_WINDOWS or windows[0][0] == 0:
-            full.append(windows.pop(0)[1])
-    return full + [members for _, members in windows]
-
-
-def _collate(pieces: Sequence[Piece], windows: Sequence[Sequence[int]], window_tokens: int) -> Batch:
-    """Lays pieces end to end; the rest of a window is filled with a document that nothing is predicted in."""
-    shape = (len(windows), window_tokens)
-    token_ids_BT = torch.zeros(shape, dtype=torch.long)
-    position_ids_BT = torch.zeros(shape, dtype=torch.long)
-    predicted_BT = torch.zeros(shape, dtype=torch.bool)
-    for row, members in enumerate(windows):
-        start = 0
-        for piece in (pieces[member] for member in members):
-            stop = start + len(piece)
-            token_ids_BT[row, start:stop] = piece.token_ids
-            position_ids_BT[row, start:stop] = torch.arange(stop - start)
-            predicted_BT[row, start : stop - 1] = piece.targets[1:]
-            start = stop
-        position_ids_BT[row, start:] = torch.arange(window_tokens - start)
-    return Batch(token_ids_BT, position_ids_BT, predicted_BT)
-
-
-def _cut(
-    documents: Iterable[tuple[str, Document]], tokenizer: PreTrainedTokenizerFast, window_tokens: int
-) -> list[Piece]:
-    """Tokenises documents and cuts them into pieces of at most one window, those without a target left out."""
-    template = ChatTemplate(tokenizer)
-    pieces = []
-    for where, document in documents:
-        if isinstance(document, str):
-            token_ids = torch.tensor([*tokenizer.encode(document, split_special_tokens=True), tokenizer.eos_token_id])
-            targets = torch.ones_like(token_ids, dtype=torch.bool)
-        else:
-            prompt = template.encode(document, where=where)
-            token_ids, targets = torch.tensor(prompt.token_ids), torch.tensor(prompt.targets)
-        pieces += map(Piece, token_ids.split(window_tokens), targets.split(window_tokens))
-    return [piece for piece in pieces if piece.targets[1:].any()]
-
-
-def _hold_out(pieces: list[Piece], config: PretrainConfig) -> tuple[list[Piece], list[Piece]]:
-    """Splits off the pieces that training never sees; at least one on either side."""
-    if len(pieces) < 2:
-        raise ConfigError(
-            f"{', '.join(config.text)}: {len(pieces)} piece(s) of up to {config.window_tokens} tokens cannot be split "
-            "into training and held-out text; add text or lower window_tokens"
-        )
-    with seeded(config.seed, "held out"):
-        order = torch.randperm(len(pieces)).tolist()
-    count = min(len(pieces) - 1, max(1, round(config.held_out_share * len(pieces))))
-    return [pieces[i] for i in order[count:]], [pieces[i] for i in order[:count]]
-
-
-def _contents(document: Document) -> list[str]:
-    if isinstance(document, str):
-        return [document]
-    return [part["text"] for message in document for part in parts(message)]
-
-
-def _read_documents(path: Path) -> Iterator[tuple[str, Document]]:
-    """The documents of a .txt or .jsonl file, each with words that say where it is. Raises ConfigError."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"text: {path}: not UTF-8 at byte {error.start}; convert the file") from error
-    if not text.strip():
-        raise ConfigError(f"text: {path}: the file is empty")
-    if path.suffix == ".txt":
-        yield str(path), text
-    elif path.suffix == ".jsonl":
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                yield f"{path}, row {number}", _read_row(line, f"{path}, row {number}")
-    else:
-        raise ConfigError(f"text: {path}: text is read from .txt and .jsonl files, not from {path.suffix!r}")
-
-
-def _read_row(line: str, where: str) -> Document:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}: not JSON ({error})") from error
-    if isinstance(row, dict) and isinstance(row.get("text"), str):
-        return row["text"]
-    if not (isinstance(row, dict) and "messages" in row):
-        raise ConfigError(f"{where}: expected an object with `text` (a string) or `messages` (a list)")
-    check(row["messages"], {}, where)
-    return row["messages"]
-
-
-def _hash_files(paths: Sequence[str]) -> str:
-    """SHA-256 over the suffixes and bytes of the text files, in order. Raises ConfigError for an unreadable one."""
-    if not paths:
-        raise ConfigError("text: name at least one .txt or .jsonl file")
-    digest = hashlib.sha256()
-    for path in map(Path, paths):
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise ConfigError(f"text: {path} cannot be read: {error.strerror}") from error
-        digest.update(f"{path.suffix} {len(data)} ".encode() + data)
-    return digest.hexdigest()
-
-
-def _environment() -> dict[str, Any]:
-    modules = (torch, transformers, tokenizers)
-    return {**{module.__name__: str(module.__version__) for module in modules}, "threads": torch.get_num_threads()}
-
-
 def _check_same(made_from: dict[str, Any], folder: Path) -> None:
     """Raises ConfigError saying in what `folder` differs from a backbone made from `made_from`."""
     path = folder / "pretrain.json"
@@ -534,16 +240,12 @@ def _check_same(made_from: dict[str, Any], folder: Path) -> None:
         )
     found = read_json(path)
     check_format(found, path)
-    differences = []
-    for section, wanted in made_from.items():
-        pairs = [(section, found.get(section), wanted)]
-        if isinstance(wanted, dict):
-            there = found.get(section) or {}
-            pairs = [(key, there.get(key), wanted.get(key)) for key in sorted({*wanted, *there})]
-        differences += [f"{key} is {new!r}, there {old!r}" for key, old, new in pairs if old != new]
-    if differences:
+    then, now = {key: found.get(key) for key in made_from}, dict(made_from)
+    if isinstance(recorded := then.get("environment"), dict):  # an older version recorded less
+        now["environment"] = {key: value for key, value in now["environment"].items() if key in recorded}
+    if changed := list(differences(then, now)):
         raise ConfigError(
-            f"{folder} was made differently: {'; '.join(differences)}; remove the folder or choose another output"
+            f"{folder} was made differently: {'; '.join(changed)}; remove the folder or choose another output"
         )
 
 
@@ -554,8 +256,3 @@ def _save(model: Phi3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     settle(folder)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)

@@ -356,7 +356,7 @@ class _Run:
                     **asdict(self.position),
                     "recipe": plain(self.recipe),
                     "backbone": asdict(self.model.backbone.identity),
-                    "environment": environment(self.model, self.ranks),
+                    "environment": self._environment(),
                     "logs": self.log.lengths(),
                 },
             )
@@ -397,11 +397,15 @@ class _Run:
             if any(matches(pattern, f"{part}.{key}") for pattern in patterns)
         }
 
+    def _environment(self) -> dict[str, Any]:
+        device, dtype = self.ranks.device.type, str(self.model.backbone.model.dtype)
+        return environment(device=device, dtype=dtype, ranks=self.ranks.count)
+
     def _restore(self, state: Path) -> None:
         """Puts a saved state back. Raises ConfigError naming what differs from the run that saved it."""
         about, tensors = read_state(state)
         self.model.backbone.identity.check(about["backbone"], str(state))
-        then, now = about["environment"], environment(self.model, self.ranks)
+        then, now = about["environment"], self._environment()
         different = [f"{key} {then.get(key)!r} then, {now[key]!r} now" for key in now if now[key] != then.get(key)]
         if different and not self.recipe.allow_changed_environment:
             raise ConfigError(

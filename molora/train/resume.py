@@ -14,8 +14,6 @@ import transformers
 
 from molora.checkpoint.format import check_format
 from molora.config import ConfigError, build, plain
-from molora.model.molora import MoLoRA
-from molora.ranks import Ranks
 from molora.received import read_json
 from molora.train.optim import learning_rate
 from molora.train.recipe import Recipe, StageConfig
@@ -49,16 +47,14 @@ def position_of(about: Mapping[str, Any], recipe: Recipe) -> Position:
     return position
 
 
-def environment(model: MoLoRA, ranks: Ranks) -> dict[str, Any]:
+def environment(**more: Any) -> dict[str, Any]:
     """What must stay the same for a resumed run to equal one that was never stopped."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "device": ranks.device.type,
-        "dtype": str(model.backbone.model.dtype),
         "threads": torch.get_num_threads(),
-        "ranks": ranks.count,
+        **more,
     }
 
 
@@ -91,7 +87,7 @@ def _changes(then: Recipe, now: Recipe, position: Position) -> list[str]:
             {**{key: recipe[key] for key in _KEPT}, "stages": dict(enumerate(recipe["stages"][:begun]))}
             for recipe in (before, after)
         ]
-        found.append(list(_differences(kept[0], kept[1])))
+        found.append(list(differences(kept[0], kept[1])))
     changed = min(found, key=len)
     for index, (old, new) in enumerate(zip(then.stages[:begun], now.stages[:begun], strict=False)):
         done = position.step if index == position.stage else old.steps
@@ -117,11 +113,11 @@ def _other_past(old: StageConfig, new: StageConfig, done: int, last: bool) -> st
     return ""
 
 
-def _differences(then: Mapping[Any, Any], now: Mapping[Any, Any], above: str = "") -> Iterator[str]:
+def differences(then: Mapping[Any, Any], now: Mapping[Any, Any], above: str = "") -> Iterator[str]:
     """The innermost settings that differ, each with both values."""
     for name in {**then, **now}:
         if all(isinstance(side.get(name), Mapping) for side in (then, now)):
-            yield from _differences(then[name], now[name], f"{above}{name}.")
+            yield from differences(then[name], now[name], f"{above}{name}.")
         elif (name in then) != (name in now) or then[name] != now[name]:
             was, has = (f"{side[name]!r:.200}" if name in side else "not set" for side in (then, now))
             yield f"{above}{name}: was {was}, is {has}"
