@@ -24,11 +24,11 @@ from molora.evaluate.judge import (
     exact_match,
     macro_f1,
     question,
-    record,
     scores,
     word_error_rate,
     words,
 )
+from molora.evaluate.results import record
 
 
 @pytest.mark.parametrize(

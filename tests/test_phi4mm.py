@@ -40,7 +40,7 @@ from transformers import (
 import molora
 from molora.config import ConfigError
 from molora.convert.phi4mm import Place, Release
-from molora.convert.release import export_release, import_release, layout_of, opened
+from molora.convert.release import converted, export_release, import_release, layout_of
 from molora.inference.generate import GenerationConfig
 from molora.inference.load import LoadedModel
 from molora.model.backbone import Backbone
@@ -634,22 +634,22 @@ def test_a_release_opens_where_nothing_can_be_kept(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MOLORA_CACHE", str(tmp_path / "file" / "cache"))
-    assert (Path(opened(one_shard)) / "molora.json").is_file()
+    assert (Path(converted(one_shard)) / "molora.json").is_file()
     assert "nothing can be kept there" in capsys.readouterr().err
 
 
 def test_an_edited_release_is_converted_anew(one_shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOLORA_CACHE", str(tmp_path / "cache"))
     folder = Path(shutil.copytree(one_shard, tmp_path / "release"))
-    first = opened(folder)
-    assert opened(folder) == first
+    first = converted(folder)
+    assert converted(folder) == first
     for name in ("config.json", "tokenizer_config.json", "model.safetensors"):
         path = folder / name
         stamp = path.stat()
         path.write_bytes(path.read_bytes())
         os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-        assert opened(folder) != first, name
-        first = opened(folder)
+        assert converted(folder) != first, name
+        first = converted(folder)
 
 
 @pytest.mark.parametrize(

@@ -76,9 +76,8 @@ def locate(source: str | Path, modalities: Sequence[str | Path] = ()) -> Layout:
     return Layout(backbone, folders, run)
 
 
-def model_hashes(source: str | Path, modalities: Sequence[str | Path] = ()) -> dict[str, str]:
+def model_hashes(layout: Layout) -> dict[str, str]:
     """What tells one state of a model from another: the hash of each file that has the hashes of the others."""
-    layout = locate(source, modalities)
     hashes = {name: file_hash(folder / "modality.json") for name, folder in sorted(layout.folders.items())}
     return hashes if layout.run is None else {"molora.json": file_hash(layout.run.folder / "molora.json"), **hashes}
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -193,7 +192,9 @@ def generate(
         )
 
     if messages is not None and output is not None:
-        raise typer.Exit(_generate_rows(opened, messages, output, config, strict))
+        from molora.inference.answers import answer_rows
+
+        raise typer.Exit(0 if answer_rows(opened, messages, output, config, strict=strict) else FAILED_ROWS)
     loaded = opened()
     content = parts + ([{"type": "text", "text": prompt}] if prompt else [])
     for piece in loaded.stream([{"role": "user", "content": content}], config):
@@ -215,20 +216,6 @@ def _rules(given: list[str] | None) -> Any:
     return RouterConfig(options={"rules": rules}) if rules else None
 
 
-def _generate_rows(load: Callable[[], LoadedModel], messages: Path, output: Path, config: Any, strict: bool) -> int:
-    """Answers the rows that have no answer yet; returns the exit code."""
-    from molora.inference.answers import answer_file
-    from molora.terminal import progress, warn
-
-    with answer_file(messages, output) as rows, progress() as bars:
-        loaded = load()
-        bar = bars.add_task("generate", total=len(rows.ids), completed=len(rows.ids) - len(rows.left), note="")
-        rows.fill(loaded, config, strict=strict, advance=lambda: bars.advance(bar))
-    if faults := rows.faults():
-        warn(f"{output}: {faults}")
-    return FAILED_ROWS if faults else 0
-
-
 @app.command("eval")
 def evaluate(
     model: ModelArgument,
@@ -244,56 +231,25 @@ def evaluate(
 ) -> None:
     """Answer the evaluations of a config or a recipe: a table, and JSON in MODEL/evaluation.json, or alone on standard
     output if MODEL is no run. Questions that cannot be asked are counted, and exit code 2 says so."""
-    from molora.checkpoint.opening import model_hashes
     from molora.config import read
-    from molora.data.sources import open_source
-    from molora.evaluate.judge import Evaluations, complaints, judge, record, scores
+    from molora.evaluate.judge import Evaluations
+    from molora.evaluate.results import evaluate_model
     from molora.inference.load import load
-    from molora.terminal import console, print_table, progress, warn
 
-    is_run = (Path(model) / "molora.json").is_file()
-    console.stderr = not is_run
     evaluations = read(Evaluations, config, overrides or (), in_part=True).evaluations
-    sources = {name: open_source(one.data, f"evaluations.{name}.data") for name, one in evaluations.items()}
-    loaded = load(
-        model,
-        modality or (),
-        router=_rules(rule),
-        allow_urls=allow_urls,
-        allow_private_addresses=allow_private_addresses,
-        trust=trust_plugin or (),
-        deterministic_batch=deterministic_batch,
-    )
-    about = {**model_hashes(model, modality or ()), "rules": sorted(rule or ())}
-    results: dict[str, dict[str, float]] = {}
-    told: list[str] = []
-    with progress() as bars:
-        for name, evaluation in evaluations.items():
-            bar = bars.add_task(name, total=len(sources[name]), note="")
-            judged = judge(
-                loaded.model,
-                loaded.processor,
-                sources[name],
-                evaluation,
-                strict=strict,
-                advance=lambda bar=bar: bars.advance(bar),
-            )
-            results[name] = scores(judged, evaluation)
-            told += complaints(name, judged, evaluation)
-            if is_run and (gone := record(Path(model) / "evaluation.json", about, {name: results[name]})):
-                told.append(f"evaluation.json: took out {', '.join(gone)}, which another state of the model gave")
-    counts = ("questions", "failed", "cut_off")
-    rows = [
-        (name, metric, f"{value:.0f}" if metric.startswith(counts) else f"{value:.4f}")
-        for name, metrics in results.items()
-        for metric, value in metrics.items()
-    ]
-    print_table(("evaluation", "metric", "value"), rows)
-    for complaint in told:
-        warn(complaint)
-    if not is_run:
-        print(json.dumps(results))
-    if any(metrics["failed"] for metrics in results.values()):
+
+    def opened() -> LoadedModel:
+        return load(
+            model,
+            modality or (),
+            router=_rules(rule),
+            allow_urls=allow_urls,
+            allow_private_addresses=allow_private_addresses,
+            trust=trust_plugin or (),
+            deterministic_batch=deterministic_batch,
+        )
+
+    if not evaluate_model(opened, Path(model), evaluations, rules=sorted(rule or ()), strict=strict):
         raise typer.Exit(FAILED_ROWS)
 
 
@@ -332,7 +288,6 @@ def verify(
 ) -> None:
     """Check the promises on this model and print a table. It brings its own samples, examples of its modalities; rows
     of its recipe or of a file can be added."""
-    from molora.checkpoint.opening import locate
     from molora.checkpoint.trust import find_received
     from molora.config import ConfigError, read
     from molora.data.messages import media_parts
@@ -373,7 +328,7 @@ def verify(
     if messages is None:  # the recipe may know modalities that have been taken out since
         known = loaded.processor.part_types
         rows = [row for row in rows if all(part["type"] in known for _, part in media_parts(row["messages"]))]
-    raise typer.Exit(0 if check(loaded, rows, locate(model, modality or ()).folders) else 1)
+    raise typer.Exit(0 if check(loaded, rows, loaded.layout.folders) else 1)
 
 
 @convert_app.command("phi4mm")

@@ -150,7 +150,7 @@ def layout_of(source: str | Path) -> Layout | None:
     return MODEL_TYPES.get(kind)
 
 
-def opened(source: str | Path) -> str | Path:
+def converted(source: str | Path) -> str | Path:
     """A released checkpoint as the run that it was converted to, once, in the cache; anything else as it is."""
     if layout_of(source) is None:
         return source

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import re
-import time
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
 
-from molora.config import ConfigError, require
+from molora.config import require
 from molora.data.processor import Processor
 from molora.data.sources import Source, SourceConfig, read_tags
 from molora.inference.generate import Failed, GenerationConfig, Step, attempt, generate
 from molora.model.molora import MoLoRA
 from molora.pack import Sample
-from molora.storage import hold, read_json, write_json
 
 # Every character that Unicode calls a full stop, and those that close a sentence in scripts where none has that name.
 FULL_STOPS = (
@@ -35,7 +32,6 @@ _WITHOUT_SPACES = re.compile(
     "\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 )
 _MAX_NAMED = 3
-_LOCK_TRIES = 50
 
 
 @dataclass(kw_only=True)
@@ -214,23 +210,6 @@ def complaints(name: str, judged: Sequence[Judged], config: EvaluationConfig) ->
             f"({config.max_new_tokens}) and are judged as they are; raise it if answers may be longer"
         )
     return told
-
-
-def record(path: Path, model: Mapping[str, Any], results: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Adds results to those in a file. Returns the names of results that go, because another `model` gave them."""
-    for again in reversed(range(_LOCK_TRIES)):
-        try:
-            with hold(path):
-                known = read_json(path) if path.is_file() else {}
-                old = known.get("evaluations", {})
-                kept = old if known.get("model") == model else {}
-                write_json(path, {"format_version": "1.0", "model": model, "evaluations": {**kept, **results}})
-                return sorted(old.keys() - kept.keys() - results.keys())
-        except ConfigError:  # another evaluation of the run ends at the same moment
-            if not again:
-                raise
-            time.sleep(0.1)
-    raise AssertionError("the last try returns or raises")
 
 
 def words(text: str) -> list[str]:

@@ -17,6 +17,7 @@ from molora.inference.generate import GenerationConfig, attempt
 from molora.inference.load import Answer, LoadedModel
 from molora.pack import Sample
 from molora.storage import hold, write_atomically
+from molora.terminal import progress, warn
 
 _BEGINNING = b'{"id": '
 _MAX_NAMED = 5
@@ -76,6 +77,22 @@ class AnswerFile:
             f"{len(self.failed)} of {len(self.ids)} rows have no answer but an error, and are tried again by the next "
             f"call: {named}"
         )
+
+
+def answer_rows(
+    load: Callable[[], LoadedModel], messages: Path, output: Path, config: GenerationConfig, *, strict: bool = False
+) -> bool:
+    """Answers the rows of a file that have no answer yet, with a bar, and tells which failed. Returns whether none did.
+
+    Raises what `answer_file` raises, before the model is loaded; with `strict` the error of the first row that fails.
+    """
+    with answer_file(messages, output) as rows, progress() as bars:
+        loaded = load()
+        bar = bars.add_task("generate", total=len(rows.ids), completed=len(rows.ids) - len(rows.left), note="")
+        rows.fill(loaded, config, strict=strict, advance=lambda: bars.advance(bar))
+    if faults := rows.faults():
+        warn(f"{output}: {faults}")
+    return not faults
 
 
 def _told(answer: Answer) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from molora.checkpoint.assembly import RouterConfig
-from molora.checkpoint.opening import open_model, pick_device, plan_model
-from molora.convert.release import opened
+from molora.checkpoint.opening import Layout, open_model, pick_device, plan_model
+from molora.convert.release import converted
 from molora.data.messages import Message
 from molora.data.processor import Processor
 from molora.inference.generate import Failed, GenerationConfig, attempt, generate
@@ -34,11 +34,13 @@ class Answer:
 
 
 class LoadedModel:
-    """A model with its processor. `generate` answers conversations; `stream` yields one answer as it comes."""
+    """A model with its processor. `generate` answers conversations; `stream` yields one answer as it comes. `layout`
+    says where the parts of one that was loaded lie."""
 
-    def __init__(self, model: MoLoRA, processor: Processor) -> None:
+    def __init__(self, model: MoLoRA, processor: Processor, layout: Layout | None = None) -> None:
         self.model = model
         self.processor = processor
+        self.layout = layout or Layout("", {}, None)
 
     def generate(
         self,
@@ -135,7 +137,7 @@ def load(
     BackboneRefused for a backbone that cannot run.
     """
     plan = plan_model(
-        opened(source),
+        converted(source),
         modalities,
         router=router,
         dtype=dtype,
@@ -144,4 +146,4 @@ def load(
     )
     model, processor = open_model(plan, pick_device(device))
     model.deterministic_batch = deterministic_batch
-    return LoadedModel(model.eval(), processor)
+    return LoadedModel(model.eval(), processor, Layout(str(plan.backbone.path), dict(plan.folders), plan.run))

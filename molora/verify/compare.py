@@ -15,6 +15,7 @@ from torch import Tensor
 
 from molora.checkpoint.modality_folder import files_in
 from molora.checkpoint.opening import Layout, locate
+from molora.convert.release import converted
 from molora.inference.load import LoadedModel, load
 from molora.model.identity import weights_hash
 from molora.pack import Sample, collate
@@ -36,6 +37,7 @@ def unmoved(
     First come the files of the backbone and of each modality, then the logits of samples that both can run. Returns
     whether all that they share is equal to the bit. `trust` is for both, as in `load`. Raises what `load` raises.
     """
+    old, model = converted(old), converted(model)
     before, after = locate(old), locate(model, modalities)
     same_files = show("files", compare_files(before, after))
     was = load(old, trust=trust)

@@ -1,0 +1,85 @@
+"""The evaluations of a model: run, shown as a table, and kept in the run's evaluation.json."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from molora.checkpoint.opening import model_hashes
+from molora.config import ConfigError
+from molora.data.sources import open_source
+from molora.evaluate.judge import EvaluationConfig, complaints, judge, scores
+from molora.inference.load import LoadedModel
+from molora.storage import hold, read_json, write_json
+from molora.terminal import console, print_table, progress, warn
+
+_LOCK_TRIES = 50
+_COUNTS = ("questions", "failed", "cut_off")
+
+
+def evaluate_model(
+    load: Callable[[], LoadedModel],
+    source: Path,
+    evaluations: Mapping[str, EvaluationConfig],
+    *,
+    rules: Sequence[str] = (),
+    strict: bool = False,
+) -> bool:
+    """Runs evaluations on the model that `load` opens, and prints their scores. Returns whether no question failed.
+
+    Results of a run, the folder `source`, are recorded in its evaluation.json, with the `rules` that its router was
+    given. Those of another model are printed as JSON, alone on standard output.
+    """
+    is_run = (source / "molora.json").is_file()
+    console.stderr = not is_run
+    sources = {name: open_source(one.data, f"evaluations.{name}.data") for name, one in evaluations.items()}
+    loaded = load()
+    about = {**model_hashes(loaded.layout), "rules": list(rules)}
+    results: dict[str, dict[str, float]] = {}
+    told: list[str] = []
+    with progress() as bars:
+        for name, evaluation in evaluations.items():
+            bar = bars.add_task(name, total=len(sources[name]), note="")
+            judged = judge(
+                loaded.model,
+                loaded.processor,
+                sources[name],
+                evaluation,
+                strict=strict,
+                advance=lambda bar=bar: bars.advance(bar),
+            )
+            results[name] = scores(judged, evaluation)
+            told += complaints(name, judged, evaluation)
+            if is_run and (gone := record(source / "evaluation.json", about, {name: results[name]})):
+                told.append(f"evaluation.json: took out {', '.join(gone)}, which another state of the model gave")
+    rows = [
+        (name, metric, f"{value:.0f}" if metric.startswith(_COUNTS) else f"{value:.4f}")
+        for name, metrics in results.items()
+        for metric, value in metrics.items()
+    ]
+    print_table(("evaluation", "metric", "value"), rows)
+    for complaint in told:
+        warn(complaint)
+    if not is_run:
+        print(json.dumps(results))
+    return not any(metrics["failed"] for metrics in results.values())
+
+
+def record(path: Path, model: Mapping[str, Any], results: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Adds results to those in a file. Returns the names of results that go, because another `model` gave them."""
+    for again in reversed(range(_LOCK_TRIES)):
+        try:
+            with hold(path):
+                known = read_json(path) if path.is_file() else {}
+                old = known.get("evaluations", {})
+                kept = old if known.get("model") == model else {}
+                write_json(path, {"format_version": "1.0", "model": model, "evaluations": {**kept, **results}})
+                return sorted(old.keys() - kept.keys() - results.keys())
+        except ConfigError:  # another evaluation of the run ends at the same moment
+            if not again:
+                raise
+            time.sleep(0.1)
+    raise AssertionError("the last try returns or raises")
