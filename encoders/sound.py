@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from molora.encoders.streams import UNKNOWN_BYTES, pieces
+from molora.encoders.sound_files import UNKNOWN_BYTES, pieces
 from molora.media import Sources
 from molora.modality import MediaError
 

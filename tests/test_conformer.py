@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import Phi4MultimodalAudioConfig
 from transformers.models.phi4_multimodal.modeling_phi4_multimodal import Phi4MultimodalAudioModel
 
-from molora.encoders import conformer
-from molora.encoders.conformer import Conformer, ConformerConfig, num_encoded
+from molora.encoders.audio_towers import conformer
+from molora.encoders.audio_towers.conformer import Conformer, ConformerConfig, num_encoded
 from molora.encoders.logmel import num_frames
 from molora.testing import assert_close
 

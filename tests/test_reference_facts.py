@@ -22,7 +22,7 @@ from transformers.models.phi4_multimodal.image_processing_phi4_multimodal import
 
 from molora.data.processor import Processor
 from molora.encoders.audio import Audio, AudioConfig
-from molora.encoders.conformer import num_encoded
+from molora.encoders.audio_towers.conformer import num_encoded
 from molora.encoders.logmel import num_frames
 from molora.encoders.vision import Vision, VisionConfig, lay_out
 from molora.model.rotary import SampleRotary, wrap_rotary

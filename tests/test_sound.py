@@ -16,7 +16,7 @@ import torch
 from molora.encoders import sound
 from molora.encoders.logmel import log_mel
 from molora.encoders.sound import MIN_SAMPLES, SAMPLE_RATE_HZ, load_sound, resample
-from molora.encoders.streams import pieces
+from molora.encoders.sound_files import pieces
 from molora.modality import MediaError
 
 soundfile = pytest.importorskip("soundfile")

@@ -27,8 +27,8 @@ from transformers.models.phi4_multimodal.image_processing_phi4_multimodal import
 from molora.checkpoint.format import tensor_hash
 from molora.config import ConfigError, build, dump
 from molora.encoders.pictures import MAX_FILE_BYTES
-from molora.encoders.siglip import ConvitConfig, TowerConfig
 from molora.encoders.vision import Vision, VisionConfig, lay_out
+from molora.encoders.vision_towers.siglip import ConvitConfig, TowerConfig
 from molora.modality import MediaError, Modality, Origin
 from tests.png import chunk
 

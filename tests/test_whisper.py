@@ -17,7 +17,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from molora.encoders.whisper import PretrainedConfig, PretrainedEar, PretrainedEncoder
+from molora.encoders.audio_towers.pretrained import PretrainedConfig, PretrainedEar, PretrainedEncoder
 from molora.modality import Frames, Origin, Prepared
 
 ARCHITECTURES = ("whisper", "wav2vec2_bert", "parakeet")

@@ -28,7 +28,7 @@ from molora.checkpoint.pretrained import load_backbone
 from molora.checkpoint.run_folder import write_run
 from molora.doctor.memory import on_meta
 from molora.encoders.audio import Audio, AudioConfig
-from molora.encoders.hub import weight_files
+from molora.encoders.pretrained_files import weight_files
 from molora.encoders.vision import VisionConfig
 from molora.modality import MediaError
 from molora.received import TensorFile, read_json

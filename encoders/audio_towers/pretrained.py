@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from molora.encoders.hub import check_keys, check_sizes, fetch, read_json, shapes_only, weight_files
+from molora.encoders.pretrained_files import check_keys, check_sizes, fetch, read_json, shapes_only, weight_files
 from molora.encoders.sound import SAMPLE_RATE_HZ
 from molora.modality import Encoder, Frames, Origin, Prepared, WeightSource
 

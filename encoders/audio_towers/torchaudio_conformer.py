@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from molora.encoders.conformer import Conformer, ConformerConfig
+from molora.encoders.audio_towers.conformer import Conformer, ConformerConfig
 
 
 class TorchaudioConformer(Conformer):

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from molora.config import did_you_mean
-from molora.encoders import openclip
-from molora.encoders.hub import check_keys, check_sizes, fetch, read_json, shapes_only, weight_files
+from molora.encoders.pretrained_files import check_keys, check_sizes, fetch, read_json, shapes_only, weight_files
+from molora.encoders.vision_towers import open_clip_models
 from molora.modality import Origin, WeightSource
 
 Colour = tuple[float, float, float]
@@ -333,19 +333,19 @@ def _open_clip(config: TowerConfig, crop_pixels: int) -> Built:
     repository = config.name
     if config.name and "/" not in config.name:
         wanted = config.pretrained and not config.path
-        repository = openclip.repository(config.name) if wanted else None
+        repository = open_clip_models.repository(config.name) if wanted else None
     source, origin = _source(config, repository)
     about: dict[str, Any] = {}
     if source is not None and source.is_dir():
-        found = read_json(source / openclip.CONFIG_FILE)
+        found = read_json(source / open_clip_models.CONFIG_FILE)
         model = found["model_cfg"]
         about = {key: found["preprocess_cfg"][key] for key in ("mean", "std") if key in found.get("preprocess_cfg", {})}
     else:
-        model = openclip.model_config(config.name or "")
-    architecture, arguments, prefix = openclip.as_timm(model, str(source or config.name))
+        model = open_clip_models.model_config(config.name or "")
+    architecture, arguments, prefix = open_clip_models.as_timm(model, str(source or config.name))
     state = None
     if source is not None and config.pretrained:
-        weights = _read(source, openclip.WEIGHTS_FILE)
+        weights = _read(source, open_clip_models.WEIGHTS_FILE)
         state = {key: value for key, value in weights.items() if key.startswith(prefix)}
         if not state:
             raise ValueError(f"{source}: no weight starts with {prefix!r}: not the weights of this open_clip model")
@@ -470,7 +470,7 @@ def _source(config: TowerConfig, repository: str | None) -> tuple[Path | None, O
     if repository is None:
         return None, None
     # Some repositories hold the same model once per library, in files named for the library.
-    weights = openclip.WEIGHTS_FILE if config.kind == "open_clip" else "model*.safetensors"
+    weights = open_clip_models.WEIGHTS_FILE if config.kind == "open_clip" else "model*.safetensors"
     return fetch(repository, config.revision, ["*.json", weights] if config.pretrained else ["*config.json"])
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from molora.encoders.hub import check_sizes
 from molora.encoders.logmel import NUM_MEL_BINS
+from molora.encoders.pretrained_files import check_sizes
 from molora.modality import Frames
 
 REDUCTION = 8

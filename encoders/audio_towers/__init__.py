@@ -1,0 +1,1 @@
+"""Audio towers: features or waveforms of clips to frames."""

@@ -1,0 +1,1 @@
+"""Vision towers: crops to a grid of frames."""
