@@ -18,7 +18,7 @@ from molora.modality import Modality
 from molora.model import MoLoRA
 from molora.plugins import Finder, Found, find
 from molora.processor import Processor
-from molora.routing import RoutingError
+from molora.routing import RoutingError, check_part
 
 
 @dataclass(kw_only=True)
@@ -110,6 +110,8 @@ def blueprint(
     config = build(modality_class.config_type, options, f"{where}.options")
     try:
         modality = modality_class(name, config)
+        for part in (name, *modality.projectors()):
+            check_part(part)
     except ConfigError:
         raise
     except (OSError, ValueError) as error:

@@ -11,8 +11,9 @@ import inspect
 import json
 import math
 import re
+import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,51 @@ _SILENT = re.compile(
     r"router_aux_loss_coef|gradient_checkpointing|rope_.*|partial_rotary_factor|original_max_position_embeddings",
     re.DOTALL,  # each "dropout" of a long name would be tried if the rest could hold no line break
 )
+# Settings in config.json that molora reads, what holds them, and how that is called.
+_READ: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (
+        ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
+        lambda value: type(value) is int and value > 0,
+        "a whole number over 0",
+    ),
+    (
+        ("num_key_value_heads", "head_dim", "attention_chunk_size", "original_max_position_embeddings"),
+        lambda value: value is None or (type(value) is int and value > 0),
+        "a whole number over 0, or null",
+    ),
+    (
+        ("sliding_window",),
+        lambda value: value is None or (type(value) is int and value >= 0),
+        "a whole number, or null",
+    ),
+    (
+        ("logit_scale", "logits_scaling", "final_logit_softcapping", "attn_logit_softcapping"),
+        lambda value: value is None or _is_number(value),
+        "a finite number, or null",
+    ),
+    (("rope_theta",), lambda value: _is_number(value) and value > 0, "a number over 0"),
+    (
+        ("partial_rotary_factor", "factor"),
+        lambda value: value is None or (_is_number(value) and value > 0),
+        "a number over 0, or null",
+    ),
+    (
+        ("eos_token_id",),
+        lambda value: value is None or all(type(id) is int for id in (value if isinstance(value, list) else [value])),
+        "a token id, a list of them, or null",
+    ),
+    (
+        ("layer_types",),
+        lambda value: value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value)),
+        "a list of names, or null",
+    ),
+)
+# Beyond those of any model; transformers builds them before it compares them with the weights.
+_MAX_LAYERS = 1000
+_MAX_WIDTH = 2**25
+_MAX_WHOLE = 2**53
+_LAYERS = re.compile(r"layers?$|layers_per")
+_WIDTH = re.compile(r"size|dim|width|head|expert|rank|hidden|inner|embd|^d_")
 # File systems tell times apart that are as far apart as this.
 _TICK_SECONDS = 0.02
 
@@ -367,8 +413,46 @@ def fetch(source: str, revision: str | None = None, *, weights: bool = True) -> 
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"backbone {folder}: no config.json; expected a folder that transformers can open")
     _check_folder(folder)
-    check_backbone(read_json(folder / "config.json"), f"backbone {folder}: config.json")
+    path = folder / "config.json"
+    config = read_json(path)
+    check_backbone(config, f"backbone {folder}: config.json")
+    _check_bounds(config, path)
+    _check_read(config, path)
     return folder
+
+
+def _check_bounds(config: Mapping[str, Any], path: Path) -> None:
+    """Raises ConfigError for sizes and numbers of layers beyond those of any model."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _check_bounds(value, path)
+            continue
+        most = _MAX_LAYERS if _LAYERS.search(key) else _MAX_WIDTH if _WIDTH.search(key) else _MAX_WHOLE
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and abs(number) > most:
+                raise ConfigError(
+                    f"{path}: {key} is {value!r:.80}, allowed {most:,} at most; copy the file again from where it came "
+                    "from"
+                )
+
+
+def _check_read(config: Mapping[str, Any], path: Path, called: Mapping[str, str] | None = None) -> None:
+    """Raises ConfigError for a value of another kind than molora reads, there or among the settings of the text model
+    or of RoPE. `called` are settings that a family of models has another name for."""
+    for names, fits, what in _READ:
+        for key in ((called or {}).get(name, name) for name in names):
+            if key in config and not fits(config[key]):
+                raise ConfigError(
+                    f"{path}: {key} is {config[key]!r:.80}, expected {what}; copy the file again from where it came "
+                    "from"
+                )
+    for key, value in config.items():
+        if isinstance(value, Mapping) and re.fullmatch("text_config|rope_.*|.*_attention", key):
+            _check_read(value, path)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _check_folder(folder: Path) -> None:
@@ -403,30 +487,42 @@ def open_stock(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
     # Some released configs name flash attention. Where that is not installed, its kernel would be fetched. What
     # config.json says wins over an argument, but not over the config's own attribute.
     config._attn_implementation = "eager"
-    return _opened(AutoModelForCausalLM, folder, config=config, dtype=dtype, use_safetensors=True)
+    model, about = _opened(
+        AutoModelForCausalLM, folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+    )
+    if missing := sorted(about["missing_keys"]):
+        raise ValueError(
+            f"backbone {folder}: its weights lack {len(missing)} tensors that config.json asks for, such as "
+            f"{missing[0]}, and transformers would make them up; copy the whole folder again"
+        )
+    return model
 
 
 def read_config(folder: Path) -> Any:
     """The config of a folder as transformers has it. Raises OSError, ValueError."""
-    return _opened(AutoConfig, folder)
+    config = _opened(AutoConfig, folder)
+    _check_read(config.to_dict(), folder / "config.json", config.attribute_map)
+    return config
 
 
 def _opened(auto: Any, folder: Path, **options: Any) -> Any:
     """What a class of transformers makes of a folder, without running code of it. Raises OSError, ValueError."""
-    with damage_named(folder):
+    with damage_named(f"backbone {folder}"):
         return auto.from_pretrained(folder, trust_remote_code=False, **options)
 
 
 @contextlib.contextmanager
-def damage_named(folder: Path) -> Iterator[None]:
-    """Makes a ValueError that names the folder of whatever transformers raises over its files."""
+def damage_named(where: str) -> Iterator[None]:
+    """Makes a ConfigError that names the file or folder of whatever transformers' classes raise over it."""
     try:
         yield
-    except (OSError, ValueError, MemoryError):
+    except (ConfigError, OSError, MemoryError):
         raise
     except Exception as error:  # files that are damaged or edited end in errors of every kind there
         told = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"backbone {folder}: transformers cannot open it ({told:.300}); is it whole?") from error
+        raise ConfigError(
+            f"{where}: transformers cannot open it ({told:.300}); is it whole, and made for this version of it?"
+        ) from error
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -368,6 +368,7 @@ def _load(
     """
     with TensorFile(path, path.parent) as file:
         check_shapes(file.shapes, {key: parameter.shape for key, parameter in parameters.items()}, str(path))
+        file.check_dtypes({key: parameter.dtype for key, parameter in parameters.items()})
         tensors = file.tensors(sha256, where)
         with torch.no_grad():
             for key, tensor in check_finite(tensors, str(path)) if finite else tensors:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from molora.routing import Routing, RoutingError, Slice, modality_set, runs
+from molora.routing import Routing, RoutingError, Slice, check_part, modality_set, runs
 
 _BARE = "bare"
 
@@ -46,6 +46,8 @@ class LearnedConfig:
     z: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in self.modalities:
+            check_part(name)
         if self.top_k < 1:
             raise ValueError(f"top_k is at least 1, got {self.top_k}")
         if self.confidence is not None and not 0 <= self.confidence < 1:

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers import GPT2Config, SiglipVisionConfig, SiglipVisionModel
 
 import molora
 from molora.assembly import RouterConfig, assemble, blueprint
-from molora.backbone import load_backbone
+from molora.backbone import load_backbone, read_config
 from molora.checkpoint import (
     copy_modality,
     load_modality,
@@ -31,6 +31,7 @@ from molora.checkpoint import (
     tensor_hash,
     write_run,
 )
+from molora.config import ConfigError
 from molora.encoders.audio import Audio, AudioConfig
 from molora.encoders.hub import weight_files
 from molora.encoders.vision import VisionConfig
@@ -163,6 +164,25 @@ def test_a_name_that_is_none_is_refused_in_every_list(run: Path, name: Any) -> N
     refused(run, 'molora.json: "modalities": .* is no name')
 
 
+@pytest.mark.parametrize("name", ["a.b", "keys", "train", "items", "forward", "__class__", "_modules"])
+def test_a_name_that_torch_has_for_itself_is_refused(run: Path, name: str) -> None:
+    (run / "modalities" / "vision").rename(run / "modalities" / name)
+    change(run / "modalities" / name / "modality.json", lambda about: about.update(name=name))
+    change(run / "molora.json", lambda about: about.update(modalities=[name]))
+    refused(run, f"modality.json: '{name}' cannot name a modality or a projector: torch allows no dot")
+    with pytest.raises(ConfigError, match=f"modalities.{name}: '{name}' cannot name"):
+        blueprint(name, "vision", OPTIONS, ADAPTER, f"modalities.{name}")
+
+
+@pytest.mark.parametrize("name", ["a.b", "keys"])
+def test_a_projector_or_a_gate_of_a_name_that_torch_has_for_itself_is_refused(run: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"audio.options.beside.vision: '{name}' cannot name"):
+        blueprint("audio", "audio", {"beside": {"vision": name}}, ADAPTER, "audio")
+    options = {"modalities": ["vision", name]}
+    change(run / "molora.json", lambda about: about.update(router={"plugin": "learned", "options": options}))
+    refused(run, f"molora.json: options: '{name}' cannot name")
+
+
 def test_a_modality_folder_cannot_call_itself_a_path(run: Path, home: Path) -> None:
     folder = run / "modalities" / "vision"
     change(folder / "modality.json", lambda about: about.update(name="../../x"))
@@ -257,6 +277,7 @@ HEADERS: dict[str, tuple[Any, bytes, str]] = {
     "negative": ({"a": entry(offsets=(-4, 0))}, bytes(4), "has no dtype, shape and data_offsets"),
     "far away": ({"a": entry(shape=(2**60,), offsets=(0, 2**62))}, bytes(4), "was its download interrupted"),
     "overflow": ({"a": entry(shape=(2**62, 4), offsets=(0, 0))}, b"", "needs .* bytes, its offsets give 0"),
+    "more than a float": ({"a": entry(shape=[2**62] * 60)}, bytes(4), r"needs 2.71421e\+1120 bytes, its"),
     "many axes": ({"a": entry(shape=[2] * 10**6)}, bytes(4), "has no dtype, shape"),
     "shape of numbers with points": ({"a": entry(shape=(1.0,))}, bytes(4), "has no dtype, shape"),
     "shape of booleans": ({"a": entry(shape=(True,))}, bytes(4), "has no dtype, shape"),
@@ -370,6 +391,27 @@ def test_numbers_that_are_none_are_told_at_load(run: Path, file: str, value: flo
     save_file(tensors, folder / file)
     listed(folder, file)
     refused(run, f"{file}: {name} holds 1 numbers of .* NaN or infinite")
+
+
+@pytest.mark.parametrize("file", ["projector.safetensors", "adapter_model.safetensors", "encoder.safetensors"])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_a_tensor_of_another_kind_is_not_cast(run: Path, file: str, dtype: torch.dtype) -> None:
+    folder = run / "modalities" / "vision"
+    tensors = load_file(folder / file)
+    name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, folder / file)
+    listed(folder, file)
+    refused(run, f"{file}: {name} is stored as [A-Z0-9_]*, expected F32 or BF16 or F16 or F64; get the file")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_tensors_of_another_precision_are_read(run: Path, dtype: torch.dtype) -> None:
+    folder = run / "modalities" / "vision"
+    for file in ("projector.safetensors", "adapter_model.safetensors"):
+        save_file({name: tensor.to(dtype) for name, tensor in load_file(folder / file).items()}, folder / file)
+        listed(folder, file)
+    molora.load(run, device="cpu")
 
 
 def test_a_tensor_too_many_is_named_before_it_is_read(run: Path) -> None:
@@ -669,6 +711,64 @@ def test_counting_the_memory_of_a_damaged_backbone_is_no_traceback(
         on_meta(backbone, dtype="float32")
 
 
+ODD = {
+    "sliding_window": ["abc", -3, 2**70, 1.5],
+    "logit_scale": ["x", [], True, 2**70],
+    "logits_scaling": ["64", {}],
+    "final_logit_softcapping": ["x", float("inf")],
+    "attn_logit_softcapping": ["x"],
+    "max_position_embeddings": [0, -3, None, "256", 1.5],
+    "num_attention_heads": [0, -1, "4", None],
+    "num_key_value_heads": [0, -2, []],
+    "num_hidden_layers": [0, 2**70, 10**6, "2"],
+    "head_dim": [0, 1.5, 2**70],
+    "hidden_size": ["64", -32, 2**40],
+    "vocab_size": [0, 2**62, None],
+    "intermediate_size": [2**40],
+    "layer_types": [0, [1, 2], "full_attention"],
+    "eos_token_id": ["x", [[1]], 1.5],
+    "rope_theta": [None, "x", 0],
+    "original_max_position_embeddings": ["x", 0],
+    "rope_parameters": [{"rope_theta": None}, {"factor": "x"}, {"full_attention": {"rope_theta": []}}],
+    "text_config": [{"hidden_size": "x"}],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in ODD.items() for value in values])
+def test_an_odd_setting_of_a_backbone_is_named_with_its_file(run: Path, backbone: Path, key: str, value: Any) -> None:
+    change(backbone / "config.json", lambda config: config.update({key: value}))
+    inner = "|".join(value) if isinstance(value, dict) and value else key
+    said = f"backbone/config.json: ({inner}|rope_theta|{key}) is .*, (expected|allowed) .*; copy the file again"
+    refused(run, said)
+    with pytest.raises(ValueError, match=said):
+        on_meta(backbone, dtype="float32")
+
+
+@pytest.mark.parametrize("key", ["n_positions", "n_embd", "n_layer"])
+def test_an_odd_setting_under_a_familys_own_name_is_named_too(tmp_path: Path, key: str) -> None:
+    config = GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=300).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: 0}))
+    with pytest.raises(ConfigError, match=f"config.json: {key} is 0, expected a whole number over 0"):
+        read_config(tmp_path)
+
+
+def test_weights_that_are_not_there_are_not_made_up(backbone: Path) -> None:
+    tensors = load_file(backbone / "model.safetensors")
+    name = next(name for name in tensors if "layers.1" in name)
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, backbone / "model.safetensors")
+    with pytest.raises(ValueError, match=f"its weights lack 1 tensors .* such as {name}"):
+        molora.load(backbone, device="cpu")
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_links_of_a_backbone_are_followed_to_files_as_people_share_weights(
+    run: Path, backbone: Path, tmp_path: Path, file: str
+) -> None:
+    shutil.move(backbone / file, tmp_path / file)
+    (backbone / file).symlink_to(tmp_path / file)
+    molora.load(run, device="cpu")
+
+
 def test_counting_memory_leads_to_no_other_model_either(backbone: Path) -> None:
     (backbone / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="holds adapter_config.json"):
@@ -697,7 +797,7 @@ def test_code_of_a_backbone_does_not_run(run: Path, backbone: Path, canary: Path
     code = {"AutoConfig": "modeling.M", "AutoModelForCausalLM": "modeling.M", "AutoTokenizer": ["modeling.M", None]}
     for file in ("config.json", "tokenizer_config.json"):
         change(backbone / file, lambda config: config.update(auto_map=code, model_type="surprise"))
-    with pytest.raises((ValueError, OSError), match="trust_remote_code|does not recognize|surprise"):
+    with pytest.raises((ValueError, OSError), match="custom code|does not recognize|surprise"):
         molora.load(run, device="cpu")
 
 
