@@ -530,6 +530,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     tokenizer = _opened(AutoTokenizer, folder)
     if tokenizer.chat_template is None:
         raise ValueError(f"backbone {folder}: its tokenizer has no chat template; add one (chat_template.jinja)")
+    if not _is_number(tokenizer.model_max_length):
+        raise ConfigError(
+            f"{folder / 'tokenizer_config.json'}: model_max_length is {tokenizer.model_max_length!r:.80}, expected a "
+            "number; copy the file again from where it came from"
+        )
     return tokenizer
 
 

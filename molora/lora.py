@@ -146,12 +146,12 @@ def lora_config(options: Mapping[str, Any], where: str) -> LoraConfig:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"{where}.{key}: PEFT's LoraConfig has no such option{hint}")
-    if not options.get("target_modules"):
-        raise ConfigError(f"{where}.target_modules: missing; name the backbone's linear layers to adapt")
     return _config(options, where)
 
 
 def _config(options: Mapping[str, Any], where: str) -> LoraConfig:
+    if not options.get("target_modules"):
+        raise ConfigError(f"{where}.target_modules: missing; name the backbone's linear layers to adapt")
     _check_values(options, where)
     try:
         with warnings.catch_warnings():

@@ -60,11 +60,10 @@ def open_file(path: Path, folder: Path | None = None) -> BinaryIO:
     if folder is not None and not any(real.is_relative_to(place) for place in _inside(folder)):
         raise ValueError(f"{path}: leads out of {folder}, to {real}, and is not followed; put a copy in its place")
     descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    file = open(descriptor, "rb", buffering=0)  # noqa: SIM115  (the caller closes it)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        file.close()
+        os.close(descriptor)
         raise ValueError(f"{path}: is no regular file; put the file itself there")
-    return file
+    return open(descriptor, "rb", buffering=0)
 
 
 def _inside(folder: Path) -> Iterator[Path]:
@@ -312,6 +311,8 @@ class TensorFile:
         metadata = values.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
             raise self._broken("__metadata__ is no list of texts by name")
+        if strange := next((name for name in values if not name.isprintable()), None):
+            raise self._broken(f"{strange!r:.80} is no name of a tensor")
         entries = sorted(
             ((name, self._entry(name, value)) for name, value in values.items()), key=lambda pair: pair[1][2:]
         )

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from molora.routing import Routing, RoutingError, Slice, check_part, modality_set, runs
 
 _BARE = "bare"
+_MAX_MODALITIES = 1000
 
 
 @dataclass
@@ -46,6 +47,8 @@ class LearnedConfig:
     z: float = 0.0
 
     def __post_init__(self) -> None:
+        if len(self.modalities) > _MAX_MODALITIES:
+            raise ValueError(f"it is made for {len(self.modalities)} modalities, allowed {_MAX_MODALITIES}")
         for name in self.modalities:
             check_part(name)
         if self.top_k < 1:

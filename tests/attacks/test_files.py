@@ -414,6 +414,87 @@ def test_tensors_of_another_precision_are_read(run: Path, dtype: torch.dtype) ->
     molora.load(run, device="cpu")
 
 
+def test_a_name_of_a_tensor_writes_nothing_on_the_terminal(run: Path) -> None:
+    folder = run / "modalities" / "vision"
+    save_file({"\x1b[2J\n": torch.ones(1)}, folder / "projector.safetensors")
+    listed(folder, "projector.safetensors")
+    refused(run, r"'\\x1b\[2J\\n' is no name of a tensor")
+
+
+def test_a_folder_in_place_of_a_file_is_named(run: Path) -> None:
+    (run / "modalities" / "vision" / "projector.safetensors").unlink()
+    (run / "modalities" / "vision" / "projector.safetensors").mkdir()
+    refused(run, "projector.safetensors: is no regular file")
+
+
+MODALITY_EDITS: list[tuple[Callable[[Any], object], str]] = [
+    (lambda about: about.update(options=None), "options is None"),
+    (lambda about: about["options"].update({"tower.kind": "x"}), "tower.kind: no such key"),
+    (lambda about: about["options"].update(crop_pixels=-64), "a crop of -64 pixels"),
+    (lambda about: about["options"].update(pool=0), "cannot be pooled by 0"),
+    (lambda about: about["options"].update(max_pixels=-1), "max_pixels from 1"),
+    (lambda about: about["options"].update(crop_pixels="${oc.env:HOME}"), "expected int, got '\\${oc.env:HOME}'"),
+    (lambda about: about["options"]["tower"].update(kind="other"), "kind: expected one of"),
+    (lambda about: about["options"]["tower"]["convit"].update(heads=0), "convit: every size is at least 1"),
+    (lambda about: about["options"]["tower"]["convit"].update(depth=0), "convit: every size is at least 1"),
+    (lambda about: about.update(part_type="text"), "part_type was 'text', is 'image'"),
+    (lambda about: about.update(frame_width=16.0), "frame_width is 16.0, expected a whole number"),
+    (lambda about: about.update(projectors=[["default"]]), "projectors was"),
+    (lambda about: about["backbone"].update(weights=[1] * 10**5), "trained with other backbone weights"),
+    (lambda about: about["backbone"].update(weights="", source="\x1b[2J\n" * 10**5), "trained with other backbone"),
+    (lambda about: about.update(backbone={}), "trained with other backbone weights"),
+    (lambda about: about["files"].update({"modality.json": "0" * 64}), "does not have the hash"),
+    (lambda about: about.pop("format_version"), "format version 'None'"),
+    (lambda about: about.update(name="\ud800"), "is no name"),
+    (lambda about: about.update(plugin="\ud800"), "no modality is called"),
+    (lambda about: about.update(plugin="molora.encoders.vision:"), "has no ''"),
+    (lambda about: about.update(plugin="molora...:x"), "importing 'molora...' failed"),
+    (lambda about: about.update(plugin="molora.encoders.vision:Vision.load"), "has no 'Vision.load'"),
+    (lambda about: about.update(plugin_sha256=[1]), "no plugin's; copy the folder again"),
+]
+RUN_EDITS: list[tuple[Callable[[Any], object], str]] = [
+    (lambda about: about["backbone"].update(folder="a\0b"), "folder is .*, expected a text"),
+    (lambda about: about["backbone"].update(folder="\ud800"), "folder is .*, expected a text"),
+    (lambda about: about["backbone"].update(folder="molora.json"), "its backbone is not in"),
+    (lambda about: about["backbone"].update(folder=None, source="a b\n"), "source is .*, expected a text"),
+    (lambda about: about["backbone"].update(dtype="\x1b[2J"), "dtype is .*, expected a text"),
+    (lambda about: about["backbone"].update(dtype="int8"), "dtype 'int8' is none"),
+    (lambda about: about["router"].update(options={"rules": {"vision": "other"}}), "names adapter 'other'"),
+    (lambda about: about["router"].update(options={"rules": {"+": "vision"}}), "a rule for text alone"),
+    (
+        lambda about: about.update(router={"plugin": "learned", "options": {"modalities": ["vision"] * 20000}}),
+        "made for 20000 modalities, allowed 1000",
+    ),
+    (lambda about: about.update(router_sha256={"a": 1}), "no plugin's; copy the folder again"),
+]
+ADAPTER_EDITS: list[tuple[Callable[[Any], object], str]] = [
+    (lambda about: about.update(target_modules=None), "target_modules: missing"),
+    (lambda about: about.update(target_modules=["lm_head"]), "lm_head is the output head"),
+    (lambda about: about.update(target_modules=[["o_proj"]]), "target_modules: .* is refused"),
+    (lambda about: about.update(layers_to_transform=[-1]), "hits nothing"),
+    (lambda about: about.update(exclude_modules=["o_proj"]), "hits nothing"),
+    (lambda about: about.update(r=True), "r: True is refused"),
+    (lambda about: about.update(peft_type=None), "peft_type is None, expected LORA"),
+]
+
+
+@pytest.mark.parametrize(
+    ("file", "edit", "said"),
+    [
+        *(("modalities/vision/modality.json", *edited) for edited in MODALITY_EDITS),
+        *(("molora.json", *edited) for edited in RUN_EDITS),
+        *(("modalities/vision/adapter_config.json", *edited) for edited in ADAPTER_EDITS),
+    ],
+)
+def test_an_edit_of_a_received_run_is_one_clear_error(
+    run: Path, file: str, edit: Callable[[Any], object], said: str
+) -> None:
+    change(run / file, edit)
+    if file.endswith("adapter_config.json"):
+        listed(run / "modalities" / "vision", "adapter_config.json")
+    refused(run, said)
+
+
 def test_a_tensor_too_many_is_named_before_it_is_read(run: Path) -> None:
     folder = run / "modalities" / "vision"
     save_file({**load_file(folder / "projector.safetensors"), "more": torch.ones(1)}, folder / "projector.safetensors")
@@ -767,6 +848,12 @@ def test_links_of_a_backbone_are_followed_to_files_as_people_share_weights(
     shutil.move(backbone / file, tmp_path / file)
     (backbone / file).symlink_to(tmp_path / file)
     molora.load(run, device="cpu")
+
+
+def test_a_length_of_a_tokenizer_that_is_no_number_is_told(backbone: Path) -> None:
+    change(backbone / "tokenizer_config.json", lambda config: config.update(model_max_length="x"))
+    with pytest.raises(ConfigError, match="tokenizer_config.json: model_max_length is 'x', expected a number"):
+        molora.load(backbone, device="cpu")
 
 
 def test_counting_memory_leads_to_no_other_model_either(backbone: Path) -> None:
