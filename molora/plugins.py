@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -98,7 +99,10 @@ def find(kind: Kind, spec: str) -> Found:
     if the class lacks members.
     """
     if file := file_of(spec):
-        path = Path(file[0]).expanduser().resolve()
+        try:
+            path = Path(os.path.realpath(os.path.expanduser(file[0])))
+        except ValueError as error:
+            raise ConfigError(f"{kind} {spec!r}: no path of a file ({error})") from error
         return find_in_file(kind, spec, path, lambda: _source(path))
     target = spec if ":" in spec else _named(kind, spec).spec
     module_name, _, class_name = target.rpartition(":")

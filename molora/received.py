@@ -10,6 +10,7 @@ import re
 import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -32,6 +33,8 @@ _DTYPES: dict[str, tuple[int, torch.dtype | None]] = {
     **{"F8_E4M3FNUZ": (8, torch.float8_e4m3fnuz), "F8_E5M2FNUZ": (8, torch.float8_e5m2fnuz)},
     **{"F4": (4, None), "F6_E2M3": (6, None), "F6_E3M2": (6, None)},
 }
+# What weights are stored as.
+FLOATS = ("F32", "BF16", "F16", "F64")
 
 
 def check_name(name: object, where: str) -> str:
@@ -57,11 +60,10 @@ def open_file(path: Path, folder: Path | None = None) -> BinaryIO:
     if folder is not None and not any(real.is_relative_to(place) for place in _inside(folder)):
         raise ValueError(f"{path}: leads out of {folder}, to {real}, and is not followed; put a copy in its place")
     descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    file = open(descriptor, "rb", buffering=0)  # noqa: SIM115  (the caller closes it)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        file.close()
+        os.close(descriptor)
         raise ValueError(f"{path}: is no regular file; put the file itself there")
-    return file
+    return open(descriptor, "rb", buffering=0)
 
 
 def _inside(folder: Path) -> Iterator[Path]:
@@ -197,7 +199,7 @@ class TensorFile:
         self.path = path
         self._file = open_file(path, folder)
         try:
-            self._start = _stamp(self._file)
+            self._start = _stamp(self._file.fileno())
             self._header = self._read_header()
             self.entries = self._read_entries()
         except BaseException:
@@ -213,6 +215,19 @@ class TensorFile:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: entry.shape for name, entry in self.entries.items()}
+
+    def check_dtypes(self, expected: Mapping[str, torch.dtype]) -> None:
+        """Raises ValueError for the first tensor that would become another kind of number; floats may be any of those
+        that training computes with."""
+        for name, entry in self.entries.items():
+            into = expected[name]
+            same = [key for key, (_, dtype) in _DTYPES.items() if dtype == into]
+            allowed = FLOATS if into.is_floating_point else same
+            if entry.dtype not in allowed:
+                raise ValueError(
+                    f"{self.path}: {name} is stored as {entry.dtype}, expected {' or '.join(allowed)}; get the file as "
+                    "it was saved"
+                )
 
     def tensors(self, sha256: str | None = None, where: Path | None = None) -> Iterator[tuple[str, Tensor]]:
         """All tensors, one at a time. With `sha256`, the hash of the very bytes that they were made of is compared
@@ -266,7 +281,7 @@ class TensorFile:
             raise ValueError(f"{self.path}: ended while it was read; let what writes it finish, and try again")
 
     def _check_unchanged(self) -> None:
-        if _stamp(self._file) != self._start:
+        if _stamp(self._file.fileno()) != self._start:
             raise ValueError(f"{self.path}: was written to while it was read; let what writes it finish, and try again")
 
     def _broken(self, why: str) -> ValueError:
@@ -296,6 +311,8 @@ class TensorFile:
         metadata = values.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
             raise self._broken("__metadata__ is no list of texts by name")
+        if strange := next((name for name in values if not name.isprintable()), None):
+            raise self._broken(f"{strange!r:.80} is no name of a tensor")
         entries = sorted(
             ((name, self._entry(name, value)) for name, value in values.items()), key=lambda pair: pair[1][2:]
         )
@@ -324,20 +341,20 @@ class TensorFile:
         bits = math.prod(shape) * _DTYPES[dtype][0]
         if bits != 8 * (stop - start):
             raise self._broken(
-                f"{name!r:.80} of {dtype} {shape!r:.80} needs {bits / 8:g} bytes, its offsets give {stop - start}"
+                f"{name!r:.80} of {dtype} {shape!r:.80} needs {Decimal(bits) / 8:.6g} bytes, its offsets give "
+                f"{stop - start}"
             )
         return Entry(dtype, tuple(shape), start, stop)
 
 
 def stamps(paths: Iterable[Path]) -> list[tuple[str, int, int, int, int]]:
     """What changes when a file is written or replaced, even by one of the same size whose time was set back."""
-    found = [(str(path), path.stat()) for path in paths]
-    return [(name, at.st_size, at.st_ino, at.st_mtime_ns, at.st_ctime_ns) for name, at in found]
+    return [(str(path), *_stamp(path)) for path in paths]
 
 
-def _stamp(file: BinaryIO) -> tuple[int, int, int]:
-    found = os.fstat(file.fileno())
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+def _stamp(file: Path | int) -> tuple[int, int, int, int]:
+    found = os.stat(file)
+    return found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns
 
 
 def shard_names(folder: Path, name: str = "model.safetensors") -> set[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from molora.pack import Pack
@@ -33,6 +33,15 @@ def modality_set(key: str, where: str) -> frozenset[str]:
 def name_of(modalities: Iterable[str]) -> str:
     """What a set of modalities is called, such as "audio+vision"; none is "text"."""
     return "+".join(sorted(modalities)) or "text"
+
+
+def check_part(name: str) -> None:
+    """Raises ValueError for a name under which torch's modules cannot hold a part of the model."""
+    if "." in name or hasattr(nn.ModuleDict(), name):
+        raise ValueError(
+            f"{name!r:.80} cannot name a modality or a projector: torch allows no dot in the name of a module, and no "
+            "name that nn.ModuleDict has for itself, such as keys; take another name"
+        )
 
 
 class Slice(NamedTuple):

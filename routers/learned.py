@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from molora.routing import Routing, RoutingError, Slice, modality_set, runs
+from molora.routing import Routing, RoutingError, Slice, check_part, modality_set, runs
 
 _BARE = "bare"
+_MAX_MODALITIES = 1000
 
 
 @dataclass
@@ -46,6 +47,10 @@ class LearnedConfig:
     z: float = 0.0
 
     def __post_init__(self) -> None:
+        if len(self.modalities) > _MAX_MODALITIES:
+            raise ValueError(f"it is made for {len(self.modalities)} modalities, allowed {_MAX_MODALITIES}")
+        for name in self.modalities:
+            check_part(name)
         if self.top_k < 1:
             raise ValueError(f"top_k is at least 1, got {self.top_k}")
         if self.confidence is not None and not 0 <= self.confidence < 1:

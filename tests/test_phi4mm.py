@@ -670,7 +670,7 @@ def test_settings_of_another_form_are_told_in_one_line(
     config = json.loads((folder / "config.json").read_text())
     edit(config)
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=r"config\.json.*(not the settings of Phi-4-multimodal|lora)") as caught:
+    with pytest.raises(ConfigError, match=r"config\.json.*(cannot open it|lora|expected)") as caught:
         import_release(folder, tmp_path / "run")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()

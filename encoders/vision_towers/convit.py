@@ -25,9 +25,10 @@ class Convit(Tower):
 
     def __init__(self, config: ConvitConfig, crop_pixels: int):
         super().__init__()
-        if config.width % 4 or config.width % config.heads or config.depth < 1:
+        sizes = min(config.width, config.heads, config.depth)
+        if sizes < 1 or config.width % 4 or config.width % config.heads:
             raise ValueError(
-                f"convit: width is a multiple of 4 and of heads, and depth at least 1; got width {config.width}, "
+                f"convit: every size is at least 1, and width a multiple of 4 and of heads; got width {config.width}, "
                 f"heads {config.heads}, depth {config.depth}"
             )
         self.width, self.grid = config.width, crop_pixels // 8

@@ -18,7 +18,7 @@ from molora.model.backbone import Backbone
 from molora.model.lora import lora_config
 from molora.model.molora import MoLoRA
 from molora.plugins import Finder, Found, find
-from molora.routing import RoutingError
+from molora.routing import RoutingError, check_part
 
 
 @dataclass(kw_only=True)
@@ -110,6 +110,8 @@ def blueprint(
     config = build(modality_class.config_type, options, f"{where}.options")
     try:
         modality = modality_class(name, config)
+        for part in (name, *modality.projectors()):
+            check_part(part)
     except ConfigError:
         raise
     except (OSError, ValueError) as error:

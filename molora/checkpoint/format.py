@@ -63,6 +63,7 @@ def fill(parameters: Mapping[str, Tensor], path: Path, sha256: str | None, where
     """
     with TensorFile(path, path.parent) as file:
         check_shapes(file.shapes, {key: parameter.shape for key, parameter in parameters.items()}, str(path))
+        file.check_dtypes({key: parameter.dtype for key, parameter in parameters.items()})
         tensors = file.tensors(sha256, where)
         with torch.no_grad():
             for key, tensor in check_finite(tensors, str(path)) if finite else tensors:

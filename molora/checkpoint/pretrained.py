@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,16 @@ import transformers
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from molora.checkpoint.settings import check_bounds, check_code, check_kinds, is_number
 from molora.config import ConfigError
 from molora.data.prompt import ChatTemplate
 from molora.model.backbone import Backbone
 from molora.model.identity import Identity, describe, remember, weight_stamps
-from molora.plugins import Untrusted
 from molora.received import read_json, shard_names
 from molora.terminal import warn
 
 # What is fetched of a model on the hub; no pickles, no code.
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-# What transformers computes with by itself; other ways are kernels, which it may fetch from the hub.
-_EXPERTS = ("None", "eager", "grouped_mm", "batched_mm")
 _DTYPES = {
     "float32": torch.float32,
     "fp32": torch.float32,
@@ -90,7 +88,11 @@ def fetch(source: str, revision: str | None = None, *, weights: bool = True) -> 
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"backbone {folder}: no config.json; expected a folder that transformers can open")
     _check_folder(folder)
-    check_backbone(read_json(folder / "config.json"), f"backbone {folder}: config.json")
+    path = folder / "config.json"
+    config = read_json(path)
+    check_code(config, f"backbone {folder}: config.json")
+    check_bounds(config, path)
+    check_kinds(config, path)
     return folder
 
 
@@ -105,12 +107,22 @@ def open_stock(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
     # Some released configs name flash attention. Where that is not installed, its kernel would be fetched. What
     # config.json says wins over an argument, but not over the config's own attribute.
     config._attn_implementation = "eager"
-    return _opened(AutoModelForCausalLM, folder, config=config, dtype=dtype, use_safetensors=True)
+    model, about = _opened(
+        AutoModelForCausalLM, folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+    )
+    if missing := sorted(about["missing_keys"]):
+        raise ValueError(
+            f"backbone {folder}: its weights lack {len(missing)} tensors that config.json asks for, such as "
+            f"{missing[0]}, and transformers would make them up; copy the whole folder again"
+        )
+    return model
 
 
 def read_config(folder: Path) -> Any:
     """The config of a folder as transformers has it. Raises OSError, ValueError."""
-    return _opened(AutoConfig, folder)
+    config = _opened(AutoConfig, folder)
+    check_kinds(config.to_dict(), folder / "config.json", config.attribute_map)
+    return config
 
 
 def _check_folder(folder: Path) -> None:
@@ -136,20 +148,22 @@ def _check_folder(folder: Path) -> None:
 
 def _opened(auto: Any, folder: Path, **options: Any) -> Any:
     """What a class of transformers makes of a folder, without running code of it. Raises OSError, ValueError."""
-    with damage_named(folder):
+    with damage_named(f"backbone {folder}"):
         return auto.from_pretrained(folder, trust_remote_code=False, **options)
 
 
 @contextlib.contextmanager
-def damage_named(folder: Path) -> Iterator[None]:
-    """Makes a ValueError that names the folder of whatever transformers raises over its files."""
+def damage_named(where: str) -> Iterator[None]:
+    """Makes a ConfigError that names the file or folder of whatever transformers' classes raise over it."""
     try:
         yield
-    except (OSError, ValueError, MemoryError):
+    except (ConfigError, OSError, MemoryError):
         raise
     except Exception as error:  # files that are damaged or edited end in errors of every kind there
         told = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"backbone {folder}: transformers cannot open it ({told:.300}); is it whole?") from error
+        raise ConfigError(
+            f"{where}: transformers cannot open it ({told:.300}); is it whole, and made for this version of it?"
+        ) from error
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -157,23 +171,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     tokenizer = _opened(AutoTokenizer, folder)
     if tokenizer.chat_template is None:
         raise ValueError(f"backbone {folder}: its tokenizer has no chat template; add one (chat_template.jinja)")
+    if not is_number(tokenizer.model_max_length):
+        raise ConfigError(
+            f"{folder / 'tokenizer_config.json'}: model_max_length is {tokenizer.model_max_length!r:.80}, expected a "
+            "number; copy the file again from where it came from"
+        )
     return tokenizer
-
-
-def check_backbone(config: Mapping[str, Any], where: str) -> None:
-    """Raises Untrusted for a config.json that names a library or a kernel, which transformers would import or fetch."""
-    for key, value in config.items():
-        if key == "quantization_config" and value:
-            raise Untrusted(
-                f"{where}: quantization_config wants a library to unpack the weights with; molora reads weights as "
-                "they are: give the model before it was quantised"
-            )
-        kernels = "attn_implementation" in key and "/" in str(value)
-        experts = "experts_implementation" in key and str(value) not in _EXPERTS
-        if kernels or experts:
-            raise Untrusted(
-                f"{where}: {key} is {value!r:.80}, code that would be fetched and run; take {key} out, which changes "
-                "no weight"
-            )
-        if isinstance(value, Mapping):
-            check_backbone(value, where)

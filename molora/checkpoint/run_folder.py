@@ -117,7 +117,8 @@ def read_run(run: Path) -> RunAbout:
     backbone, names = about["backbone"], about["modalities"]
     for key in ("source", "folder", "dtype"):
         value = backbone.get(key)
-        if (not isinstance(value, str) and (value is not None or key == "source")) or len(value or "") > 4096:
+        text = isinstance(value, str) and value.isprintable() and len(value) <= 4096
+        if not text and (value is not None or key == "source"):
             raise ValueError(f'{path}: "backbone": {key} is {value!r:.80}, expected a text; copy it again')
     for name in names:
         check_name(name, f'{path}: "modalities"')

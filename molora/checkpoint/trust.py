@@ -90,7 +90,7 @@ def _on_word(kind: Kind, word: str, sha256: str | None) -> Found:
 def _remembered_file(kind: Kind, spec: str, sha256: str | None) -> Found:
     path, class_name = file_of(spec) or ("", "")
     if sha256 is None:  # an older molora wrote it: the folder says where the file lies
-        place = Path(path).expanduser().absolute()
+        place = Path(os.path.expanduser(path)).absolute()
     elif known := _memory_of(sha256):
         place = known.path
     else:
@@ -116,8 +116,10 @@ def _remembered_module(kind: Kind, spec: str, sha256: str | None) -> Found:
     known = None if now is None else _memory_of(now)
     if sha256 is not None and sha256 != now:
         raise _refused(kind, spec, sha256, f"the module that is installed has SHA-256 {now}, in {file}")
-    if known is None or known.module != module:
+    if file is None or known is None or known.module != module:
         raise _refused(kind, spec, sha256)
+    if not os.path.exists(known.path) or not os.path.samefile(file, known.path):
+        raise _refused(kind, spec, sha256, f"it was trusted in {known.path}, and is now in {file}, beside other files")
     return find(kind, spec)
 
 

@@ -6,7 +6,6 @@ are kept beside the backbone, so that a run can be written in either layout.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -35,7 +34,7 @@ from transformers import (
 from molora.checkpoint.assembly import RouterConfig
 from molora.checkpoint.format import check_format, tensor_hash
 from molora.checkpoint.modality_folder import describe_modality, files_in, read_blueprint
-from molora.checkpoint.pretrained import fetch, identify
+from molora.checkpoint.pretrained import damage_named, fetch, identify
 from molora.checkpoint.run_folder import read_run, write_run
 from molora.config import ConfigError
 from molora.convert.phi4mm import (
@@ -187,7 +186,7 @@ def import_release(source: str | Path, run: Path) -> None:
         raise ConfigError(f"{run}: is there already; name a folder that is not")
     folder = fetch(str(source))
     tensors, release = _read_release(folder, layout)
-    with _of_form(folder / "config.json"):
+    with damage_named(str(folder / "config.json")):
         places = release.places()
     tensors.check({place.named(layout): place.released_shape for place in places}, str(folder))
 
@@ -259,24 +258,10 @@ def _read_release(folder: Path, layout: Layout) -> tuple[_Tensors, Release]:
             raise ValueError(f"{file}: missing; copy the whole release, in which it holds part of the weights")
     tensors = _Tensors(files)
     adapters = None if layout == "hub" else {name: lora.read_adapter(folder / f) for name, (f, _) in ADAPTERS.items()}
-    with _of_form(path):
+    with damage_named(str(path)):
         release = _understood(path, values, tensors, adapters)
     check_settings(release.config, path)
     return tensors, release
-
-
-@contextlib.contextmanager
-def _of_form(path: Path) -> Iterator[None]:
-    """Makes a ConfigError that names the file of what reading settings of another form ends in."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:  # settings of another form end in errors of every kind in transformers' classes
-        told = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigError(
-            f"{path}: not the settings of Phi-4-multimodal ({told:.300}); copy the file again from where it came from"
-        ) from error
 
 
 def _understood(
@@ -374,7 +359,7 @@ def export_release(run: Path, folder: Path, layout: Layout | None = None) -> Non
         adapters[name] = plan.adapter
     about = read_json(kept / _ABOUT)
     check_format(about, kept / _ABOUT)
-    with _of_form(kept / _ABOUT):
+    with damage_named(str(kept / _ABOUT)):
         own: Layout = about["layout"]
         layout = layout or own
         release = Release(Phi4MultimodalConfig.from_dict(about["config"]), adapters, int(about["max_crops"]))

@@ -163,7 +163,7 @@ def _backbone(given: BackboneConfig, dtype: str | None) -> Backbone:
     if dtype is None and config.dtype is None:
         raise ConfigError(f"backbone {source!r}: its config.json names no dtype, and weights are not read; give dtype")
     cast = config.dtype if dtype is None else read_dtype(dtype)
-    with damage_named(folder):
+    with damage_named(f"backbone {folder}"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=cast, attn_implementation="eager", trust_remote_code=False
         )

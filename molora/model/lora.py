@@ -149,6 +149,8 @@ def lora_config(options: Mapping[str, Any], where: str) -> LoraConfig:
 
 
 def _config(options: Mapping[str, Any], where: str) -> LoraConfig:
+    if not options.get("target_modules"):
+        raise ConfigError(f"{where}.target_modules: missing; name the backbone's linear layers to adapt")
     _check_values(options, where)
     try:
         with warnings.catch_warnings():

@@ -18,14 +18,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers import GPT2Config, SiglipVisionConfig, SiglipVisionModel
 
 import molora
 from molora.checkpoint.assembly import RouterConfig, assemble, blueprint
 from molora.checkpoint.format import tensor_hash
 from molora.checkpoint.modality_folder import copy_modality, load_modality, read_blueprint, save_modality
-from molora.checkpoint.pretrained import load_backbone
+from molora.checkpoint.pretrained import load_backbone, read_config
 from molora.checkpoint.run_folder import write_run
+from molora.config import ConfigError
 from molora.doctor.memory import on_meta
 from molora.encoders.audio import Audio, AudioConfig
 from molora.encoders.pretrained_files import weight_files
@@ -158,6 +159,25 @@ def test_a_name_that_is_none_is_refused_in_every_list(run: Path, name: Any) -> N
     refused(run, 'molora.json: "modalities": .* is no name')
 
 
+@pytest.mark.parametrize("name", ["a.b", "keys", "train", "items", "forward", "__class__", "_modules"])
+def test_a_name_that_torch_has_for_itself_is_refused(run: Path, name: str) -> None:
+    (run / "modalities" / "vision").rename(run / "modalities" / name)
+    change(run / "modalities" / name / "modality.json", lambda about: about.update(name=name))
+    change(run / "molora.json", lambda about: about.update(modalities=[name]))
+    refused(run, f"modality.json: '{name}' cannot name a modality or a projector: torch allows no dot")
+    with pytest.raises(ConfigError, match=f"modalities.{name}: '{name}' cannot name"):
+        blueprint(name, "vision", OPTIONS, ADAPTER, f"modalities.{name}")
+
+
+@pytest.mark.parametrize("name", ["a.b", "keys"])
+def test_a_projector_or_a_gate_of_a_name_that_torch_has_for_itself_is_refused(run: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"audio.options.beside.vision: '{name}' cannot name"):
+        blueprint("audio", "audio", {"beside": {"vision": name}}, ADAPTER, "audio")
+    options = {"modalities": ["vision", name]}
+    change(run / "molora.json", lambda about: about.update(router={"plugin": "learned", "options": options}))
+    refused(run, f"molora.json: options: '{name}' cannot name")
+
+
 def test_a_modality_folder_cannot_call_itself_a_path(run: Path, home: Path) -> None:
     folder = run / "modalities" / "vision"
     change(folder / "modality.json", lambda about: about.update(name="../../x"))
@@ -252,6 +272,7 @@ HEADERS: dict[str, tuple[Any, bytes, str]] = {
     "negative": ({"a": entry(offsets=(-4, 0))}, bytes(4), "has no dtype, shape and data_offsets"),
     "far away": ({"a": entry(shape=(2**60,), offsets=(0, 2**62))}, bytes(4), "was its download interrupted"),
     "overflow": ({"a": entry(shape=(2**62, 4), offsets=(0, 0))}, b"", "needs .* bytes, its offsets give 0"),
+    "more than a float": ({"a": entry(shape=[2**62] * 60)}, bytes(4), r"needs 2.71421e\+1120 bytes, its"),
     "many axes": ({"a": entry(shape=[2] * 10**6)}, bytes(4), "has no dtype, shape"),
     "shape of numbers with points": ({"a": entry(shape=(1.0,))}, bytes(4), "has no dtype, shape"),
     "shape of booleans": ({"a": entry(shape=(True,))}, bytes(4), "has no dtype, shape"),
@@ -365,6 +386,108 @@ def test_numbers_that_are_none_are_told_at_load(run: Path, file: str, value: flo
     save_file(tensors, folder / file)
     listed(folder, file)
     refused(run, f"{file}: {name} holds 1 numbers of .* NaN or infinite")
+
+
+@pytest.mark.parametrize("file", ["projector.safetensors", "adapter_model.safetensors", "encoder.safetensors"])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_a_tensor_of_another_kind_is_not_cast(run: Path, file: str, dtype: torch.dtype) -> None:
+    folder = run / "modalities" / "vision"
+    tensors = load_file(folder / file)
+    name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, folder / file)
+    listed(folder, file)
+    refused(run, f"{file}: {name} is stored as [A-Z0-9_]*, expected F32 or BF16 or F16 or F64; get the file")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_tensors_of_another_precision_are_read(run: Path, dtype: torch.dtype) -> None:
+    folder = run / "modalities" / "vision"
+    for file in ("projector.safetensors", "adapter_model.safetensors"):
+        save_file({name: tensor.to(dtype) for name, tensor in load_file(folder / file).items()}, folder / file)
+        listed(folder, file)
+    molora.load(run, device="cpu")
+
+
+def test_a_name_of_a_tensor_writes_nothing_on_the_terminal(run: Path) -> None:
+    folder = run / "modalities" / "vision"
+    save_file({"\x1b[2J\n": torch.ones(1)}, folder / "projector.safetensors")
+    listed(folder, "projector.safetensors")
+    refused(run, r"'\\x1b\[2J\\n' is no name of a tensor")
+
+
+def test_a_folder_in_place_of_a_file_is_named(run: Path) -> None:
+    (run / "modalities" / "vision" / "projector.safetensors").unlink()
+    (run / "modalities" / "vision" / "projector.safetensors").mkdir()
+    refused(run, "projector.safetensors: is no regular file")
+
+
+MODALITY_EDITS: list[tuple[Callable[[Any], object], str]] = [
+    (lambda about: about.update(options=None), "options is None"),
+    (lambda about: about["options"].update({"tower.kind": "x"}), "tower.kind: no such key"),
+    (lambda about: about["options"].update(crop_pixels=-64), "a crop of -64 pixels"),
+    (lambda about: about["options"].update(pool=0), "cannot be pooled by 0"),
+    (lambda about: about["options"].update(max_pixels=-1), "max_pixels from 1"),
+    (lambda about: about["options"].update(crop_pixels="${oc.env:HOME}"), "expected int, got '\\${oc.env:HOME}'"),
+    (lambda about: about["options"]["tower"].update(kind="other"), "kind: expected one of"),
+    (lambda about: about["options"]["tower"]["convit"].update(heads=0), "convit: every size is at least 1"),
+    (lambda about: about["options"]["tower"]["convit"].update(depth=0), "convit: every size is at least 1"),
+    (lambda about: about.update(part_type="text"), "part_type was 'text', is 'image'"),
+    (lambda about: about.update(frame_width=16.0), "frame_width is 16.0, expected a whole number"),
+    (lambda about: about.update(projectors=[["default"]]), "projectors was"),
+    (lambda about: about["backbone"].update(weights=[1] * 10**5), "trained with other backbone weights"),
+    (lambda about: about["backbone"].update(weights="", source="\x1b[2J\n" * 10**5), "trained with other backbone"),
+    (lambda about: about.update(backbone={}), "trained with other backbone weights"),
+    (lambda about: about["files"].update({"modality.json": "0" * 64}), "does not have the hash"),
+    (lambda about: about.pop("format_version"), "format version 'None'"),
+    (lambda about: about.update(name="\ud800"), "is no name"),
+    (lambda about: about.update(plugin="\ud800"), "no modality is called"),
+    (lambda about: about.update(plugin="molora.encoders.vision:"), "has no ''"),
+    (lambda about: about.update(plugin="molora...:x"), "importing 'molora...' failed"),
+    (lambda about: about.update(plugin="molora.encoders.vision:Vision.load"), "has no 'Vision.load'"),
+    (lambda about: about.update(plugin_sha256=[1]), "no plugin's; copy the folder again"),
+]
+RUN_EDITS: list[tuple[Callable[[Any], object], str]] = [
+    (lambda about: about["backbone"].update(folder="a\0b"), "folder is .*, expected a text"),
+    (lambda about: about["backbone"].update(folder="\ud800"), "folder is .*, expected a text"),
+    (lambda about: about["backbone"].update(folder="molora.json"), "its backbone is not in"),
+    (lambda about: about["backbone"].update(folder=None, source="a b\n"), "source is .*, expected a text"),
+    (lambda about: about["backbone"].update(dtype="\x1b[2J"), "dtype is .*, expected a text"),
+    (lambda about: about["backbone"].update(dtype="int8"), "dtype 'int8' is none"),
+    (lambda about: about["router"].update(options={"rules": {"vision": "other"}}), "names adapter 'other'"),
+    (lambda about: about["router"].update(options={"rules": {"+": "vision"}}), "a rule for text alone"),
+    (
+        lambda about: about.update(router={"plugin": "learned", "options": {"modalities": ["vision"] * 20000}}),
+        "made for 20000 modalities, allowed 1000",
+    ),
+    (lambda about: about.update(router_sha256={"a": 1}), "no plugin's; copy the folder again"),
+]
+ADAPTER_EDITS: list[tuple[Callable[[Any], object], str]] = [
+    (lambda about: about.update(target_modules=None), "target_modules: missing"),
+    (lambda about: about.update(target_modules=["lm_head"]), "lm_head is the output head"),
+    (lambda about: about.update(target_modules=[["o_proj"]]), "target_modules: .* is refused"),
+    (lambda about: about.update(layers_to_transform=[-1]), "hits nothing"),
+    (lambda about: about.update(exclude_modules=["o_proj"]), "hits nothing"),
+    (lambda about: about.update(r=True), "r: True is refused"),
+    (lambda about: about.update(peft_type=None), "peft_type is None, expected LORA"),
+]
+
+
+@pytest.mark.parametrize(
+    ("file", "edit", "said"),
+    [
+        *(("modalities/vision/modality.json", *edited) for edited in MODALITY_EDITS),
+        *(("molora.json", *edited) for edited in RUN_EDITS),
+        *(("modalities/vision/adapter_config.json", *edited) for edited in ADAPTER_EDITS),
+    ],
+)
+def test_an_edit_of_a_received_run_is_one_clear_error(
+    run: Path, file: str, edit: Callable[[Any], object], said: str
+) -> None:
+    change(run / file, edit)
+    if file.endswith("adapter_config.json"):
+        listed(run / "modalities" / "vision", "adapter_config.json")
+    refused(run, said)
 
 
 def test_a_tensor_too_many_is_named_before_it_is_read(run: Path) -> None:
@@ -664,6 +787,70 @@ def test_counting_the_memory_of_a_damaged_backbone_is_no_traceback(
         on_meta(backbone, dtype="float32")
 
 
+ODD = {
+    "sliding_window": ["abc", -3, 2**70, 1.5],
+    "logit_scale": ["x", [], True, 2**70],
+    "logits_scaling": ["64", {}],
+    "final_logit_softcapping": ["x", float("inf")],
+    "attn_logit_softcapping": ["x"],
+    "max_position_embeddings": [0, -3, None, "256", 1.5],
+    "num_attention_heads": [0, -1, "4", None],
+    "num_key_value_heads": [0, -2, []],
+    "num_hidden_layers": [0, 2**70, 10**6, "2"],
+    "head_dim": [0, 1.5, 2**70],
+    "hidden_size": ["64", -32, 2**40],
+    "vocab_size": [0, 2**62, None],
+    "intermediate_size": [2**40],
+    "layer_types": [0, [1, 2], "full_attention"],
+    "eos_token_id": ["x", [[1]], 1.5],
+    "rope_theta": [None, "x", 0],
+    "original_max_position_embeddings": ["x", 0],
+    "rope_parameters": [{"rope_theta": None}, {"factor": "x"}, {"full_attention": {"rope_theta": []}}],
+    "text_config": [{"hidden_size": "x"}],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in ODD.items() for value in values])
+def test_an_odd_setting_of_a_backbone_is_named_with_its_file(run: Path, backbone: Path, key: str, value: Any) -> None:
+    change(backbone / "config.json", lambda config: config.update({key: value}))
+    inner = "|".join(value) if isinstance(value, dict) and value else key
+    said = f"backbone/config.json: ({inner}|rope_theta|{key}) is .*, (expected|allowed) .*; copy the file again"
+    refused(run, said)
+    with pytest.raises(ValueError, match=said):
+        on_meta(backbone, dtype="float32")
+
+
+@pytest.mark.parametrize("key", ["n_positions", "n_embd", "n_layer"])
+def test_an_odd_setting_under_a_familys_own_name_is_named_too(tmp_path: Path, key: str) -> None:
+    config = GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=300).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: 0}))
+    with pytest.raises(ConfigError, match=f"config.json: {key} is 0, expected a whole number over 0"):
+        read_config(tmp_path)
+
+
+def test_weights_that_are_not_there_are_not_made_up(backbone: Path) -> None:
+    tensors = load_file(backbone / "model.safetensors")
+    name = next(name for name in tensors if "layers.1" in name)
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, backbone / "model.safetensors")
+    with pytest.raises(ValueError, match=f"its weights lack 1 tensors .* such as {name}"):
+        molora.load(backbone, device="cpu")
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_links_of_a_backbone_are_followed_to_files_as_people_share_weights(
+    run: Path, backbone: Path, tmp_path: Path, file: str
+) -> None:
+    shutil.move(backbone / file, tmp_path / file)
+    (backbone / file).symlink_to(tmp_path / file)
+    molora.load(run, device="cpu")
+
+
+def test_a_length_of_a_tokenizer_that_is_no_number_is_told(backbone: Path) -> None:
+    change(backbone / "tokenizer_config.json", lambda config: config.update(model_max_length="x"))
+    with pytest.raises(ConfigError, match="tokenizer_config.json: model_max_length is 'x', expected a number"):
+        molora.load(backbone, device="cpu")
+
+
 def test_counting_memory_leads_to_no_other_model_either(backbone: Path) -> None:
     (backbone / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="holds adapter_config.json"):
@@ -692,7 +879,7 @@ def test_code_of_a_backbone_does_not_run(run: Path, backbone: Path, canary: Path
     code = {"AutoConfig": "modeling.M", "AutoModelForCausalLM": "modeling.M", "AutoTokenizer": ["modeling.M", None]}
     for file in ("config.json", "tokenizer_config.json"):
         change(backbone / file, lambda config: config.update(auto_map=code, model_type="surprise"))
-    with pytest.raises((ValueError, OSError), match="trust_remote_code|does not recognize|surprise"):
+    with pytest.raises((ValueError, OSError), match="custom code|does not recognize|surprise"):
         molora.load(run, device="cpu")
 
 

@@ -89,6 +89,33 @@ def load(home: Path, folder: Path, *words: str) -> Any:
     return molora.load(home / "backbone", [folder], device="cpu", trust=words)
 
 
+def test_the_users_word_is_asked_for_remembered_and_asked_for_again_on_the_command_line(home, tmp_path) -> None:
+    file = Path(shutil.copy(home / "depth.py", tmp_path / "depth.py"))
+    run = Path(shutil.copytree(home / "run", tmp_path / "run"))
+    shutil.copytree(home / "backbone", tmp_path / "backbone")
+
+    def say(*words: str) -> Any:
+        return CliRunner().invoke(app, ["generate", str(run), "hello", "--max-new-tokens", "1", *words])
+
+    word = ["--trust-plugin", f"{file}:Depth"]
+    refused = say()
+    assert refused.exit_code != 0 and REFUSED in str(refused.exception)
+    assert "give --trust-plugin path/to/depth.py:Depth" in str(refused.exception)
+    first = say(*word)
+    assert first.exit_code == 0, first.output
+    told = "".join(first.stderr.split())
+    assert f"{file}, SHA-256 {digest(file)}".replace(" ", "") in told
+    again = say()
+    assert again.exit_code == 0, again.output
+
+    file.write_text(f"{GOOD}    more = 1\n")
+    edited = say()
+    assert edited.exit_code != 0 and f"was changed since and has SHA-256 {digest(file)}" in str(edited.exception)
+    trusted = say(*word)
+    assert trusted.exit_code == 0, trusted.output
+    assert f"madewithanotherversion,SHA-256{digest(home / 'depth.py')}" in "".join(trusted.stderr.split())
+
+
 # What a folder's modality.json says ------------------------------------------------------------------------------
 
 Attack = Callable[[Path, Path, pytest.MonkeyPatch], dict[str, Any]]
@@ -323,6 +350,36 @@ def test_a_trusted_module_that_changed_does_not_run(home, tmp_path, canary, monk
             load(home, folder)
 
 
+def test_a_trusted_module_does_not_run_beside_other_files(home, tmp_path, canary, monkeypatch) -> None:
+    """A copy of the very code, in a package of the same name that is found first and does more."""
+    mine = tmp_path / "mine/acme_package"
+    mine.mkdir(parents=True)
+    (mine / "__init__.py").write_text("")
+    (mine / "inner.py").write_text(GOOD)
+    sha256 = digest(mine / "inner.py")
+    (tmp_path / "cache/trusted").mkdir(parents=True)
+    about = {"path": str(mine / "inner.py"), "module": "acme_package.inner"}
+    (tmp_path / f"cache/trusted/{sha256}.json").write_text(json.dumps(about))
+    monkeypatch.syspath_prepend(str(tmp_path / "mine"))
+    theirs = evil(tmp_path / "theirs/acme_package/__init__.py", canary).parent
+    shutil.copy(mine / "inner.py", theirs)
+    folder = received(home, tmp_path, plugin="acme_package.inner:Depth", plugin_sha256=sha256)
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path / "theirs"))
+        with pytest.raises(ConfigError, match=f"it was trusted in {mine}/inner.py, and is now in {theirs}/inner.py"):
+            load(home, folder)
+    assert set(load(home, folder).model.modalities) == {"depth"}
+
+
+@pytest.mark.parametrize("spec", ["~nouser/x.py:C", "~/x.py:C", "a\0b.py:C", "\ud800.py:C", "x" * 5000 + ".py:C"])
+@pytest.mark.parametrize("sha256", [None, "0" * 64])
+def test_a_file_that_cannot_be_is_refused_as_any_other(home, tmp_path, spec: str, sha256: str | None) -> None:
+    with pytest.raises(ConfigError, match=REFUSED):
+        load(home, received(home, tmp_path, plugin=spec, plugin_sha256=sha256))
+    with pytest.raises(ConfigError, match=r"x\.py|\\x00|\\ud800|xxx"):
+        find("modality", spec)
+
+
 # Routers, recipes and other commands -----------------------------------------------------------------------------
 
 
@@ -439,7 +496,7 @@ def test_a_backbone_with_code_of_its_own_opens_without_it(home, tmp_path, canary
 def test_a_backbone_of_an_unknown_kind_with_code_is_refused(home, tmp_path, canary) -> None:
     folder = backbone(home, tmp_path, model_type="evil", auto_map={"AutoConfig": "evil.Config"})
     evil(folder / "evil.py", canary, "class Config: pass\n")
-    with pytest.raises(ValueError, match="trust_remote_code|does not recognize|model type `evil`"):
+    with pytest.raises(ValueError, match="custom code|does not recognize|model type `evil`"):
         load_backbone(str(folder))
     with pytest.raises(ValueError, match="config.json cannot be read"):
         on_meta(folder)
