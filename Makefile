@@ -8,7 +8,7 @@ export GOMP_SPINCOUNT ?= 5000
 # On a terminal pip shows its bars; in a log only what goes wrong. setuptools warns of every editable install.
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check $(if $(MAKE_TERMOUT),,--quiet) install
 
-.PHONY: help demo test check setup wheel-test clean
+.PHONY: help demo test test-oldest check setup wheel-test release-check clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -18,6 +18,11 @@ demo: $(VENV)/demo.stamp  ## teach a small model to see and to hear, and questio
 
 test: $(VENV)/dev.stamp  ## run the tests, one process a core, at most eight
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
+
+test-oldest:  ## run the tests with the oldest libraries that setup.cfg allows, in .venv-oldest
+	@mkdir -p $(VENV)-oldest
+	$(PYTHON) .ci/oldest.py > $(VENV)-oldest/constraints.txt
+	PIP_CONSTRAINT=$(abspath $(VENV)-oldest/constraints.txt) $(MAKE) VENV=$(VENV)-oldest test
 
 check: $(VENV)/dev.stamp  ## lint, format and types
 	$(BIN)/ruff check
@@ -35,14 +40,20 @@ wheel-test: $(VENV)/made.stamp  ## install the wheel in a clean environment and 
 	"$$scratch/venv/bin/python" -m pip --quiet --disable-pip-version-check install "$$scratch"/molora-*.whl; \
 	cp tests/wheel_check.py "$$scratch"; cd "$$scratch"; venv/bin/python wheel_check.py
 
-clean:  ## remove the environment, build leftovers and caches; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+release-check: $(VENV)/dev.stamp  ## build the wheel and the sdist in dist/, and try what is published of them
+	rm -rf build dist
+	$(BIN)/python -m build --outdir dist .  # the wheel is built from the sdist
+	$(BIN)/twine check --strict dist/*  # metadata, and the README as the package index renders it
+	$(BIN)/python .ci/release.py dist
+
+clean:  ## remove the environments, build leftovers and caches; runs/ stays
+	rm -rf $(VENV) $(VENV)-oldest build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written only when its step has finished, so an interrupted one is done again and a finished one is not.
 $(VENV)/made.stamp:
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
-	{ echo "molora needs Python 3.10 to 3.12, $(PYTHON) is $$($(PYTHON) -V 2>&1); try: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	{ echo "molora needs Python 3.11 to 3.13, $(PYTHON) is $$($(PYTHON) -V 2>&1); try: make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
 	@touch $@

@@ -236,19 +236,6 @@ def test_heavy_libraries_are_imported_where_they_are_used(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)
-def test_every_pattern_compiles_on_the_oldest_python(path: Path) -> None:
-    """Python 3.10 has neither atomic groups nor possessive repeats."""
-    for node in ast.walk(tree(path)):
-        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("re."):
-            for text in ast.walk(node):
-                if isinstance(text, ast.Constant) and isinstance(text.value, (str, bytes)):
-                    pattern = text.value if isinstance(text.value, str) else text.value.decode("latin-1")
-                    plain = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "x", pattern, flags=re.DOTALL)
-                    newer = re.search(r"\(\?>|[*+?}]\+", plain)
-                    assert not newer, f"{path.relative_to(ROOT)}:{node.lineno}: {pattern!r} needs Python 3.11"
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=module_name)
 def test_no_model_or_tokenizer_brings_code_of_its_own(path: Path) -> None:
     """What opens one says so itself, whatever the default is."""
     for node in ast.walk(tree(path)):

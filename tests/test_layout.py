@@ -63,6 +63,43 @@ def test_the_folder_and_the_link_are_one_module(name: str) -> None:
     assert Path(str(module.__file__)).resolve() == ROOT / name / "__init__.py"
 
 
+def test_the_range_of_pythons_is_the_same_everywhere() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    range_ = re.fullmatch(r">=3\.(\d+),<3\.(\d+)", setup["options"]["python_requires"])
+    assert range_
+    oldest, newest = int(range_[1]), int(range_[2]) - 1
+    classified = re.findall(r"Python :: 3\.(\d+)", setup["metadata"]["classifiers"])
+    assert [int(minor) for minor in classified] == list(range(oldest, newest + 1)), "setup.cfg, classifiers"
+    said = f"3.{oldest} to 3.{newest}"
+    asked = f"(3, {oldest}) <= sys.version_info[:2] <= (3, {newest})"
+    for name, lines in {
+        "README.md": [f"Python {said}"],
+        "Makefile": [asked, f"Python {said}"],
+        "molora/doctor/installation.py": [asked, said],
+        "molora/plugin_kit/templates/setup.cfg.j2": [f"python_requires = >=3.{oldest}\n"],
+        "examples/molora-signals/pyproject.toml": [f'requires-python = "{range_[0]}"'],
+        "pyproject.toml": [f'target-version = "py3{oldest}"', f'pythonVersion = "3.{oldest}"'],
+    }.items():
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert all(line in text for line in lines), f"{name} does not say {lines}"
+
+
+def test_every_library_has_an_oldest_version() -> None:
+    """`make test-oldest` installs these."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    groups = (setup["options"]["install_requires"], *setup["options.extras_require"].values())
+    wanted = {name for group in groups for name in group.split("\n") if name}
+    assert not {name for name in wanted if not re.match(r"[\w.-]+(\[\w+\])?[=>]=\d", name)}
+
+
+def test_the_version_is_written_once() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    assert setup["metadata"]["version"] == "attr: molora.__version__"
+
+
 def test_the_readme_of_the_library_says_what_each_file_is_for() -> None:
     readme = (ROOT / "molora" / "README.md").read_text(encoding="utf-8")
     named = re.findall(r"^- `([\w/.]+)`: \S", readme, re.MULTILINE)

@@ -52,9 +52,9 @@ def libraries(lines: Iterable[str], extras: Iterable[str]) -> Iterator[Finding]:
 
 
 def _python() -> Finding:
-    good = (3, 10) <= sys.version_info[:2] <= (3, 12)
+    good = (3, 11) <= sys.version_info[:2] <= (3, 13)
     remedy = "" if good else "make the environment with another Python, such as: make PYTHON=python3.12 setup"
-    return Finding("Python", platform.python_version(), good, "3.10 to 3.12", remedy=remedy)
+    return Finding("Python", platform.python_version(), good, "3.11 to 3.13", remedy=remedy)
 
 
 def _molora() -> Iterator[Finding]:

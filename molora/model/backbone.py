@@ -37,7 +37,7 @@ class Backbone(nn.Module):
         model.set_attn_implementation(attention.NAME)
         self.rotary = wrap_rotary(model)
         self.activation_checkpointing = False
-        # Renamed in transformers 5.24, which Python 3.10 does not get.
+        # Renamed in transformers 5.24.
         parameters = inspect.signature(decoder(model).forward).parameters
         self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
         for layer in decoder_layers(model):
