@@ -27,7 +27,7 @@ from molora.checkpoint.modality_folder import copy_modality, load_modality, read
 from molora.checkpoint.pretrained import load_backbone, read_config
 from molora.checkpoint.run_folder import write_run
 from molora.config import ConfigError
-from molora.doctor.memory import on_meta
+from molora.doctor.dry_run import on_meta
 from molora.encoders.audio import Audio, AudioConfig
 from molora.encoders.pretrained_files import weight_files
 from molora.encoders.vision import VisionConfig

@@ -25,7 +25,7 @@ from molora.checkpoint.run_folder import write_run
 from molora.checkpoint.trust import Untrusted, find_received, remember
 from molora.cli.commands import app
 from molora.config import ConfigError, build
-from molora.doctor.memory import on_meta
+from molora.doctor.dry_run import on_meta
 from molora.plugin_kit.scaffold import new_plugin
 from molora.plugins import find
 from molora.testing import save_backbone

@@ -27,18 +27,12 @@ from molora.cli.commands import app
 from molora.config import dump
 from molora.data.processor import Processor
 from molora.data.sources import EncodedSamples, SourceConfig
-from molora.doctor import memory as fit
-from molora.doctor.memory import (
-    AnsweringConfig,
-    Device,
-    Fit,
-    Moment,
-    Need,
-    cached_positions,
-    fit_model,
-    fit_recipe,
-    on_meta,
-)
+from molora.doctor.answering import AnsweringConfig, answering_needs, cached_positions
+from molora.doctor.dry_run import on_meta
+from molora.doctor.memory import Device, main, show
+from molora.doctor.needs import MemoryNeeds, Moment, Need
+from molora.doctor.samples import full_pack
+from molora.doctor.training import training_needs
 from molora.evaluate.judge import EvaluationConfig
 from molora.inference.generate import GenerationConfig, generate
 from molora.inference.load import load
@@ -300,7 +294,7 @@ def test_weights_gradients_and_optimiser_are_what_a_step_holds_to_the_byte(
     recipe = recipe_of(backbone)
     (stage,) = recipe.stages
     stage.train = {f"{part}.*": PartConfig(learning_rate=1e-3) for part in parts}
-    expected = fit_recipe(recipe)
+    expected = training_needs(recipe)
 
     model, processor = open_model(plan_recipe(recipe), "cpu")
     optimizers = set_trainable(model, stage.train, stage.steps, "stages.0.train")
@@ -347,7 +341,7 @@ def test_activations_and_logits_are_within_a_hundredth_of_what_is_allocated(
     path = {"tiny": backbone, "small": small}[size]
     recipe = recipe_of(path, dtype, activation_checkpointing=checkpointing)
     (stage,) = recipe.stages
-    (moment,) = fit_recipe(recipe).moments
+    (moment,) = training_needs(recipe).moments
     (origin,) = (need.origin for need in moment.needs if need.what == "activations")
     company = frozenset(
         next(word for word in origin.replace(",", "").split() if word in ("audio+vision", "audio", "vision")).split("+")
@@ -360,7 +354,7 @@ def test_activations_and_logits_are_within_a_hundredth_of_what_is_allocated(
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
     model.train()
-    samples = fit.full_pack(model, company, stage)
+    samples = full_pack(model, company, stage)
     taken = most_allocated(lambda: train_step(model, processor, samples, stage.tokens_per_pack, {}))
     assert sum(map(len, samples)) > 0.95 * stage.tokens_per_pack
     assert need(moment, "activations") + need(moment, "logits") == pytest.approx(taken, rel=0.01)
@@ -383,7 +377,7 @@ def test_packs_of_the_data_are_counted_as_the_recipes_own_steps_take_them(small:
     recipe = recipe_of(small)
     (stage,) = recipe.stages
     stage.data, stage.steps = {"rows": rows_of(tmp_path / "rows.jsonl", [5, 90, 20, 40, 10, 60, 30, 80])}, 2
-    (moment,) = fit_recipe(recipe).moments
+    (moment,) = training_needs(recipe).moments
     given = moment.given
     assert given is not None and given.name == "stage all, as its data are"
 
@@ -416,15 +410,15 @@ def test_what_is_needed_is_said_for_the_data_and_for_the_largest_packs(backbone:
     assert "the interpreter and its libraries" in words
     assert re.search(r"it fits, [\d.]+ [MG]iB needed as its data are, [\d.]+ [MG]iB with the largest packs", words)
     # Room for its data and not for the largest packs is room enough; without its data, the largest packs decide.
-    needed = fit_recipe(recipe)
+    needed = training_needs(recipe)
     assert needed.given_bytes < needed.num_bytes
     between = (needed.given_bytes + needed.num_bytes) / 2 / 2**30
-    assert fit.main(str(tmp_path / "recipe.yaml"), device_memory_gib=between) == 0
-    assert fit.main(str(tmp_path / "recipe.yaml"), ["stages.0.data.rows.options.path=nowhere"], (), between) == 1
+    assert main(str(tmp_path / "recipe.yaml"), device_memory_gib=between) == 0
+    assert main(str(tmp_path / "recipe.yaml"), ["stages.0.data.rows.options.path=nowhere"], (), between) == 1
 
 
 def test_data_that_cannot_be_opened_are_named(backbone: Path) -> None:
-    counted = fit_recipe(recipe_of(backbone))
+    counted = training_needs(recipe_of(backbone))
     assert counted.unknown is not None and "stages.0.data" in counted.unknown and "nowhere.jsonl" in counted.unknown
     assert all(moment.given is None for moment in counted.moments) and counted.given_bytes == counted.num_bytes
 
@@ -433,7 +427,7 @@ def test_a_pack_that_holds_no_example_is_refused(backbone: Path) -> None:
     recipe = recipe_of(backbone)
     recipe.stages[0].tokens_per_pack = 12
     with pytest.raises(ValueError, match=r"a sample of \w+ takes \d+ tokens, but only 12 fit"):
-        fit_recipe(recipe)
+        training_needs(recipe)
 
 
 def test_frames_from_the_cache_cost_no_encoder(backbone: Path) -> None:
@@ -447,7 +441,7 @@ def test_frames_from_the_cache_cost_no_encoder(backbone: Path) -> None:
         recipe.modalities["vision"].options = {**VISION, "crop_pixels": 128}
         recipe.stages[0].train = {"projectors.*": PartConfig(learning_rate=1e-3)}
         recipe.stages[0].tokens_per_pack = 2000
-        (moment,) = fit_recipe(recipe).moments
+        (moment,) = training_needs(recipe).moments
         taken.append(need(moment, "activations"))
     assert taken[1] < taken[0]
 
@@ -486,7 +480,7 @@ def test_keys_and_values_are_what_the_cache_holds_to_the_byte(
 ) -> None:
     folder = str(save_backbone(tmp_path, family))
     config = AnsweringConfig(prompt_tokens=prompt_tokens, max_new_tokens=new_tokens, max_running_samples=3)
-    prefill, last = fit_model(on_meta(folder), config).moments
+    prefill, last = answering_needs(on_meta(folder), config).moments
     model = load(folder, device="cpu").model
     model.backbone.model.generation_config.eos_token_id = None  # every answer is as long as it may be
     model.backbone.turn_ends = frozenset()
@@ -509,7 +503,7 @@ def held_by(cache: PackedCache) -> int:
 
 def test_a_prefill_takes_what_is_allocated(small: Path) -> None:
     config = AnsweringConfig(prompt_tokens=100, max_running_samples=5)
-    prefill, _ = fit_model(on_meta(str(small)), config).moments
+    prefill, _ = answering_needs(on_meta(str(small)), config).moments
     model = load(small, device="cpu").model
     steps = generate(model, prompts(model, 100, 5), GenerationConfig(max_running_samples=5))
     taken = most_allocated(lambda: next(steps))
@@ -585,7 +579,7 @@ SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 2
 
 def test_the_released_shape_answers(phi4_mini: Path) -> None:
     config = AnsweringConfig(prompt_tokens=4000, max_new_tokens=200, max_running_samples=2)
-    needed = fit_model(on_meta(str(phi4_mini)), config)
+    needed = answering_needs(on_meta(str(phi4_mini)), config)
     prefill, last = needed.moments
     assert needed.weight_bytes == 2 * 3_836_021_760 + held_in_buffers(phi4_mini)
     # 8 heads of 128, keys and values, in each of 32 layers; the answer crosses the switch at 4096 tokens.
@@ -610,10 +604,10 @@ def test_the_table_fits_in_80_columns_and_says_whether_it_fits(
         Need("activations", 5 * 2**29, "a pack of 9 x 910 tokens of audio+vision, checkpointing on"),
         Need("logits", 0, "none at the fullest moment"),
     )
-    needed = Fit(weights, (Moment("stage [align]", needs), Moment("stage short", ())))
+    needed = MemoryNeeds(weights, (Moment("stage [align]", needs), Moment("stage short", ())))
     monkeypatch.setattr(console, "width", 200)
     devices = [Device("GPU 0, with a long name" + " and more" * 6, 6 * 2**30, 8 * 2**30), Device("CPU", 2**30, 2**31)]
-    fit.show(needed, devices)
+    show(needed, devices)
     shown = capsys.readouterr().out
     assert max(len(line.rstrip()) for line in shown.splitlines()) <= 80
     words = " ".join(shown.split())
@@ -673,4 +667,4 @@ def test_what_the_command_cannot_do_is_said(arguments: list[str], message: str, 
 def test_layers_that_depend_on_values_are_named(backbone: Path) -> None:
     modalities = {"numbers": ModalityConfig(plugin=f"{__file__}:Choosy", adapter=ADAPTER)}
     with pytest.raises(RuntimeError, match=r"nonzero.* gives no shape without values"):
-        fit_recipe(recipe_of(backbone, modalities=modalities, router=RouterConfig()))
+        training_needs(recipe_of(backbone, modalities=modalities, router=RouterConfig()))
