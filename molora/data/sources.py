@@ -5,7 +5,7 @@ Because the order needs no state, training resumes anywhere and any rank or work
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from molora.config import ConfigError, build, require
-from molora.data.messages import conversation, rooted
+from molora.data.messages import conversation, media_parts, rooted
 from molora.data.processor import Processor, SampleTooLong
 from molora.data.rows import JsonRows
 from molora.data.table import row_id
@@ -108,6 +108,25 @@ def open_source(config: SourceConfig, where: str, find: Finder = find) -> Source
         raise type(error)(f"{where}.kind: {error}") from error
     source: Source = source_class(build(source_class.config_type, config.options, f"{where}.options"))
     return source if config.limit is None else _First(source, config.limit)
+
+
+def first_rows(configs: Iterable[SourceConfig], count: int, find: Finder = find) -> list[dict[str, Any]]:
+    """Up to `count` rows of each source."""
+    sources = [open_source(config, "data", find) for config in configs]
+    return [source[row] for source in sources for row in range(min(len(source), count))]
+
+
+def parts_for(modality: str, path: Path) -> list[Any]:
+    """The content parts that a modality, named as in a recipe, answers to in a file of conversations. Raises
+    ConfigError if there are none."""
+    part_type = find("modality", modality).plugin.part_type  # pyright: ignore[reportAttributeAccessIssue]
+    source = Messages(MessagesConfig(path=str(path)))
+    parts = [part for row in range(len(source)) for _, part in media_parts(source[row]["messages"])]
+    chosen = [part for part in parts if part["type"] == part_type]
+    if not chosen:
+        there = ", ".join(sorted({part["type"] for part in parts})) or "no media"
+        raise ConfigError(f"{path}: no parts of type {part_type!r}, which {modality} answers to; there are {there}")
+    return chosen
 
 
 class _First:

@@ -1,0 +1,93 @@
+"""Commands that answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from molora.cli import options
+
+app = typer.Typer()
+
+
+@app.command()
+def generate(
+    model: options.Model,
+    prompt: Annotated[str | None, typer.Argument(help="The question.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="A picture; repeat.")] = None,
+    audio: Annotated[list[Path] | None, typer.Option(help="A sound; repeat.")] = None,
+    part: Annotated[
+        list[str] | None, typer.Option(metavar="TYPE=PATH", help="A media part of any type; repeat.")
+    ] = None,
+    messages: Annotated[Path | None, typer.Option(metavar="IN.jsonl", help='Rows of {"id", "messages"}.')] = None,
+    output: Annotated[Path | None, typer.Option(metavar="OUT.jsonl", help="Where answers go, row by row.")] = None,
+    modality: options.Modalities = None,
+    rule: options.Rules = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    seed: int = 0,
+    strict: options.Strict = False,
+    deterministic_batch: options.DeterministicBatch = False,
+    allow_urls: options.AllowUrls = False,
+    allow_private_addresses: options.AllowPrivateAddresses = False,
+    trust_plugin: options.Trust = None,
+) -> None:
+    """Answer one question, streamed; or, with --messages and --output, a mixed batch: a row that fails gets its error
+    for an answer, and exit code 2 says so."""
+    from molora.config import ConfigError
+    from molora.inference.answers import answer_rows
+    from molora.inference.generate import GenerationConfig
+    from molora.terminal import visible
+
+    if (messages is None) != (output is None):
+        raise ConfigError("--messages and --output go together: rows come from one and answers go to the other")
+    parts: list[dict[str, Any]] = []
+    for type, paths in (("image", image), ("audio", audio)):
+        parts += [{"type": type, "path": str(path)} for path in paths or ()]
+    for given in part or ():
+        type, equals, path = given.partition("=")
+        if not (type and equals and path):
+            raise ConfigError(f"--part {given!r}: write it as TYPE=PATH, such as image=a.png")
+        parts.append({"type": type, "path": path})
+    if messages is None and not prompt and not parts:
+        raise ConfigError("nothing to answer: give a PROMPT, a picture, or --messages with --output")
+    config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    opened = options.opener(
+        model, modality, rule, allow_urls, allow_private_addresses, trust_plugin, deterministic_batch
+    )
+    if messages is not None and output is not None:
+        raise typer.Exit(0 if answer_rows(opened, messages, output, config, strict=strict) else options.FAILED_ROWS)
+    loaded = opened()
+    content = parts + ([{"type": "text", "text": prompt}] if prompt else [])
+    for piece in loaded.stream([{"role": "user", "content": content}], config):
+        print(visible(piece), end="", flush=True)
+    print()
+
+
+@app.command("eval")
+def evaluate(
+    model: options.Model,
+    config: options.Config,
+    overrides: options.Overrides = None,
+    modality: options.Modalities = None,
+    rule: options.Rules = None,
+    strict: options.Strict = False,
+    deterministic_batch: options.DeterministicBatch = False,
+    allow_urls: options.AllowUrls = False,
+    allow_private_addresses: options.AllowPrivateAddresses = False,
+    trust_plugin: options.Trust = None,
+) -> None:
+    """Answer the evaluations of a config or a recipe: a table, and JSON in MODEL/evaluation.json, or alone on standard
+    output if MODEL is no run. Questions that cannot be asked are counted, and exit code 2 says so."""
+    from molora.config import read
+    from molora.evaluate.judge import Evaluations
+    from molora.evaluate.results import evaluate_model
+
+    evaluations = read(Evaluations, config, overrides or (), in_part=True).evaluations
+    opened = options.opener(
+        model, modality, rule, allow_urls, allow_private_addresses, trust_plugin, deterministic_batch
+    )
+    if not evaluate_model(opened, Path(model), evaluations, rules=sorted(rule or ()), strict=strict):
+        raise typer.Exit(options.FAILED_ROWS)

@@ -1,0 +1,32 @@
+"""Commands to and from the layouts of released models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+app = typer.Typer(help="To and from the layouts of released models.", no_args_is_help=True)
+
+
+@app.command("phi4mm")
+def convert_phi4mm(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A released checkpoint (folder or hub id), or a run.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write.")],
+    layout: Annotated[
+        Literal["hub", "native"] | None,
+        typer.Option(help="For a run: the released repository's layout, or transformers'. [default: its own]"),
+    ] = None,
+) -> None:
+    """Phi-4-multimodal: a released checkpoint to a run, or a run of it to a checkpoint."""
+    from molora.config import ConfigError
+    from molora.convert.release import export_release, import_release
+
+    if (Path(source) / "molora.json").is_file():
+        export_release(Path(source), target, layout)
+    elif layout is not None:
+        raise ConfigError(f"--layout says how to write a run, and {source} is none; convert it to a run first")
+    else:
+        import_release(source, target)
+    print(f"done: {target}")

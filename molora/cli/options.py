@@ -1,0 +1,100 @@
+"""Options and arguments that several commands take, and what they mean."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from molora.inference.load import LoadedModel
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A run folder, or a backbone: a folder or hub id.")]
+Modalities = Annotated[
+    list[Path] | None, typer.Option("--modality", metavar="FOLDER", help="A modality folder; repeat.")
+]
+Rules = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rule", metavar="A+B=ADAPTER", help="Which adapter samples with these modalities take (or none); repeat."
+    ),
+]
+AllowUrls = Annotated[bool, typer.Option("--allow-urls", help="Fetch media over HTTP where messages name a URL.")]
+AllowPrivateAddresses = Annotated[
+    bool, typer.Option("--allow-private-addresses", help="With --allow-urls: from inside a network too.")
+]
+Trust = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trust-plugin",
+        metavar="SPEC",
+        help="Run this plugin's code where a folder names it: path/to/file.py:Class or package.module:Class; repeat.",
+    ),
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[key=value]…", help="Settings that replace the file's.")
+]
+DeterministicBatch = Annotated[
+    bool, typer.Option("--deterministic-batch", help="Answers are the same to the bit in any batch; slower.")
+]
+Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first row that fails.")]
+Config = Annotated[Path, typer.Argument(metavar="CONFIG.yaml")]
+
+# The exit code of a command that did its work but for some rows.
+FAILED_ROWS = 2
+
+
+def opener(
+    model: str,
+    modality: list[Path] | None,
+    rule: list[str] | None,
+    allow_urls: bool,
+    allow_private_addresses: bool,
+    trust_plugin: list[str] | None,
+    deterministic_batch: bool = False,
+) -> Callable[[], LoadedModel]:
+    """Opens the model that these options name."""
+    from molora.inference.load import load
+
+    return partial(
+        load,
+        model,
+        modality or (),
+        router=_rules(rule),
+        allow_urls=allow_urls,
+        allow_private_addresses=allow_private_addresses,
+        trust=trust_plugin or (),
+        deterministic_batch=deterministic_batch,
+    )
+
+
+def _rules(given: list[str] | None) -> Any:
+    """The table router with the rules of the command line; None without any, for the model's own router."""
+    from molora.checkpoint.assembly import RouterConfig
+    from molora.config import ConfigError
+
+    rules: dict[str, str | None] = {}
+    for rule in given or ():
+        modalities, equals, adapter = rule.partition("=")
+        if not (modalities and equals and adapter):
+            raise ConfigError(f"--rule {rule!r}: write it as A+B=ADAPTER, such as audio+vision=vision, or A+B=none")
+        rules[modalities] = None if adapter == "none" else adapter
+    return RouterConfig(options={"rules": rules}) if rules else None
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Tells how stopped work goes on, and ends with the exit code of the signal."""
+    from molora.interrupt import Stopped
+    from molora.terminal import visible
+
+    try:
+        yield
+    except Stopped as stopped:
+        print(visible(str(stopped)), file=sys.stderr)
+        raise typer.Exit(stopped.exit_code) from stopped

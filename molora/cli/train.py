@@ -1,0 +1,51 @@
+"""Commands that train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from molora.cli import options
+
+app = typer.Typer()
+
+
+@app.command()
+def train(config: options.Config, overrides: options.Overrides = None, trust_plugin: options.Trust = None) -> None:
+    """Run a recipe: writes a run folder, and goes on where it stopped."""
+    from molora.config import read
+    from molora.terminal import say
+    from molora.train.loop import train as run_recipe
+    from molora.train.recipe import Recipe
+
+    recipe = read(Recipe, config, overrides or ())
+    with options.stoppable():
+        run = run_recipe(recipe, trust=trust_plugin or ())
+    say(f"done: {run}")
+
+
+@app.command()
+def pretrain(config: options.Config, overrides: options.Overrides = None) -> None:
+    """Build a small backbone from text."""
+    from molora.config import read
+    from molora.pretrain.config import PretrainConfig
+    from molora.pretrain.loop import pretrain as run_pretraining
+    from molora.terminal import progress, say
+
+    with options.stoppable(), progress() as bars:
+        folder = run_pretraining(read(PretrainConfig, config, overrides or ()), bars)
+    say(f"done: {folder}")
+
+
+@app.command()
+def demo(
+    run: Annotated[Path, typer.Option(help="The folder it writes.")] = Path("runs/demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps of everything, to see that it works.")] = False,
+) -> None:
+    """The main job end to end: make a backbone, teach it to see and to hear, ask it questions, write a report."""
+    from molora.demo.run import run_demo
+
+    with options.stoppable():
+        run_demo(run, quick=quick)
