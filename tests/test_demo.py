@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from molora.config import plain, read
 from molora.data.easy_vqa import COLOURS, SHAPES, EasyVQA, EasyVQAConfig, descriptions, read_split
-from molora.demo.run import run_demo
+from molora.demo.run import demo_recipes, evaluations, run_demo
+from molora.train.recipe import Recipe
+from molora.train.resume import differences
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+RECIPES = {"vision": "easy_vqa.yaml", "audio": "speech.yaml", "spoken questions": "vision_speech.yaml"}
 
 pytest.importorskip("easy_vqa")
 pytest.importorskip("espeakng_loader")
@@ -31,6 +38,33 @@ def test_the_quick_demo_runs_reports_and_reuses(tmp_path: Path, capsys: pytest.C
     assert {p: p.read_bytes() for p in run.rglob("*.safetensors")} == kept
     assert (run / "metrics.jsonl").read_text() == rows
     assert (run / "evaluations/spoken-question.json").stat().st_mtime_ns == answers
+
+
+def test_the_demo_trains_by_the_recipes_that_everybody_can_run() -> None:
+    recipes = demo_recipes(Path("runs/demo"), quick=False)
+    assert recipes == {
+        name: replace(read(Recipe, CONFIGS / file), run=recipes[name].run) for name, file in RECIPES.items()
+    }
+    assert [recipe.run for recipe in recipes.values()] == ["runs/demo/vision", "runs/demo/audio", "runs/demo"]
+    assert [[stage.steps for stage in recipe.stages] for recipe in recipes.values()] == [[180, 300], [400, 80], [150]]
+
+
+def test_the_quick_demo_differs_in_how_much_it_does_alone() -> None:
+    whole, quick = (
+        {"recipes": plain(demo_recipes(Path("runs/demo"), short)), "test": plain(evaluations(Path("runs/demo"), short))}
+        for short in (False, True)
+    )
+    for recipe in (*whole["recipes"].values(), *quick["recipes"].values()):
+        recipe["stages"] = {stage["name"]: stage for stage in recipe["stages"]}
+    changed = {line.partition(": was")[0].rpartition(".")[2] for line in differences(whole, quick)}
+    assert changed == {"steps", "takes", "limit"}
+
+
+def test_the_demo_lies_in_a_folder_of_any_name() -> None:
+    folder = Path("runs/a b/${run} #1: \u00e9")
+    for recipe in demo_recipes(folder, quick=True).values():
+        assert recipe.backbone.path == str(folder / "backbone") and recipe.run.startswith(str(folder))
+    assert evaluations(folder, quick=True)["transcript"].data.options["folder"] == str(folder / "clips")
 
 
 def test_descriptions_agree_with_every_answer() -> None:

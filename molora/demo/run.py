@@ -12,15 +12,15 @@ import random
 import re
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from molora.checkpoint.assembly import BackboneConfig, ModalityConfig, RouterConfig
 from molora.checkpoint.opening import locate
+from molora.config import dump, read
 from molora.data.easy_vqa import CAPTION_QUESTION, TRANSCRIPT_QUESTION, caption, descriptions, read_split
 from molora.data.sources import SourceConfig, open_source
-from molora.evaluate.judge import EvaluationConfig, Judged, judge, scores
+from molora.evaluate.judge import EvaluationConfig, Evaluations, Judged, judge, scores
 from molora.inference.generate import GenerationConfig
 from molora.inference.load import LoadedModel, load
 from molora.pretrain.config import PretrainConfig
@@ -32,8 +32,7 @@ from molora.seeding import seed_of
 from molora.storage import write_json, write_text
 from molora.terminal import print_table, progress, say
 from molora.train.loop import train
-from molora.train.optim import PartConfig
-from molora.train.recipe import Recipe, StageConfig
+from molora.train.recipe import Recipe
 
 # How a picture is put into words for the backbone's reading practice; {0} is the colour, {1} the shape.
 _PHRASES = (
@@ -47,11 +46,31 @@ _PHRASES = (
 _ENGLISH_CHARACTERS = 60_000
 _CAPTIONS_READ = 2
 _TEXTS_REPEATED = 6_000
-_TAKES = 30
 _HELD_OUT_TAKES = 8
 _SHOWN_EXAMPLES = 10
 _SHOWN_MISTAKES = 3
-_ADAPTED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+
+# Where recipes are, in a checkout and where molora is installed.
+_CONFIGS = Path(__file__).parents[1] / "configs"
+# By the phase that trains by it: a recipe, and what makes it a matter of minutes.
+_RECIPES = {
+    "vision": ("easy_vqa.yaml", ("stages.0.steps=5", "stages.1.steps=5", "evaluations.test.data.limit=20")),
+    "audio": (
+        "speech.yaml",
+        (
+            *(
+                f"stages.{index}.{change}"
+                for index in (0, 1)
+                for change in ("steps=5", "data.transcripts.options.takes=2")
+            ),
+            "evaluations.held out voices.data.limit=20",
+        ),
+    ),
+    "spoken questions": (
+        "vision_speech.yaml",
+        ("stages.0.steps=5", "stages.0.data.questions.options.takes=2", "evaluations.spoken.data.limit=20"),
+    ),
+}
 
 BEFORE = "written question, before audio"
 WRITTEN = "written question"
@@ -68,20 +87,15 @@ def run_demo(run: Path, *, quick: bool = False) -> Path:
     """
     clock = _Clock(run / "seconds.json")
     with clock.phase("backbone"), progress() as bars:
-        backbone = pretrain(backbone_config(run, quick), bars)
-    recipes = {
-        "vision": vision_recipe(run / "vision", backbone, quick),
-        "audio": audio_recipe(run / "audio", backbone, run / "clips", quick),
-        "spoken questions": joint_recipe(run, backbone, quick),
-    }
-    for name, recipe in recipes.items():
+        pretrain(backbone_config(run, quick), bars)
+    for name, recipe in demo_recipes(run, quick).items():
         with clock.phase(name):
             train(recipe)
     untouched = _untouched(run)
     judged: dict[str, list[Judged]] = {}
     with clock.phase("evaluation"):
         seeing, loaded = load(run / "vision"), load(run)
-        for name, config in evaluations(run / "clips", quick).items():
+        for name, config in evaluations(run, quick).items():
             model, folder = (seeing, run / "vision") if name == BEFORE else (loaded, run)
             judged[name] = _evaluated(run / "evaluations", folder, model, name, config)
     _answer_live(loaded, run / "clips")
@@ -90,22 +104,32 @@ def run_demo(run: Path, *, quick: bool = False) -> Path:
     return path
 
 
+def demo_recipes(run: Path, quick: bool) -> dict[str, Recipe]:
+    """Vision, audio and what joins them: the recipes in `configs/`, in the demo's folder."""
+    folders = {"vision": run / "vision", "audio": run / "audio", "spoken questions": run}
+    return {
+        name: read(Recipe, _CONFIGS / file, [*_set(run=folders[name], data_root=run), *(shortened if quick else ())])
+        for name, (file, shortened) in _RECIPES.items()
+    }
+
+
 def backbone_config(run: Path, quick: bool) -> PretrainConfig:
     """A decoder of Phi-4-mini's shape, pretrained on English and on practice from the training questions, in words."""
-    return PretrainConfig(
-        output=str(run / "backbone"),
-        text=[str(path) for path in _write_text(run / "text")],
-        vocab_size=2048,
-        width=192,
-        mlp_width=512,
-        layers=4,
-        heads=6,
-        key_value_heads=2,
-        window_tokens=128,
-        windows_per_step=8,
-        steps=10 if quick else 900,
-        learning_rate=1e-3,
-    )
+    text = [str(path) for path in _write_text(run / "text")]
+    changes = _set(output=run / "backbone", text=text, steps=10 if quick else 900, learning_rate=1e-3)
+    return read(PretrainConfig, _CONFIGS / "pretrain_small.yaml", changes)
+
+
+def evaluations(run: Path, quick: bool) -> dict[str, EvaluationConfig]:
+    """What the report tells, by name."""
+    fewer = [f"evaluations.{name}.data.limit=40" for name in (BEFORE, WRITTEN, BLIND, SPOKEN, TRANSCRIPT)]
+    changes = [*_set(data_root=run), *(fewer if quick else ())]
+    return read(Evaluations, _CONFIGS / "demo_test.yaml", changes, in_part=True).evaluations
+
+
+def _set(**values: Any) -> list[str]:
+    """Overrides that give keys these values, whatever characters are in a path."""
+    return [f"{key}={dump(str(value) if isinstance(value, Path) else value)}" for key, value in values.items()]
 
 
 def _write_text(folder: Path) -> list[Path]:
@@ -135,165 +159,6 @@ def _write_text(folder: Path) -> list[Path]:
         draw.shuffle(rows)
         write_text(reading, "\n".join(rows))
     return [english, reading]
-
-
-def vision_recipe(run: Path, backbone: Path, quick: bool) -> Recipe:
-    """Captions teach the encoder to put a picture into the backbone's words, questions then teach the adapter."""
-    captions = SourceConfig(kind="easy_vqa", options={"split": "train", "task": "captions"})
-    questions = SourceConfig(kind="easy_vqa", options={"split": "train"})
-    curve = SourceConfig(kind="easy_vqa", options={"split": "test"}, limit=20 if quick else 300)
-    return Recipe(
-        run=str(run),
-        backbone=BackboneConfig(path=str(backbone)),
-        modalities={
-            "vision": ModalityConfig(
-                plugin="vision",
-                options={
-                    "crop_pixels": 64,
-                    "max_crops": 0,
-                    "pool": 4,
-                    "tower": {"kind": "convit", "pretrained": False, "convit": {"width": 96, "depth": 3, "heads": 4}},
-                },
-                adapter={"r": 32, "lora_alpha": 64, "target_modules": _ADAPTED},
-            )
-        },
-        stages=[
-            StageConfig(
-                name="captions",
-                train={
-                    "encoders.vision": PartConfig(learning_rate=1e-3, warmup_steps=20, schedule="constant"),
-                    "projectors.vision": PartConfig(learning_rate=1e-3, warmup_steps=20, schedule="constant"),
-                },
-                data={"captions": captions},
-                steps=5 if quick else 180,
-                samples_per_step=64,
-            ),
-            StageConfig(
-                name="questions",
-                train={
-                    "projectors.vision": PartConfig(learning_rate=1e-3),
-                    "adapters.vision": PartConfig(learning_rate=1e-3, warmup_steps=20),
-                },
-                data={"questions": questions},
-                steps=5 if quick else 300,
-                samples_per_step=64,
-                evaluate_every_steps=50,
-            ),
-        ],
-        evaluations={"test": EvaluationConfig(data=curve, max_new_tokens=4)},
-        save_every_steps=50,
-    )
-
-
-def audio_recipe(run: Path, backbone: Path, clips: Path, quick: bool) -> Recipe:
-    """Transcripts teach the encoder to put speech into the backbone's words; then the adapter learns.
-
-    The two stages are the reference's (arXiv 2503.01743, section 4): alignment and post-training.
-    """
-    options = {"split": "train", "task": "transcripts", "folder": str(clips), "takes": 2 if quick else _TAKES}
-    transcripts = SourceConfig(kind="spoken_easy_vqa", options=options)
-    curve = SourceConfig(
-        kind="spoken_easy_vqa", options={**options, "split": "test", "takes": 1}, limit=20 if quick else None
-    )
-    conformer = {
-        "width": 144,
-        "blocks": 4,
-        "heads": 4,
-        "mlp_width": 288,
-        "subsampling_channels": 64,
-        "max_distance": 100,
-    }
-    return Recipe(
-        run=str(run),
-        backbone=BackboneConfig(path=str(backbone)),
-        modalities={
-            "audio": ModalityConfig(
-                plugin="audio",
-                options={
-                    "tower": {"conformer": conformer},
-                    "augment": {"speeds": [0.9, 1.0, 1.1], "bin_masks": 1, "bin_mask_bins": 8},
-                    "beside": {"vision": "vision"},
-                },
-                adapter={"r": 32, "lora_alpha": 64, "target_modules": _ADAPTED},
-            )
-        },
-        stages=[
-            StageConfig(
-                name="alignment",
-                train={
-                    "encoders.audio": PartConfig(learning_rate=1.5e-3, warmup_steps=50),
-                    "projectors.audio.default": PartConfig(learning_rate=1.5e-3, warmup_steps=50),
-                },
-                data={"transcripts": transcripts},
-                steps=5 if quick else 400,
-                samples_per_step=64,
-                evaluate_every_steps=200,
-            ),
-            StageConfig(
-                name="post-training",
-                train={
-                    "projectors.audio.default": PartConfig(learning_rate=1e-3, warmup_steps=20),
-                    "adapters.audio": PartConfig(learning_rate=1e-3, warmup_steps=20),
-                },
-                data={"transcripts": transcripts},
-                steps=5 if quick else 80,
-                samples_per_step=64,
-            ),
-        ],
-        evaluations={"held out voices": EvaluationConfig(data=curve, max_new_tokens=24, word_errors=True)},
-        save_every_steps=50,
-        data_workers=1,
-    )
-
-
-def joint_recipe(run: Path, backbone: Path, quick: bool) -> Recipe:
-    """Spoken questions about pictures: only the projector for sound beside a picture trains, and begins as the other.
-
-    It belongs to the audio modality and is saved with it, so no file of the vision modality changes.
-    """
-    options = {"split": "train", "task": "questions", "folder": str(run / "clips"), "takes": 2 if quick else _TAKES}
-    curve = {**options, "split": "test", "takes": _HELD_OUT_TAKES}
-    return Recipe(
-        run=str(run),
-        backbone=BackboneConfig(path=str(backbone)),
-        modalities={name: ModalityConfig(path=str(run / name / "modalities" / name)) for name in ("audio", "vision")},
-        router=RouterConfig(options={"rules": {"audio+vision": "vision"}}),
-        stages=[
-            StageConfig(
-                name="spoken questions",
-                train={"projectors.audio.vision": PartConfig(learning_rate=2e-3, warmup_steps=20)},
-                start_from={"projectors.audio.vision": "projectors.audio.default"},
-                data={"questions": SourceConfig(kind="spoken_easy_vqa", options=options)},
-                steps=5 if quick else 150,
-                samples_per_step=64,
-                evaluate_every_steps=50,
-            )
-        ],
-        evaluations={
-            "spoken": EvaluationConfig(
-                data=SourceConfig(kind="spoken_easy_vqa", options=curve, limit=20 if quick else 300), max_new_tokens=4
-            )
-        },
-        save_every_steps=50,
-    )
-
-
-def evaluations(clips: Path, quick: bool) -> dict[str, EvaluationConfig]:
-    """The test split: written, without its pictures, spoken, and transcribed; spoken in voices never trained on."""
-    written = SourceConfig(kind="easy_vqa", options={"split": "test"}, limit=40 if quick else None)
-    options = {"split": "test", "folder": str(clips), "takes": _HELD_OUT_TAKES}
-    limit = 40 if quick else 2000
-    spoken = SourceConfig(kind="spoken_easy_vqa", options={**options, "task": "questions"}, limit=limit)
-    transcripts = SourceConfig(
-        kind="spoken_easy_vqa", options={**options, "task": "transcripts"}, limit=40 if quick else None
-    )
-    return {
-        BEFORE: EvaluationConfig(data=written, max_new_tokens=4),
-        WRITTEN: EvaluationConfig(data=written, max_new_tokens=4),
-        BLIND: EvaluationConfig(data=replace(written, limit=limit), max_new_tokens=4, without_media=True),
-        SPOKEN: EvaluationConfig(data=spoken, max_new_tokens=4),
-        TRANSCRIPT: EvaluationConfig(data=transcripts, max_new_tokens=24, word_errors=True),
-    }
 
 
 def _untouched(run: Path) -> int:
@@ -347,7 +212,7 @@ def _report(
     run: Path, loaded: LoadedModel, judged: dict[str, list[Judged]], untouched: int, clock: _Clock, quick: bool
 ) -> Report:
     metrics: dict[str, dict[str, float]] = {}
-    for name, config in evaluations(run / "clips", quick).items():
+    for name, config in evaluations(run, quick).items():
         found = scores(judged[name], config)
         metrics[name] = {"exact match": found["exact_match"], "questions": int(found["questions"])}
         if config.word_errors:
