@@ -27,7 +27,7 @@ def it_imports_from_site_packages() -> None:
 
     for package in (molora, molora.encoders, molora.routers):
         assert Path(str(package.__file__)).is_relative_to(sys.prefix), f"{package.__file__} is not the installed one"
-    for name in ("py.typed", "report.html.j2", "templates/modality.py.j2"):
+    for name in ("py.typed", "report/report.html.j2", "plugin_kit/templates/modality.py.j2", "configs/easy_vqa.yaml"):
         assert (Path(str(molora.__file__)).parent / name).is_file(), f"{name} is not in the wheel"
 
 
