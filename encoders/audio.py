@@ -19,7 +19,7 @@ from molora.encoders.logmel import log_mel, num_frames
 from molora.encoders.sound import MIN_SAMPLES, SAMPLE_RATE_HZ, load_sound, resample
 from molora.modality import Encoder, Frames, Prepared
 
-# Longer clips are refused whatever `max_seconds` says, which a received folder may set.
+# The most that `max_seconds` may be, since a received folder sets it.
 MAX_SECONDS = 4 * 3600.0
 
 
@@ -62,8 +62,8 @@ class TowerConfig:
 @dataclass(frozen=True, kw_only=True)
 class AudioConfig:
     """`beside` maps a modality to the projector for clips that share their sample with it; others take `default`. The
-    first entry that applies decides. `max_seconds`: a longer clip is refused before it is decoded, and one of over four
-    hours whatever is said here.
+    first entry that applies decides. `max_seconds`: a longer clip is refused before it is decoded; at most four
+    hours.
 
     Source of `beside`: Phi-4-Multimodal (arXiv 2503.01743) has a second audio projector beside a picture. Source of
     half an hour: its model card.
@@ -73,6 +73,10 @@ class AudioConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     beside: dict[str, str] = field(default_factory=dict)
     max_seconds: float = 1800.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.max_seconds <= MAX_SECONDS:
+            raise ValueError(f"max_seconds is above 0 and at most {MAX_SECONDS:g}, got {self.max_seconds}")
 
 
 class Audio:
@@ -88,7 +92,7 @@ class Audio:
 
     def load(self, part: Mapping[str, Any]) -> Tensor:
         """Decodes the clip of a content part to a mono waveform (L,) in fp32 at 16 kHz; see `load_sound`."""
-        return load_sound(part, max_seconds=min(self.config.max_seconds, MAX_SECONDS))
+        return load_sound(part, max_seconds=self.config.max_seconds)
 
     def prepare(self, item: Tensor, generator: torch.Generator | None = None) -> Prepared:
         """Turns a waveform into the features of its encoder, augmented if there is a `generator`."""

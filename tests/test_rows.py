@@ -107,6 +107,8 @@ def test_a_tab_behind_a_backslash_is_text_where_the_cells_say_so(tmp_path: Path)
         ("a,b\n1,2", [["1", "2"]]),  # no end of the last line
         ("a;b\n1,5;2\n", [["1,5", "2"]]),  # decimal commas
         ("sep=;\r\na;b\r\n1;2\r\n", [["1", "2"]]),  # Excel's own first line
+        ("sep=\t\r\na,x\tb\r\n1\t2\r\n", [["1", "2"]]),
+        ("\nsep=§\na§b\n1§2\n", [["1", "2"]]),
         ('"a;b",c\n1,2\n', [["1", "2"]]),  # a semicolon in a name
         ('a,b\n"1\n2\n\n3",4\n', [["1\n2\n\n3", "4"]]),  # an empty line in quotes
         ("a\n1\n2\n", [["1"], ["2"]]),  # one column

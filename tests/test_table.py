@@ -71,9 +71,16 @@ def test_an_answer_that_is_no_text_is_refused_with_row_and_column(tmp_path: Path
     (tmp_path / "t.jsonl").write_text(json.dumps({"question": "q", "answer": value}))
     with pytest.raises(ValueError, match=says):
         table(tmp_path / "t.jsonl")[0]
-    if value != "":  # an empty prompt is a prompt
-        with pytest.raises(ValueError, match=says.replace(": answer:", ": prompt:")):
-            table(tmp_path / "t.jsonl", prompt="{answer}", answer="x")[0]
+    with pytest.raises(ValueError, match=says.replace(": answer:", ": prompt:")):
+        table(tmp_path / "t.jsonl", prompt="{answer}", answer="x")[0]
+
+
+def test_a_prompt_without_words_needs_a_medium(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("question,answer,image\n,a,x.png\n,b,\n")
+    rows = table(tmp_path / "t.csv", media={"image": "image"})
+    assert [part["type"] for part in rows[0]["messages"][0]["content"]] == ["image", "text"]
+    with pytest.raises(ValueError, match="t.csv, row 2: prompt: empty, from '{question}' and no medium in image;"):
+        rows[1]
 
 
 def test_a_row_without_the_column_is_as_one_with_null(tmp_path: Path) -> None:
@@ -217,6 +224,7 @@ def test_stored_types_are_read_as_the_text_they_mean(tmp_path: Path) -> None:
         "date": (datasets.Value("date32"), datetime.date(2024, 1, 2), "2024-01-02"),
         "time": (datasets.Value("timestamp[us]"), datetime.datetime(2024, 1, 2, 3, 4, 5), "2024-01-02 03:04:05"),
         "single": (datasets.Value("float32"), 0.1, "0.1"),
+        "half": (datasets.Value("float16"), 0.1, "0.1"),
         "double": (datasets.Value("float64"), 0.1, "0.1"),
         "long": (datasets.Value("int64"), 2**60 + 1, str(2**60 + 1)),
         "yes": (datasets.Value("bool"), True, "true"),
@@ -275,6 +283,18 @@ def test_a_folder_of_text_files_is_read_without_guessing(tmp_path: Path) -> None
     assert answers(table(tmp_path, split="train[1:]")) == ["0.50"]
     part = table(tmp_path, media={"image": "image"})[1]["messages"][0]["content"][0]
     assert part["path"] == str(tmp_path / "x.png")
+
+
+def test_files_of_a_folder_share_the_columns_that_are_asked_for(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    (tmp_path / "train-1.csv").write_text("question,answer,note\nq,a,n\n")
+    (tmp_path / "train-2.csv").write_text("answer,question\nb,q\n")
+    assert answers(table(tmp_path)) == ["a", "b"]
+    with pytest.raises(ConfigError, match="train-2.csv: no column 'note'; columns are"):
+        table(tmp_path, answer="{note}")
+    (tmp_path / "train-2.csv").write_text("answer,question,answer\nb,q,c\n")
+    with pytest.raises(ConfigError, match="train-2.csv: 2 columns are called 'answer'"):
+        table(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -383,12 +403,12 @@ def test_text_tables_are_taken_at_their_word(tmp_path: Path) -> None:
         for name, table in (
             (name, open_source(SourceConfig(kind="table", options=options), "data"))
             for name, options in {
-                "t.tsv": {"path": str(tmp_path / "t.tsv"), "prompt": "{said}", "answer": ""},
+                "t.tsv": {"path": str(tmp_path / "t.tsv"), "prompt": "={said}", "answer": ""},
                 "t.csv": {"path": str(tmp_path / "t.csv"), "prompt": "{Question}|{Choice A}", "answer": ""},
             }.items()
         )
     }
-    assert texts["t.tsv"] == [*said[:4], "it's 5\ttabs", "007"]
+    assert texts["t.tsv"] == [f"={text}" for text in (*said[:4], "it's 5\ttabs", "007")]
     assert texts["t.csv"] == ["who?| A: none ", 'Which, and "why"?|NA', "when?|"]
 
 

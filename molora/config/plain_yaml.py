@@ -12,6 +12,7 @@ import yaml
 
 # Far more than any config has; what goes beyond was made to fill the memory.
 MAX_VALUES = 10_000
+MAX_CHARACTERS = 2**20
 MAX_DEPTH = 32
 # Of a whole number: Python refuses to read or print one of over 4300 digits.
 _MAX_DIGITS = 1000
@@ -85,29 +86,33 @@ def write(values: Any) -> str:
 
 def _measure(text: str) -> None:
     """Walks over the text's events, which takes no memory, before anything is made of them."""
-    values = 0
-    begun: list[tuple[str | None, int]] = []
-    sizes: dict[str | None, int] = {}
+    values = characters = 0
+    begun: list[tuple[str | None, int, int]] = []
+    sizes: dict[str | None, tuple[int, int]] = {}
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         problem = ""
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in sizes:
-                values += sizes[event.anchor]
+                values += sizes[event.anchor][0]
+                characters += sizes[event.anchor][1]
             else:
                 problem = f"*{event.anchor} stands for nothing that ends before it"
         elif isinstance(event, yaml.CollectionEndEvent):
-            anchor, before = begun.pop()
-            sizes[anchor] = values - before
+            anchor, values_before, characters_before = begun.pop()
+            sizes[anchor] = values - values_before, characters - characters_before
         elif isinstance(event, (yaml.ScalarEvent, yaml.CollectionStartEvent)):
             if event.tag not in _PLAIN_TAGS:
                 problem = f"the tag {event.tag} is not read; write plain values"
             if isinstance(event, yaml.ScalarEvent):
-                sizes[event.anchor] = 1
+                sizes[event.anchor] = 1, len(event.value)
+                characters += len(event.value)
             else:
-                begun.append((event.anchor, values))
+                begun.append((event.anchor, values, characters))
             values += 1
         if values > MAX_VALUES:
             problem = f"more than {MAX_VALUES:,} values, aliases counted, which no config needs"
+        if characters > MAX_CHARACTERS:
+            problem = f"more than {MAX_CHARACTERS:,} characters, aliases counted, which no config needs"
         if len(begun) > MAX_DEPTH:
             problem = f"values lie more than {MAX_DEPTH} deep in each other, which no config needs"
         if problem:

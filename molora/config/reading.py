@@ -25,7 +25,7 @@ import yaml
 
 from molora.config import plain_yaml
 from molora.config.nearest import did_you_mean
-from molora.config.plain_yaml import MAX_DEPTH, MAX_VALUES
+from molora.config.plain_yaml import MAX_CHARACTERS, MAX_DEPTH, MAX_VALUES
 
 T = TypeVar("T")
 
@@ -220,7 +220,8 @@ class _Resolver:
     def __init__(self, root: Any) -> None:
         self.root = root
         self.values_left = MAX_VALUES
-        self.characters_left = MAX_BYTES
+        self.characters_left = MAX_CHARACTERS
+        self.level = 0
 
     def resolved(self) -> Any:
         """The root with every interpolation replaced. Raises _Problem."""
@@ -230,13 +231,33 @@ class _Resolver:
         self.values_left -= 1
         if self.values_left < 0:
             raise _Problem(".".join(path), f"interpolations make more than {MAX_VALUES:,} values")
-        if isinstance(value, dict):
-            return {key: self._value(item, (*path, str(key)), depth) for key, item in value.items()}
-        if isinstance(value, list):
-            return [self._value(item, (*path, str(index)), depth) for index, item in enumerate(value)]
+        if isinstance(value, (dict, list)):
+            self.level += 1
+            if self.level > MAX_DEPTH:
+                raise _Problem(
+                    ".".join(path),
+                    f"lies more than {MAX_DEPTH} deep: an interpolation leads back to itself, or to more",
+                )
+            if isinstance(value, dict):
+                self._take(sum(len(str(key)) for key in value) if depth else 0, path)
+                made = {key: self._value(item, (*path, str(key)), depth) for key, item in value.items()}
+            else:
+                made = [self._value(item, (*path, str(index)), depth) for index, item in enumerate(value)]
+            self.level -= 1
+            return made
+        if not isinstance(value, str):
+            return value
         if value == "???":
             raise _Problem(".".join(path), "missing: ??? stands for a value to give")
-        return self._text(value, path, depth) if isinstance(value, str) and "${" in value else value
+        if "${" in value:
+            return self._text(value, path, depth)
+        self._take(len(value) if depth else 0, path)
+        return value
+
+    def _take(self, characters: int, path: tuple[str, ...]) -> None:
+        self.characters_left -= characters
+        if self.characters_left < 0:
+            raise _Problem(".".join(path), f"interpolations make more than {MAX_CHARACTERS:,} characters")
 
     def _text(self, text: str, path: tuple[str, ...], depth: int) -> Any:
         pieces: list[Any] = []
@@ -259,9 +280,7 @@ class _Resolver:
         if len(pieces) == 1 and not isinstance(pieces[0], str):
             return pieces[0]
         made = "".join(map(str, pieces))
-        self.characters_left -= len(made)
-        if self.characters_left < 0:
-            raise _Problem(".".join(path), f"interpolations make more than {MAX_BYTES:,} characters")
+        self._take(len(made), path)
         if any(isinstance(piece, _FromEnvironment) for piece in pieces):
             made = _FromEnvironment(made)
             made.written = text
@@ -278,6 +297,8 @@ class _Resolver:
             raise _Problem(where, f"${{{name}}}: only ${{key}} and ${{oc.env:NAME}} are read")
         up = len(name) - len(name.lstrip("."))
         words = [*path[: len(path) - up], *_words(name[up:])] if up else _words(name)
+        if not words:
+            raise _Problem(where, f"${{{name[:80]}}}: there is no key in it; write \\${{ for the text")
         node = self.root
         steps = _steps(node, words)
         for step in steps:

@@ -120,9 +120,10 @@ def conversation(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     places = _Places(row, given, where)
     marks = _MARKED_TYPES if key == "conversations" else tuple(places.columns)
     messages = [_message(turn, places, marks, f"{where}: message {i}") for i, turn in enumerate(turns)]
-    if system := given.get("system"):
-        if not isinstance(system, str):
-            raise ValueError(f"{where}: system: expected text, got {system!r:.80}")
+    system = given.get("system", "")
+    if not isinstance(system, str):
+        raise ValueError(f"{where}: system: expected text, got {system!r:.80}")
+    if system:
         if messages[0]["role"] == "system":
             raise ValueError(f"{where}: has a column 'system' and begins with a system message; leave one out")
         messages.insert(0, {"role": "system", "content": system})

@@ -248,13 +248,17 @@ class CellRows:
         self.bytes = _Bytes(path)
         self.path = self.bytes.path
         self.start = self.bytes.start
-        first = next((line for _, line in self.bytes.lines(self._header) if line.strip()), b"").decode(errors="replace")
-        if named := re.fullmatch("sep=(.)", first.strip(), re.IGNORECASE):  # as Excel writes and reads
-            self.start += len(first)
+        lines = ((offset, line) for offset, line in self.bytes.lines(self._header) if line.strip())
+        offset, line = next(lines, (0, b""))
+        named = re.fullmatch('sep=([^"]) *', line.decode(errors="replace").rstrip("\r\n"), re.IGNORECASE)
+        if named:  # as Excel writes and reads
+            self.start = offset + len(line)
+            _, line = next(lines, (0, b""))
+        first = line.decode(errors="replace")
         outside_quotes = re.sub('"[^"]*"', "", first)
-        separator = "\t" if tabs else next((s for s in ",;\t" if s in outside_quotes), ",")
-        dialects: list[_Dialect] = [partial(_in_quotes, separator=named[1] if named else separator)]
-        if tabs and not first.startswith('"'):
+        separator = named[1] if named else "\t" if tabs else next((s for s in ",;\t" if s in outside_quotes), ",")
+        dialects: list[_Dialect] = [partial(_in_quotes, separator=separator)]
+        if tabs and separator == "\t" and not first.startswith('"'):
             dialects = [partial(_in_lines, border=re.compile(border)) for border in (r"\t", r"(?<!\\)\t")] + dialects
         for self.dialect in dialects[:-1]:
             try:

@@ -76,7 +76,13 @@ class Table:
         where = self.rows.where(row)
         values = self.rows[row]
         content = [part for kind, column in self.media.items() for part in media_list(kind, values.get(column))]
-        content.append({"type": "text", "text": self.prompt.fill(values, f"{where}: prompt")})
+        prompt = self.prompt.fill(values, f"{where}: prompt")
+        if not (prompt.strip() or content) and (self.prompt.fields or self.media):
+            beside = f" and no medium in {', '.join(self.media.values())}" if self.media else ""
+            raise ValueError(
+                f"{where}: prompt: empty, from {self.prompt.text!r}{beside}; fill it in, or leave the row out"
+            )
+        content.append({"type": "text", "text": prompt})
         answer = self.answer.fill(values, f"{where}: answer")
         if not answer and self.answer.fields:
             raise ValueError(f"{where}: answer: empty, from {self.answer.text!r}; fill it in, or leave the row out")
@@ -245,11 +251,14 @@ class _TextFiles:
         return self.folders[self._find(row)[0]]
 
     def columns(self, wanted: Callable[[Iterable[str]], bool]) -> list[str]:
-        """Those of the first file, which the others have too."""
+        """Those of the first file. Raises ConfigError for another file that lacks one of them that is wanted."""
         names = self.files[0].columns(wanted)
-        for file in self.files[1:]:
-            if not set(names) <= set(other := file.columns(lambda there: set(names) <= set(there))):
-                raise ConfigError(f"data source {file.path}: its columns are {other}; those of the first file: {names}")
+        if wanted(names):
+            kept = _kept(names, wanted)
+            for file in self.files[1:]:
+                other = file.columns(lambda there: set(kept) <= set(there))
+                for column in kept:
+                    _check_column(column, other, f"data source {file.path}")
         return names
 
     def _find(self, row: int) -> tuple[int, int]:
@@ -298,10 +307,11 @@ def _named(value: Any, feature: Any) -> Any:
     if names := getattr(feature, "names", None):
         return names[value] if 0 <= value < len(names) else None  # -1 is no class
     if getattr(feature, "dtype", "") in ("float16", "float32") and isinstance(value, float):
-        return float(str(np.float32(value)))
+        return float(str(np.dtype(feature.dtype).type(value)))
     if isinstance(feature, Mapping) and isinstance(value, Mapping):
         return {name: _named(item, feature.get(name)) for name, item in value.items()}
-    if isinstance(value, list) and (inner := getattr(feature, "feature", None)) is not None:
+    if isinstance(value, list):
+        inner = getattr(feature, "feature", feature)  # an array's own type is that of its cells
         return [_named(item, inner) for item in value]
     return value
 

@@ -10,16 +10,17 @@ from __future__ import annotations
 import functools
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, Sized, ValuesView
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from types import BuiltinFunctionType
+from types import BuiltinFunctionType, MethodType
 from typing import Any
 
 import jinja2
 from jinja2 import nodes
 from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -33,9 +34,13 @@ MAX_NUMBER = 10_000
 MAX_BITS = 4096
 _NODE_CHARACTERS = 64  # what a list or a number counts as
 _STEPS_A_LOOK = 64
+_MAX_STRIPPED = 256  # each character of a text is looked for among those to strip
 _MAX_SHOWN = 300
+_LISTS = (list, tuple, set, frozenset, KeysView, ValuesView, ItemsView)
 # Slow on long texts, and no template needs them.
 _REFUSED_FILTERS = ("pprint", "striptags", "urlize", "wordwrap", "xmlattr")
+# The same of methods, and those whose values or arguments are bytes.
+_REFUSED_METHODS = (".translate", ".striptags", ".unescape", ".encode", ".to_bytes", ".from_bytes", ".fromhex")
 
 
 class TooCostly(jinja2.TemplateRuntimeError):
@@ -69,13 +74,15 @@ class _Spent:
             return self._kept(value, len(value))
         if isinstance(value, Iterator) and not isinstance(value, LoopContext):
             return self.watch(value)
-        if isinstance(value, (str, bytes, Mapping, list, tuple, set, frozenset)):
+        if isinstance(value, (bytes, bytearray)):
+            raise TooCostly("it makes bytes, and a template writes text")
+        if isinstance(value, (str, Mapping, *_LISTS)):
             return self._kept(value, _size(value, self.most))
         return value
 
     def keep_slice(self, value: Any) -> Any:
         """A part of a value that was taken into account before."""
-        return self._kept(value, len(value) * (1 if isinstance(value, (str, bytes)) else _NODE_CHARACTERS))
+        return self._kept(value, len(value) * (1 if isinstance(value, str) else _NODE_CHARACTERS))
 
     def _kept(self, value: Any, size: int) -> Any:
         self.allow(size)
@@ -99,13 +106,15 @@ def _size(value: Any, most: int) -> int:
     size, waiting = 0, [value]
     while waiting and size <= most:
         item = waiting.pop()
-        if isinstance(item, (str, bytes)):
+        if isinstance(item, str):
             size += len(item)
         else:
             size += _NODE_CHARACTERS
+            if isinstance(item, Namespace):
+                item = item._Namespace__attrs  # which it writes
             if isinstance(item, Mapping):
                 waiting += [*item.keys(), *item.values()]
-            elif isinstance(item, (list, tuple, set, frozenset)):
+            elif isinstance(item, _LISTS):
                 waiting += item
     return size
 
@@ -181,9 +190,13 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         spent = _SPENT.get()
         spent.step()
+        for each in (*args, *kwargs.values()):  # who is called may write them
+            spent.allow(_size(each, spent.most))
         if isinstance(__obj, LoopContext):  # `loop(children)` of a recursive loop
             args = (spent.watch(args[0]), *args[1:])
-        elif isinstance(__obj, BuiltinFunctionType):
+        elif isinstance(__obj, BuiltinFunctionType) or (
+            isinstance(__obj, MethodType) and isinstance(__obj.__self__, str)  # of Markup
+        ):
             args = tuple(list(each) if isinstance(each, Iterator) else each for each in args)
             _foresee(spent, f".{__obj.__name__}", (__obj.__self__, *args), kwargs)
         return spent.keep(super().call(__context, __obj, *args, **kwargs))
@@ -256,7 +269,11 @@ def _written(context: Any, value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else _SPENT.get().keep(str(value))
+    if isinstance(value, str):
+        return value
+    spent = _SPENT.get()
+    spent.allow(_size(value, spent.most))
+    return spent.keep(str(value))
 
 
 def _watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -277,6 +294,8 @@ def _watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 def _foresee(spent: _Spent, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Refuses a call of a filter, or of a method (its name has a dot), that would make a value beyond the limits."""
     subject, others = args[0] if args else "", [*args[1:], *kwargs.values()]
+    for each in (subject, *others):  # some of them are written here
+        spent.allow(_size(each, spent.most))
     if name in ("format", ".format", ".format_map"):
         if re.search(r"%[^a-zA-Z%]*\*|\{[^}]*\{", str(subject)):
             raise TooCostly(f"it formats with {subject!r:.40}, whose widths are arguments; write the widths down")
@@ -299,8 +318,12 @@ def _foresee(spent: _Spent, name: str, args: Sequence[Any], kwargs: Mapping[str,
     elif name == "tojson":
         _small(others, 16)
         spent.allow(_size(subject, spent.most) * (1 + sum(len(each) for each in kwargs.get("separators") or ())))
-    elif name == ".translate":
-        raise TooCostly("it calls translate, which has no bounds")
+    elif name == "int" and len(str(subject)) > MAX_BITS:
+        raise TooCostly(f"it reads a number of {len(str(subject)):,} characters, and at most {MAX_BITS:,} are allowed")
+    elif name in ("trim", ".strip", ".lstrip", ".rstrip") and any(len(str(each)) > _MAX_STRIPPED for each in others):
+        raise TooCostly(f"it strips any of over {_MAX_STRIPPED} characters; name fewer")
+    elif name in _REFUSED_METHODS:
+        raise TooCostly(f"it calls {name[1:]}, which has no bounds, and which no template needs")
 
 
 def _small(values: Iterable[Any], most: int = MAX_NUMBER) -> None:

@@ -32,7 +32,7 @@ from molora.modality import MediaError
 
 T = TypeVar("T")
 
-# What the sources that hold a file may be given as. `bytes` may be anything with a buffer of bytes.
+# What the sources that hold a file may be given as.
 FILE_TYPES: dict[str, tuple[type, ...]] = {
     "path": (str, os.PathLike),
     "url": (str,),

@@ -15,7 +15,7 @@ TRIED_ROWS_AT_MOST = 32
 
 
 class Trial:
-    """A source, opened, with its first rows read. `where` is its key in the recipe.
+    """A source, opened, with a few of its rows read, from the first to the last. `where` is its key in the recipe.
 
     Rows with errors of the kinds in `skips` may be left out, and of an evaluation any may.
 

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -28,10 +27,9 @@ from molora.checkpoint.pretrained import load_backbone, read_config
 from molora.checkpoint.run_folder import write_run
 from molora.config import ConfigError
 from molora.doctor.dry_run import on_meta
-from molora.encoders.audio import Audio, AudioConfig
+from molora.encoders.audio import AudioConfig
 from molora.encoders.pretrained_files import weight_files
 from molora.encoders.vision import VisionConfig
-from molora.modality import MediaError
 from molora.received import TensorFile, read_json
 from molora.storage import cache_folder, hold, write_text
 from molora.testing import save_backbone
@@ -650,12 +648,12 @@ def test_an_encoder_that_was_pinned_opens_from_the_hub_and_no_other_does(
         molora.load(home / "backbone", [folder], device="cpu")
 
 
-def test_limits_of_a_received_folder_have_a_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("molora.encoders.audio.MAX_SECONDS", 0.5)
+def test_limits_of_a_received_folder_have_a_most() -> None:
     with pytest.raises(ValueError, match="max_pixels from 1 to 178956970"):
         VisionConfig(max_pixels=10**12)
-    with pytest.raises(MediaError, match="max_seconds is 0.5"):
-        Audio("audio", AudioConfig(max_seconds=float("inf"))).load({"array": np.zeros(16000), "sampling_rate": 16000})
+    for seconds in (0, 14_401, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"max_seconds is above 0 and at most 14400, got {seconds}"):
+            AudioConfig(max_seconds=seconds)
 
 
 # JSON --------------------------------------------------------------------------------------------------------------

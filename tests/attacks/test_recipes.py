@@ -54,6 +54,12 @@ def chained(levels: int, width: int, listed: bool) -> str:
     return "rest:\n  " + "\n  ".join(lines)
 
 
+def deep(levels: int, depth: int) -> str:
+    """Mappings, each with the next at its bottom."""
+    rows = ["{a: " * depth + f"'${{rest.k{level + 1}}}'" + "}" * depth for level in range(levels)]
+    return "rest:\n" + "".join(f"  k{level}: {row}\n" for level, row in enumerate([*rows, "x"]))
+
+
 # (what it tries, the file, what the message must say)
 TEXTS = [
     ("an environment variable", "a: ${oc.env:HUB_TOKEN}", "MOLORA_RECIPE_ENV=HUB_TOKEN"),
@@ -71,6 +77,20 @@ TEXTS = [
     ("an anchor that is nowhere", "a: *x", "*x stands for nothing that ends before it"),
     ("lists that interpolations double", chained(30, 2, True), "more than 10,000 values"),
     ("a text that interpolations double", chained(60, 2, False), "interpolations make more than"),
+    (
+        "a text that aliases repeat",
+        "a: &x " + "x" * 1000 + "\nb: [" + "*x, " * 5000 + "]",
+        "1,048,576 characters, aliases",
+    ),
+    ("a key that aliases repeat", "a: &x {" + "x" * 1000 + ": 1}\nb: [" + "*x, " * 3000 + "]", "characters, aliases"),
+    (
+        "a list that interpolations repeat",
+        "a: [" + "x" * 1000 + "]\nb: [" + "'${a}', " * 3000 + "]",
+        "interpolations make more than 1,048,576 characters",
+    ),
+    ("deep mappings, one in the other", deep(30, 28), "lies more than 32 deep"),
+    ("brackets that nothing closes", "a: '${" + "[" * 500_000 + "}'", "there is no key"),
+    ("brackets that one closes", "a: '${" + "[" * 500_000 + "]}'", "there is no key"),
     ("an interpolation of itself", "a: ${a}", "leads back to itself"),
     ("two interpolations of each other", "a: 'x${b}'\nb: 'x${a}'", "leads back to itself"),
     ("a list inside itself", "a: [1, '${a}']", "leads back to itself"),

@@ -27,6 +27,7 @@ DOUBLED = (
     "{{% set ns = namespace(x={start}) %}}"
     "{{% for i in range(60) %}}{{% set ns.x = {twice} %}}{{% endfor %}}{{{{ ns.x }}}}"
 )
+NESTED = "{{% set ns = namespace(x={{}}) %}}{{% for i in range(40) %}}{{% set ns.x = {value} %}}{{% endfor %}}"
 LONG = "{% set s = 'x' * 1000000 %}"
 # Programs in a chat template: what each would take, and what it is told.
 BOMBS = {
@@ -81,6 +82,26 @@ BOMBS = {
     "a long text in many fields": (LONG + "{{ ('{0}' * 10000).format(s) }}", "characters or more"),
     "digits": ("{{ 1.5|round(1000000000) }}", "1e+09"),
     "bytes of a number": ("{{ (1).to_bytes(1000000000, 'big') }}", "1e+09"),
+    "bytes of a small number": ("{{ (1).to_bytes(2, 'big') }}", "to_bytes, which has no bounds"),
+    "bytes of a text": (LONG + "{{ s.encode() }}", "encode, which has no bounds"),
+    "punycode": ("{{ ('\u4e00\u4e01' * 400000).encode('punycode') }}", "encode, which has no bounds"),
+    "punycode of an escaped text": ("{{ (('\u4e00\u4e01' * 9000)|e).encode('punycode') }}", "encode, which has no"),
+    "a number of a million digits": ("{% set a = ('f' * 1000000)|int(0, 16) %}{{ a // 7 }}", "1,000,000 characters"),
+    "width of an escaped text": ("{{ ('x'|e).center(1000000000) }}", "1e+09"),
+    "replacing in an escaped text": (LONG + "{{ (s|e).replace('x', s) }}", "characters or more"),
+    "tags of an escaped text": ("{{ (('<!--' * 9000)|safe).striptags() }}", "striptags, which has no bounds"),
+    "stripping": ("{{ ('a' * 1000000).strip('b' * 1000000) }}", "over 256 characters"),
+    "stripping by a filter": ("{{ ('a' * 1000000)|trim('b' * 1000000) }}", "over 256 characters"),
+    "namespaces in namespaces": (NESTED.format(value="namespace(a=ns.x, b=ns.x)") + "{{ ns.x }}", "characters or more"),
+    "namespaces to a filter": (
+        NESTED.format(value="namespace(a=ns.x, b=ns.x)") + "{{ 'a'|replace(ns.x, 'b') }}",
+        "characters or more",
+    ),
+    "namespaces as a complaint": (
+        NESTED.format(value="namespace(a=ns.x, b=ns.x)") + "{{ raise_exception(ns.x) }}",
+        "characters or more",
+    ),
+    "items of items": (NESTED.format(value="{'a': ns.x.items(), 'b': ns.x.items()}") + "{{ ns.x }}", "or more"),
     "replacing by a filter": (LONG + "{{ s|replace('x', s) }}", "characters or more"),
     "replacing in a stream": (LONG + "{{ [s]|map('replace', 'x', s)|list }}", "characters or more"),
     "joining": (LONG + "{{ range(9999)|join(s) }}", "characters or more"),
