@@ -172,6 +172,8 @@ class Backbone(nn.Module):
     def __init__(self, model: PreTrainedModel, identity: Identity, *, probe: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.identity = identity
+        self.folder = Path(identity.source)
+        self.revision: str | None = None
         self.model = model.requires_grad_(False).eval()
         stock = _run_stock(model) if probe is None else None
         attention.register()
@@ -382,6 +384,8 @@ def load_backbone(
     key = f"{transformers.__version__} {torch.__version__} {model.dtype} {torch.device(device).type}"
     probes = remembered["probes"]
     backbone = Backbone(model, identity, probe=probes.get(key))
+    backbone.folder = folder
+    backbone.revision = None if Path(source).is_dir() else folder.name  # the hub's cache names it by its commit
     for warning in backbone.stop_at(ChatTemplate(tokenizer).turn_ends(), tokenizer):
         warn(warning)
     if key not in probes:

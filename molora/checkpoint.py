@@ -50,6 +50,10 @@ _MODALITY_KEYS = {
     **{"backbone": dict, "encoder": dict, "files": dict},
 }
 _RUN_KEYS = {"backbone": dict, "modalities": list, "router": dict}
+_STATE_KEYS = {
+    **{"recipe": dict, "stage": int, "step": int, "part_steps": dict},
+    **{"backbone": dict, "environment": dict, "logs": dict},
+}
 _COMMIT = re.compile("[0-9a-f]{40}")
 _STATE = re.compile(r"step-\d{1,18}")
 _KINDS = {str: "a text", dict: "values by name", int: "a whole number", list: "a list"}
@@ -385,11 +389,13 @@ def write_run(
     router: RouterConfig | RouterPlan,
     *,
     dtype: str | None = None,
+    revision: str | None = None,
     learned: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes molora.json, which makes a folder a run that `molora.load` opens, and what the router has learned.
 
-    A backbone folder is named by its path from the run, so that the two can be moved together.
+    A backbone folder is named by its path from the run, so that the two can be moved together; one of the hub by its
+    id and its commit (`revision`).
     """
     source = backbone.source
     folder = os.path.relpath(os.path.realpath(source), os.path.realpath(run)) if Path(source).is_dir() else None
@@ -400,7 +406,7 @@ def write_run(
         run / "molora.json",
         {
             "format_version": FORMAT_VERSION,
-            "backbone": {**asdict(backbone), "folder": folder, "dtype": dtype},
+            "backbone": {**asdict(backbone), "folder": folder, "dtype": dtype, "revision": revision},
             "modalities": list(modalities),
             "router": {"plugin": plan.found.spec, "options": plan.options},
             "router_sha256": plan.found.sha256,
@@ -463,11 +469,13 @@ def read_run(run: Path) -> RunAbout:
         )
     about = _read(path, _RUN_KEYS)
     backbone, names = about["backbone"], about["modalities"]
-    for key in ("source", "folder", "dtype"):
+    for key in ("source", "folder", "dtype", "revision"):
         value = backbone.get(key)
         text = isinstance(value, str) and value.isprintable() and len(value) <= 4096
         if not text and (value is not None or key == "source"):
             raise ValueError(f'{path}: "backbone": {key} is {value!r:.80}, expected a text; copy it again')
+    if backbone.get("revision") is not None and not _COMMIT.fullmatch(backbone["revision"]):
+        raise ValueError(f'{path}: "backbone": revision is {backbone["revision"]!r:.80}, no commit; copy it again')
     for name in names:
         check_name(name, f'{path}: "modalities"')
     if len(set(names)) < len(names):
@@ -476,7 +484,15 @@ def read_run(run: Path) -> RunAbout:
     if router.path is not None:
         raise ValueError(f"{path}: router.path is {router.path!r:.80}, but a run has its own router; copy it again")
     files = listed_files(about["files"], path) if "files" in about else None
-    return RunAbout(run, {"folder": None, "dtype": None, **backbone}, names, router, files, about.get("router_sha256"))
+    backbone = {"folder": None, "dtype": None, "revision": None, **backbone}
+    return RunAbout(
+        run,
+        backbone,
+        names,
+        router,
+        files,
+        about.get("router_sha256"),
+    )
 
 
 def load_router(model: MoLoRA, run: Path) -> None:
@@ -521,6 +537,21 @@ def read_state(state: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]
 
     Raises OSError, ValueError naming the file that is missing, damaged or of another format.
     """
-    about = read_json(state / "state.json")
-    check_format(about, state / "state.json")
-    return about, {path.stem: read_tensors(path) for path in sorted(state.glob("*.safetensors"))}
+    about = read_state_about(state)
+    return about, {name: read_tensors(state / f"{name}.safetensors") for name in ("weights", "optimizer")}
+
+
+def read_state_about(state: Path) -> dict[str, Any]:
+    """A state's description. Raises OSError, ValueError naming the file and the key that is not as it was written."""
+    path = state / "state.json"
+    about = _read(path, _STATE_KEYS)
+    counts = {"": {key: about[key] for key in ("stage", "step")}, **{k: about[k] for k in ("part_steps", "logs")}}
+    for above, values in counts.items():
+        for key, value in values.items():
+            if type(value) is not int or value < 0:
+                key = f"{above}.{key}" if above else key
+                raise ValueError(f"{path}: {key} is {value!r:.80}, expected a count; copy it again")
+    evaluate = about.get("evaluate", [])  # which older states lack
+    if not isinstance(evaluate, list) or not all(isinstance(name, str) for name in evaluate):
+        raise ValueError(f"{path}: evaluate is {evaluate!r:.80}, expected names; copy it again")
+    return about

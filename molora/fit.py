@@ -48,7 +48,7 @@ from molora.routing import Flow, RoutingError, flowing
 from molora.seeding import seed_of
 from molora.terminal import console, print_table, say, styled
 from molora.tiny import byte_tokenizer
-from molora.train import Recipe, StageConfig, recipe_router, train_step
+from molora.train import Recipe, StageConfig, accelerator_on, recipe_router, train_step
 from molora.trust import Untrusted
 
 # Rows of a stage's data from which its packs are known.
@@ -150,7 +150,7 @@ def on_meta(
         if layout_of(source) is not None:
             raise ConfigError(f"{source}: a release; make it a run first: molora convert phi4mm {source} runs/phi4mm")
         layout = locate(source, modalities)
-        path, revision = layout.backbone, None
+        path, revision = layout.backbone, layout.revision
         dtype = dtype or (None if layout.run is None else layout.run.backbone["dtype"])
         router = RouterConfig() if layout.run is None else layout.run.router_plan(trust)
         plans = {name: read_plan(folder, name, trust) for name, folder in layout.folders.items()}
@@ -348,7 +348,7 @@ def fit_recipe(recipe: Recipe, trust: Sequence[str] = ()) -> Fit:
     learned = [_learned(model, stage, f"stages.{index}.train") for index, stage in enumerate(recipe.stages)]
     dry = DryRun(model)
     model.backbone.activation_checkpointing = recipe.activation_checkpointing
-    accelerator = Accelerator(cpu=recipe.device == "cpu")
+    accelerator = accelerator_on(recipe.device)
     moments, unknown = [], None
     cached = recipe.feature_cache is not None
     for index, (stage, (gradients, optimiser)) in enumerate(zip(recipe.stages, learned, strict=True)):

@@ -125,12 +125,17 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the parts of a model lie: its backbone (a folder or hub id), its modality folders by name, and what the
-    molora.json of a run says. Folders that molora.json does not name are not part of the run."""
+    """Where the parts of a model lie: its backbone (a folder, or a hub id with the commit that a run was trained on),
+    its modality folders by name, and what the molora.json of a run says. Folders that molora.json does not name are not
+    part of the run."""
 
     backbone: str
     folders: dict[str, Path]
     run: RunAbout | None
+
+    @property
+    def revision(self) -> str | None:
+        return None if self.run is None else self.run.backbone["revision"]
 
 
 def locate(source: str | Path, modalities: Sequence[str | Path] = ()) -> Layout:
@@ -198,7 +203,9 @@ def load(
     where = str(run.folder / "molora.json") if run is not None and own is not None else "router"
     plans = {name: read_plan(folder, name, trust) for name, folder in layout.folders.items()}
     dtype = dtype or (None if run is None else run.backbone["dtype"])
-    backbone, tokenizer = load_backbone(layout.backbone, dtype=dtype, device=pick_device(device))
+    backbone, tokenizer = load_backbone(
+        layout.backbone, dtype=dtype, revision=layout.revision, device=pick_device(device)
+    )
     if run is not None:
         for warning in backbone.identity.check(run.backbone, str(run.folder / "molora.json")):
             warn(warning)

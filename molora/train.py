@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import platform
 import shutil
 import signal
@@ -34,12 +35,12 @@ from molora.assembly import (
     RouterPlan,
     assemble,
     blueprint,
+    pick_device,
     router_plan,
 )
 from molora.backbone import load_backbone
 from molora.checkpoint import (
     check_encoder,
-    check_format,
     check_modality,
     copy_modality,
     latest_state,
@@ -49,6 +50,7 @@ from molora.checkpoint import (
     read_plan,
     read_run,
     read_state,
+    read_state_about,
     save_modality,
     save_state,
     tensor_hash,
@@ -84,7 +86,7 @@ class TrainingError(RuntimeError):
 
 
 class EvaluationFailed(RuntimeError):
-    """Training is done and saved, and an evaluation is not; running the recipe again runs that alone."""
+    """Training is done and saved, and an evaluation failed; running the recipe again runs those of the end alone."""
 
     exit_code = 2
 
@@ -162,12 +164,13 @@ def train(recipe: Recipe, *, show: bool = True, trust: Sequence[str] = ()) -> Pa
     What the recipe names may run, and is trusted from then on; plugins that a folder it names (`path`) names in turn
     may run if `trust` names them, as in `molora.load`.
 
-    The first SIGINT or SIGTERM saves after the step under way and raises Stopped, a second one acts at once.
+    Once training begins, the first SIGINT or SIGTERM saves after the step under way and raises Stopped, a second one
+    acts at once.
 
     Raises ConfigError for a recipe that cannot work, ValueError for data that cannot be used, TrainingError when
     training must stop, EvaluationFailed when it is done and an evaluation is not.
     """
-    accelerator = Accelerator(cpu=recipe.device == "cpu")
+    accelerator = accelerator_on(recipe.device)
     folder = Path(recipe.run)
     try:
         state = latest_state(folder)
@@ -179,14 +182,15 @@ def train(recipe: Recipe, *, show: bool = True, trust: Sequence[str] = ()) -> Pa
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"run: {folder} cannot be made ({error}); give another run=") from error
-    with hold(folder), Interrupt() as interrupt:
+    with hold(folder):
         if latest_state(folder) != state:
             raise ConfigError(f"{folder}: another process trained it meanwhile; start again to go on from there")
-        run = _Run(recipe, accelerator, position, interrupt, show and accelerator.is_main_process, trust)
+        run = _Run(recipe, accelerator, position, show and accelerator.is_main_process, trust)
         try:
             run.begin(state, trials)
-            with run.bars:
+            with run.bars, run.interrupt:
                 run.go_on()
+            run.stop_if_asked()  # when no step was left to stop after
         except OSError as error:
             if not any(error.errno == number or f"(os error {number})" in str(error) for number in _NO_ROOM):
                 raise
@@ -194,18 +198,41 @@ def train(recipe: Recipe, *, show: bool = True, trust: Sequence[str] = ()) -> Pa
         finally:
             run.log.close()
     if run.failed:
+        due = run.position.evaluate
+        again = f"Run it again to evaluate {', '.join(due)} only" if due else "At the end all evaluations worked"
         raise EvaluationFailed(
-            f"{folder}: trained to the end and saved, but {'; '.join(run.failed)}. Run it again to evaluate only"
+            f"{folder}: trained to the end and saved, but {'; '.join(run.failed)}. {again}; evaluations before the end "
+            "are not made up for"
         )
     return folder
 
 
+def accelerator_on(name: str | None) -> Accelerator:
+    """accelerate on the device that a recipe names, or on the one that it finds. Raises ConfigError."""
+    if name is None:
+        return Accelerator()
+    device = pick_device(name)
+    if device.type != "cpu" and device.index is not None:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ConfigError(f"device: {name} is one device, and every rank has its own; give {device.type}")
+        torch.accelerator.set_device_index(device.index)
+    accelerator = Accelerator(cpu=device.type == "cpu")
+    if accelerator.device.type != device.type:
+        raise ConfigError(f"device: is {name}, but accelerate runs this process on {accelerator.device}; give that one")
+    return accelerator
+
+
 def _checked_position(state: Path, recipe: Recipe) -> _Position:
     """Where a run stands. Raises ConfigError naming the settings in which the recipe differs from what was done."""
-    about = read_json(state / "state.json")
-    check_format(about, state / "state.json")
+    about = read_state_about(state)
     # Built again, so that a setting that is younger than the run has its default.
     then = build(Recipe, about["recipe"], f"{state}: recipe")
+    steps = [stage.steps for stage in then.stages] + [1]  # after the last stage none is done
+    if about["stage"] >= len(steps) or about["step"] >= steps[about["stage"]]:
+        raise ValueError(
+            f"{state / 'state.json'}: stage {about['stage']} and step {about['step']} are none of its recipe, whose "
+            f"stages have {', '.join(map(str, steps[:-1]))} steps; copy it again, or give another run folder"
+        )
     if changed := _changes(then, recipe, _Position(about["stage"], about["step"])):
         raise ConfigError(
             f"{recipe.run}: this run was begun with other settings: {'; '.join(changed)}. Give the recipe another run "
@@ -473,13 +500,12 @@ class _Run:
         recipe: Recipe,
         accelerator: Accelerator,
         position: _Position,
-        interrupt: Interrupt,
         show: bool,
         trust: Sequence[str],
     ) -> None:
         self.recipe = recipe
         self.accelerator = accelerator
-        self.interrupt = interrupt
+        self.interrupt = Interrupt()
         self.show = show
         self.router = recipe_router(recipe, trust)
         self.folder = Path(recipe.run)
@@ -582,7 +608,7 @@ class _Run:
                 self.position.evaluate = list(self.recipe.evaluations)
             if (step + 1) % self.recipe.log_every_steps == 0:
                 self.log.write({**self._about(), **row})
-            stopping = next((number for number in gather_object([self.interrupt.number]) if number), 0)
+            stopping = self._asked_to_stop()
             if finished or stopping or self.position.evaluate or (step + 1) % self.recipe.save_every_steps == 0:
                 self._save()
             if stopping:
@@ -593,6 +619,15 @@ class _Run:
         """What every row of the log says: the stage and the step of the run that it is about."""
         index = self.position.stage - (self.position.step == 0)
         return {"stage": self.recipe.stages[index].name, "step": self._steps_done()}
+
+    def _asked_to_stop(self) -> int:
+        """The signal that asked a rank to stop, the same on every rank; 0 if none did."""
+        return next((number for number in gather_object([self.interrupt.number]) if number), 0)
+
+    def stop_if_asked(self) -> None:
+        """Raises Stopped if a signal asked for it."""
+        if number := self._asked_to_stop():
+            self._stop(number)
 
     def _stop(self, number: int) -> None:
         """Says how the run, which is saved, goes on."""
@@ -695,7 +730,6 @@ class _Run:
                 {
                     "weights": self._trained(),
                     "optimizer": {k: v for o in self.optimizers.values() for k, v in o.tensors().items()},
-                    "random": {"torch": torch.get_rng_state()},
                 },
                 {
                     **asdict(self.position),
@@ -725,6 +759,7 @@ class _Run:
             list(self.model.modalities),
             self.router,
             dtype=self.recipe.backbone.dtype,
+            revision=self.model.backbone.revision,
             learned=self.model.router_tensors(),
         )
 
@@ -745,13 +780,17 @@ class _Run:
     def _restore(self, state: Path) -> None:
         """Puts a saved state back. Raises ConfigError naming what differs from the run that saved it."""
         about, tensors = read_state(state)
-        self.model.backbone.identity.check(about["backbone"], str(state))
+        for warning in self.model.backbone.identity.check(about["backbone"], str(state)):
+            if self.show:
+                warn(warning)
         then, now = about["environment"], environment(self.model, self.accelerator)
         different = [f"{key} {then.get(key)!r} then, {now[key]!r} now" for key in now if now[key] != then.get(key)]
         if different and not self.recipe.allow_changed_environment:
+            dtype = str(then.get("dtype")).removeprefix("torch.")
+            back = f"give backbone.dtype={dtype} as it was, or " if now["dtype"] != then.get("dtype") else ""
             raise ConfigError(
-                f"{self.folder}: resuming exactly needs the environment it was saved in ({'; '.join(different)}); set "
-                "allow_changed_environment=true to go on all the same"
+                f"{self.folder}: resuming exactly needs the environment it was saved in ({'; '.join(different)}); "
+                f"{back}set allow_changed_environment=true to go on all the same"
             )
         try:
             trained_then = [stage["train"] for stage in about["recipe"]["stages"][: about["stage"] + 1]]
