@@ -1,11 +1,14 @@
-"""The processes that train together."""
+"""The processes that train together, and the device of each."""
 
 from __future__ import annotations
 
+import os
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from molora.config import ConfigError
 
 _T = TypeVar("_T")
 
@@ -55,8 +58,34 @@ class _Launched(Ranks):
         self._accelerator.wait_for_everyone()
 
 
-def launched_ranks(device: str | None = None) -> Ranks:
-    """The ranks that this process was launched with, on the device named, or on the first that accelerate finds."""
+def launched_ranks(name: str | None = None) -> Ranks:
+    """The ranks that this process was launched with, on the device named, or on the one that accelerate finds.
+
+    Raises ConfigError for a device that is not there, or that all ranks would share.
+    """
     from accelerate import Accelerator
 
-    return _Launched(Accelerator(cpu=device == "cpu"))
+    if name is None:
+        return _Launched(Accelerator())
+    device = pick_device(name)
+    if device.type != "cpu" and device.index is not None:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ConfigError(f"device: {name} is one device, and every rank has its own; give {device.type}")
+        torch.accelerator.set_device_index(device.index)
+    ranks = _Launched(Accelerator(cpu=device.type == "cpu"))
+    if ranks.device.type != device.type:
+        raise ConfigError(f"device: is {name}, but accelerate runs this process on {ranks.device}; give that one")
+    return ranks
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device named, else the first GPU, else the CPU. Raises ConfigError for one that is not there."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name is None else name)
+        torch.ones(1, device=device).item()  # which "meta" has no value for
+    except (RuntimeError, AssertionError) as error:  # an AssertionError if torch was built without the device
+        told = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"device: {name!r} is none of this machine ({told:.200}); give cpu, or leave it out"
+        ) from error
+    return device

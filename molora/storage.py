@@ -28,6 +28,7 @@ from molora.received import read_json
 _MAX_NAMED = 8
 # A kill can leave files of such names; `hold` removes them from a run folder.
 _TEMPORARY = re.compile(r"\.molora-[0-9a-f]{16}\.tmp")
+_ASIDE = re.compile(r"\.molora-[0-9a-f]{16}\.aside")
 _HOLDER = re.compile(r"process \d{1,10} on [\w.-]{1,80}")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
@@ -69,8 +70,8 @@ def _new_file(folder: Path) -> tuple[Path, int]:
 def write_folder(path: Path) -> Iterator[Path]:
     """A draft to write files into, which then becomes the folder at `path`, in place of one that is there.
 
-    After an error the draft is removed, and what was at `path` is as it was. After a kill between the two renames it
-    lies beside `path` under a name that ends in .tmp.
+    After an error the draft is removed, and what was at `path` is as it was. After a kill between the two renames
+    `hold` puts it back.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.parent / f".molora-{secrets.token_hex(8)}.tmp"
@@ -88,21 +89,28 @@ def write_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _set_aside(path: Path) -> Iterator[None]:
-    """Gives what is at `path` another name, and removes it in the end; after an error it has its own name again."""
+    """Moves what is at `path` into a folder beside it, where it keeps its name, and removes it in the end; after an
+    error it is back."""
     if not os.path.lexists(path):
         yield
         return
-    former = path.parent / f".molora-{secrets.token_hex(8)}.tmp"
-    os.replace(path, former)
+    aside = path.parent / f".molora-{secrets.token_hex(8)}.aside"
+    aside.mkdir()
     try:
+        os.replace(path, aside / path.name)
         yield
     except BaseException:
-        os.replace(former, path)
+        _put_back(aside)
         raise
-    if former.is_dir() and not former.is_symlink():
-        shutil.rmtree(former, ignore_errors=True)
-    else:
-        former.unlink()
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _put_back(aside: Path) -> None:
+    """Moves what was set aside to its place, if nothing is there, and removes the rest."""
+    for former in aside.iterdir():
+        if not os.path.lexists(aside.parent / former.name):
+            os.replace(former, aside.parent / former.name)
+    shutil.rmtree(aside)
 
 
 def settle(folder: Path) -> None:
@@ -211,8 +219,10 @@ def hold(path: Path) -> Iterator[None]:
     """Keeps other processes from a run folder, which must be there, or from an output file, there or not.
 
     The lock goes with the process, however it ends. Of a run's several ranks only the first takes it. Temporary
-    files that a killed process left in the folder are removed. Raises ConfigError if another process holds the
-    lock, for what cannot be locked, and for a link that leads out of the folder.
+    files that a killed process left in the folder are removed, and what it had set aside is put back.
+
+    Raises ConfigError if another process holds the lock, for what cannot be locked, and for a link that leads out of
+    the folder.
     """
     if int(os.environ.get("RANK", 0)) > 0:
         yield
@@ -273,8 +283,11 @@ def _take(lock: Path, path: Path) -> int:
 
 
 def _sweep(folder: Path) -> None:
-    """Removes what killed processes left. Raises ConfigError for a link out of the folder: it would be written through,
-    and what it leads to removed with old states."""
+    """Puts back what killed processes had set aside, and removes what they left. Raises ConfigError for a link out of
+    the folder: it would be written through, and what it leads to removed with old states."""
+    for aside in sorted(folder.rglob(".molora-*.aside")):
+        if _ASIDE.fullmatch(aside.name) and aside.is_dir() and not aside.is_symlink():
+            _put_back(aside)
     for root, folders, files in os.walk(folder):
         for path in (Path(root, name) for name in (*folders, *files)):
             if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(folder):

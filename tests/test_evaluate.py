@@ -361,6 +361,21 @@ def test_a_question_that_failed_is_in_no_rate_and_is_named_with_its_row() -> Non
     assert complaints("test", judged[:1], config) == []
 
 
+@pytest.mark.parametrize("ends", [SystemExit(1), RuntimeError("mecab-ko is not\ninstalled"), OSError("no network")])
+def test_a_tokeniser_that_cannot_be_used_is_told_when_the_recipe_is_read(
+    monkeypatch: pytest.MonkeyPatch, ends: BaseException
+) -> None:
+    tokenisers = pytest.importorskip("sacrebleu.metrics.bleu")
+
+    def fails(name: str) -> None:
+        raise ends
+
+    monkeypatch.setattr(tokenisers, "_get_tokenizer", fails)
+    values = {"data": {"kind": "messages"}, "bleu": "flores200"}
+    with pytest.raises(ConfigError, match="bleu: tokeniser 'flores200' cannot be used here .*or give another, as 13a"):
+        build(EvaluationConfig, values, "evaluations.x")
+
+
 def test_results_of_one_model_gather_and_those_of_another_go(tmp_path: Path) -> None:
     path, one, other = tmp_path / "evaluation.json", {"vision": "1"}, {"vision": "2"}
     assert record(path, one, {"a": {"exact_match": 1.0}}) == []

@@ -16,14 +16,15 @@ from typer.testing import CliRunner
 import molora
 from molora.checkpoint.assembly import RouterConfig, assemble, blueprint
 from molora.checkpoint.modality_folder import save_modality
+from molora.checkpoint.opening import locate
 from molora.checkpoint.pretrained import load_backbone
 from molora.checkpoint.run_folder import read_run, write_run
 from molora.cli.commands import app
 from molora.config import ConfigError, build
 from molora.terminal import visible
 from molora.testing import byte_tokenizer, save_backbone
-from molora.train.loop import train
-from molora.train.recipe import Recipe
+from molora.train import Recipe, train
+from molora.verify.promises import verify
 
 ADAPTER = {"r": 2, "lora_alpha": 8, "init_lora_weights": False, "target_modules": ["qkv_proj", "down_proj"]}
 DEPTH = """
@@ -441,6 +442,34 @@ def test_a_run_written_through_a_link_names_its_backbone_from_where_it_is(home: 
     write_run(tmp_path / "here" / "x", backbone.identity, [], RouterConfig())
     for run in (tmp_path / "here" / "x", tmp_path / "disk" / "runs" / "x"):
         assert Path(read_run(run).backbone_source()).samefile(home / "backbone")
+
+
+def test_a_run_is_opened_and_verified_with_the_commit_that_it_was_trained_on(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository, trained_on, main = tmp_path / "models--someone--tiny", "1" * 40, "2" * 40
+    shutil.copytree(home / "backbone", repository / "snapshots" / trained_on)
+    save_backbone(repository / "snapshots" / main, seed=1)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(main)
+    (repository / "refs" / "v1").write_text(trained_on)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    run = train(recipe(home, tmp_path / "run", backbone={"path": "someone/tiny", "revision": "v1"}), show=False)
+    assert read_run(run).backbone["revision"] == trained_on
+    (repository / "refs" / "v1").unlink()
+    loaded = molora.load(run, device="cpu")
+    assert loaded.model.backbone.folder.name == trained_on
+    assert verify(loaded, [], locate(run).folders)
+    about = json.loads((run / "molora.json").read_text())
+    about["backbone"]["revision"] = "../../../../etc"
+    (run / "molora.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="revision is '../../../../etc', no commit; copy it again"):
+        molora.load(run, device="cpu")
+    del about["backbone"]["revision"]  # as an older molora wrote it
+    about["backbone"]["source"] = str(home / "backbone")
+    (run / "molora.json").write_text(json.dumps(about))
+    assert molora.load(run, device="cpu").model.modalities
 
 
 def test_a_run_without_modalities_is_checked_against_its_backbone(home: Path, tmp_path: Path) -> None:

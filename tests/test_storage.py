@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from molora import received, storage
-from molora.checkpoint.state import latest_state, read_state, save_state
+from molora.checkpoint.state import latest_state, save_state
 from molora.config import ConfigError
 from molora.storage import hold, settle, write_atomically, write_cached, write_folder, write_tensors, write_text
 
@@ -188,6 +188,54 @@ def test_holding_removes_what_a_kill_left_and_nothing_else(tmp_path: Path) -> No
     assert sorted(path.name for path in (tmp_path / "state").iterdir()) == [".mine.tmp", "a.json"]
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from molora.storage import write_folder
+replace, left = os.replace, int(sys.argv[2])
+def dying(*names):
+    global left
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left -= 1
+    replace(*names)
+os.replace = dying
+with write_folder(Path(sys.argv[1])) as draft:
+    (draft / "a").write_text("new")
+"""
+
+
+@pytest.mark.parametrize(("renames", "found"), [(0, "old"), (1, "old"), (2, "new")])
+def test_a_folder_is_there_again_after_a_kill_between_its_renames(tmp_path: Path, renames: int, found: str) -> None:
+    folder = tmp_path / "state" / ("f" * 255)
+    with write_folder(folder) as draft:
+        (draft / "a").write_text("old")
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(renames)])
+    assert killed.returncode == (0 if renames == 2 else -signal.SIGKILL)
+    assert folder.exists() == (renames != 1)
+    with hold(tmp_path):
+        pass
+    assert (folder / "a").read_text() == found
+    assert list((tmp_path / "state").iterdir()) == [folder]
+
+
+def test_what_was_set_aside_does_not_replace_what_is_there_and_a_link_is_not_followed(tmp_path: Path) -> None:
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    aside = run / ".molora-0123456789abcdef.aside"
+    aside.mkdir(parents=True)
+    (aside / "a").write_text("old")
+    (run / "a").write_text("new")
+    with hold(run):
+        pass
+    assert [path.read_text() for path in run.iterdir()] == ["new"]
+    elsewhere.mkdir()
+    (elsewhere / "b").write_text("theirs")
+    aside.symlink_to(elsewhere)
+    with pytest.raises(ConfigError, match="leads out of the run"), hold(run):
+        pass
+    assert (elsewhere / "b").read_text() == "theirs"
+
+
 def test_a_cache_that_cannot_be_written_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     for name in "ab":
@@ -209,8 +257,8 @@ def test_a_full_disk_leaves_the_last_state_whole(tmp_path: Path, small_files: No
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["step-1"]
     state = latest_state(tmp_path)
     assert state is not None
-    about, tensors = read_state(state)
-    assert about["step"] == 1 and tensors["weights"]["x"].tolist() == [1, 1, 1]
+    assert received.read_json(state / "state.json")["step"] == 1
+    assert received.read_tensors(state / "weights.safetensors")["x"].tolist() == [1, 1, 1]
 
 
 def test_a_state_follows_the_umask_and_replaces_older_ones_alone(tmp_path: Path, umask: int) -> None:

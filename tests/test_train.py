@@ -8,6 +8,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -60,6 +61,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 + "\n"
             )
     return folder
+
+
+@pytest.fixture(scope="module")
+def finished(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(recipe(home, tmp_path_factory.mktemp("finished") / "run"), show=False)
 
 
 def recipe(home: Path, run: Path, **changes: Any) -> Recipe:
@@ -503,6 +509,65 @@ def test_another_environment_does_not_go_on_unless_told(home: Path, tmp_path: Pa
     train(config, show=False)
 
 
+def test_a_run_of_another_dtype_is_told_how_to_go_back(home: Path, tmp_path: Path) -> None:
+    train(recipe(home, tmp_path / "run"), show=False)
+    changed = recipe(home, tmp_path / "run", backbone={"path": str(home / "backbone"), "dtype": "bfloat16"})
+    with pytest.raises(ConfigError, match="dtype .*; give backbone.dtype=float32 as it was, or set allow_changed"):
+        train(changed, show=False)
+
+
+def test_a_chat_template_that_changed_before_a_resume_is_told(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(home / "backbone", tmp_path / "backbone")
+    config = recipe(home, tmp_path / "run", backbone={"path": str(tmp_path / "backbone")})
+    train(config, show=False)
+    capsys.readouterr()
+    (template,) = (tmp_path / "backbone").glob("chat_template.jinja")
+    template.write_text(template.read_text() + "\n{# another #}")
+    train(config)
+    assert "trained with another chat template" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda about: about.pop("recipe"), "lacks recipe"),
+        (lambda about: about.pop("stage"), "lacks stage"),
+        (lambda about: about.pop("part_steps"), "lacks part_steps"),
+        (lambda about: about.pop("logs"), "lacks logs"),
+        (lambda about: about.update(stage="1"), "stage is '1', expected a whole number"),
+        (lambda about: about.update(step=-1), "step is -1, expected a count"),
+        (lambda about: about.update(step=True), "step is True, expected a count"),
+        (lambda about: about.update(stage=9), "stage 9 and step 0 are none of its recipe, .* have 5, 7 steps"),
+        (lambda about: about.update(step=99), "stage 2 and step 99 are none"),
+        (lambda about: about.update(environment=[]), "environment is \\[\\], expected values by name"),
+        (lambda about: about["part_steps"].update(x=None), "part_steps.x is None, expected a count"),
+        (lambda about: about["logs"].update({"metrics.jsonl": 0.5}), "logs.metrics.jsonl is 0.5, expected a count"),
+        (lambda about: about.update(evaluate="rows"), "evaluate is 'rows', expected names"),
+        (lambda about: about["recipe"].pop("stages"), "stages"),
+    ],
+)
+def test_a_state_that_was_damaged_is_one_error(
+    home: Path, finished: Path, tmp_path: Path, change: Callable[[Any], object], said: str
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    (state,) = (run / "state").iterdir()
+    about = read_json(state / "state.json")
+    change(about)
+    (state / "state.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=f"state.*{said}"):
+        train(recipe(home, run), show=False)
+
+
+@pytest.mark.parametrize("device", ["cpuu", "meta", "cuda:99", "", "cpu:x"])
+def test_a_device_that_is_not_there_is_refused(home: Path, tmp_path: Path, device: str) -> None:
+    with pytest.raises(ConfigError, match=f"device: '{device}' is none of this machine"):
+        train(recipe(home, tmp_path / "run", device=device), show=False)
+    with pytest.raises(ConfigError, match=f"device: '{device}' is none of this machine"):
+        molora.load(home / "backbone", device=device)
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_optimiser(home: Path, tmp_path: Path) -> None:
     config = recipe(home, tmp_path / "run")
     config.stages[0].train["projectors"].learning_rate = float("inf")
@@ -699,7 +764,10 @@ def test_an_evaluation_that_fails_costs_nothing_but_itself(home: Path, tmp_path:
     config = recipe(home, run)
     config.evaluations["flaky"] = build(type(config.evaluations["rows"]), asdict(config.evaluations["rows"]), "test")
     config.evaluations["flaky"].data.kind = f"{tmp_path / 'flaky.py'}:Flaky"
-    with pytest.raises(EvaluationFailed, match=r"trained to the end and saved, but .*flaky at step 12 .*server is"):
+    with pytest.raises(
+        EvaluationFailed,
+        match=r"flaky at step 12 .*server is down\. Run it again to evaluate flaky only; ",
+    ):
         train(config, show=False)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "flaky/error" in row] == [5, 8, 11, 12]
@@ -751,6 +819,46 @@ def test_a_signal_saves_says_so_and_the_run_goes_on_exactly(home: Path, tmp_path
             with pytest.raises(Stopped):
                 train(interrupted, show=False)
     assert outcome(train(interrupted, show=False)) == straight
+
+
+def test_what_failed_in_the_middle_is_not_said_to_be_repeated(home: Path, tmp_path: Path) -> None:
+    def failing_once(self: _Run, name: str, config: Any) -> tuple[dict[str, Any], str | None]:
+        return ({}, "no network") if self._steps_done() == 8 else evaluate(self, name, config)
+
+    evaluate = _Run._evaluate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Run, "_evaluate", failing_once)
+        with pytest.raises(EvaluationFailed, match="rows at step 8 failed: no network. At the end all evaluations wor"):
+            train(recipe(home, tmp_path / "run"), show=False)
+    assert read_json(tmp_path / "run/state/step-12/state.json")["evaluate"] == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_first_step_acts_at_once_and_one_in_the_last_evaluation_is_honoured(
+    home: Path, tmp_path: Path, number: int
+) -> None:
+    config = recipe(home, tmp_path / "run")
+    handler = signal.getsignal(number)
+    begin, evaluate = _Run.begin, _Run._evaluate
+
+    def noting(self: _Run, *given: Any) -> None:
+        assert signal.getsignal(number) == handler, "a signal acts at once while the model is opened"
+        begin(self, *given)
+
+    def signalled(self: _Run, name: str, of: Any) -> tuple[dict[str, Any], str | None]:
+        found = evaluate(self, name, of)
+        if self._steps_done() == 12:
+            signal.raise_signal(number)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Run, "begin", noting)
+        patch.setattr(_Run, "_evaluate", signalled)
+        with pytest.raises(Stopped, match=f"stopped by {signal.Signals(number).name} after step 12 of 12"):
+            train(config, show=False)
+    assert signal.getsignal(number) == handler
+    rows = (tmp_path / "run/metrics.jsonl").read_text()
+    assert rows == (train(config, show=False) / "metrics.jsonl").read_text(), "nothing was left to do"
 
 
 def constant(home: Path, run: Path, steps: int, **changes: Any) -> Recipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from molora.received import (
 from molora.storage import check_shapes
 
 FORMAT_VERSION = "1.0"
+# A commit of the hub.
+COMMIT = re.compile("[0-9a-f]{40}")
 _KINDS = {str: "a text", dict: "values by name", int: "a whole number", list: "a list"}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from functools import partial
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from molora.checkpoint.assembly import Blueprint, blueprint
-from molora.checkpoint.format import FORMAT_VERSION, checked, fill, read_described, tensor_hash
+from molora.checkpoint.format import COMMIT, FORMAT_VERSION, checked, fill, read_described, tensor_hash
 from molora.checkpoint.trust import Untrusted, find_received
 from molora.config import ConfigError
 from molora.modality import Origin, WeightSource
@@ -42,7 +41,6 @@ _MODALITY_KEYS = {
     **{"name": str, "plugin": str, "options": dict, "part_type": str, "frame_width": int, "projectors": list},
     **{"backbone": dict, "encoder": dict, "files": dict},
 }
-_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def save_modality(model: MoLoRA, name: str, plan: Blueprint, folder: Path, pristine: Mapping[str, str]) -> None:
@@ -222,9 +220,7 @@ def _check_sources(plan: Blueprint, about: Mapping[str, Any], path: Path) -> Non
                 f"{path}: its options name the path {source.path!r:.200}, and a modality folder reads nothing outside "
                 "itself; save the modality anew, with its encoder's weights"
             )
-        if source.fetches and (
-            source.revision != origin.get("revision") or not _COMMIT.fullmatch(str(source.revision))
-        ):
+        if source.fetches and (source.revision != origin.get("revision") or not COMMIT.fullmatch(str(source.revision))):
             raise ConfigError(
                 f"{path}: its options name {source.name!r:.200} on the hub at revision {source.revision!r:.80}, "
                 f'expected the commit that "encoder" gives as its origin ({origin.get("revision")!r:.80}); write that '

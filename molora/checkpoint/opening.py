@@ -22,12 +22,17 @@ from molora.terminal import warn
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the parts of a model lie: its backbone (a folder or hub id), its modality folders by name, and what the
-    molora.json of a run says. Folders that molora.json does not name are not part of the run."""
+    """Where the parts of a model lie: its backbone (a folder, or a hub id with the commit that a run was trained on),
+    its modality folders by name, and what the molora.json of a run says. Folders that molora.json does not name are not
+    part of the run."""
 
     backbone: str
     folders: dict[str, Path]
     run: RunAbout | None
+
+    @property
+    def revision(self) -> str | None:
+        return None if self.run is None else self.run.backbone["revision"]
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ def plan_model(
     else:
         chosen, where, learned = run.router_plan(trust), str(run.folder / "molora.json"), run.folder
     dtype = dtype or (None if run is None else run.backbone["dtype"])
-    backbone = BackboneConfig(path=layout.backbone, dtype=dtype)
+    backbone = BackboneConfig(path=layout.backbone, dtype=dtype, revision=layout.revision)
     return ModelPlan(backbone, plans, chosen, where, layout.folders, learned, run, media_policy=media_policy)
 
 
@@ -137,8 +142,3 @@ def open_model(plan: ModelPlan, device: torch.device | str) -> tuple[MoLoRA, Pro
     if plan.learned is not None:
         load_router(model, plan.learned)
     return model, processor
-
-
-def pick_device(name: str | None = None) -> torch.device:
-    """The device named, else the first GPU, else the CPU."""
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))

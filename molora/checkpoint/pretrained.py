@@ -57,6 +57,8 @@ def load_backbone(
     key = f"{transformers.__version__} {torch.__version__} {model.dtype} {torch.device(device).type}"
     probes = remembered["probes"]
     backbone = Backbone(model, identity, probe=probes.get(key))
+    backbone.folder = folder
+    backbone.revision = None if Path(source).is_dir() else folder.name  # the hub's cache names it by its commit
     for warning in backbone.stop_at(ChatTemplate(tokenizer).turn_ends(), tokenizer):
         warn(warning)
     if key not in probes:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from molora.checkpoint.assembly import RouterConfig, RouterPlan, router_plan
-from molora.checkpoint.format import FORMAT_VERSION, fill, read_described
+from molora.checkpoint.format import COMMIT, FORMAT_VERSION, fill, read_described
 from molora.checkpoint.trust import find_received
 from molora.config import ConfigError, build
 from molora.model.identity import Identity
@@ -37,11 +37,13 @@ def write_run(
     router: RouterConfig | RouterPlan,
     *,
     dtype: str | None = None,
+    revision: str | None = None,
     learned: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes molora.json, which makes a folder a run that `molora.load` opens, and what the router has learned.
 
-    A backbone folder is named by its path from the run, so that the two can be moved together.
+    A backbone folder is named by its path from the run, so that the two can be moved together; one of the hub by its
+    id and its commit (`revision`).
     """
     source = backbone.source
     folder = os.path.relpath(os.path.realpath(source), os.path.realpath(run)) if Path(source).is_dir() else None
@@ -52,7 +54,7 @@ def write_run(
         run / "molora.json",
         {
             "format_version": FORMAT_VERSION,
-            "backbone": {**asdict(backbone), "folder": folder, "dtype": dtype},
+            "backbone": {**asdict(backbone), "folder": folder, "dtype": dtype, "revision": revision},
             "modalities": list(modalities),
             "router": {"plugin": plan.found.spec, "options": plan.options},
             "router_sha256": plan.found.sha256,
@@ -115,11 +117,13 @@ def read_run(run: Path) -> RunAbout:
         )
     about = read_described(path, _RUN_KEYS)
     backbone, names = about["backbone"], about["modalities"]
-    for key in ("source", "folder", "dtype"):
+    for key in ("source", "folder", "dtype", "revision"):
         value = backbone.get(key)
         text = isinstance(value, str) and value.isprintable() and len(value) <= 4096
         if not text and (value is not None or key == "source"):
             raise ValueError(f'{path}: "backbone": {key} is {value!r:.80}, expected a text; copy it again')
+    if backbone.get("revision") is not None and not COMMIT.fullmatch(backbone["revision"]):
+        raise ValueError(f'{path}: "backbone": revision is {backbone["revision"]!r:.80}, no commit; copy it again')
     for name in names:
         check_name(name, f'{path}: "modalities"')
     if len(set(names)) < len(names):
@@ -128,7 +132,8 @@ def read_run(run: Path) -> RunAbout:
     if router.path is not None:
         raise ValueError(f"{path}: router.path is {router.path!r:.80}, but a run has its own router; copy it again")
     files = listed_files(about["files"], path) if "files" in about else None
-    return RunAbout(run, {"folder": None, "dtype": None, **backbone}, names, router, files, about.get("router_sha256"))
+    backbone = {"folder": None, "dtype": None, "revision": None, **backbone}
+    return RunAbout(run, backbone, names, router, files, about.get("router_sha256"))
 
 
 def load_router(model: MoLoRA, run: Path) -> None:

@@ -10,13 +10,16 @@ from typing import Any
 
 from torch import Tensor
 
-from molora.checkpoint.format import FORMAT_VERSION, check_format
+from molora.checkpoint.format import FORMAT_VERSION, read_described
 from molora.received import (
-    read_json,
     read_tensors,
 )
 from molora.storage import write_folder, write_json, write_tensors
 
+_STATE_KEYS = {
+    **{"recipe": dict, "stage": int, "step": int, "part_steps": dict},
+    **{"backbone": dict, "environment": dict, "logs": dict},
+}
 _STATE = re.compile(r"step-\d{1,18}")
 
 
@@ -44,6 +47,21 @@ def read_state(state: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]
 
     Raises OSError, ValueError naming the file that is missing, damaged or of another format.
     """
-    about = read_json(state / "state.json")
-    check_format(about, state / "state.json")
-    return about, {path.stem: read_tensors(path) for path in sorted(state.glob("*.safetensors"))}
+    about = read_state_about(state)
+    return about, {name: read_tensors(state / f"{name}.safetensors") for name in ("weights", "optimizer")}
+
+
+def read_state_about(state: Path) -> dict[str, Any]:
+    """A state's description. Raises OSError, ValueError naming the file and the key that is not as it was written."""
+    path = state / "state.json"
+    about = read_described(path, _STATE_KEYS)
+    counts = {"": {key: about[key] for key in ("stage", "step")}, **{k: about[k] for k in ("part_steps", "logs")}}
+    for above, values in counts.items():
+        for key, value in values.items():
+            if type(value) is not int or value < 0:
+                key = f"{above}.{key}" if above else key
+                raise ValueError(f"{path}: {key} is {value!r:.80}, expected a count; copy it again")
+    evaluate = about.get("evaluate", [])  # which older states lack
+    if not isinstance(evaluate, list) or not all(isinstance(name, str) for name in evaluate):
+        raise ValueError(f"{path}: evaluate is {evaluate!r:.80}, expected names; copy it again")
+    return about

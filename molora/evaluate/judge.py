@@ -207,7 +207,8 @@ def complaints(name: str, judged: Sequence[Judged], config: EvaluationConfig) ->
     if cut_off:
         told.append(
             f"{name}: {cut_off} of {len(judged) - len(failed)} answers were cut off at max_new_tokens "
-            f"({config.max_new_tokens}) and are judged as they are; raise it if answers may be longer"
+            f"({config.max_new_tokens}), or where the backbone's context was full, and are judged as they are; raise "
+            "max_new_tokens if answers may be longer, or make the prompts shorter"
         )
     return told
 
@@ -283,14 +284,22 @@ def bleu(judged: Sequence[Judged], tokeniser: str) -> float:
 
 
 def bleu_metric(tokeniser: str) -> Any:
-    """sacrebleu's BLEU. Raises ImportError without the `audio` extra, ValueError for a tokeniser it does not have."""
+    """sacrebleu's BLEU. Raises ImportError without the `audio` extra, ValueError for a tokeniser it does not have, or
+    whose library or model is not there."""
     try:
         from sacrebleu.metrics.bleu import BLEU
     except ImportError as error:
         raise ImportError("BLEU needs sacrebleu: pip install 'molora[audio]'") from error
     if tokeniser not in BLEU.TOKENIZERS:
         raise ValueError(f"bleu: sacrebleu has no tokeniser {tokeniser!r}; it has {', '.join(BLEU.TOKENIZERS)}")
-    return BLEU(tokenize=tokeniser)
+    try:
+        return BLEU(tokenize=tokeniser)
+    except (ImportError, RuntimeError, OSError, SystemExit) as error:  # what fetches a model may end the process
+        told = " ".join(str(error).split()) if not isinstance(error, SystemExit) else "its model cannot be fetched"
+        raise ValueError(
+            f"bleu: tokeniser {tokeniser!r} cannot be used here ({told:.300}); install what it needs, fetch its model "
+            "where there is a network (sacrebleu keeps it under ~/.sacrebleu, or SACREBLEU), or give another, as 13a"
+        ) from error
 
 
 def gathered(judged: list[Judged]) -> list[Judged]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from molora.checkpoint.assembly import RouterConfig
-from molora.checkpoint.opening import Layout, open_model, pick_device, plan_model
+from molora.checkpoint.opening import Layout, open_model, plan_model
 from molora.convert.release import converted
 from molora.data.messages import Message
 from molora.data.processor import Processor
@@ -17,6 +17,7 @@ from molora.inference.generate import Failed, GenerationConfig, attempt, generat
 from molora.media import MediaPolicy
 from molora.model.molora import MoLoRA
 from molora.pack import Sample
+from molora.ranks import pick_device
 
 
 @dataclass(frozen=True)

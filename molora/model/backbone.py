@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ class Backbone(nn.Module):
     def __init__(self, model: PreTrainedModel, identity: Identity, *, probe: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.identity = identity
+        self.folder = Path(identity.source)
+        self.revision: str | None = None
         self.model = model.requires_grad_(False).eval()
         stock = run_stock(model) if probe is None else None
         attention.register()

@@ -57,7 +57,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class EvaluationFailed(RuntimeError):
-    """Training is done and saved, and an evaluation is not; running the recipe again runs that alone."""
+    """Training is done and saved, and an evaluation failed; running the recipe again runs those of the end alone."""
 
     exit_code = 2
 
@@ -68,7 +68,8 @@ def train(recipe: Recipe, *, show: bool = True, trust: Sequence[str] = ()) -> Pa
     What the recipe names may run, and is trusted from then on; plugins that a folder it names (`path`) names in turn
     may run if `trust` names them, as in `molora.load`.
 
-    The first SIGINT or SIGTERM saves after the step under way and raises Stopped, a second one acts at once.
+    Once training begins, the first SIGINT or SIGTERM saves after the step under way and raises Stopped, a second one
+    acts at once.
 
     Raises ConfigError for a recipe that cannot work, ValueError for data that cannot be used, TrainingError when
     training must stop, EvaluationFailed when it is done and an evaluation is not.
@@ -85,14 +86,15 @@ def train(recipe: Recipe, *, show: bool = True, trust: Sequence[str] = ()) -> Pa
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"run: {folder} cannot be made ({error}); give another run=") from error
-    with hold(folder), Interrupt() as interrupt:
+    with hold(folder):
         if latest_state(folder) != state:
             raise ConfigError(f"{folder}: another process trained it meanwhile; start again to go on from there")
-        run = _Run(recipe, ranks, position, interrupt, show and ranks.is_main, trust)
+        run = _Run(recipe, ranks, position, show and ranks.is_main, trust)
         try:
             run.begin(state, trials)
-            with run.bars:
+            with run.bars, run.interrupt:
                 run.go_on()
+            run.stop_if_asked()  # when no step was left to stop after
         except OSError as error:
             if not any(error.errno == number or f"(os error {number})" in str(error) for number in _NO_ROOM):
                 raise
@@ -100,8 +102,11 @@ def train(recipe: Recipe, *, show: bool = True, trust: Sequence[str] = ()) -> Pa
         finally:
             run.log.close()
     if run.failed:
+        due = run.position.evaluate
+        again = f"Run it again to evaluate {', '.join(due)} only" if due else "At the end all evaluations worked"
         raise EvaluationFailed(
-            f"{folder}: trained to the end and saved, but {'; '.join(run.failed)}. Run it again to evaluate only"
+            f"{folder}: trained to the end and saved, but {'; '.join(run.failed)}. {again}; evaluations before the end "
+            "are not made up for"
         )
     return folder
 
@@ -128,13 +133,12 @@ class _Run:
         recipe: Recipe,
         ranks: Ranks,
         position: Position,
-        interrupt: Interrupt,
         show: bool,
         trust: Sequence[str],
     ) -> None:
         self.recipe = recipe
         self.ranks = ranks
-        self.interrupt = interrupt
+        self.interrupt = Interrupt()
         self.show = show
         self.folder = Path(recipe.run)
         self.plan = plan_recipe(recipe, trust)
@@ -237,7 +241,7 @@ class _Run:
                 self.position.evaluate = list(self.recipe.evaluations)
             if (step + 1) % self.recipe.log_every_steps == 0:
                 self.log.write({**self._about(), **row})
-            stopping = next((number for number in self.ranks.gather([self.interrupt.number]) if number), 0)
+            stopping = self._asked_to_stop()
             if finished or stopping or self.position.evaluate or (step + 1) % self.recipe.save_every_steps == 0:
                 self._save()
             if stopping:
@@ -248,6 +252,15 @@ class _Run:
         """What every row of the log says: the stage and the step of the run that it is about."""
         index = self.position.stage - (self.position.step == 0)
         return {"stage": self.recipe.stages[index].name, "step": self._steps_done()}
+
+    def _asked_to_stop(self) -> int:
+        """The signal that asked a rank to stop, the same on every rank; 0 if none did."""
+        return next((number for number in self.ranks.gather([self.interrupt.number]) if number), 0)
+
+    def stop_if_asked(self) -> None:
+        """Raises Stopped if a signal asked for it."""
+        if number := self._asked_to_stop():
+            self._stop(number)
 
     def _stop(self, number: int) -> None:
         """Says how the run, which is saved, goes on."""
@@ -350,7 +363,6 @@ class _Run:
                 {
                     "weights": self._trained(),
                     "optimizer": {k: v for o in self.optimizers.values() for k, v in o.tensors().items()},
-                    "random": {"torch": torch.get_rng_state()},
                 },
                 {
                     **asdict(self.position),
@@ -380,6 +392,7 @@ class _Run:
             list(self.model.modalities),
             self.plan.router,
             dtype=self.recipe.backbone.dtype,
+            revision=self.model.backbone.revision,
             learned=self.model.router_tensors(),
         )
 
@@ -404,13 +417,17 @@ class _Run:
     def _restore(self, state: Path) -> None:
         """Puts a saved state back. Raises ConfigError naming what differs from the run that saved it."""
         about, tensors = read_state(state)
-        self.model.backbone.identity.check(about["backbone"], str(state))
+        for warning in self.model.backbone.identity.check(about["backbone"], str(state)):
+            if self.show:
+                warn(warning)
         then, now = about["environment"], self._environment()
         different = [f"{key} {then.get(key)!r} then, {now[key]!r} now" for key in now if now[key] != then.get(key)]
         if different and not self.recipe.allow_changed_environment:
+            dtype = str(then.get("dtype")).removeprefix("torch.")
+            back = f"give backbone.dtype={dtype} as it was, or " if now["dtype"] != then.get("dtype") else ""
             raise ConfigError(
-                f"{self.folder}: resuming exactly needs the environment it was saved in ({'; '.join(different)}); set "
-                "allow_changed_environment=true to go on all the same"
+                f"{self.folder}: resuming exactly needs the environment it was saved in ({'; '.join(different)}); "
+                f"{back}set allow_changed_environment=true to go on all the same"
             )
         try:
             trained_then = [stage["train"] for stage in about["recipe"]["stages"][: about["stage"] + 1]]

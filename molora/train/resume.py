@@ -12,9 +12,8 @@ from typing import Any
 import torch
 import transformers
 
-from molora.checkpoint.format import check_format
+from molora.checkpoint.state import read_state_about
 from molora.config import ConfigError, build, plain
-from molora.received import read_json
 from molora.train.optim import learning_rate
 from molora.train.recipe import Recipe, StageConfig
 
@@ -60,10 +59,15 @@ def environment(**more: Any) -> dict[str, Any]:
 
 def resumed_position(state: Path, recipe: Recipe) -> Position:
     """Where a run stands. Raises ConfigError naming the settings in which the recipe differs from what was done."""
-    about = read_json(state / "state.json")
-    check_format(about, state / "state.json")
+    about = read_state_about(state)
     # Built again, so that a setting that is younger than the run has its default.
     then = build(Recipe, about["recipe"], f"{state}: recipe")
+    steps = [stage.steps for stage in then.stages] + [1]  # after the last stage none is done
+    if about["stage"] >= len(steps) or about["step"] >= steps[about["stage"]]:
+        raise ValueError(
+            f"{state / 'state.json'}: stage {about['stage']} and step {about['step']} are none of its recipe, whose "
+            f"stages have {', '.join(map(str, steps[:-1]))} steps; copy it again, or give another run folder"
+        )
     if changed := _changes(then, recipe, Position(about["stage"], about["step"])):
         raise ConfigError(
             f"{recipe.run}: this run was begun with other settings: {'; '.join(changed)}. Give the recipe another run "

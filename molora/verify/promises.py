@@ -135,7 +135,7 @@ def _checks(model: MoLoRA, samples: list[Sample], folders: Mapping[str, Path]) -
     itself, and then in fp32 too."""
     model.eval()
     texts = [sample for sample in samples if not sample.items]
-    source = Path(model.backbone.identity.source)
+    source = model.backbone.folder
     stock = open_stock(source, model.backbone.model.dtype).to(model.device).eval()  # pyright: ignore[reportArgumentType]
     stock.set_attn_implementation(stock_attention(stock))
     pack = collate(samples, model.modalities, model.router.order).to(model.device)
@@ -199,10 +199,9 @@ def _precisions(model: MoLoRA, stock: PreTrainedModel, samples: Sequence[Sample]
 def _frozen(
     model: MoLoRA, stock: Any, source: Path, texts: Sequence[Sample], precisions: Sequence[_Precision]
 ) -> Iterator[Finding]:
-    if source.is_dir():
-        yield Finding(
-            "1 frozen", "backbone files have the recorded hash", weights_hash(source) == model.backbone.identity.weights
-        )
+    yield Finding(
+        "1 frozen", "backbone files have the recorded hash", weights_hash(source) == model.backbone.identity.weights
+    )
     mine = {name.replace(".base_layer.", "."): value for name, value in model.backbone.model.state_dict().items()}
     same = all(torch.equal(mine[name], value) for name, value in stock.state_dict().items())
     yield Finding("1 frozen", "weights in memory equal those on disk to the bit", same)
