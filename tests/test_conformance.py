@@ -16,7 +16,8 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from molora.plugin_kit import modality_items
-from molora.plugin_kit.check import MODALITY_CLAUSES, check_modality
+from molora.plugin_kit.check import MODALITY, check_modality
+from molora.plugin_kit.clauses import clauses_of
 from molora.plugins import resolve
 from molora.terminal import Finding
 from molora.testing import assert_conforms
@@ -27,7 +28,7 @@ WEIGHTS = Path(os.environ.get("MOLORA_TEST_DATA", ".")) / "weights/kwt1/model.sa
 CONVIT = {"kind": "convit", "pretrained": False, "convit": {"width": 8, "depth": 1, "heads": 2}}
 CONFORMER = {"width": 16, "blocks": 2, "heads": 2, "mlp_width": 24, "subsampling_channels": 4}
 AUGMENT = {"speeds": [0.9, 1.1], "time_masks": 2, "bin_masks": 2}
-CHECKS = [clause.name for clause in MODALITY_CLAUSES]
+CHECKS = [clause.name for clause in clauses_of(MODALITY)]
 
 # Plugin, the check meant for it, words of its message; and other checks that it cannot but fail.
 BROKEN: list[tuple[str, ...]] = [

@@ -15,12 +15,12 @@ from molora.plugin_kit import (
     modality_items,
     router_clauses,
 )
-from molora.plugin_kit.clauses import clauses_of, try_clauses
+from molora.plugin_kit.clauses import try_clauses
 from molora.plugin_kit.under_test import ModalityUnderTest, RouterUnderTest
 from molora.terminal import Finding
 
-MODALITY_CLAUSES = clauses_of(modality_class, modality_items, modality_encoder, modality_in_model, modality_in_process)
-ROUTER_CLAUSES = clauses_of(router_clauses)
+# The files of a modality's clauses, in the order in which they are tried.
+MODALITY = (modality_class, modality_items, modality_encoder, modality_in_model, modality_in_process)
 
 
 def check_modality(
@@ -31,9 +31,9 @@ def check_modality(
     It is tried by itself, in other processes, and in a tiny model with a second modality; no other files are needed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        return try_clauses(MODALITY_CLAUSES, ModalityUnderTest(spec, dict(options or {}), parts, Path(folder)))
+        return try_clauses(MODALITY, ModalityUnderTest(spec, dict(options or {}), parts, Path(folder)))
 
 
 def check_router(spec: str, options: Mapping[str, Any] | None = None) -> list[Finding]:
     """Tries a router plugin in a tiny model, in fp32 on the CPU; needs no files."""
-    return try_clauses(ROUTER_CLAUSES, RouterUnderTest(spec, dict(options or {})))
+    return try_clauses([router_clauses], RouterUnderTest(spec, dict(options or {})))

@@ -45,16 +45,16 @@ def clause(name: str, *needs: str) -> Callable[[Callable[[Any], str]], Clause]:
     return lambda check: Clause(name, needs, check)
 
 
-def clauses_of(*files: ModuleType) -> list[Clause]:
+def clauses_of(files: Sequence[ModuleType]) -> list[Clause]:
     """The clauses in these files, in the order in which they stand there."""
     return [value for file in files for value in vars(file).values() if isinstance(value, Clause)]
 
 
-def try_clauses(clauses: Sequence[Clause], tested: UnderTest) -> list[Finding]:
-    """Tries every clause on a plugin, in the order given. One finding each, also of a clause that is not reached."""
+def try_clauses(files: Sequence[ModuleType], tested: UnderTest) -> list[Finding]:
+    """Tries every clause in these files on a plugin. One finding each, also of a clause that is not reached."""
     findings: list[Finding] = []
     causes: dict[str, str] = {}  # a clause that is broken or was not reached, to the one that is broken
-    for clause in clauses:
+    for clause in clauses_of(files):
         needs = causes if ALL in clause.needs else clause.needs
         if cause := next((causes[need] for need in needs if need in causes), ""):
             finding = Finding(clause.name, f"not reached because of what {cause!r} found", None, cause=cause)

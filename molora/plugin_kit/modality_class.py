@@ -56,10 +56,7 @@ def name_and_part_type(tested: ModalityUnderTest) -> str:
         )
     part_type = modality.part_type
     if not isinstance(part_type, str) or part_type in ("", "text"):
-        raise Fault(
-            f"part_type is {part_type!r}; name the content part that it answers to, such as 'image', but not 'text', "
-            "which is the tokenizer's"
-        )
+        raise Fault(f"part_type is {part_type!r}; name a content part such as 'image', not 'text', the tokenizer's")
     twin = Blueprint(tested.spec, tested.plugin("twin", tested.config), None)
     try:
         tiny_molora({OWN: tested.blueprint(), "twin": twin})

@@ -95,16 +95,10 @@ def _leaves(loss: Tensor) -> list[Tensor]:
 def nothing_else_moves(tested: ModalityUnderTest) -> str:
     now = tested.fingerprints(tested.model, tested.processor)
     if moved := [name for name, before in tested.elsewhere.items() if now[name] != before]:
-        raise Fault(
-            f"a training step of this modality moved what is not its own ({some(moved)}); the encoder "
-            "changes nothing outside itself"
-        )
+        raise Fault(f"a training step moved what is not its own ({some(moved)}); change nothing outside the encoder")
     parameters = tested.model.named_parameters()
     if loose := [name for name, parameter in parameters if parameter.requires_grad and not is_own(name)]:
-        raise Fault(
-            f"after a training step of this modality, {some(loose)} require gradients: the encoder sets "
-            "requires_grad on nothing but its own parameters"
-        )
+        raise Fault(f"after a training step {some(loose)} require gradients; set that on the encoder's own alone")
     return f"{len(now)} tensors and logits of others as they were, to the bit"
 
 

@@ -31,8 +31,7 @@ def examples(tested: ModalityUnderTest) -> str:
     for where, parts in (("examples()", examples), ("the parts given", tested.parts)):
         for part in parts:
             if not isinstance(part, Mapping) or part.get("type") != modality.part_type:
-                wanted = f"a content part is a mapping with type {modality.part_type!r}"
-                raise Fault(f"{where} have {part!r:.80}; {wanted}")
+                raise Fault(f"{where} have {part!r:.80}; a part is a mapping with type {modality.part_type!r}")
     scramble(1)
     if not fingerprint(examples) == fingerprint(modality.examples()) == fingerprint(tested.make().examples()):
         raise Fault("examples() gives other parts when called again; draw from a generator seeded inside it")
@@ -45,10 +44,8 @@ def examples(tested: ModalityUnderTest) -> str:
 
 def _extent(value: Any) -> Any:
     """The shape of an array, the size of a picture, the length of a text or list; anything else is its own extent."""
-    for attribute in ("shape", "size"):
-        if isinstance(extent := getattr(value, attribute, None), tuple):
-            return extent
-    return len(value) if hasattr(value, "__len__") else value
+    extent = getattr(value, "shape", getattr(value, "size", None))
+    return extent if isinstance(extent, tuple) else len(value) if hasattr(value, "__len__") else value
 
 
 @clause("load", "examples")

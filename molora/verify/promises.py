@@ -150,8 +150,8 @@ def _negated(model: MoLoRA, name: str) -> Iterator[None]:
 def any_mix(checked: _Checked) -> Iterator[Finding]:
     """What a sample is told of its place is the same in a pack, and what its neighbours hold does not reach it."""
     model, pack, samples, promise = checked.model, checked.pack, checked.samples, "3 any mix, one batch"
-    told = dict(zip(pack.ids, _told(model, pack), strict=True))
-    alone = {sample.id: _told(model, checked.alone(sample))[0] for sample in samples}
+    told = dict(zip(pack.ids, _places(model, pack), strict=True))
+    alone = {sample.id: _places(model, checked.alone(sample))[0] for sample in samples}
     equal = [all(torch.equal(*pair) for pair in zip(alone[id], told[id], strict=True)) for id in pack.ids]
     yield Finding(promise, f"{sum(equal)} of {len(samples)} samples packed have their own positions", all(equal))
     if routers(model.backbone.model):
@@ -179,7 +179,7 @@ def any_mix(checked: _Checked) -> Iterator[Finding]:
         yield precision.check(promise, f"{len(samples)} samples packed differ from alone", worst)
 
 
-def _told(model: MoLoRA, pack: Pack) -> list[list[Tensor]]:
+def _places(model: MoLoRA, pack: Pack) -> list[list[Tensor]]:
     """Sample by sample, the positions and rotary embeddings that each layer gets."""
     given: list[Tensor] = []
 
