@@ -22,6 +22,7 @@ OptionsArgument = Annotated[
 ]
 modality_app = typer.Typer(help="Modality plugins: list, new, check.", no_args_is_help=True)
 router_app = typer.Typer(help="Router plugins: list, new, check.", no_args_is_help=True)
+metric_app = typer.Typer(help="Metric plugins: list.", no_args_is_help=True)
 
 
 @modality_app.command("list")
@@ -54,6 +55,14 @@ def check_modality(
 
     given = None if messages is None else parts_for(spec, messages)
     raise typer.Exit(show(check(spec, read_options(options or ()), given)))
+
+
+@metric_app.command("list")
+def list_metrics(specs: SpecsArgument = None) -> None:
+    """Every metric that is found by name: where from, what it gives."""
+    from molora.plugin_kit.catalogue import metrics, show
+
+    show(metrics(specs or ()), ("what it is",))
 
 
 @router_app.command("list")

@@ -1,4 +1,4 @@
-"""What plugins there are, with where each comes from: what `molora modality list` and `molora router list` print."""
+"""What plugins there are, with where each comes from: what `molora modality list` and its like print."""
 
 from __future__ import annotations
 
@@ -48,6 +48,16 @@ def _entries(kind: Kind, specs: Sequence[str], columns: Callable[[Any, str], tup
         except Exception as error:  # a plugin can fail in any way; its own error is shown
             entries.append(Entry(plugin.name, plugin.origin, error=str(error)))
     return entries
+
+
+def metrics(specs: Sequence[str] = ()) -> list[Entry]:
+    """Every metric that has a name, and those of `specs`; the column is what it gives."""
+    return [
+        Entry(plugin.name, plugin.origin, error=str(found))
+        if isinstance(found, ConfigError)
+        else Entry(plugin.name, plugin.origin, (_summary(found),))
+        for plugin, found in _plugins("metric", specs)
+    ]
 
 
 def show(entries: Sequence[Entry], columns: Sequence[str]) -> None:
