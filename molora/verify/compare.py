@@ -30,7 +30,7 @@ _SAMPLES_PER_PACK = 8
 _NAMES_SHOWN = 4
 
 
-def unmoved(
+def compare_models(
     old: str | Path, model: str | Path, modalities: Sequence[str | Path] = (), trust: Sequence[str] = ()
 ) -> bool:
     """Prints what of `old` is still as it was in `model`; each is a run, or a backbone, here with modality folders.
