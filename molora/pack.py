@@ -50,6 +50,16 @@ class Sample:
     def __len__(self) -> int:
         return len(self.token_ids_T)
 
+    def followed_by(self, token_ids: Sequence[int]) -> Sample:
+        """The sample with text after it, such as an answer so far; none of its tokens is a target."""
+        new = torch.tensor(token_ids, dtype=torch.long)
+        return replace(
+            self,
+            token_ids_T=torch.cat([self.token_ids_T, new]),
+            modality_ids_T=torch.cat([self.modality_ids_T, torch.zeros_like(new)]),
+            targets_T=torch.zeros(len(self) + len(new), dtype=torch.bool),
+        )
+
 
 @dataclass(frozen=True)
 class Media:
@@ -95,6 +105,10 @@ class Pack:
         """Which sample a token belongs to, 0 … N-1."""
         lengths = torch.tensor(self.lengths, device=self.token_ids_T.device)
         return torch.repeat_interleave(torch.arange(len(self), device=lengths.device), lengths)
+
+    def by_sample(self, values_T: Tensor) -> dict[str, Tensor]:
+        """By the id of each sample, its share of values along the token axis."""
+        return dict(zip(self.ids, values_T.split(self.lengths), strict=True))
 
     def to(self, device: torch.device | str) -> Pack:
         return replace(

@@ -1,8 +1,8 @@
 """Plugins: from a name in a config to the class that it means.
 
 A spec is a built-in name, `package.module:Class`, `path/to/file.py:Class`, or a name that an installed package declares
-in the entry-point group `molora.modalities`, `molora.routers` or `molora.sources`. This is for what a user writes; what
-a received folder says goes through `molora.checkpoint.trust`, which decides whether its code may run.
+in the entry-point group `molora.modalities`, `molora.routers`, `molora.sources` or `molora.metrics`. This is for what a
+user writes; what a received folder says goes through `molora.checkpoint.trust`, which decides whether its code may run.
 """
 
 from __future__ import annotations
@@ -22,9 +22,14 @@ from typing import Literal, NamedTuple
 
 from molora.config import ConfigError, did_you_mean
 
-Kind = Literal["modality", "router", "source"]
+Kind = Literal["modality", "router", "source", "metric"]
 
-_GROUPS = {"modality": "molora.modalities", "router": "molora.routers", "source": "molora.sources"}
+_GROUPS = {
+    "modality": "molora.modalities",
+    "router": "molora.routers",
+    "source": "molora.sources",
+    "metric": "molora.metrics",
+}
 
 _SOURCES = {
     "messages": "molora.data.sources:Messages",
@@ -32,9 +37,16 @@ _SOURCES = {
     "easy_vqa": "molora.data.easy_vqa:EasyVQA",
     "spoken_easy_vqa": "molora.data.easy_vqa:SpokenEasyVQA",
 }
+_METRICS = {
+    "exact_match": "molora.evaluate.metrics:ExactMatch",
+    "word_error_rate": "molora.evaluate.metrics:WordErrorRate",
+    "character_error_rate": "molora.evaluate.metrics:CharacterErrorRate",
+    "macro_f1": "molora.evaluate.metrics:MacroF1",
+    "bleu": "molora.evaluate.metrics:Bleu",
+}
 
-# What a class must have to keep the contract of molora.modality, molora.routing or molora.data.sources (`name` and
-# `config` are instances').
+# What a class must have to keep the contract of molora.modality, molora.routing, molora.data.sources or
+# molora.evaluate.metrics (`name` and `config` are instances').
 _MEMBERS = {
     "modality": (
         *("config_type", "part_type", "load", "prepare", "collate", "build_encoder", "projector", "projectors"),
@@ -42,6 +54,7 @@ _MEMBERS = {
     ),
     "router": ("config_type", "order", "adapters", "learns", "forward"),
     "source": ("config_type", "__len__", "__getitem__"),
+    "metric": ("config_type", "score"),
 }
 
 
@@ -78,7 +91,7 @@ def available(kind: Kind) -> list[Plugin]:
     elif kind == "router":
         from molora.routers import ROUTERS as built_in
     else:
-        built_in = _SOURCES
+        built_in = _SOURCES if kind == "source" else _METRICS
     installed = (
         Plugin(entry.name, entry.dist.name if entry.dist else "an installed package", entry.value)
         for entry in entry_points(group=_GROUPS[kind])

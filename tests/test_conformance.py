@@ -15,18 +15,20 @@ from typing import Any
 import pytest
 from accelerate.state import AcceleratorState
 
-from molora.plugin_kit import modality_clauses as conformance
-from molora.plugin_kit.modality_clauses import Finding, check_modality
-from molora.plugin_kit.under_test import fingerprint, shared_state
+from molora.plugin_kit import modality_items
+from molora.plugin_kit.check import MODALITY, check_modality
+from molora.plugin_kit.clauses import clauses_of
 from molora.plugins import resolve
+from molora.terminal import Finding
 from molora.testing import assert_conforms
+from molora.testing.side_effects import fingerprint, shared_state
 
 HERE = Path(__file__).parent
 WEIGHTS = Path(os.environ.get("MOLORA_TEST_DATA", ".")) / "weights/kwt1/model.safetensors"
 CONVIT = {"kind": "convit", "pretrained": False, "convit": {"width": 8, "depth": 1, "heads": 2}}
 CONFORMER = {"width": 16, "blocks": 2, "heads": 2, "mlp_width": 24, "subsampling_channels": 4}
 AUGMENT = {"speeds": [0.9, 1.1], "time_masks": 2, "bin_masks": 2}
-CHECKS = [name for name, _, _ in conformance._CHECKS]
+CHECKS = [clause.name for clause in clauses_of(MODALITY)]
 
 # Plugin, the check meant for it, words of its message; and other checks that it cannot but fail.
 BROKEN: list[tuple[str, ...]] = [
@@ -121,8 +123,8 @@ def spec(name: str) -> str:
 
 def by_check(findings: list[Finding]) -> dict[str, Finding]:
     """Findings by their check; every check reports once, in order."""
-    assert [finding.check for finding in findings] == CHECKS
-    return {finding.check: finding for finding in findings}
+    assert [finding.what for finding in findings] == CHECKS
+    return {finding.what: finding for finding in findings}
 
 
 @pytest.mark.parametrize(
@@ -152,13 +154,13 @@ def test_a_broken_plugin_fails_the_check_meant_for_it(
     name: str, check: str, words: str, also: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if name == "LoadsForever":  # as long as anyone here wants to wait for it
-        monkeypatch.setattr(conformance, "LOAD_SECONDS", 0.05)
+        monkeypatch.setattr(modality_items, "LOAD_SECONDS", 0.05)
     before = fingerprint(shared_state())
     findings = by_check(check_modality(spec(name)))
-    assert {found.check for found in findings.values() if found.ok is False} == {check, *also}
-    assert words in findings[check].message
+    assert {found.what for found in findings.values() if found.ok is False} == {check, *also}
+    assert words in findings[check].found
     unreached = [found for found in findings.values() if found.ok is None]
-    assert all(found.message == f"not reached because of what {found.cause!r} found" for found in unreached)
+    assert all(found.found == f"not reached because of what {found.cause!r} found" for found in unreached)
     assert fingerprint(shared_state()) == before, "the kit leaves the process as it found it"
 
 
@@ -174,15 +176,15 @@ def test_a_part_type_that_a_named_modality_has_is_told(tmp_path: Path) -> None:
     file = tmp_path / "picture.py"
     file.write_text("from molora.testing import Letters\nclass Picture(Letters):\n    part_type = 'image'\n")
     found = check_modality(f"{file}:Picture", parts=[])[CHECKS.index("name and part type")]
-    assert found.ok and "type 'image', and so does 'vision': the two cannot be used together" in found.message
+    assert found.ok and "type 'image', and so does 'vision': the two cannot be used together" in found.found
     own = check_modality("vision", parts=[])[CHECKS.index("name and part type")]
-    assert own.ok and own.message == "answers to parts of type 'image'"
+    assert own.ok and own.found == "answers to parts of type 'image'"
 
 
 def test_what_a_check_needs_is_not_reached_and_the_rest_is() -> None:
     findings = by_check(check_modality(spec("LoadRaises")))
     for check in ("prepare", "encoder", "saving", "imports"):
-        assert findings[check] == Finding(check, None, "not reached because of what 'load' found", "load")
+        assert findings[check] == Finding(check, "not reached because of what 'load' found", None, cause="load")
     for check in ("members", "projectors", "examples"):
         assert findings[check].ok is True
 
@@ -190,8 +192,8 @@ def test_what_a_check_needs_is_not_reached_and_the_rest_is() -> None:
 def test_chance_in_training_beyond_dropout_leaves_one_check_undecided() -> None:
     findings = by_check(check_modality(spec("SkipsLayersInTraining")))
     undecided = findings.pop("batch invariance in training")
-    assert undecided.ok is None and "cannot tell: forward in train mode draws numbers" in undecided.message
-    assert undecided.message.endswith("; use nn.Dropout modules to have this checked") and not undecided.cause
+    assert undecided.ok is None and "cannot tell: forward in train mode draws numbers" in undecided.found
+    assert undecided.found.endswith("; use nn.Dropout modules to have this checked") and not undecided.cause
     assert all(found.ok is True for found in findings.values())
 
 
@@ -201,8 +203,8 @@ def test_a_plugin_that_imports_the_model_is_found(tmp_path: Path) -> None:
         "from molora.model.molora import MoLoRA\nfrom molora.testing import Letters\nclass Heavy(Letters): ...\n"
     )
     findings = by_check(check_modality(f"{file}:Heavy"))
-    assert [found.check for found in findings.values() if found.ok is not True] == ["imports"]
-    assert "imports molora.model.backbone and molora.model.molora" in findings["imports"].message
+    assert [found.what for found in findings.values() if found.ok is not True] == ["imports"]
+    assert "imports molora.model.backbone and molora.model.molora" in findings["imports"].found
 
 
 def test_what_a_spawned_worker_raises_is_in_the_finding(tmp_path: Path) -> None:
@@ -211,25 +213,25 @@ def test_what_a_spawned_worker_raises_is_in_the_finding(tmp_path: Path) -> None:
     lines += ["    raise OSError('been here before')", f"open({str(tmp_path / 'been')!r}, 'w').close()"]
     file.write_text("\n".join([*lines, "class Once(Letters): ...", ""]))
     findings = by_check(check_modality(f"{file}:Once"))
-    assert [found.check for found in findings.values() if found.ok is False] == ["data workers"]
-    assert "fail in a spawned data worker: " in findings["data workers"].message
-    assert "OSError: been here before" in findings["data workers"].message
-    assert findings["imports"].message == "not reached because of what 'data workers' found"
+    assert [found.what for found in findings.values() if found.ok is False] == ["data workers"]
+    assert "fail in a spawned data worker: " in findings["data workers"].found
+    assert "OSError: been here before" in findings["data workers"].found
+    assert findings["imports"].found == "not reached because of what 'data workers' found"
 
 
 def test_options_that_do_not_fit_are_a_finding() -> None:
     findings = by_check(check_modality(spec("Series"), {"widht": 8}))
-    assert "did you mean 'width'?" in findings["config"].message and findings["config"].ok is False
+    assert "did you mean 'width'?" in findings["config"].found and findings["config"].ok is False
 
 
 def test_parts_given_take_the_place_of_examples() -> None:
     wrong = by_check(check_modality(spec("Series"), parts=[{"type": "series", "values": []}]))
-    assert "load refuses part 0, which it should take: series part" in wrong["load"].message
+    assert "load refuses part 0, which it should take: series part" in wrong["load"].found
     other = by_check(check_modality(spec("Series"), parts=[{"type": "image", "path": "a.png"}]))
-    assert "the parts given have {'type': 'image'" in other["examples"].message
+    assert "the parts given have {'type': 'image'" in other["examples"].found
     one = by_check(check_modality(spec("OneFrameShortInBatches"), parts=[{"type": "series", "values": [1.0] * 6}]))
-    assert one["prepare"].message == "3 tokens"
-    assert "every part twice: num_tokens of prepare is (3, 3)" in one["tokens equal frames"].message
+    assert one["prepare"].found == "3 tokens"
+    assert "every part twice: num_tokens of prepare is (3, 3)" in one["tokens equal frames"].found
 
 
 def test_the_device_of_later_accelerators_stays_open() -> None:

@@ -12,23 +12,29 @@ from typing import Any
 
 import pytest
 
-from molora.config import ConfigError, build
+from molora.config import ConfigError
 from molora.data.sources import SourceConfig
-from molora.evaluate.judge import (
-    FULL_STOPS,
-    EvaluationConfig,
-    Judged,
-    bleu,
-    character_error_rate,
-    complaints,
-    exact_match,
-    macro_f1,
-    question,
-    scores,
-    word_error_rate,
-    words,
-)
+from molora.evaluate.judge import EvaluationConfig, complaints, question
+from molora.evaluate.metrics import Judged, Named, open_metrics, scores
+from molora.evaluate.normalise import FULL_STOPS, exact_match, words
 from molora.evaluate.results import record
+
+
+def measured(judged: list[Judged], *named: Named) -> dict[str, float]:
+    """The numbers of some metrics over all answers."""
+    return scores(judged, open_metrics(named, "metrics"))
+
+
+def word_error_rate(judged: list[Judged]) -> float | None:
+    return measured(judged, "word_error_rate").get("word_error_rate")
+
+
+def character_error_rate(judged: list[Judged]) -> float | None:
+    return measured(judged, "character_error_rate").get("character_error_rate")
+
+
+def bleu(judged: list[Judged], tokeniser: str) -> float:
+    return measured(judged, {"bleu": {"tokeniser": tokeniser}})["bleu"]
 
 
 @pytest.mark.parametrize(
@@ -41,7 +47,7 @@ def test_exact_match_ignores_case_spaces_and_a_full_stop(answer: str, expected: 
 
 def test_scores_count_by_tag() -> None:
     judged = [Judged(str(i), [], "x", "x", i < 3, ["a"] if i % 2 else ["a", "b"]) for i in range(4)]
-    assert scores(judged, EvaluationConfig(data=SourceConfig(kind="messages"))) == {
+    assert measured(judged, "exact_match") == {
         "exact_match": 0.75,
         "questions": 4,
         "exact_match/a": 0.75,
@@ -105,10 +111,9 @@ def test_macro_f1_weighs_rare_answers_like_frequent_ones() -> None:
         Judged(str(i), [], expected, answer, exact_match(answer, expected))
         for i, (expected, answer) in enumerate(pairs)
     ]
-    config = EvaluationConfig(data=SourceConfig(kind="messages"), macro_f1=True)
-    assert scores(judged, config)["macro_f1"] == pytest.approx((3 / 4 + 2 / 3) / 2)
+    assert measured(judged, "macro_f1")["macro_f1"] == pytest.approx((3 / 4 + 2 / 3) / 2)
     missed = Judged("late", [], "late", "normal", False)
-    assert macro_f1([*judged, missed]) == pytest.approx((6 / 9 + 2 / 3 + 0) / 3)
+    assert measured([*judged, missed], "macro_f1")["macro_f1"] == pytest.approx((6 / 9 + 2 / 3 + 0) / 3)
 
 
 def translated(*pairs: tuple[str, str]) -> list[Judged]:
@@ -127,9 +132,8 @@ def test_bleu_is_counted_over_all_answers_together() -> None:
     # n-grams of one to four words: 9 of 10, 5 of 8, 2 of 6 and 1 of 4 are right; 10 words for 11 expected.
     precisions = (9 / 10) * (5 / 8) * (2 / 6) * (1 / 4)
     assert bleu(judged, "13a") == pytest.approx(100 * precisions**0.25 * math.exp(1 - 11 / 10))
-    config = EvaluationConfig(data=SourceConfig(kind="messages"), bleu="13a")
     tagged = [replace(judged[0], tags=["cats"]), judged[1]]
-    assert scores(tagged, config) == {
+    assert measured(tagged, "exact_match", "bleu") == {
         "exact_match": 0.0, "bleu": bleu(judged, "13a"), "questions": 2,
         "exact_match/cats": 0.0, "bleu/cats": bleu(judged[:1], "13a"), "questions/cats": 1,
         "failed": 0, "cut_off": 0,
@@ -153,13 +157,13 @@ def test_languages_without_spaces_need_their_tokeniser(tokeniser: str, expected:
 def test_an_unknown_tokeniser_is_refused_where_it_is_written() -> None:
     pytest.importorskip("sacrebleu")
     with pytest.raises(ConfigError, match="recipe: bleu: sacrebleu has no tokeniser 'jp'; it has .*ja-mecab"):
-        build(EvaluationConfig, {"data": {"kind": "messages"}, "bleu": "jp"}, "recipe")
+        open_metrics([{"bleu": {"tokeniser": "jp"}}], "recipe")
 
 
 def test_a_missing_sacrebleu_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics.bleu", None)
     with pytest.raises(ImportError, match=r"BLEU needs sacrebleu: pip install 'molora\[audio\]'"):
-        EvaluationConfig(data=SourceConfig(kind="messages"), bleu="13a")
+        open_metrics(["bleu"], "recipe")
 
 
 @pytest.mark.parametrize(
@@ -329,8 +333,6 @@ def test_error_rates_are_jiwers_and_english_words_are_whispers() -> None:
 def test_character_errors_count_letters_and_marks(expected: str, answer: str, rate: float | None) -> None:
     found = character_error_rate([Judged("0:", [], expected, answer, False)])
     assert found is rate is None or found == pytest.approx(rate)
-    config = EvaluationConfig(data=SourceConfig(kind="messages"), character_errors=True)
-    assert ("character_error_rate" in scores([Judged("0:", [], expected, answer, False)], config)) == (rate is not None)
 
 
 def test_what_is_said_where_nothing_was_to_be_said_counts_as_added_words() -> None:
@@ -346,7 +348,7 @@ def test_a_question_that_failed_is_in_no_rate_and_is_named_with_its_row() -> Non
         Judged("3:d", [], "x", "xx", False, cut_off=True),
     ]
     config = EvaluationConfig(data=SourceConfig(kind="messages"), max_new_tokens=2)
-    assert scores(judged, config) == {
+    assert measured(judged, "exact_match") == {
         "exact_match": 0.5,
         "questions": 2,
         "exact_match/t": 1.0,
@@ -357,7 +359,7 @@ def test_a_question_that_failed_is_in_no_rate_and_is_named_with_its_row() -> Non
     failed, cut_off = complaints("test", judged, config)
     assert "2 of 4 questions" in failed and "row 2: no such picture; row 3: not valid JSON" in failed
     assert "1 of 2 answers were cut off at max_new_tokens (2)" in cut_off
-    assert scores(judged[1:3], config) == {"questions": 0, "failed": 2, "cut_off": 0}
+    assert measured(judged[1:3], "exact_match") == {"questions": 0, "failed": 2, "cut_off": 0}
     assert complaints("test", judged[:1], config) == []
 
 
@@ -371,9 +373,8 @@ def test_a_tokeniser_that_cannot_be_used_is_told_when_the_recipe_is_read(
         raise ends
 
     monkeypatch.setattr(tokenisers, "_get_tokenizer", fails)
-    values = {"data": {"kind": "messages"}, "bleu": "flores200"}
-    with pytest.raises(ConfigError, match="bleu: tokeniser 'flores200' cannot be used here .*or give another, as 13a"):
-        build(EvaluationConfig, values, "evaluations.x")
+    with pytest.raises(ConfigError, match="tokeniser 'flores200' cannot be used here .*or give another, as 13a"):
+        open_metrics([{"bleu": {"tokeniser": "flores200"}}], "evaluations.x.metrics")
 
 
 def test_results_of_one_model_gather_and_those_of_another_go(tmp_path: Path) -> None:

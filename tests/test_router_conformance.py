@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from molora.plugin_kit.router_clauses import check_router
+from molora.plugin_kit.check import check_router
 from molora.testing import assert_router_conforms
 
 FAULTY = Path(__file__).with_name("faulty_routers.py")
@@ -67,24 +67,25 @@ FAULTS: list[tuple[str, dict[str, Any], str, str]] = [
 @pytest.mark.parametrize(("name", "options", "check", "message"), FAULTS, ids=[fault[0] for fault in FAULTS])
 def test_a_fault_is_found_by_its_own_check(name: str, options: dict[str, Any], check: str, message: str) -> None:
     findings = check_router(f"{FAULTY}:{name}", options)
-    broken = {finding.check: finding.message for finding in findings if finding.ok is False}
+    broken = {finding.what: finding.found for finding in findings if finding.ok is False}
     assert check in broken and message in broken[check], broken
     also = {"DressedText": {"adapters() covers"}, "LearningText": {"learns"}, "Modest": {"half precision"}}
     assert broken.keys() - {check} == also.get(name, set()), broken
     if check in ("contract", "every set", "slices"):
-        later = findings[[finding.check for finding in findings].index(check) + 1 :]
-        assert later and all(finding.ok is None and repr(check) in finding.message for finding in later)
+        later = findings[[finding.what for finding in findings].index(check) + 1 :]
+        assert later and all(finding.ok is None and repr(check) in finding.found for finding in later)
 
 
 def test_options_that_are_missing_or_wrong_are_told() -> None:
     first, *_ = check_router("learned")
-    assert first.ok is False and "missing 'modalities'" in first.message and "audio and vision" in first.message
+    assert first.ok is False and "missing 'modalities'" in first.found and "audio and vision" in first.found
     first, *_ = check_router("table", {"rulez": {}})
-    assert first.ok is False and "did you mean 'rules'" in first.message
+    assert first.ok is False and "did you mean 'rules'" in first.found
     first, *_ = check_router("tabel")
-    assert first.ok is False and "did you mean 'table'" in first.message
+    assert first.ok is False and "did you mean 'table'" in first.found
 
 
 def test_the_assertion_lists_what_is_broken() -> None:
-    with pytest.raises(AssertionError, match=r"router '.*Crash' does not conform:\n- slices: raised KeyError"):
+    told = r"router '.*Crash' does not conform:\n- slices: Crash\.forward raised KeyError"
+    with pytest.raises(AssertionError, match=told):
         assert_router_conforms(f"{FAULTY}:Crash")

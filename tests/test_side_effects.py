@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from molora.plugin_kit.under_test import fingerprint, put_back, scramble, shared_state
+from molora.testing.side_effects import fingerprint, put_back, scramble, shared_state
 
 
 @dataclass

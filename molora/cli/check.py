@@ -43,7 +43,7 @@ def verify(
     from molora.data.messages import media_parts
     from molora.data.sources import SourceConfig, first_rows
     from molora.train.recipe import Recipe
-    from molora.verify.compare import unmoved
+    from molora.verify.compare import compare_models
     from molora.verify.promises import verify as check
 
     if against is not None:
@@ -51,7 +51,7 @@ def verify(
             raise ConfigError("--against compares on samples of its own; leave --messages and --recipe-data out")
         if rule:
             raise ConfigError("--against compares what the two models' own routers take; leave --rule out")
-        raise typer.Exit(0 if unmoved(against, model, modality or (), trust_plugin or ()) else 1)
+        raise typer.Exit(0 if compare_models(against, model, modality or (), trust_plugin or ()) else 1)
     run = Path(model)
     sources: list[SourceConfig] = []
     if messages is not None:

@@ -22,6 +22,7 @@ app.add_typer(answer.app)
 app.add_typer(check.app)
 app.add_typer(plugins.modality_app, name="modality")
 app.add_typer(plugins.router_app, name="router")
+app.add_typer(plugins.metric_app, name="metric")
 app.add_typer(convert.app, name="convert")
 
 # By OpenMP's default, threads spin while they wait for each other. Where another process is busy, they take the core

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
-
-if TYPE_CHECKING:
-    from molora.plugin_kit.modality_clauses import Finding
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Lower-case, such as heart_rate.")]
 PackageOption = Annotated[
@@ -27,6 +22,7 @@ OptionsArgument = Annotated[
 ]
 modality_app = typer.Typer(help="Modality plugins: list, new, check.", no_args_is_help=True)
 router_app = typer.Typer(help="Router plugins: list, new, check.", no_args_is_help=True)
+metric_app = typer.Typer(help="Metric plugins: list.", no_args_is_help=True)
 
 
 @modality_app.command("list")
@@ -54,10 +50,19 @@ def check_modality(
     """Try a modality plugin against every clause of its contract. A clause it breaks makes the exit code 1."""
     from molora.config import options as read_options
     from molora.data.sources import parts_for
-    from molora.plugin_kit.modality_clauses import check_modality as check
+    from molora.plugin_kit.check import check_modality as check
+    from molora.plugin_kit.clauses import show
 
     given = None if messages is None else parts_for(spec, messages)
-    raise typer.Exit(_show_findings(check(spec, read_options(options or ()), given)))
+    raise typer.Exit(show(check(spec, read_options(options or ()), given)))
+
+
+@metric_app.command("list")
+def list_metrics(specs: SpecsArgument = None) -> None:
+    """Every metric that is found by name: where from, what it gives."""
+    from molora.plugin_kit.catalogue import metrics, show
+
+    show(metrics(specs or ()), ("what it is",))
 
 
 @router_app.command("list")
@@ -79,9 +84,10 @@ def check_router(spec: SpecArgument, options: OptionsArgument = None) -> None:
     """Try a router plugin against every clause of its contract, between two adapters: audio and vision. A clause it
     breaks makes the exit code 1."""
     from molora.config import options as read_options
-    from molora.plugin_kit.router_clauses import check_router as check
+    from molora.plugin_kit.check import check_router as check
+    from molora.plugin_kit.clauses import show
 
-    raise typer.Exit(_show_findings(check(spec, read_options(options or ()))))
+    raise typer.Exit(show(check(spec, read_options(options or ()))))
 
 
 def _scaffold(kind: Literal["modality", "router"], name: str, folder: Path | None) -> None:
@@ -93,25 +99,3 @@ def _scaffold(kind: Literal["modality", "router"], name: str, folder: Path | Non
     steps = [] if folder is None else [f"cd {folder}", "pip install --editable ."]
     steps += [f"molora {kind} check {spec}", f"molora train {name}.yaml", f"molora eval runs/{name} {name}.yaml"]
     print("next:", *steps, sep="\n  ")
-
-
-def _show_findings(findings: Sequence[Finding]) -> int:
-    """Prints what a contract's checks found, faults last, within 80 columns; returns the exit code."""
-
-    from molora.terminal import print_table, styled
-
-    marks = {True: ("ok", "green"), False: ("no", "red"), None: ("--", "yellow")}
-    rows = [(finding.ok, finding.check, finding.message) for finding in findings if not finding.cause]
-    unreached = Counter((finding.cause, finding.message) for finding in findings if finding.cause)
-    rows += [(None, f"{count} more", message) for (_, message), count in unreached.items()]
-    rows.sort(key=lambda row: (row[0] is False, row[0] is None))
-    print_table(("", "check", "found"), [(styled(*marks[ok]), check, message) for ok, check, message in rows])
-    counts = {
-        "failed": sum(finding.ok is False for finding in findings),
-        "passed": sum(finding.ok is True for finding in findings),
-        "undecided": sum(finding.ok is None and not finding.cause for finding in findings),
-        "not reached": unreached.total(),
-    }
-    told = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
-    print(told if counts["failed"] else "it keeps the contract")
-    return int(counts["failed"] > 0)

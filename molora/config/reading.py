@@ -423,6 +423,11 @@ def _build_union(kinds: tuple[Any, ...], value: Any, key: str) -> Any:
 def _build_dataclass(cls: Any, value: Any, key: str) -> Any:
     if not isinstance(value, Mapping):
         raise _Problem(key, f"expected a mapping with the keys of {cls.__name__}, got {value!r}")
+    if hasattr(cls, "renewed"):  # it reads what older recipes wrote
+        try:
+            value = cls.renewed(value, key)
+        except ValueError as error:
+            raise _Problem(key, str(error)) from error
     known: dict[str, Field[Any]] = {field.name: field for field in fields(cls) if field.init}
     for name in value:
         if name not in known:

@@ -16,11 +16,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from molora.checkpoint.opening import locate
+from molora.checkpoint.opening import model_hashes
 from molora.config import dump, read
 from molora.data.easy_vqa import CAPTION_QUESTION, TRANSCRIPT_QUESTION, caption, descriptions, read_split
 from molora.data.sources import SourceConfig, open_source
-from molora.evaluate.judge import EvaluationConfig, Evaluations, Judged, judge, scores
+from molora.evaluate.judge import Evaluation, EvaluationConfig, Evaluations
+from molora.evaluate.metrics import Judged, open_metrics, scores
 from molora.inference.generate import GenerationConfig
 from molora.inference.load import LoadedModel, load
 from molora.pretrain.config import PretrainConfig
@@ -96,8 +97,7 @@ def run_demo(run: Path, *, quick: bool = False) -> Path:
     with clock.phase("evaluation"):
         seeing, loaded = load(run / "vision"), load(run)
         for name, config in evaluations(run, quick).items():
-            model, folder = (seeing, run / "vision") if name == BEFORE else (loaded, run)
-            judged[name] = _evaluated(run / "evaluations", folder, model, name, config)
+            judged[name] = _evaluated(run / "evaluations", seeing if name == BEFORE else loaded, name, config)
     _answer_live(loaded, run / "clips")
     path = write_report(_report(run, loaded, judged, untouched, clock, quick), run)
     say(f"report: {path}")
@@ -173,17 +173,14 @@ def _untouched(run: Path) -> int:
     return len(names)
 
 
-def _evaluated(answers: Path, folder: Path, loaded: LoadedModel, name: str, config: EvaluationConfig) -> list[Judged]:
+def _evaluated(answers: Path, loaded: LoadedModel, name: str, config: EvaluationConfig) -> list[Judged]:
     """Judged answers, read back if this very model gave them before."""
     path = answers / f"{re.sub('[^a-z]+', '-', name)}.json"
-    hashes = {modality: file_hash(at / "modality.json") for modality, at in sorted(locate(folder).folders.items())}
-    model = {"model": hashes, "config": asdict(config)}
+    model = {"model": model_hashes(loaded.layout), "config": asdict(config)}
     if path.is_file() and (known := read_json(path))["of"] == model:
         return [Judged(**item) for item in known["answers"]]
-    source = open_source(config.data, name)
     with progress() as bars:
-        bar = bars.add_task(name, total=len(source), note="")
-        judged = judge(loaded.model, loaded.processor, source, config, advance=lambda: bars.advance(bar))
+        judged = Evaluation(name, config).run(loaded, bars)
     write_json(path, {"format_version": "1.0", "of": model, "answers": [asdict(item) for item in judged]})
     return judged
 
@@ -213,9 +210,9 @@ def _report(
 ) -> Report:
     metrics: dict[str, dict[str, float]] = {}
     for name, config in evaluations(run, quick).items():
-        found = scores(judged[name], config)
+        found = scores(judged[name], open_metrics(config.metrics, name))
         metrics[name] = {"exact match": found["exact_match"], "questions": int(found["questions"])}
-        if config.word_errors:
+        if "word_error_rate" in found:
             metrics[name]["words right"] = 1 - found["word_error_rate"]
         else:
             metrics[name] |= {"not yes/no": found["exact_match/open"], "yes/no": found["exact_match/yes/no"]}

@@ -10,14 +10,13 @@ from typing import Any
 
 from molora.checkpoint.opening import model_hashes
 from molora.config import ConfigError
-from molora.data.sources import open_source
-from molora.evaluate.judge import EvaluationConfig, complaints, judge, scores
+from molora.evaluate.judge import Evaluation, EvaluationConfig, complaints
+from molora.evaluate.metrics import COUNTS
 from molora.inference.load import LoadedModel
 from molora.storage import hold, read_json, write_json
 from molora.terminal import console, print_table, progress, warn
 
 _LOCK_TRIES = 50
-_COUNTS = ("questions", "failed", "cut_off")
 
 
 def evaluate_model(
@@ -35,28 +34,22 @@ def evaluate_model(
     """
     is_run = (source / "molora.json").is_file()
     console.stderr = not is_run
-    sources = {name: open_source(one.data, f"evaluations.{name}.data") for name, one in evaluations.items()}
+    ready = [Evaluation(name, config) for name, config in evaluations.items()]
     loaded = load()
     about = {**model_hashes(loaded.layout), "rules": list(rules)}
     results: dict[str, dict[str, float]] = {}
     told: list[str] = []
     with progress() as bars:
-        for name, evaluation in evaluations.items():
-            bar = bars.add_task(name, total=len(sources[name]), note="")
-            judged = judge(
-                loaded.model,
-                loaded.processor,
-                sources[name],
-                evaluation,
-                strict=strict,
-                advance=lambda bar=bar: bars.advance(bar),
-            )
-            results[name] = scores(judged, evaluation)
-            told += complaints(name, judged, evaluation)
-            if is_run and (gone := record(source / "evaluation.json", about, {name: results[name]})):
+        for evaluation in ready:
+            judged = evaluation.run(loaded, bars, strict=strict)
+            results[evaluation.name] = evaluation.scores(judged)
+            told += complaints(evaluation.name, judged, evaluation.config)
+            if is_run and (
+                gone := record(source / "evaluation.json", about, {evaluation.name: results[evaluation.name]})
+            ):
                 told.append(f"evaluation.json: took out {', '.join(gone)}, which another state of the model gave")
     rows = [
-        (name, metric, f"{value:.0f}" if metric.startswith(_COUNTS) else f"{value:.4f}")
+        (name, metric, f"{value:.0f}" if metric.partition("/")[0] in COUNTS else f"{value:.4f}")
         for name, metrics in results.items()
         for metric, value in metrics.items()
     ]

@@ -13,7 +13,7 @@ from molora.checkpoint.opening import Layout, open_model, plan_model
 from molora.convert.release import converted
 from molora.data.messages import Message
 from molora.data.processor import Processor
-from molora.inference.generate import Failed, GenerationConfig, attempt, generate
+from molora.inference.generate import Failed, GenerationConfig, Step, attempt, generate
 from molora.media import MediaPolicy
 from molora.model.molora import MoLoRA
 from molora.pack import Sample
@@ -78,7 +78,6 @@ class LoadedModel:
         With `keep_going` a sample that fails is an answer with its error; else its error is raised.
         """
         known: dict[str, Sample] = {}
-        tokens: dict[str, list[int]] = {}
 
         def remembered() -> Iterator[Sample | Failed]:
             for sample in samples:
@@ -86,31 +85,37 @@ class LoadedModel:
                     if sample.id in known:
                         raise ValueError(f"two samples have the id {sample.id!r}; answers could not be told apart")
                     known[sample.id] = sample
-                    tokens[sample.id] = []
                 yield sample
 
-        for step in generate(self.model, remembered(), config, keep_going=keep_going):
-            if step.finished is None or step.finished == "length":
-                tokens[step.id].append(step.token_id)
+        for step, tokens in _gathered(generate(self.model, remembered(), config, keep_going=keep_going)):
             if step.finished:
-                sample, answer = known.pop(step.id, None), tokens.pop(step.id, [])
+                sample = known.pop(step.id, None)
                 modalities = frozenset() if sample is None else sample.modalities
                 adapters = () if sample is None else tuple(sorted(self.model.router.adapters(modalities)))
-                text = self.processor.decode(answer).strip()
-                yield Answer(step.id, text, adapters, len(sample or ()), len(answer), step.finished, step.error)
+                text = self.processor.decode(tokens).strip()
+                yield Answer(step.id, text, adapters, len(sample or ()), len(tokens), step.finished, step.error)
 
     def stream(self, messages: Sequence[Message], config: GenerationConfig | None = None) -> Iterator[str]:
         """Pieces of the answer to one conversation, as text that is final."""
-        tokens: list[int] = []
         shown = ""
-        for step in generate(self.model, [self.encode(messages)], config):
-            if step.finished != "stop":
-                tokens.append(step.token_id)
+        for step, tokens in _gathered(generate(self.model, [self.encode(messages)], config)):
             text = self.processor.decode(tokens)
             # A character that spans several tokens shows as U+FFFD until its last one.
             if text.startswith(shown) and (step.finished or not text.endswith("\ufffd")):
                 yield text[len(shown) :]
                 shown = text
+
+
+def _gathered(steps: Iterable[Step]) -> Iterator[tuple[Step, list[int]]]:
+    """Every step with the tokens of its sample's answer so far, of which a stop token is none."""
+    answers: dict[str, list[int]] = {}
+    for step in steps:
+        tokens = answers.setdefault(step.id, [])
+        if step.finished in (None, "length"):
+            tokens.append(step.token_id)
+        if step.finished:
+            del answers[step.id]
+        yield step, tokens
 
 
 def load(

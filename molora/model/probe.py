@@ -123,6 +123,11 @@ def largest(values: Iterable[float]) -> float:
     return float(torch.tensor([*values], dtype=torch.float64).max())
 
 
+def difference(ours: Tensor, reference: Tensor) -> float:
+    """max |Δ| / max(1, max |reference|), the measure of the promises; NaN if there is one."""
+    return float((ours - reference).detach().abs().max() / reference.detach().abs().max().clamp(min=1.0))
+
+
 @torch.no_grad()
 def compare(
     model: PreTrainedModel,

@@ -1,15 +1,15 @@
-"""What plugins there are, with where each comes from: what `molora modality list` and `molora router list` print."""
+"""What plugins there are, with where each comes from: what `molora modality list` and its like print."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from importlib.metadata import PackageNotFoundError, metadata, packages_distributions
 from pathlib import Path
 from typing import Any
 
-from molora.config import ConfigError, build
+from molora.config import build
 from molora.plugins import Kind, Plugin, available, resolve
 from molora.terminal import print_table, say, styled
 
@@ -31,27 +31,33 @@ class Entry:
 
 def modalities(specs: Sequence[str] = ()) -> list[Entry]:
     """Every modality that has a name, and those of `specs`; columns are part type, encoder and licence."""
-    entries = []
-    for plugin, found in _plugins("modality", specs):
-        if isinstance(found, ConfigError):
-            entries.append(Entry(plugin.name, plugin.origin, error=str(found)))
-        else:
-            columns = (str(found.part_type), _encoder(found), _licence(plugin.origin))
-            entries.append(Entry(plugin.name, plugin.origin, columns))
-    return entries
+    return _entries("modality", specs, lambda found, origin: (str(found.part_type), _encoder(found), _licence(origin)))
 
 
 def routers(specs: Sequence[str] = ()) -> list[Entry]:
     """Every router that has a name, and those of `specs`; columns are whether it learns, and what it does."""
+    return _entries("router", specs, lambda found, _: ("yes" if _learns(found) else "no", _summary(found)))
+
+
+def _entries(kind: Kind, specs: Sequence[str], columns: Callable[[Any, str], tuple[str, ...]]) -> list[Entry]:
     entries = []
-    for plugin, found in _plugins("router", specs):
+    named = [(plugin, plugin.name) for plugin in available(kind)]
+    for plugin, spec in [*named, *((_from_spec(spec), spec) for spec in specs)]:
         try:
-            if isinstance(found, ConfigError):
-                raise found
-            entries.append(Entry(plugin.name, plugin.origin, ("yes" if _learns(found) else "no", _summary(found))))
+            entries.append(Entry(plugin.name, plugin.origin, columns(resolve(kind, spec), plugin.origin)))
         except Exception as error:  # a plugin can fail in any way; its own error is shown
             entries.append(Entry(plugin.name, plugin.origin, error=str(error)))
     return entries
+
+
+def metrics(specs: Sequence[str] = ()) -> list[Entry]:
+    """Every metric that has a name, and those of `specs`; the column is what it gives."""
+    return [
+        Entry(plugin.name, plugin.origin, error=str(found))
+        if isinstance(found, ConfigError)
+        else Entry(plugin.name, plugin.origin, (_summary(found),))
+        for plugin, found in _plugins("metric", specs)
+    ]
 
 
 def show(entries: Sequence[Entry], columns: Sequence[str]) -> None:
@@ -61,17 +67,6 @@ def show(entries: Sequence[Entry], columns: Sequence[str]) -> None:
     for entry in entries:
         if entry.error:
             say(styled(entry.name, "red"), f": {entry.error}")
-
-
-def _plugins(kind: Kind, specs: Sequence[str]) -> Iterator[tuple[Plugin, Any]]:
-    """Plugins with their class, or with why there is none."""
-    named = [(plugin, plugin.name) for plugin in available(kind)]
-    for plugin, spec in [*named, *((_from_spec(spec), spec) for spec in specs)]:
-        try:
-            found: Any = resolve(kind, spec)
-        except ConfigError as error:
-            found = error
-        yield plugin, found
 
 
 def _from_spec(spec: str) -> Plugin:

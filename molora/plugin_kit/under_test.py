@@ -1,19 +1,18 @@
-"""A modality plugin on trial: its parts, its encoder, a tiny model around it, and ways to see what it changes."""
+"""A plugin under test: what clauses need of it, and tiny models around it.
+
+Letters: T tokens, V vocabulary.
+"""
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from molora.checkpoint.assembly import Blueprint, RouterConfig, assemble, blueprint
@@ -21,34 +20,46 @@ from molora.data.processor import Processor
 from molora.modality import Frames, Prepared
 from molora.model.backbone import Backbone
 from molora.model.identity import Identity
+from molora.model.lora import lora_config
 from molora.model.molora import MoLoRA
 from molora.pack import Sample
+from molora.routing import name_of
 from molora.seeding import seeded
 from molora.testing.data_workers import prepare
-from molora.testing.tiny import byte_tokenizer, tiny_model
+from molora.testing.side_effects import fingerprint
+from molora.testing.tiny import Letters, Numbers, NumbersConfig, byte_tokenizer, tiny_model
 
-# The names under which the plugin and its neighbour are tried.
+# The names under which a modality and its neighbour are tried.
 OWN, OTHER = "checked", "neighbour"
 SEED = 7
 MAX_TOKENS = 2**20
+# Those between which a router decides. They stand in for the reference's and have their names, so that the options of a
+# recipe fit.
+ROUTED = ("audio", "vision")
 
 _NEIGHBOURS = ("molora.testing.tiny:Numbers", "molora.testing.tiny:Letters")
-_ADAPTER = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+_RANDOM = {"lora_alpha": 8, "init_lora_weights": False}
+_ADAPTER = {**_RANDOM, "r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+_TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+_CONTENTS: tuple[tuple[str, ...], ...] = ((), ("audio",), ("vision",), ("audio", "vision"), ("vision", "audio"))
 
 
 @dataclass
-class Trial:
-    """A plugin with its options, and what its first checks leave here for later ones.
-
-    `given` are content parts to try it on; None means its examples. `folder` is for files.
-    """
+class UnderTest:
+    """A plugin with its options, and what its first clauses leave here for later ones."""
 
     spec: str
     options: dict[str, Any]
+    plugin: Any = field(default=None, init=False)
+    config: Any = field(default=None, init=False)
+
+
+@dataclass
+class ModalityUnderTest(UnderTest):
+    """`given` are content parts to try it on; None means its examples. `folder` is for files."""
+
     given: Sequence[Mapping[str, Any]] | None
     folder: Path
-    plugin: Any = None
-    config: Any = None
     parts: list[Mapping[str, Any]] = field(default_factory=list)
     prepared: list[Prepared] = field(default_factory=list)
     encoder: Any = None
@@ -58,6 +69,11 @@ class Trial:
     pristine: dict[str, str] = field(default_factory=dict)
     elsewhere: dict[str, str] = field(default_factory=dict)
     imported: list[str] = field(default_factory=list)
+
+    @property
+    def every(self) -> range:
+        """The index of every part."""
+        return range(len(self.parts))
 
     def make(self) -> Any:
         """A plugin that has not been used."""
@@ -80,7 +96,7 @@ class Trial:
 
     def batches(self) -> dict[str, list[int]]:
         """Which parts make a batch, by what it is called in messages."""
-        every = list(range(len(self.parts)))
+        every = list(self.every)
         return {"all parts": every, "all parts in reverse": every[::-1], "every part twice": every * 2}
 
     def blueprint(self) -> Blueprint:
@@ -100,7 +116,7 @@ class Trial:
         text = {"type": "text", "text": "what is it?"}
         others = self.neighbour().modality.examples()
         contents = {
-            "own": [[self.part(index), text] for index in range(len(self.parts))],
+            "own": [[self.part(index), text] for index in self.every],
             "others": [[text], *([part, text] for part in others)],
             "mixed": [[self.part(0), others[0], text]],
         }[kind]
@@ -113,15 +129,65 @@ class Trial:
         tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
         found = {name: fingerprint(tensor) for name, tensor in tensors.items() if not is_own(name)}
         for sample in self.samples(processor, "others"):
-            what = "+".join(sample.modalities) or "text"
-            found[f"the logits of {what} ({sample.id})"] = fingerprint(logits(model, processor, [sample]))
+            what = f"the logits of {name_of(sample.modalities)} ({sample.id})"
+            found[what] = fingerprint(logits(model, processor, [sample]))
         return found
+
+
+@dataclass
+class RouterUnderTest(UnderTest):
+    """`sets` are the sets of modalities that it decides for, found by an early clause."""
+
+    sets: list[frozenset[str]] = field(default_factory=list)
+
+    def router(self, adapters: Sequence[str] = ROUTED, width: int = 32) -> Any:
+        return self.plugin(list(adapters), self.config, width)
+
+    def model(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> MoLoRA:
+        """A tiny model with the router as after some training: its parameters are not those it starts with.
+
+        It is Phi-4-mini's kind, whose rotary frequencies switch while it answers, so prompts are prefilled again.
+        """
+        modalities = {"audio": Numbers("audio", NumbersConfig()), "vision": Letters("vision", NumbersConfig())}
+        adapters = {
+            name: lora_config({**_RANDOM, "r": r, "target_modules": _TARGETS}, name)
+            for name, r in zip(ROUTED, (2, 3), strict=True)
+        }
+        backbone = _backbone("phi4-mini", dtype)
+        with seeded(seed, "router"), torch.no_grad():
+            router = self.router(width=backbone.width)
+            for parameter in router.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        model = MoLoRA(backbone, modalities, adapters, router)
+        for parameters in model.parts().values():
+            for parameter in parameters.values():
+                parameter.requires_grad_(True)
+        return model
+
+    def samples(self, model: MoLoRA, *, generate: bool = False) -> list[Sample]:
+        """Conversations of several lengths for every set that the router decides for, and of text alone."""
+        processor = Processor(byte_tokenizer(), model.modalities, model.router.order, model.backbone.max_tokens)
+        samples = []
+        for i, names in enumerate(_CONTENTS * 2):
+            if names and frozenset(names) not in self.sets:
+                continue
+            part = {
+                "audio": {"type": "numbers", "numbers": [i / 4, 1.0, -i / 8][: 1 + i % 3]},
+                "vision": {"type": "letters", "letters": "abcxyz"[i % 4 :]},
+            }
+            text = {"type": "text", "text": "which" + "?" * (i % 3)}
+            asked = {"role": "user", "content": [*(part[name] for name in names), text]}
+            messages = [asked] if generate else [asked, {"role": "assistant", "content": f"{i} it is"}]
+            samples.append(processor.encode(messages, f"{i} ({name_of(names)})", generate=generate))
+        return samples
 
 
 def tiny_molora(plans: Mapping[str, Blueprint], seed: int = SEED) -> tuple[MoLoRA, Processor]:
     """A tiny model with these modalities, and its processor."""
     rules = {f"{OWN}+{OTHER}": OWN} if plans.keys() >= {OWN, OTHER} else {}
-    return assemble(_backbone(_probe()), byte_tokenizer(), plans, RouterConfig(options={"rules": rules}), seed=seed)
+    router = RouterConfig(options={"rules": rules})
+    backbone = _backbone("llama", max_tokens=MAX_TOKENS)
+    return assemble(backbone, byte_tokenizer(), plans, router, seed=seed)
 
 
 @torch.no_grad()
@@ -129,100 +195,21 @@ def logits(model: MoLoRA, processor: Processor, samples: list[Sample]) -> Tensor
     return model.eval().logits(processor.collate(samples))
 
 
-def _backbone(probe: dict[str, Any] | None) -> Backbone:
-    return Backbone(tiny_model("llama", max_tokens=MAX_TOKENS), Identity("trial", "", "", "", ""), probe=probe)
+def _backbone(family: str, dtype: torch.dtype = torch.float32, max_tokens: int = 256) -> Backbone:
+    """A tiny backbone, which is probed once."""
+    return _probed(family, dtype, max_tokens, _probe(family, dtype, max_tokens))
 
 
 @cache
-def _probe() -> dict[str, Any]:
-    return _backbone(None).probe
+def _probe(family: str, dtype: torch.dtype, max_tokens: int) -> dict[str, Any]:
+    return _probed(family, dtype, max_tokens, None).probe
+
+
+def _probed(family: str, dtype: torch.dtype, max_tokens: int, probe: dict[str, Any] | None) -> Backbone:
+    model: Any = tiny_model(family, max_tokens=max_tokens)
+    return Backbone(model.to(dtype), Identity("conformance", "", "", "", ""), probe=probe)
 
 
 def is_own(name: str) -> bool:
     """Whether a tensor of the model belongs to the plugin's modality."""
     return OWN in name.split(".")
-
-
-def fingerprint(value: Any) -> str:
-    """A hash of everything inside a value: values of equal content have equal ones."""
-    digest = hashlib.sha256()
-    _feed(value, digest.update, ())
-    return digest.hexdigest()
-
-
-def _feed(value: Any, update: Callable[[bytes], None], above: tuple[int, ...]) -> None:
-    """Hands the content of a value to `update`. `above` are the objects that it lies in, and may refer to."""
-    update(f"<{type(value).__qualname__}>".encode())
-    if id(value) in above:
-        return
-    inside: Any = ()
-    if isinstance(value, Tensor):
-        update(f"{value.dtype} {tuple(value.shape)} {value.device}".encode())
-        if value.device.type != "meta":
-            update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
-        update(f"{value.dtype} {value.shape}".encode() + value.tobytes())
-    elif isinstance(value, Image.Image):
-        update(f"{value.mode} {value.size}".encode() + value.tobytes())
-    elif isinstance(value, memoryview):
-        update(bytes(value))
-    elif isinstance(value, Mapping):
-        inside = sorted(value.items(), key=lambda entry: repr(entry[0]))
-    elif isinstance(value, (set, frozenset)):
-        inside = sorted(value, key=repr)
-    elif isinstance(value, (list, tuple, np.ndarray)):
-        inside = value
-    elif hasattr(value, "__dict__") and not isinstance(value, type):
-        inside = [vars(value)]
-    elif type(value).__repr__ is not object.__repr__:  # that one holds an address, and nothing of the content
-        update(repr(value).encode())
-    for item in inside:
-        _feed(item, update, (*above, id(value)))
-    update(b"</>")
-
-
-_State = dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]]
-GENERATORS: _State = {
-    "the state of torch's global generator": (torch.get_rng_state, torch.set_rng_state),
-    "the state of numpy's global generator": (np.random.get_state, np.random.set_state),
-    "the state of Python's global generator": (random.getstate, random.setstate),
-}
-SETTINGS: _State = {
-    "the default dtype": (torch.get_default_dtype, torch.set_default_dtype),
-    "the number of threads": (torch.get_num_threads, torch.set_num_threads),
-    "the grad mode": (torch.is_grad_enabled, torch.set_grad_enabled),
-    "the choice of deterministic algorithms": (
-        torch.are_deterministic_algorithms_enabled,
-        torch.use_deterministic_algorithms,
-    ),
-    "the precision of matrix products": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
-    "cudnn.deterministic": (
-        lambda: torch.backends.cudnn.deterministic,
-        lambda value: setattr(torch.backends.cudnn, "deterministic", value),
-    ),
-    "cudnn.benchmark": (
-        lambda: torch.backends.cudnn.benchmark,
-        lambda value: setattr(torch.backends.cudnn, "benchmark", value),
-    ),
-}
-
-
-def shared_state() -> dict[str, Any]:
-    """The settings and generators that everything in this process shares, by what they are called in messages."""
-    return {name: read() for name, (read, _) in {**SETTINGS, **GENERATORS}.items()}
-
-
-def put_back(before: Mapping[str, Any]) -> list[str]:
-    """Restores the shared state, and names what of it had changed."""
-    now = shared_state()
-    changed = [name for name in before if fingerprint(now[name]) != fingerprint(before[name])]
-    for name in changed:
-        {**SETTINGS, **GENERATORS}[name][1](before[name])
-    return changed
-
-
-def scramble(seed: int) -> None:
-    """Gives all global generators a state that belongs to `seed`."""
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from molora.plugin_kit.modality_clauses import Finding
+    from molora.terminal import Finding
 
 
 def assert_conforms(
@@ -16,21 +16,21 @@ def assert_conforms(
 ) -> None:
     """Raises AssertionError with every way in which a modality plugin breaks its contract; see `check_modality`."""
     # Here, because plugins live in files that import this one, and a plugin must not bring the model with it.
-    from molora.plugin_kit.modality_clauses import check_modality
+    from molora.plugin_kit.check import check_modality
 
     _assert_kept(check_modality(spec, options, parts), f"modality {spec!r}")
 
 
 def assert_router_conforms(spec: str, options: Mapping[str, Any] | None = None) -> None:
     """Raises AssertionError with every way in which a router plugin breaks its contract; see `check_router`."""
-    from molora.plugin_kit.router_clauses import check_router
+    from molora.plugin_kit.check import check_router
 
     _assert_kept(check_router(spec, options), f"router {spec!r}")
 
 
 def _assert_kept(findings: Sequence[Finding], what: str) -> None:
     faults = [finding for finding in findings if finding.ok is False]
-    listed = "".join(f"\n- {finding.check}: {finding.message}" for finding in faults)
+    listed = "".join(f"\n- {finding.what}: {finding.found}" for finding in faults)
     assert not faults, f"{what} does not conform:{listed}"
 
 

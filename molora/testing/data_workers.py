@@ -45,15 +45,8 @@ class Parts(Dataset[Prepared]):
 
 def forked(parts: Parts) -> list[Prepared]:
     """Parts as a forked data worker prepares them. Raises what the plugin raises there."""
-    loader = DataLoader(
-        parts,
-        batch_size=len(parts),
-        collate_fn=list,
-        num_workers=1,
-        multiprocessing_context="fork",
-        timeout=_TIMEOUT_SECONDS,
-    )
-    (prepared,) = loader
+    worker: dict[str, Any] = {"num_workers": 1, "multiprocessing_context": "fork", "timeout": _TIMEOUT_SECONDS}
+    (prepared,) = DataLoader(parts, batch_size=len(parts), collate_fn=list, **worker)
     return prepared
 
 

@@ -44,75 +44,35 @@ def _longrope(rotated_width: int, **more: Any) -> dict[str, Any]:
     }
 
 
-def _family(name: str) -> tuple[str, str, dict[str, Any]]:
-    """Class and config names in transformers and the settings that make the family itself."""
+def _family(name: str) -> tuple[str, dict[str, Any]]:
+    """The name that transformers' classes begin with, and the settings that make the family itself."""
     heads: dict[str, Any] = {"head_dim": 8}
-    families: dict[str, tuple[str, str, dict[str, Any]]] = {
-        "llama": ("LlamaForCausalLM", "LlamaConfig", heads),
-        "llama-dynamic": (
-            "LlamaForCausalLM",
-            "LlamaConfig",
-            {
-                "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
-                "max_position_embeddings": 32,
-            },
-        ),
-        "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", heads),
-        "gemma2": (
-            "Gemma2ForCausalLM",
-            "Gemma2Config",
-            {**heads, "sliding_window": WINDOW, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0},
-        ),
-        "gemma3": (
-            "Gemma3ForCausalLM",
-            "Gemma3TextConfig",
-            {
-                **heads,
-                "sliding_window": WINDOW,
-                "query_pre_attn_scalar": 8,
-                "layer_types": ["sliding_attention", "full_attention"],
-            },
-        ),
-        "phi3": ("Phi3ForCausalLM", "Phi3Config", {"sliding_window": WINDOW}),
-        "phi4-mini": (
-            "Phi3ForCausalLM",
-            "Phi3Config",
-            {
-                "rope_parameters": _longrope(6, partial_rotary_factor=0.75),
-                "original_max_position_embeddings": ROPE_SWITCH,
-                "tie_word_embeddings": True,
-            },
-        ),
-        "smollm3": ("SmolLM3ForCausalLM", "SmolLM3Config", {"no_rope_layers": [1, 0], "no_rope_layer_interval": 2}),
-        "phimoe": (
-            "PhimoeForCausalLM",
-            "PhimoeConfig",
-            {
-                "num_local_experts": 4,
-                "num_experts_per_tok": 2,
-                "rope_parameters": _longrope(8, short_mscale=1.1, long_mscale=1.3),
-            },
-        ),
+    windows = {**heads, "sliding_window": WINDOW}
+    layers = {"layer_types": ["sliding_attention", "full_attention"]}
+    experts = {"num_local_experts": 4}
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    mini = {"rope_parameters": _longrope(6, partial_rotary_factor=0.75), "tie_word_embeddings": True}
+    moe = {"rope_parameters": _longrope(8, short_mscale=1.1, long_mscale=1.3), "num_experts_per_tok": 2}
+    llama4 = {"intermediate_size_mlp": 48, "num_local_experts": 2, "attention_chunk_size": WINDOW}
+    families: dict[str, tuple[str, dict[str, Any]]] = {
+        "llama": ("Llama", heads),
+        "llama-dynamic": ("Llama", {"rope_parameters": dynamic, "max_position_embeddings": 32}),
+        "qwen3": ("Qwen3", heads),
+        "gemma2": ("Gemma2", {**windows, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0}),
+        "gemma3": ("Gemma3", {**windows, **layers, "query_pre_attn_scalar": 8}),
+        "phi3": ("Phi3", {"sliding_window": WINDOW}),
+        "phi4-mini": ("Phi3", {**mini, "original_max_position_embeddings": ROPE_SWITCH}),
+        "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0], "no_rope_layer_interval": 2}),
+        "phimoe": ("Phimoe", {**experts, **moe}),
         "gpt-oss": (
-            "GptOssForCausalLM",
-            "GptOssConfig",
-            {
-                **heads,
-                "sliding_window": WINDOW,
-                "num_local_experts": 4,
-                "layer_types": ["sliding_attention", "full_attention"],
-                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-            },
+            "GptOss",
+            {**windows, **layers, **experts, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
         ),
-        "granite": ("GraniteForCausalLM", "GraniteConfig", {"embedding_multiplier": 12.0, "logits_scaling": 3.0}),
-        "bloom": ("BloomForCausalLM", "BloomConfig", {"n_layer": 2, "n_head": 4}),
-        "falcon": ("FalconForCausalLM", "FalconConfig", {}),
-        "mamba": ("MambaForCausalLM", "MambaConfig", {}),
-        "llama4": (
-            "Llama4ForCausalLM",
-            "Llama4TextConfig",
-            {**heads, "intermediate_size_mlp": 48, "num_local_experts": 2, "attention_chunk_size": WINDOW},
-        ),
+        "granite": ("Granite", {"embedding_multiplier": 12.0, "logits_scaling": 3.0}),
+        "bloom": ("Bloom", {"n_layer": 2, "n_head": 4}),
+        "falcon": ("Falcon", {}),
+        "mamba": ("Mamba", {}),
+        "llama4": ("Llama4", {**heads, **llama4}),
     }
     return families[name]
 
@@ -121,7 +81,8 @@ def tiny_model(family: str, seed: int = 0, max_tokens: int = MAX_TOKENS) -> PreT
     """A random causal LM of a family, two layers of width 32, in fp32."""
     import transformers  # takes long, and a data worker that has one of the modalities below needs no models
 
-    model_name, config_name, settings = _family(family)
+    name, settings = _family(family)
+    model_class = getattr(transformers, f"{name}ForCausalLM")
     shape = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 32,
@@ -136,13 +97,11 @@ def tiny_model(family: str, seed: int = 0, max_tokens: int = MAX_TOKENS) -> PreT
         "eos_token_id": 256,
         "pad_token_id": 256,
     }
-    config_class = getattr(transformers, config_name, None) or getattr(transformers.models.llama4, config_name)
-    model_class = getattr(transformers, model_name)
     if family in ("bloom", "falcon", "mamba"):
         shape = {key: shape[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = model_class(config_class(**{**shape, **settings})).eval()
+        model = model_class(model_class.config_class(**{**shape, **settings})).eval()
     model.generation_config.eos_token_id = [256, 260]
     return model
 

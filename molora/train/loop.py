@@ -26,8 +26,9 @@ from molora.checkpoint.opening import open_model
 from molora.checkpoint.run_folder import write_run
 from molora.checkpoint.state import latest_state, read_state, save_state
 from molora.config import ConfigError, did_you_mean, dump, plain
-from molora.data.sources import EncodedSamples, Skipped, open_source, step_loader
-from molora.evaluate.judge import EvaluationConfig, complaints, gathered, judge, scores
+from molora.data.sources import EncodedSamples, Skipped, step_loader
+from molora.evaluate.judge import Evaluation, EvaluationConfig, complaints
+from molora.inference.load import LoadedModel
 from molora.interrupt import Interrupt, Stopped
 from molora.model import lora
 from molora.model.molora import MoLoRA
@@ -321,26 +322,23 @@ class _Run:
 
     def _evaluate(self, name: str, config: EvaluationConfig) -> tuple[dict[str, Any], str | None]:
         """An evaluation's row of the log; and what was wrong, the same on every rank."""
-        rank, ranks = self.ranks.index, self.ranks.count
-        judged, fault, results = [], None, {}
+        fault, evaluation, judged, results = None, None, [], {}
+
+        def stop_if_asked() -> None:
+            if self.interrupt.number and self.ranks.count == 1:
+                self._stop(self.interrupt.number)
+
         try:
-            source = open_source(config.data, f"evaluations.{name}.data")
-            bar = self.bars.add_task(name, total=len(range(rank, len(source), ranks)), note="")
-
-            def advance() -> None:
-                if self.interrupt.number and ranks == 1:
-                    self._stop(self.interrupt.number)
-                self.bars.advance(bar)
-
-            judged = judge(self.model, self.processor, source, config, rank=rank, ranks=ranks, advance=advance)
-            self.bars.remove_task(bar)
+            evaluation = Evaluation(name, config)
+            loaded = LoadedModel(self.model, self.processor)
+            judged = evaluation.run(loaded, self.bars, ranks=self.ranks, before_each=stop_if_asked)
         except Exception as error:  # whatever an evaluation does wrong, the training goes on
             fault = f"{type(error).__name__}: {error}"
         faults = [other for other in self.ranks.gather([fault]) if other is not None]
-        if not faults:
+        if evaluation is not None and not faults:
             try:
-                everyone = gathered(judged)
-                results = scores(everyone, config)
+                everyone = sorted(self.ranks.gather(judged), key=lambda item: item.row)
+                results = evaluation.scores(everyone)
                 if self.show:
                     for complaint in complaints(name, everyone, config):
                         warn(complaint)

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from molora.config import ConfigError
 from molora.data.processor import Processor
 from molora.data.sources import Source, SourceConfig, check_length, open_source
-from molora.evaluate.judge import EvaluationConfig, Judged, question, scores
+from molora.evaluate.judge import EvaluationConfig, question
+from molora.evaluate.metrics import Judged, open_metrics, scores
 
 # Rows of a source that are tried, spread over it; more of them if none of these can be used.
 TRIED_ROWS = 4
@@ -40,9 +41,8 @@ class Trial:
             raise ConfigError(told if told.startswith(where) else f"{where}: {told}") from error
         if not len(self.source):
             raise ConfigError(f"{where}: no rows")
+        self.metrics = open_metrics(evaluation.metrics, f"{where[: -len('.data')]}.metrics") if evaluation else []
         self._try(None)
-        if evaluation is not None:
-            scores([Judged("0:0", [], "a", "a", True)], evaluation)  # what its metrics need is installed
 
     def encode(self, processor: Processor, max_tokens: int) -> None:
         """Decodes and encodes the rows too. Raises ValueError for rows that cannot be."""
@@ -73,7 +73,10 @@ class Trial:
     def _try_row(self, row: int, processor: Processor | None, max_tokens: int) -> None:
         if self.evaluation is not None:
             asked = question(self.source, row, self.evaluation.without_media)
-            if processor is not None:
+            if processor is None:
+                right = Judged(asked["id"], asked["prompt"], asked["expected"], asked["expected"], True, asked["tags"])
+                scores([right], self.metrics)
+            else:
                 processor.encode(asked["prompt"], asked["id"], generate=True)
             return
         example = self.source[row]

@@ -25,6 +25,7 @@ from molora.config import ConfigError, environment_in, require
 from molora.data.processor import SampleTooLong
 from molora.data.sources import SourceConfig
 from molora.evaluate.judge import EvaluationConfig
+from molora.evaluate.metrics import specs_of
 from molora.media import MediaPolicy
 from molora.modality import MediaError
 from molora.plugins import Kind, find
@@ -132,6 +133,7 @@ def remember_plugins(recipe: Recipe) -> None:
         "modality": (config.plugin for config in recipe.modalities.values()),
         "router": [recipe.router.plugin],
         "source": (source.kind for source in sources),
+        "metric": (spec for one in recipe.evaluations.values() for spec, _ in specs_of(one.metrics)),
     }
     for kind, specs in named.items():
         for spec in filter(None, specs):

@@ -22,14 +22,15 @@ from molora.pack import Sample, collate
 from molora.received import file_hash
 from molora.routing import name_of
 from molora.terminal import Finding
-from molora.verify.promises import examples, routed, show
+from molora.verify.promises import show
+from molora.verify.samples import examples, routed
 
 NUM_SAMPLES = 200
 _SAMPLES_PER_PACK = 8
 _NAMES_SHOWN = 4
 
 
-def unmoved(
+def compare_models(
     old: str | Path, model: str | Path, modalities: Sequence[str | Path] = (), trust: Sequence[str] = ()
 ) -> bool:
     """Prints what of `old` is still as it was in `model`; each is a run, or a backbone, here with modality folders.
@@ -112,4 +113,4 @@ def _hidden(loaded: LoadedModel, ordering: LoadedModel, samples: Sequence[Sample
     """Final hidden states (T, D) by sample; `ordering` is the model whose router orders the pack."""
     model = loaded.model
     pack = collate(samples, model.modalities, ordering.model.router.order).to(model.device)
-    return dict(zip(pack.ids, model(pack).split(pack.lengths), strict=True))
+    return pack.by_sample(model(pack))

@@ -6,7 +6,7 @@ Letters: T tokens of a sample, D backbone width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,43 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from molora.model.probe import decoder_layers, largest
+from molora.model.experts import routers
+from molora.model.probe import decoder_layers, difference, largest
+from molora.terminal import Finding
 
 HALF = (torch.bfloat16, torch.float16)
+_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A dtype to compare in: what to call it, how far results may differ there, and why."""
+
+    told: str
+    tolerance: float
+    reason: str
+    fp32: bool = False
+
+    @contextmanager
+    def of(self, model: PreTrainedModel) -> Iterator[None]:
+        with in_fp32(model) if self.fp32 else nullcontext():
+            yield
+
+    def check(self, promise: str, found: str, difference: float) -> Finding:
+        return Finding(promise, f"{found} by {difference:.1e}{self.told} ({self.reason})", difference <= self.tolerance)
+
+
+def precisions(stock: PreTrainedModel, samples: Iterable[Tensor]) -> list[Precision]:
+    """The model's own dtype; and fp32, where what a fault does is not hidden by rounding. Samples as in `measure`."""
+    allowed = f"allowed {_TOLERANCE:.0e}"
+    if stock.dtype not in HALF:
+        return [Precision("", _TOLERANCE, allowed)]
+    fp32 = Precision(" in fp32", _TOLERANCE, allowed, fp32=True)
+    if routers(stock):  # rounding swaps experts that are close, and what follows is another computation
+        return [fp32]
+    own = measure(stock, samples)
+    reason = f"the stock model: padded from alone by {own.shape:.1e}, from its own fp32 by {own.fp32:.1e}"
+    return [Precision("", own.most, reason), fp32]
 
 
 @dataclass(frozen=True)
@@ -31,11 +65,6 @@ class Rounding:
     def most(self) -> float:
         """How far two ways of computing one result may differ: each is as far from the exact one as the stock model."""
         return largest((self.shape, 2 * self.fp32))
-
-
-def difference(ours: Tensor, reference: Tensor) -> float:
-    """max |Δ| / max(1, max |reference|), the measure of the promises."""
-    return float((ours - reference).abs().max() / reference.abs().max().clamp(min=1.0))
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import torch
 from molora.config import ConfigError
 from molora.data.processor import Processor
 from molora.data.template import render
-from molora.evaluate.judge import words
+from molora.evaluate.normalise import words
 from molora.inference.answers import answer_file
 from molora.inference.generate import GenerationConfig
 from molora.modality import Prepared

@@ -30,8 +30,8 @@ from molora.terminal import Finding
 from molora.testing import save_backbone
 from molora.train.loop import train
 from molora.train.recipe import Recipe
-from molora.verify.compare import NUM_SAMPLES, compare_files, compare_logits, unmoved
-from molora.verify.promises import examples, routed
+from molora.verify.compare import NUM_SAMPLES, compare_files, compare_logits, compare_models
+from molora.verify.samples import examples, routed
 
 pytest.importorskip("torchaudio")
 
@@ -221,7 +221,7 @@ def test_what_was_trained_on_is_found_and_nothing_else(home: Path) -> None:
     }
     logits = compare_logits(molora.load(before, device="cpu"), molora.load(after, device="cpu"))
     assert held(logits) == {"text": True, "audio": True}
-    assert not unmoved(before, after)
+    assert not compare_models(before, after)
 
 
 @pytest.mark.parametrize("rehashed", [False, True], ids=["", "with its hash rewritten"])
@@ -256,7 +256,7 @@ def test_a_backbone_weight_nudged_in_its_file_is_caught(home: Path, tmp_path: Pa
         "backbone": "weights have the hash that OLD recorded"
     }
     with pytest.raises(ValueError, match="trained with"):
-        unmoved(home / "pair", run)
+        compare_models(home / "pair", run)
 
 
 @pytest.mark.parametrize("name", ["vision", "audio"])
@@ -291,7 +291,7 @@ def test_a_modality_taken_out_of_a_run_is_gone_though_its_folder_stays(home: Pat
     del about["router"]["options"]["rules"]["numbers+vision"]
     (run / "molora.json").write_text(json.dumps(about))
     assert (run / "modalities/numbers/modality.json").is_file()
-    assert unmoved(home / "three", run)
+    assert compare_models(home / "three", run)
     result = CliRunner().invoke(app, ["verify", str(run)])
     assert result.exit_code == 0 and "2 modality folders whole" in result.output
 
@@ -302,7 +302,7 @@ def test_a_run_trained_anew_without_a_modality_no_longer_has_it(home: Path) -> N
     train_run(home, "anew", "backbone", paired, RULES, ["projectors.audio.vision"])
     assert (home / "anew/modalities/numbers/modality.json").is_file()
     assert set(locate(home / "anew").folders) == {"audio", "vision"}
-    assert unmoved(home / "vision", home / "anew")
+    assert compare_models(home / "vision", home / "anew")
 
 
 def test_the_samples_are_spread_over_every_set_and_the_same_every_time(home: Path, pair: LoadedModel) -> None:

@@ -1,0 +1,213 @@
+"""Metrics: what turns the answers of an evaluation into numbers. The built-in ones, and the contract of all.
+
+A recipe names metrics as it names other plugins: by a built-in name, by `path/to/file.py:Class`, by
+`package.module:Class`, or by a name that an installed package declares in the entry-point group `molora.metrics`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from molora.config import ConfigError, build
+from molora.evaluate.normalise import characters, normalise, words
+from molora.plugins import find
+
+# A metric as a recipe names it: by its name, or by its name with its options.
+Named = str | dict[str, dict[str, Any]]
+
+# What every evaluation counts, whatever its metrics.
+COUNTS = ("questions", "failed", "cut_off")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One answered question. `cut_off` says that a limit ended the answer, `error` why there is none."""
+
+    id: str
+    messages: list[dict[str, Any]]
+    expected: str
+    answer: str
+    correct: bool
+    tags: list[str] = field(default_factory=list)
+    cut_off: bool = False
+    error: str | None = None
+
+    @property
+    def row(self) -> int:
+        """The number of its row in the source, from 0."""
+        return int(self.id.partition(":")[0])
+
+
+class Metric(Protocol):
+    """Compares answers with the expected ones; built as `Plugin(config)`, with a recipe's options read into its
+    `config_type`.
+
+    Building it raises ImportError or ValueError for what the metric needs and does not find, so that this is told
+    before the model answers.
+    """
+
+    config_type: type
+
+    def score(self, judged: Sequence[Judged]) -> Mapping[str, float]:
+        """Numbers by name over one or more answered questions. What nothing can be counted for is left out."""
+        ...
+
+
+@dataclass
+class NoOptions:
+    """The options of a metric that has none."""
+
+
+class ExactMatch:
+    """The share of answers that equal the expected one, but for case, spaces and a closing full stop."""
+
+    config_type = NoOptions
+
+    def __init__(self, config: NoOptions) -> None:
+        pass
+
+    def score(self, judged: Sequence[Judged]) -> dict[str, float]:
+        return {"exact_match": sum(item.correct for item in judged) / len(judged)}
+
+
+class MacroF1:
+    """The mean F1 of the classes, which are the expected answers; an answer that is none of them is just a miss."""
+
+    config_type = NoOptions
+
+    def __init__(self, config: NoOptions) -> None:
+        pass
+
+    def score(self, judged: Sequence[Judged]) -> dict[str, float]:
+        expected = Counter(normalise(item.expected) for item in judged)
+        answered = Counter(normalise(item.answer) for item in judged)
+        right = Counter(normalise(item.expected) for item in judged if item.correct)
+        scores = [2 * right[name] / (expected[name] + answered[name]) for name in expected]
+        return {"macro_f1": sum(scores) / len(scores)}
+
+
+class WordErrorRate:
+    """Wrong, missing and added words for each expected one."""
+
+    config_type = NoOptions
+    name = "word_error_rate"
+    pieces = staticmethod(words)
+
+    def __init__(self, config: NoOptions) -> None:
+        try:
+            import jiwer
+        except ImportError as error:
+            raise ImportError("error rates need jiwer: pip install 'molora[audio]'") from error
+        self.compare = jiwer.process_words
+
+    def score(self, judged: Sequence[Judged]) -> dict[str, float]:
+        pairs = [(self.pieces(item.expected), self.pieces(item.answer)) for item in judged]
+        expected = sum(len(reference) for reference, _ in pairs)
+        if not expected:
+            return {}
+        added = sum(len(answer) for reference, answer in pairs if not reference)
+        compared = [(" ".join(reference), " ".join(answer)) for reference, answer in pairs if reference]
+        found = self.compare([reference for reference, _ in compared], [answer for _, answer in compared])
+        return {self.name: (found.substitutions + found.deletions + found.insertions + added) / expected}
+
+
+class CharacterErrorRate(WordErrorRate):
+    """Wrong, missing and added characters for each expected one, of the words and the spaces between them."""
+
+    name = "character_error_rate"
+    pieces = staticmethod(characters)
+
+
+@dataclass(kw_only=True)
+class BleuConfig:
+    """`tokeniser` is sacrebleu's: 13a, or for a language without spaces its own, such as zh and ja-mecab."""
+
+    tokeniser: str = "13a"
+
+
+class Bleu:
+    """BLEU of all answers together against one expected answer each, from 0 to 100, by sacrebleu."""
+
+    config_type = BleuConfig
+
+    def __init__(self, config: BleuConfig) -> None:
+        try:
+            from sacrebleu.metrics.bleu import BLEU
+        except ImportError as error:
+            raise ImportError("BLEU needs sacrebleu: pip install 'molora[audio]'") from error
+        if config.tokeniser not in BLEU.TOKENIZERS:
+            there = ", ".join(BLEU.TOKENIZERS)
+            raise ValueError(f"sacrebleu has no tokeniser {config.tokeniser!r}; it has {there}")
+        try:
+            self.metric = BLEU(tokenize=config.tokeniser)
+        except (ImportError, RuntimeError, OSError, SystemExit) as error:  # what fetches a model may end the process
+            told = " ".join(str(error).split()) if not isinstance(error, SystemExit) else "its model cannot be fetched"
+            raise ValueError(
+                f"tokeniser {config.tokeniser!r} cannot be used here ({told:.300}); install what it needs, fetch its "
+                "model where there is a network (sacrebleu keeps it under ~/.sacrebleu, or SACREBLEU), or give "
+                "another, as 13a"
+            ) from error
+
+    def score(self, judged: Sequence[Judged]) -> dict[str, float]:
+        answers, expected = [item.answer for item in judged], [item.expected for item in judged]
+        return {"bleu": self.metric.corpus_score(answers, [expected]).score}
+
+
+def specs_of(named: Iterable[Named]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The metrics that a recipe names, each with its options."""
+    for metric in named:
+        yield from [(metric, {})] if isinstance(metric, str) else metric.items()
+
+
+def open_metrics(named: Iterable[Named], where: str) -> list[Metric]:
+    """Builds the metrics that a recipe names in `where`.
+
+    Raises ConfigError for one that cannot be found or has wrong options, ImportError for what one needs.
+    """
+    metrics: list[Metric] = []
+    for spec, options in specs_of(named):
+        try:
+            metric_class: Any = find("metric", spec).plugin
+            metrics.append(metric_class(build(metric_class.config_type, options, "its options")))
+        except ValueError as error:
+            kind = type(error) if isinstance(error, ConfigError) else ConfigError
+            raise kind(f"{where}: {spec}: {error}") from error
+    return metrics
+
+
+def scores(judged: Sequence[Judged], metrics: Iterable[Metric]) -> dict[str, float]:
+    """The metrics over all questions that were answered and over those of each tag, with the counts.
+
+    `failed` counts the questions that no metric sees, because they could not be asked or answered; `cut_off` the
+    answers that a limit ended, which every metric sees. Raises ValueError for a metric that gives no numbers.
+    """
+    metrics = list(metrics)
+    answered = [item for item in judged if item.error is None]
+    by_tag: dict[str, list[Judged]] = {"": answered}
+    for item in answered:
+        for tag in item.tags:
+            by_tag.setdefault(tag, []).append(item)
+    results: dict[str, float] = {}
+    for tag, items in by_tag.items():
+        found = {**_scored(items, metrics), "questions": len(items)}
+        results |= {f"{name}/{tag}" if tag else name: value for name, value in found.items()}
+    results["failed"] = len(judged) - len(answered)
+    results["cut_off"] = sum(item.cut_off for item in answered)
+    return results
+
+
+def _scored(items: Sequence[Judged], metrics: Iterable[Metric]) -> dict[str, float]:
+    """Every metric's numbers. Raises ValueError for what is no number, and for a name that is taken."""
+    found: dict[str, float] = {}
+    for metric in metrics if items else ():
+        for name, value in metric.score(items).items():
+            if name in found or name in COUNTS or not name or "/" in name:
+                raise ValueError(f"metric {type(metric).__name__}: the name {name!r} is taken, empty or has a slash")
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ValueError(f"metric {type(metric).__name__}: {name} is {value!r}; give a finite number or none")
+            found[name] = value
+    return found

@@ -1,0 +1,261 @@
+"""Clauses about a modality's parts and items: load, prepare, collate, and the examples that it gives."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import random
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from molora.modality import MediaError, Prepared
+from molora.plugin_kit.clauses import Fault, clause, kept, some, words_of
+from molora.plugin_kit.under_test import SEED, ModalityUnderTest
+from molora.testing.side_effects import GENERATORS, fingerprint, put_back, scramble, shared_state
+
+# Decoding a part should take a moment; a worker that takes this long starves every training.
+LOAD_SECONDS = 10.0
+
+
+@clause("examples", "name and part type")
+def examples(tested: ModalityUnderTest) -> str:
+    modality = tested.make()
+    examples = modality.examples()
+    if not isinstance(examples, list) or not examples:
+        raise Fault(f"examples() is {examples!r:.80}; return a list of a few content parts that load takes")
+    tested.parts = list(examples if tested.given is None else tested.given)
+    for where, parts in (("examples()", examples), ("the parts given", tested.parts)):
+        for part in parts:
+            if not isinstance(part, Mapping) or part.get("type") != modality.part_type:
+                raise Fault(f"{where} have {part!r:.80}; a part is a mapping with type {modality.part_type!r}")
+    scramble(1)
+    if not fingerprint(examples) == fingerprint(modality.examples()) == fingerprint(tested.make().examples()):
+        raise Fault("examples() gives other parts when called again; draw from a generator seeded inside it")
+    if len({fingerprint([_extent(value) for value in part.values()]) for part in examples}) < 2:
+        raise Fault(f"all parts of examples() ({len(examples)}) have one size; return at least two sizes")
+    if not tested.parts:
+        raise Fault("the parts given are none; give at least one, or leave them out to take examples()")
+    return f"{len(examples)} parts, the same every time"
+
+
+def _extent(value: Any) -> Any:
+    """The shape of an array, the size of a picture, the length of a text or list; anything else is its own extent."""
+    extent = getattr(value, "shape", getattr(value, "size", None))
+    return extent if isinstance(extent, tuple) else len(value) if hasattr(value, "__len__") else value
+
+
+@clause("load", "examples")
+def load(tested: ModalityUnderTest) -> str:
+    modality, slowest = tested.make(), 0.0
+    for index in tested.every:
+        part, started = tested.part(index), time.monotonic()
+        try:
+            modality.load(part)
+        except MediaError as error:
+            raise Fault(f"load refuses part {index}, which it should take: {error}") from error
+        slowest = max(slowest, time.monotonic() - started)
+        if slowest > LOAD_SECONDS:
+            raise Fault(
+                f"load took {slowest:.1f} seconds for part {index}, and {LOAD_SECONDS:g} is the most; prepare the data "
+                "beforehand, or do less in load"
+            )
+    return f"{len(tested.parts)} parts, the slowest in {slowest:.3f} seconds"
+
+
+@clause("load repeats", "load")
+def load_repeats(tested: ModalityUnderTest) -> str:
+    modality = tested.make()
+    for index in tested.every:
+        items = set()
+        for seed in range(2):
+            scramble(seed)
+            items.add(fingerprint(modality.load(tested.part(index))))
+        if len(items) > 1:
+            raise Fault(f"load gives another item for part {index} when called again; only prepare may augment")
+    return "the same item every time"
+
+
+@clause("bad parts", "load")
+def bad_parts(tested: ModalityUnderTest) -> str:
+    faults, spoilt = [], list(_spoilt(tested))
+    for what, part in spoilt:
+        modality, method = tested.make(), "load"
+        try:
+            item = modality.load(part)
+            method = "prepare"
+            modality.prepare(item)
+        except MediaError as error:
+            if not str(error).strip():
+                faults.append(f"{method} refuses {what} without a word")
+        except Exception as error:
+            faults.append(f"{method} raised {words_of(error)} for {what}")
+        else:
+            faults.append(f"load accepts {what}")
+    if faults:
+        raise Fault(f"{some(faults)}; raise MediaError that says which part, why, and what to do")
+    return f"{len(spoilt)} bad parts refused with MediaError"
+
+
+def _spoilt(tested: ModalityUnderTest) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Parts that no plugin can take, and what is wrong with them."""
+    example = tested.part(0)
+    kind = {"type": example["type"]}
+    garbage = random.Random(SEED).randbytes(4096)
+    (tested.folder / "garbage.bin").write_bytes(garbage)
+    (tested.folder / "empty.bin").touch()
+    yield "a part without media", kind
+    yield "a part of nothing but None", {**dict.fromkeys(example), **kind}
+    yield "a path that leads nowhere", {**kind, "path": str(tested.folder / "missing.bin")}
+    yield "a folder's path", {**kind, "path": str(tested.folder)}
+    yield "a file of garbage", {**kind, "path": str(tested.folder / "garbage.bin")}
+    yield "an empty file", {**kind, "path": str(tested.folder / "empty.bin")}
+    yield "bytes of garbage", {**kind, "bytes": garbage}
+    for key, value in example.items():
+        if key != "type":
+            yield f"an object() as {key!r}", {**example, key: object()}
+            if not isinstance(value, str):
+                yield f"the word 'garbage' as {key!r}", {**example, key: "garbage"}
+
+
+@clause("path", "load")
+def path(tested: ModalityUnderTest) -> str:
+    file = tested.folder / "any.bin"
+    file.write_bytes(b"anything")
+    answers = []
+    # Without media is a part that has nothing, or the path under a key that nobody looks for.
+    for media in ({"path": str(file)}, {}, {"htap": str(file)}):
+        try:
+            answers.append(fingerprint(tested.make().load({"type": tested.part(0)["type"], **media})))
+        except Exception as error:  # what is in the file is nothing that load should like
+            answers.append(words_of(error).replace("htap", "path"))
+    answer, *without = answers
+    if answer in without:
+        raise Fault(
+            f"load answers a part that has only a path as it answers one without media ({answer:.120}); read the file "
+            "that part['path'] names, which is all that commands, tables and JSONL files give, and if it cannot be "
+            "used let the MediaError say why"
+        )
+    return "load reads the file that a path names"
+
+
+@clause("prepare", "load")
+def prepare(tested: ModalityUnderTest) -> str:
+    modality = tested.make()
+    for index in tested.every:
+        for seed in (SEED, None):
+            one = tested.prepare(modality, index, seed)
+            if not isinstance(one, Prepared):
+                raise Fault(f"prepare gives {type(one).__name__} for part {index}; return molora.modality.Prepared")
+            if type(one.num_tokens) is not int or one.num_tokens < 1:
+                raise Fault(
+                    f"num_tokens of prepare is {one.num_tokens!r} for part {index}; it is an int of at least 1, the "
+                    "number of frames that the encoder will give"
+                )
+            for name, tensor in one.tensors.items():
+                if not isinstance(tensor, Tensor) or tensor.device.type != "cpu" or tensor.requires_grad:
+                    raise Fault(
+                        f"prepare gives {tensor!r:.60} as {name!r} for part {index}; give tensors on the CPU that "
+                        "require no gradient"
+                    )
+        tested.prepared.append(one)
+    return f"{' + '.join(str(one.num_tokens) for one in tested.prepared)} tokens"
+
+
+@clause("randomness", "prepare", "load repeats")
+def randomness(tested: ModalityUnderTest) -> str:
+    modality = tested.make()
+    for index in tested.every:
+        for seed, how in ((None, "without a generator"), (SEED, "with generators in equal state")):
+            results = set()
+            for state in range(3):
+                scramble(state)
+                before = shared_state()
+                results.add(fingerprint(tested.prepare(modality, index, seed)))
+                if drawn := [name for name in put_back(before) if name in GENERATORS]:
+                    raise Fault(f"prepare changes {some(drawn)}; draw from its argument `generator` alone")
+            if len(results) > 1:
+                raise Fault(
+                    f"prepare gives different tensors for part {index} {how}; draw from its argument `generator` "
+                    "alone, and not at all if that is None"
+                )
+    return "draws from the generator it is given, and from nothing else"
+
+
+@clause("collate", "prepare")
+def collate(tested: ModalityUnderTest) -> str:
+    modality = tested.make()
+    collated = modality.collate([tested.prepare(modality, index) for index in tested.every])
+    if not isinstance(collated, Mapping):
+        raise Fault(f"collate gives {type(collated).__name__}; return a dict of the tensors that forward takes")
+    for name, tensor in collated.items():
+        if not isinstance(tensor, Tensor):
+            raise Fault(
+                f"collate gives {type(tensor).__name__} as {name!r}; forward takes tensors, since they are moved to "
+                "its device: join the items' tensors (torch.cat), and make one of numbers (torch.tensor)"
+            )
+    return f"a dict of {len(collated)} tensors"
+
+
+@clause("inputs kept", "collate")
+def inputs_kept(tested: ModalityUnderTest) -> str:
+    modality = tested.make()
+    for index in tested.every:
+        part = tested.part(index)
+        with kept(part, f"load changes part {index}, which the next epoch reads again; copy what you change"):
+            item = modality.load(part)
+        with kept(item, f"prepare changes the item of part {index}; copy what you change (clone, not in place)"):
+            for generator in (None, torch.Generator().manual_seed(SEED)):
+                modality.prepare(item, generator)
+    with kept(tested.prepared, "collate changes the prepared items that it joins; copy what you change"):
+        modality.collate(tested.prepared)
+    return "load, prepare and collate leave what they are given as it was"
+
+
+@clause("order of calls", "prepare", "randomness")
+def order_of_calls(tested: ModalityUnderTest) -> str:
+    first = [fingerprint(tested.prepare(tested.make(), index)) for index in tested.every]
+    modality = tested.make()
+    for index in (*tested.every, *reversed(tested.every), *tested.every):
+        if fingerprint(tested.prepare(modality, index)) != first[index]:
+            raise Fault(
+                f"load and prepare give other tensors for part {index} after other parts than in a new instance: "
+                "keep nothing from one call to the next, except caches that change no result"
+            )
+    return "what load and prepare give does not depend on earlier calls"
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles, and remembers what it met that has weights."""
+
+    def __init__(self) -> None:
+        super().__init__(io.BytesIO())
+        self.weights: set[str] = set()
+
+    def persistent_id(self, obj: Any) -> None:
+        if isinstance(obj, (nn.Module, nn.Parameter)):
+            self.weights.add(type(obj).__name__)
+
+
+@clause("weightless", "prepare")
+def weightless(tested: ModalityUnderTest) -> str:
+    modality = tested.make()
+    for index in tested.every:  # what it keeps from its first calls counts too
+        tested.prepare(modality, index, SEED)
+    pickler = _Pickler()
+    try:
+        pickler.dump(modality)
+    except Exception as error:
+        raise Fault(
+            f"cannot be pickled ({words_of(error)}), but data workers get a copy: keep lambdas, locks and open files "
+            "out of the instance, and make them inside load or prepare"
+        ) from error
+    if pickler.weights:
+        raise Fault(
+            f"holds weights ({some(sorted(pickler.weights))}), which every data worker would copy: make networks in "
+            "build_encoder, and compute without them in load and prepare"
+        )
+    return "pickles, and holds no weights"
