@@ -424,16 +424,12 @@ def _build_dataclass(cls: Any, value: Any, key: str) -> Any:
     if not isinstance(value, Mapping):
         raise _Problem(key, f"expected a mapping with the keys of {cls.__name__}, got {value!r}")
     if hasattr(cls, "renewed"):  # it reads what older recipes wrote
-        try:
-            value = cls.renewed(value, key)
-        except ValueError as error:
-            raise _Problem(key, str(error)) from error
+        value = cls.renewed(value, key)
     known: dict[str, Field[Any]] = {field.name: field for field in fields(cls) if field.init}
     for name in value:
         if name not in known:
-            there = ", ".join(known) or "none"
-            hint = did_you_mean(name, known)
-            raise _Problem(_join(key, str(name)), f"no such key; {hint}{cls.__name__} has: {there}")
+            told = f"no such key; {did_you_mean(name, known)}{cls.__name__} has: {', '.join(known) or 'none'}"
+            raise _Problem(_join(key, str(name)), told)
     required = [name for name, field in known.items() if field.default is MISSING and field.default_factory is MISSING]
     missing = [name for name in required if name not in value]
     if missing:

@@ -42,14 +42,14 @@ class EvaluationConfig:
 
     @staticmethod
     def renewed(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-        """The values of an older recipe as they are written now, with a line that says so. Raises ValueError."""
+        """The values of an older recipe as they are written now, with a line that says so."""
         metrics, old = values.get("metrics", ["exact_match"]), [key for key in (*_OLD_KEYS, "bleu") if key in values]
         if not old or not isinstance(metrics, list):
             return values
         used = [key for key in old if values[key] not in (False, None)]
+        if any(values[key] is not True for key in used if key != "bleu"):
+            return values  # the error names the key
         for key in used:
-            if key != "bleu" and values[key] is not True:
-                raise ValueError(f"{key} is {values[key]!r}; write metrics: [{_OLD_KEYS[key]}] instead")
             named: Named = {"bleu": {"tokeniser": values[key]}} if key == "bleu" else _OLD_KEYS[key]
             metrics = metrics if named in metrics else [*metrics, named]
         if used:

@@ -39,6 +39,11 @@ def routers(specs: Sequence[str] = ()) -> list[Entry]:
     return _entries("router", specs, lambda found, _: ("yes" if _learns(found) else "no", _summary(found)))
 
 
+def metrics(specs: Sequence[str] = ()) -> list[Entry]:
+    """Every metric that has a name, and those of `specs`; the column is what it gives."""
+    return _entries("metric", specs, lambda found, _: (_summary(found),))
+
+
 def _entries(kind: Kind, specs: Sequence[str], columns: Callable[[Any, str], tuple[str, ...]]) -> list[Entry]:
     entries = []
     named = [(plugin, plugin.name) for plugin in available(kind)]
@@ -48,16 +53,6 @@ def _entries(kind: Kind, specs: Sequence[str], columns: Callable[[Any, str], tup
         except Exception as error:  # a plugin can fail in any way; its own error is shown
             entries.append(Entry(plugin.name, plugin.origin, error=str(error)))
     return entries
-
-
-def metrics(specs: Sequence[str] = ()) -> list[Entry]:
-    """Every metric that has a name, and those of `specs`; the column is what it gives."""
-    return [
-        Entry(plugin.name, plugin.origin, error=str(found))
-        if isinstance(found, ConfigError)
-        else Entry(plugin.name, plugin.origin, (_summary(found),))
-        for plugin, found in _plugins("metric", specs)
-    ]
 
 
 def show(entries: Sequence[Entry], columns: Sequence[str]) -> None:
