@@ -25,7 +25,7 @@ from molora.checkpoint.modality_folder import (
 from molora.checkpoint.opening import open_model
 from molora.checkpoint.run_folder import write_run
 from molora.checkpoint.state import latest_state, read_state, save_state
-from molora.config import ConfigError, did_you_mean, dump, plain
+from molora.config import ConfigError, dump, plain
 from molora.data.sources import EncodedSamples, Skipped, step_loader
 from molora.evaluate.judge import Evaluation, EvaluationConfig, complaints
 from molora.inference.load import LoadedModel
@@ -42,13 +42,12 @@ from molora.train.frame_cache import FeatureCache
 from molora.train.log import MetricsLog
 from molora.train.optim import (
     PartOptimizer,
-    check_start,
     copy_parts,
     count,
     matches,
     set_trainable,
 )
-from molora.train.preflight import Trial
+from molora.train.preflight import Trial, open_trials, try_model
 from molora.train.recipe import Recipe, StageConfig, plan_recipe, remember_plugins, skipped_errors
 from molora.train.resume import Position, environment, resumed_position
 from molora.train.step import TrainingError, train_step
@@ -82,7 +81,7 @@ def train(recipe: Recipe, *, show: bool = True, trust: Sequence[str] = ()) -> Pa
     except (OSError, ValueError) as error:  # such as a name that no file system takes
         raise ConfigError(f"run: {recipe.run:.200} cannot be made ({error!s:.200}); give another run=") from error
     position = Position() if state is None else resumed_position(state, recipe)
-    trials = _open_sources(recipe, position)
+    trials = open_trials(recipe, position)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
@@ -110,20 +109,6 @@ def train(recipe: Recipe, *, show: bool = True, trust: Sequence[str] = ()) -> Pa
             "are not made up for"
         )
     return folder
-
-
-def _open_sources(recipe: Recipe, position: Position) -> dict[str, Trial]:
-    """Every source that is still needed, opened and tried, by its key in the recipe. Raises ConfigError, ValueError."""
-    trials: dict[str, Trial] = {}
-    for index, stage in list(enumerate(recipe.stages))[position.stage :]:
-        for name, config in stage.data.items():
-            where = f"stages.{index}.data.{name}"
-            trials[where] = Trial(where, config, skips=skipped_errors(stage))
-    for name, evaluation in recipe.evaluations.items():
-        if trials or name in position.evaluate:
-            where = f"evaluations.{name}.data"
-            trials[where] = Trial(where, evaluation.data, evaluation=evaluation)
-    return trials
 
 
 class _Run:
@@ -157,7 +142,7 @@ class _Run:
     def begin(self, state: Path | None, trials: Mapping[str, Trial]) -> None:
         """Tries all that is to come on the model, opens the run folder and puts the latest state back, if there is
         one."""
-        self._try_stages(trials)
+        try_model(self.recipe, self.model, self.processor, trials)
         if state:
             self._restore(state)
         else:
@@ -178,19 +163,6 @@ class _Run:
                 self._export()
         self.ranks.wait()
         self.log.open()
-
-    def _try_stages(self, trials: Mapping[str, Trial]) -> None:
-        """Raises ConfigError or ValueError for what the model of a recipe cannot do."""
-        _check_names(self.recipe, self.model)
-        for index, stage in enumerate(self.recipe.stages):
-            set_trainable(self.model, stage.train, stage.steps, f"stages.{index}.train")
-            check_start(self.model, stage.start_from, f"stages.{index}.start_from")
-            for name in stage.data:
-                if trial := trials.get(f"stages.{index}.data.{name}"):
-                    trial.encode(self.processor, stage.tokens_per_pack)
-        for name in self.recipe.evaluations:
-            if trial := trials.get(f"evaluations.{name}.data"):
-                trial.encode(self.processor, 0)
 
     def _steps_done(self) -> int:
         return sum(stage.steps for stage in self.recipe.stages[: self.position.stage]) + self.position.step
@@ -434,22 +406,6 @@ class _Run:
             raise ConfigError(f"{error}; did the plugin's code change? give another run=") from error
         self.optimizer_tensors = tensors["optimizer"]
         self.log.truncate(about["logs"])
-
-
-def _check_names(recipe: Recipe, model: MoLoRA) -> None:
-    """Raises ConfigError for modalities that the recipe's rules name and that are not there."""
-    known = sorted(model.modalities)
-    for name in sorted(getattr(model.router, "named", frozenset()) - set(known)) if recipe.router.path is None else ():
-        raise ConfigError(
-            f"router.options: a rule names modality {name!r}; {did_you_mean(name, known)}there is {known}"
-        )
-    for owner, modality in model.modalities.items():
-        others = [other for other in known if other != owner]
-        for name in getattr(modality.config, "beside", None) or ():
-            if name not in others and (near := did_you_mean(name, others)):
-                raise ConfigError(
-                    f"modalities.{owner}.options.beside: names modality {name!r}; {near}there is {others}"
-                )
 
 
 def describe(model: MoLoRA, stage: StageConfig) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from molora.config import ConfigError
+from molora.config import ConfigError, did_you_mean
 from molora.data.processor import Processor
 from molora.data.sources import Source, SourceConfig, check_length, open_source
 from molora.evaluate.judge import EvaluationConfig, question
 from molora.evaluate.metrics import Judged, open_metrics, scores
+from molora.model.molora import MoLoRA
+from molora.train.optim import check_start, set_trainable
+from molora.train.recipe import Recipe, skipped_errors
+from molora.train.resume import Position
 
 # Rows of a source that are tried, spread over it; more of them if none of these can be used.
 TRIED_ROWS = 4
@@ -94,3 +98,47 @@ def _spread(length: int, few: int, many: int) -> Iterator[int]:
             if row not in seen and len(seen) < many:
                 seen.add(row)
                 yield row
+
+
+def open_trials(recipe: Recipe, position: Position) -> dict[str, Trial]:
+    """Every source that is still needed, opened and tried, by its key in the recipe. Raises ConfigError, ValueError."""
+    trials: dict[str, Trial] = {}
+    for index, stage in list(enumerate(recipe.stages))[position.stage :]:
+        for name, config in stage.data.items():
+            where = f"stages.{index}.data.{name}"
+            trials[where] = Trial(where, config, skips=skipped_errors(stage))
+    for name, evaluation in recipe.evaluations.items():
+        if trials or name in position.evaluate:
+            where = f"evaluations.{name}.data"
+            trials[where] = Trial(where, evaluation.data, evaluation=evaluation)
+    return trials
+
+
+def try_model(recipe: Recipe, model: MoLoRA, processor: Processor, trials: Mapping[str, Trial]) -> None:
+    """Raises ConfigError or ValueError for what a recipe asks of its model and the model cannot do."""
+    _check_names(recipe, model)
+    for index, stage in enumerate(recipe.stages):
+        set_trainable(model, stage.train, stage.steps, f"stages.{index}.train")
+        check_start(model, stage.start_from, f"stages.{index}.start_from")
+        for name in stage.data:
+            if trial := trials.get(f"stages.{index}.data.{name}"):
+                trial.encode(processor, stage.tokens_per_pack)
+    for name in recipe.evaluations:
+        if trial := trials.get(f"evaluations.{name}.data"):
+            trial.encode(processor, 0)
+
+
+def _check_names(recipe: Recipe, model: MoLoRA) -> None:
+    """Raises ConfigError for modalities that the recipe's rules name and that are not there."""
+    known = sorted(model.modalities)
+    for name in sorted(getattr(model.router, "named", frozenset()) - set(known)) if recipe.router.path is None else ():
+        raise ConfigError(
+            f"router.options: a rule names modality {name!r}; {did_you_mean(name, known)}there is {known}"
+        )
+    for owner, modality in model.modalities.items():
+        others = [other for other in known if other != owner]
+        for name in getattr(modality.config, "beside", None) or ():
+            if name not in others and (near := did_you_mean(name, others)):
+                raise ConfigError(
+                    f"modalities.{owner}.options.beside: names modality {name!r}; {near}there is {others}"
+                )
