@@ -190,9 +190,9 @@ def test_whatever_a_writer_put_into_a_cell_comes_out(tmp_path: Path, name: str) 
     for _ in range(CASES // 40 + 1):
         rows = cell_by_cell(TABLE * 3, draw)
         (tmp_path / name).write_text(WRITERS[name](rows), encoding="utf-8", newline="")
-        options = {"path": str(tmp_path / name), "prompt": "{question}", "answer": "{answer}"}
+        options = {"path": str(tmp_path / name), "prompt": "Q: {question}", "answer": "{answer}"}
         source = open_source(SourceConfig(kind="table", options=options), "data")
         found = [source[row]["messages"] for row in range(len(source))]
         assert [(user["content"][0]["text"], said["content"]) for user, said in found] == [
-            (row["question"], row["answer"]) for row in rows
+            (f"Q: {row['question']}", row["answer"]) for row in rows
         ]

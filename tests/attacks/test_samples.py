@@ -150,7 +150,7 @@ def test_a_template_takes_neither_the_machine_nor_the_day(bomb: str) -> None:
 def test_a_template_that_hangs_is_not_refused_but_fails_its_test(
     number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("molora.template._text", lambda _: signal.raise_signal(number))
+    monkeypatch.setattr("molora.data.template._text", lambda _: signal.raise_signal(number))
     with pytest.raises(Hung):
         render("{{ messages }}", HELLO, True, {})
 
