@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from molora.encoders.audio_towers.conformer import Conformer, ConformerConfig, num_encoded
-from molora.encoders.audio_towers.pretrained import PretrainedConfig, PretrainedEar
+from molora.encoders.audio_towers.pretrained import PretrainedConfig, PretrainedFeatures
 from molora.encoders.audio_towers.torchaudio_conformer import TorchaudioConformer
 from molora.encoders.logmel import log_mel, num_frames
 from molora.encoders.sound import MIN_SAMPLES, SAMPLE_RATE_HZ, load_sound, resample
@@ -88,7 +88,7 @@ class Audio:
     def __init__(self, name: str, config: AudioConfig) -> None:
         self.name = name
         self.config = config
-        self.ear = None if config.tower.pretrained is None else PretrainedEar(config.tower.pretrained)
+        self.ear = None if config.tower.pretrained is None else PretrainedFeatures(config.tower.pretrained)
 
     def load(self, part: Mapping[str, Any]) -> Tensor:
         """Decodes the clip of a content part to a mono waveform (L,) in fp32 at 16 kHz; see `load_sound`."""

@@ -23,7 +23,8 @@ from torch.nn import functional as F
 
 from molora.encoders.pictures import MAX_PIXELS, PICTURES, decode_picture
 from molora.encoders.vision_towers.convit import Convit
-from molora.encoders.vision_towers.siglip import Built, Tower, TowerConfig, build_library_tower
+from molora.encoders.vision_towers.library import build_library_tower
+from molora.encoders.vision_towers.tower import Built, Tower, TowerConfig
 from molora.modality import Encoder, Frames, MediaError, Origin, Prepared
 
 # Source: processing_phi4mm.py refuses a picture whose resized side is shorter.

@@ -16,7 +16,8 @@ from timm.models import _hub, vision_transformer
 from torch import Tensor
 
 from molora.encoders.vision_towers import open_clip_models
-from molora.encoders.vision_towers.siglip import Tower, TowerConfig, build_library_tower
+from molora.encoders.vision_towers.library import build_library_tower
+from molora.encoders.vision_towers.tower import Tower, TowerConfig
 
 open_clip: Any = pytest.importorskip("open_clip")
 

@@ -20,7 +20,8 @@ from timm.models import generate_default_cfgs, register_model, vision_transforme
 from torch import Tensor
 from transformers import SiglipConfig, SiglipVisionConfig, SiglipVisionModel
 
-from molora.encoders.vision_towers.siglip import PatchTower, Tower, TowerConfig, build_library_tower, position_ids
+from molora.encoders.vision_towers.library import build_library_tower
+from molora.encoders.vision_towers.tower import PatchTower, Tower, TowerConfig, position_ids
 from molora.modality import Origin
 
 CROP, PATCH, GRID = 56, 14, 4
@@ -505,7 +506,9 @@ def test_a_repository_shapes_a_model_and_no_more(folders, tmp_path, monkeypatch,
     config = json.loads((folder / "config.json").read_text())
     about = {**about, "pretrained_cfg": {**config["pretrained_cfg"], **about.get("pretrained_cfg", {})}}
     (folder / "config.json").write_text(json.dumps({**config, **about}))
-    monkeypatch.setattr("molora.encoders.vision_towers.siglip.fetch", lambda *_: (folder, Origin("a/b", folder.name)))
+    monkeypatch.setattr(
+        "molora.encoders.vision_towers.tower_weights.fetch", lambda *_: (folder, Origin("a/b", folder.name))
+    )
     if said is None:
         expected, found = build("timm", path=str(folders["timm"])), build("timm", name="a/b")
         assert torch.equal(found(crops()), expected(crops()))

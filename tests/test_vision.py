@@ -28,7 +28,7 @@ from molora.checkpoint.format import tensor_hash
 from molora.config import ConfigError, build, dump
 from molora.encoders.pictures import MAX_FILE_BYTES
 from molora.encoders.vision import Vision, VisionConfig, lay_out
-from molora.encoders.vision_towers.siglip import ConvitConfig, TowerConfig
+from molora.encoders.vision_towers.tower import ConvitConfig, TowerConfig
 from molora.modality import MediaError, Modality, Origin
 from tests.png import chunk
 

@@ -17,7 +17,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from molora.encoders.audio_towers.pretrained import PretrainedConfig, PretrainedEar, PretrainedEncoder
+from molora.encoders.audio_towers.pretrained import PretrainedConfig, PretrainedEncoder, PretrainedFeatures
 from molora.modality import Frames, Origin, Prepared
 
 ARCHITECTURES = ("whisper", "wav2vec2_bert", "parakeet")
@@ -112,8 +112,8 @@ class Checkpoint:
     def config(self, **options: Any) -> PretrainedConfig:
         return PretrainedConfig(architecture=self.architecture, path=str(self.folder), **options)
 
-    def ear(self, **options: Any) -> PretrainedEar:
-        return PretrainedEar(self.config(**options))
+    def ear(self, **options: Any) -> PretrainedFeatures:
+        return PretrainedFeatures(self.config(**options))
 
     @torch.no_grad()
     def hear(self, wave_L: Tensor) -> Tensor:
@@ -159,11 +159,11 @@ def same(features_SM: Tensor) -> Tensor:
     return features_SM
 
 
-def prepare(ear: PretrainedEar, *lengths: int) -> list[Prepared]:
+def prepare(ear: PretrainedFeatures, *lengths: int) -> list[Prepared]:
     return [ear.prepare(clip(length), same) for length in lengths]
 
 
-def run(ear: PretrainedEar, encoder: PretrainedEncoder, *lengths: int) -> Frames:
+def run(ear: PretrainedFeatures, encoder: PretrainedEncoder, *lengths: int) -> Frames:
     with torch.no_grad():
         return encoder(**ear.collate(prepare(ear, *lengths)))
 
@@ -188,7 +188,7 @@ def test_whisper_at_its_real_sizes(tmp_path):
     extractor = transformers.WhisperFeatureExtractor(feature_size=BINS)
     about = {**extractor.to_dict(), "mel_filters": extractor.mel_filters.tolist()}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(about))
-    ear = PretrainedEar(PretrainedConfig(architecture="whisper", path=str(tmp_path)))
+    ear = PretrainedFeatures(PretrainedConfig(architecture="whisper", path=str(tmp_path)))
     heard = run(ear, ear.build_encoder(), 33333, 481000)
     assert heard.lengths == (105, 1504)
     expected = Checkpoint("whisper", tmp_path, model, extractor)
@@ -220,7 +220,7 @@ def test_other_models_around_the_same_encoder_load_too(checkpoints, tmp_path, ar
     assert (tmp_path / "model.safetensors.index.json").exists()
     about = {"processor_class": "Some", "feature_extractor": checkpoint.extractor.to_dict()}
     (tmp_path / "processor_config.json").write_text(json.dumps(about))  # where newer releases put it
-    ear = PretrainedEar(PretrainedConfig(architecture=architecture, path=str(tmp_path)))
+    ear = PretrainedFeatures(PretrainedConfig(architecture=architecture, path=str(tmp_path)))
     close(run(ear, ear.build_encoder(), 20000).frames_SC, checkpoint.hear(clip(20000)))
 
 
@@ -230,7 +230,7 @@ def test_every_kind_of_position_of_wav2vec2_bert(tmp_path, positions):
     ear = checkpoint.ear()
     encoder = ear.build_encoder()
     close(run(ear, encoder, 20000).frames_SC, checkpoint.hear(clip(20000)))
-    again = PretrainedEar(encoder.saved_config(with_weights=True)).build_encoder()
+    again = PretrainedFeatures(encoder.saved_config(with_weights=True)).build_encoder()
     again.load_state_dict(encoder.state_dict())
     assert torch.equal(run(ear, again, 20000).frames_SC, run(ear, encoder, 20000).frames_SC)
 
@@ -328,7 +328,7 @@ def test_features_are_the_same_every_time(tmp_path, checkpoints):
     """Whisper's extractor can add noise from a generator of its own; augmentation is ours alone."""
     shutil.copytree(checkpoints["whisper"].folder, tmp_path, dirs_exist_ok=True)
     transformers.WhisperFeatureExtractor(feature_size=BINS, chunk_length=2, dither=0.1).save_pretrained(tmp_path)
-    ear = PretrainedEar(PretrainedConfig(architecture="whisper", path=str(tmp_path)))
+    ear = PretrainedFeatures(PretrainedConfig(architecture="whisper", path=str(tmp_path)))
     first, second = prepare(ear, 9000, 9000)
     assert torch.equal(first.tensors["features_SM"], second.tensors["features_SM"])
 
@@ -381,19 +381,21 @@ def test_a_layer_is_that_blocks_output(checkpoint, layer):
     close(frames_SC, outputs[0][0, : len(final)])
     if layer == -2:
         assert len(encoder.state_dict()) < len(checkpoint.ear(layer=-1).build_encoder().state_dict())
-    again = PretrainedEar(encoder.saved_config(with_weights=True)).build_encoder()
+    again = PretrainedFeatures(encoder.saved_config(with_weights=True)).build_encoder()
     again.load_state_dict(encoder.state_dict())
     assert torch.equal(run(ear, again, 16000).frames_SC, frames_SC)
 
 
 def test_a_saved_encoder_needs_no_files(checkpoint, tmp_path):
     shutil.copytree(checkpoint.folder, tmp_path / "model")
-    ear = PretrainedEar(PretrainedConfig(architecture=checkpoint.architecture, path=str(tmp_path / "model"), pool=2))
+    ear = PretrainedFeatures(
+        PretrainedConfig(architecture=checkpoint.architecture, path=str(tmp_path / "model"), pool=2)
+    )
     encoder = ear.build_encoder()
     prepared = prepare(ear, 16000, 40001)
     shutil.rmtree(tmp_path / "model")
     saved = PretrainedConfig(**json.loads(json.dumps(asdict(encoder.saved_config(with_weights=True)))))
-    again = PretrainedEar(saved)
+    again = PretrainedFeatures(saved)
     rebuilt = again.build_encoder()
     rebuilt.load_state_dict(encoder.state_dict())
     for item, expected in zip(prepare(again, 16000, 40001), prepared, strict=True):
@@ -407,7 +409,7 @@ def test_a_saved_encoder_needs_no_files(checkpoint, tmp_path):
 def test_an_ear_pickles_and_brings_what_it_has_read(checkpoint, tmp_path):
     shutil.copytree(checkpoint.folder, tmp_path / "model")
     config = PretrainedConfig(architecture=checkpoint.architecture, path=str(tmp_path / "model"))
-    fresh, used = PretrainedEar(config), PretrainedEar(config)
+    fresh, used = PretrainedFeatures(config), PretrainedFeatures(config)
     expected = used.prepare(clip(9000), same)
     fresh = pickle.loads(pickle.dumps(fresh))
     assert torch.equal(fresh.prepare(clip(9000), same).tensors["features_SM"], expected.tensors["features_SM"])
@@ -428,7 +430,7 @@ SCRATCH: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_an_encoder_from_scratch(architecture):
-    ear = PretrainedEar(PretrainedConfig(architecture=architecture, pretrained=False, **SCRATCH[architecture]))
+    ear = PretrainedFeatures(PretrainedConfig(architecture=architecture, pretrained=False, **SCRATCH[architecture]))
     heard = run(ear, ear.build_encoder(), 16000, 20001)
     assert heard.lengths == tuple(item.num_tokens for item in prepare(ear, 16000, 20001))
     assert heard.frames_SC.isfinite().all()
@@ -441,7 +443,9 @@ def test_half_precision_weights_are_trained_in_single(checkpoint, tmp_path):
     save_file(half, weights)
     about = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**about, "dtype": "float16", "torch_dtype": "float16"}))
-    encoder = PretrainedEar(PretrainedConfig(architecture=checkpoint.architecture, path=str(tmp_path))).build_encoder()
+    encoder = PretrainedFeatures(
+        PretrainedConfig(architecture=checkpoint.architecture, path=str(tmp_path))
+    ).build_encoder()
     assert {weight.dtype for weight in encoder.parameters()} == {torch.float32}
 
 
@@ -470,7 +474,7 @@ def test_a_hub_name_loads_from_the_cache_and_knows_its_commit(checkpoint, tmp_pa
     expected = checkpoint.hear(clip(16000))
     for revision in (None, "main", commit):
         config = PretrainedConfig(architecture=checkpoint.architecture, name="someone/tiny", revision=revision)
-        ear = PretrainedEar(config)
+        ear = PretrainedFeatures(config)
         encoder = ear.build_encoder()
         assert encoder.origin == Origin("someone/tiny", commit)
         close(run(ear, encoder, 16000).frames_SC, expected)
@@ -479,7 +483,7 @@ def test_a_hub_name_loads_from_the_cache_and_knows_its_commit(checkpoint, tmp_pa
         assert encoder.saved_config(with_weights=True).revision is None
     config = PretrainedConfig(architecture=checkpoint.architecture, name="someone/tiny", revision="v2")
     with pytest.raises(ValueError, match=r"someone/tiny .revision v2. cannot be fetched"):
-        PretrainedEar(config).build_encoder()
+        PretrainedFeatures(config).build_encoder()
 
 
 def test_weights_come_from_the_commit_that_the_sizes_came_from(checkpoints, tmp_path, monkeypatch):
@@ -487,7 +491,7 @@ def test_weights_come_from_the_commit_that_the_sizes_came_from(checkpoints, tmp_
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     old, new = "0" * 40, "1" * 40
     snapshot(tmp_path, "someone/tiny", checkpoints["whisper"].folder, old)
-    ear = PretrainedEar(PretrainedConfig(architecture="whisper", name="someone/tiny"))
+    ear = PretrainedFeatures(PretrainedConfig(architecture="whisper", name="someone/tiny"))
     prepare(ear, 9000)
     (tmp_path / "models--someone--tiny" / "refs" / "main").write_text(new)
     assert ear.build_encoder().origin == Origin("someone/tiny", old)
@@ -505,7 +509,7 @@ def test_weights_that_do_not_fit_are_refused(checkpoint, tmp_path, damage):
         state[f"{prefix[checkpoint.architecture]}.surplus.weight" if damage == "unexpected" else bias] = torch.ones(5)
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=str(tmp_path)) as error:
-        PretrainedEar(PretrainedConfig(architecture=checkpoint.architecture, path=str(tmp_path))).build_encoder()
+        PretrainedFeatures(PretrainedConfig(architecture=checkpoint.architecture, path=str(tmp_path))).build_encoder()
     expected = "surplus.weight" if damage == "unexpected" else bias.split("layers.1")[1]
     assert expected in str(error.value)
 
@@ -549,12 +553,12 @@ def test_building_mistakes(architecture, changes, message):
     for key in ("arguments", "features"):
         options[key] = {**options[key], **changes.get(key, {})}
     with pytest.raises(ValueError, match=message):
-        PretrainedEar(PretrainedConfig(architecture=architecture, pretrained=False, **options)).build_encoder()
+        PretrainedFeatures(PretrainedConfig(architecture=architecture, pretrained=False, **options)).build_encoder()
 
 
 def test_folders_of_the_wrong_kind_are_refused(checkpoints, tmp_path):
     def build(architecture: str, path: Path) -> None:
-        PretrainedEar(PretrainedConfig(architecture=architecture, path=str(path))).build_encoder()
+        PretrainedFeatures(PretrainedConfig(architecture=architecture, path=str(path))).build_encoder()
 
     def change(name: str, **changes: Any) -> None:
         shutil.copytree(checkpoints["parakeet"].folder, tmp_path, dirs_exist_ok=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from molora.encoders.vision_towers.siglip import ConvitConfig, Tower
+from molora.encoders.vision_towers.tower import ConvitConfig, Tower
 
 
 class Convit(Tower):

@@ -1,0 +1,206 @@
+"""Towers: crops to a grid of frames.
+
+Letters: B crops, C width, H and W rows and columns (of pixels in `crops`, of patches elsewhere), N patches, positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from molora.encoders.pretrained_files import check_sizes
+from molora.modality import Origin, WeightSource
+
+Colour = tuple[float, float, float]
+
+# Source: SigLIP's published preprocessing (google/siglip-*); pixels in [0, 1] become [-1, 1].
+HALF: Colour = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvitConfig:
+    """Sizes of the small tower that is trained from scratch."""
+
+    width: int = 96
+    depth: int = 3
+    heads: int = 4
+
+    def __post_init__(self) -> None:
+        check_sizes("convit", vars(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerConfig(WeightSource):
+    """Which tower, and where its weights come from.
+
+    `kind`: `transformers` (SigLIP), `timm` (SigLIP, CLIP or any other model), `open_clip` (CLIP, SigLIP or any other
+    model with a timm trunk), `convit` (small, trained from scratch). `name`: a hub id; for timm also an architecture
+    such as `vit_large_patch14_clip_336.openai`, for open_clip also a model such as `ViT-L-14-336`. `path`: a local
+    folder in the library's own format, or a file of weights for the architecture that `name` (for transformers:
+    `arguments`) describes. `revision`: branch, tag or commit on the hub. `pretrained` off: random weights.
+
+    `layer` counts from the end: -1 is the output of the last block of the tower (of a convolutional net: stage), -2 of
+    the one before; no norm is applied to it. `patch_pixels`: pixels per frame along a side before pooling, 14 unless
+    given, 8 for convit. `arguments` are sizes and parts of an architecture:
+    those of SiglipVisionConfig, or of timm's models as `_TIMM_ARGUMENTS` lists them. Weights that timm's notes say want
+    QuickGELU, as OpenAI's CLIP, get it under timm's plain names too, unless `arguments` name another `act_layer`.
+
+    Source of layer -2: Phi-4-multimodal's `hidden_states[-2]`.
+    """
+
+    kind: str
+    layer: int = -2
+    patch_pixels: int | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    convit: ConvitConfig = field(default_factory=ConvitConfig)
+
+    def __post_init__(self) -> None:
+        kinds = ("transformers", "timm", "open_clip", "convit")
+        if self.kind not in kinds:
+            raise ValueError(f"kind: expected one of {', '.join(kinds)}, got {self.kind!r}")
+        if self.kind == "convit" and (self.pretrained or self.name or self.path):
+            raise ValueError("kind convit has no pretrained weights: set pretrained: false, and neither name nor path")
+        if self.kind == "convit" and self.patch_pixels not in (None, 8):
+            raise ValueError(f"patch_pixels is 8 for kind convit, got {self.patch_pixels}: leave it out")
+        if self.kind in ("timm", "open_clip") and not (self.name or self.path):
+            raise ValueError(f"kind {self.kind} needs a name or a path")
+        if self.kind == "transformers" and self.pretrained and not (self.name or self.path):
+            raise ValueError("kind transformers needs a name or a path, or pretrained: false and its arguments")
+        if self.arguments and self.kind not in ("transformers", "timm"):
+            raise ValueError(f"arguments are for kind transformers and timm, not {self.kind}")
+        if self.revision is not None and (self.path or not self.name):
+            raise ValueError(f"revision {self.revision!r} is for weights named on the hub: give a name and no path")
+        if self.layer >= 0:
+            raise ValueError(f"layer counts from the end and is negative, -1 being the last; got {self.layer}")
+        if self.patch_pixels is not None and self.patch_pixels < 1:
+            raise ValueError(f"patch_pixels is at least 1, got {self.patch_pixels}")
+
+    @property
+    def fetches(self) -> bool:
+        """Whether building the tower reads files of the hub; an architecture of a library is no hub id."""
+        own = self.kind != "transformers" and not self.pretrained and "/" not in (self.name or "")
+        return super().fetches and not own
+
+    @property
+    def stride(self) -> int:
+        """Pixels per frame of the grid along a side."""
+        return self.patch_pixels or (8 if self.kind == "convit" else 14)
+
+
+class Tower(nn.Module):
+    """Normalised crops of one size to a square grid of frames.
+
+    `width` is C, `grid` the frames along a side, `mean` and `std` what its pixels in [0, 1] are normalised with.
+    A tower that does not `mask` takes padding for picture.
+    """
+
+    width: int
+    grid: int
+    masks: bool = False
+    mean: Colour = HALF
+    std: Colour = HALF
+
+    def forward(self, crops_BCHW: Tensor, valid_BHW: Tensor | None = None) -> Tensor:
+        """Returns frames_BHWC. `valid_BHW` is True on patches that hold picture; None means all do."""
+        raise NotImplementedError
+
+
+class Built(NamedTuple):
+    """A tower, where its weights came from, and a config that builds the same shape from scratch, from nothing else."""
+
+    tower: Tower
+    origin: Origin | None
+    scratch: TowerConfig
+
+
+class PatchTower(Tower):
+    """A vision transformer without class token, whatever library its pieces come from.
+
+    Positions under a mask follow NaViT: the k-th of n valid rows (or columns) takes row floor(side * k / n) of the
+    position table, and masked patches take position 0 and are hidden as keys. Attention is never causal.
+
+    Source: arXiv 2503.01743 §2.2.1 and the SigLIP code of microsoft/Phi-4-multimodal-instruct (vision_siglip_navit.py).
+    """
+
+    masks = True
+
+    def __init__(self, patch: nn.Conv2d, table_NC: Tensor, enter: nn.Module, blocks: Iterable[nn.Module], grid: int):
+        super().__init__()
+        self.patch = patch
+        self.table_NC = nn.Parameter(table_NC.detach().clone())
+        self.enter = enter
+        self.blocks = nn.ModuleList(blocks)
+        self.width = table_NC.shape[1]
+        self.side = round(len(table_NC) ** 0.5)
+        self.grid = grid
+
+    def forward(self, crops_BCHW: Tensor, valid_BHW: Tensor | None = None) -> Tensor:
+        patches_BCHW = self.patch(crops_BCHW)
+        frames_BNC = patches_BCHW.flatten(2).transpose(1, 2)
+        if valid_BHW is None:
+            ids_BN = position_ids(patches_BCHW.new_ones((1, self.grid, self.grid), dtype=torch.bool), self.side)
+            mask_B11N = None
+        else:
+            ids_BN = position_ids(valid_BHW, self.side)
+            mask_B11N = valid_BHW.flatten(1)[:, None, None, :]
+        frames_BNC = self.enter(frames_BNC + self.table_NC[ids_BN])
+        for block in self.blocks:
+            frames_BNC = block(frames_BNC, mask_B11N)
+        return frames_BNC.unflatten(1, (self.grid, self.grid))
+
+
+def position_ids(valid_BHW: Tensor, side: int) -> Tensor:
+    """Which of the `side` x `side` positions each patch takes, as ids_BN; see PatchTower."""
+    rows_B, columns_B = valid_BHW.any(2).sum(1), valid_BHW.any(1).sum(1)
+    ids_BHW = _spread(rows_B, valid_BHW.shape[1], side)[:, :, None] * side
+    ids_BHW = ids_BHW + _spread(columns_B, valid_BHW.shape[2], side)[:, None, :]
+    return ids_BHW.where(valid_BHW, 0).flatten(1)
+
+
+def _spread(count_B: Tensor, length: int, side: int) -> Tensor:
+    steps = torch.arange(length, device=count_B.device)
+    return (steps * side // count_B[:, None]).clamp(max=side - 1)
+
+
+class FeatureTower(Tower):
+    """Any timm model through its feature API: a convolutional net's stage, or a block of a ViT with a class token.
+
+    It knows no patch masks: the white padding of a crop is picture to it.
+    """
+
+    def __init__(self, model: Any, layer: int, crop_pixels: int, name: str):
+        super().__init__()
+        if not hasattr(model, "forward_intermediates"):
+            raise ValueError(f"tower {name}: this timm model has no feature API (forward_intermediates); take another")
+        count = len(model.feature_info)
+        if not -count <= layer:
+            raise ValueError(f"tower {name}: layer {layer} asked for, but the model has {count} feature layers")
+        self.index = model.prune_intermediate_layers([layer], prune_norm=True, prune_head=True)[0]
+        self.model: Any = model
+        self.mean, self.std = colours(model.pretrained_cfg)
+        try:  # some families declare no shapes, or shapes of another crop size
+            with torch.no_grad():
+                _, rows, columns, self.width = self.eval()(torch.zeros(1, 3, crop_pixels, crop_pixels)).shape
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(f"tower {name} cannot take crops of {crop_pixels} pixels: {error}") from error
+        if rows != columns:
+            raise ValueError(f"tower {name}: a square crop gives a map of {rows} x {columns} frames, not a square")
+        self.grid = rows
+
+    def forward(self, crops_BCHW: Tensor, valid_BHW: Tensor | None = None) -> Tensor:
+        (frames_BCHW,) = self.model.forward_intermediates(
+            crops_BCHW, indices=[self.index], stop_early=True, intermediates_only=True
+        )
+        return frames_BCHW.permute(0, 2, 3, 1)
+
+
+def colours(about: dict[str, Any]) -> tuple[Colour, Colour]:
+    """The mean and the deviation of each colour channel that pictures are normalised by."""
+    mean, std = tuple(map(float, about["mean"])), tuple(map(float, about["std"]))
+    if len(mean) != 3 or len(std) != 3:
+        raise ValueError(f"a tower for pictures takes 3 colour channels, this one is normalised by {mean} and {std}")
+    return mean, std
