@@ -8,7 +8,7 @@ export GOMP_SPINCOUNT ?= 5000
 # On a terminal pip shows its bars; in a log only what goes wrong. setuptools warns of every editable install.
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check $(if $(MAKE_TERMOUT),,--quiet) install
 
-.PHONY: help demo test test-oldest check setup wheel-test release-check clean
+.PHONY: help demo test test-oldest check docs setup wheel-test release-check clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -29,6 +29,9 @@ check: $(VENV)/dev.stamp  ## lint, format and types
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+docs: $(VENV)/dev.stamp  ## build the documentation site in site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 setup: $(VENV)/dev.stamp  ## everything a change needs, in .venv
 
 wheel-test: $(VENV)/made.stamp  ## install the wheel in a clean environment and use it from another folder
@@ -47,7 +50,7 @@ release-check: $(VENV)/dev.stamp  ## build the wheel and the sdist in dist/, and
 	$(BIN)/python .ci/release.py dist
 
 clean:  ## remove the environments, build leftovers and caches; runs/ stays
-	rm -rf $(VENV) $(VENV)-oldest build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-oldest build dist site *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written only when its step has finished, so an interrupted one is done again and a finished one is not.
@@ -65,5 +68,5 @@ $(VENV)/demo.stamp: $(VENV)/made.stamp setup.cfg pyproject.toml
 
 $(VENV)/dev.stamp: $(VENV)/made.stamp setup.cfg pyproject.toml
 	@echo "installing molora with its extras and the tools into $(VENV) (about 5 GB on disk; a few minutes)"
-	$(PIP) --editable '.[audio,datasets,demo,dev,heif,open_clip]'
+	$(PIP) --editable '.[audio,datasets,demo,dev,docs,heif,open_clip]'
 	@touch $@ $(VENV)/demo.stamp

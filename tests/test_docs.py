@@ -1,9 +1,11 @@
-"""Every `molora` command in the documentation is one that there is, with options that it has; and what the page about
-modalities quotes is what the scaffold writes, recipes read and commands print."""
+"""Every `molora` command in the documentation is one that there is, with options that it has; every link leads to a
+file; the tutorials run from their first line to their last; and what the page about modalities quotes is what the
+scaffold writes, recipes read and commands print."""
 
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 import sys
 import textwrap
@@ -23,7 +25,7 @@ from molora.testing import save_backbone
 from molora.train.recipe import StageConfig
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 COMMANDS = [
     (page.name, line)
     for page in PAGES
@@ -33,7 +35,7 @@ COMMANDS = [
 ]
 
 
-PAGE = (ROOT / "docs/add_a_modality.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/tutorials/add_a_modality.md").read_text(encoding="utf-8")
 # Python on the page that is not the scaffold's: what to add to it, and the use of what was trained.
 ADDED = ("if generator is not None", "def saved_config", "beside_picture", "molora.load")
 
@@ -115,3 +117,44 @@ def test_what_the_page_shows_is_what_the_commands_print(
     text = (here / "tide.py").read_text()
     (here / "longer.py").write_text(text.replace("num_tokens=len(patches_SW)", "num_tokens=len(patches_SW) + 1"))
     assert told("modality", "check", "longer.py:TideModality")[-5:] == found.splitlines()
+
+
+def follow(page: str) -> None:
+    """Does what a tutorial says, in the current folder: writes its files and runs its commands, trainings of two
+    steps."""
+    shorter = {"train": "stages.0.steps=2", "pretrain": "steps=2"}
+    text = (ROOT / "docs/tutorials" / page).read_text(encoding="utf-8")
+    fence = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.DOTALL | re.MULTILINE)
+    for language, title, block in fence.findall(text):
+        if title:
+            Path(title).write_text(block, encoding="utf-8")
+        elif language == "sh":
+            for line in block.splitlines():
+                program, *words = shlex.split(line)
+                if program == "python":
+                    runpy.run_path(words[0], run_name="__main__")
+                else:
+                    assert program == "molora", line
+                    get_command(cli.app)([*words, *filter(None, [shorter.get(words[0])])], standalone_mode=False)
+
+
+def test_the_tutorials_run_from_their_first_line_to_their_last(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOLORA_CACHE", str(here / "cache"))
+    follow("train_on_your_own.md")
+    assert {path.name for path in (here / "runs").iterdir()} == {"pictures", "sounds"}
+    follow("mixed_inference.md")
+    assert len((here / "answers.jsonl").read_text().splitlines()) == 3
+
+
+def test_every_link_leads_to_a_file() -> None:
+    """The site checks its own; these are the links as they are in the repository."""
+    generated = ("recipes.md", "plugins.md", "commands.md", "architecture.md")
+    lost = [
+        f"{page.relative_to(ROOT)}: {link}"
+        for page in PAGES
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+        if not ((page.parent / link).exists() or Path(link).name in generated)
+    ]
+    assert lost == []

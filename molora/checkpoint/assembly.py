@@ -23,7 +23,8 @@ from molora.routing import RoutingError, check_part
 
 @dataclass(kw_only=True)
 class BackboneConfig:
-    """A causal LM: a folder or a hub id. `dtype` casts its weights; by default they keep their stored dtype."""
+    """A causal LM: `path` is a folder or a hub id, `revision` a branch, tag or commit on the hub. `dtype` casts its
+    weights; by default they keep their stored dtype."""
 
     path: str
     dtype: str | None = None

@@ -41,7 +41,8 @@ class Source(Protocol):
 
 @dataclass(kw_only=True)
 class SourceConfig:
-    """A source in a recipe. `weight` is its share of the samples; `limit` keeps the first rows only."""
+    """A source in a recipe: its `kind`, a built-in name or a plugin, and its `options`. `weight` is its share of the
+    samples; `limit` keeps the first rows only."""
 
     kind: str
     options: dict[str, Any] = field(default_factory=dict)

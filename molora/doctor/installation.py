@@ -61,7 +61,7 @@ def _molora() -> Iterator[Finding]:
     if found := _version("molora"):
         yield Finding("molora", found)
         installed = distribution("molora")
-        extras = [extra for extra in installed.metadata.get_all("Provides-Extra") or [] if extra != "dev"]
+        extras = [extra for extra in installed.metadata.get_all("Provides-Extra") or [] if extra not in ("dev", "docs")]
         yield from libraries(installed.requires or [], extras)
     else:
         remedy = "its libraries cannot be examined; install it, in its checkout: pip install --editable ."

@@ -60,9 +60,12 @@ class StageConfig:
 class Recipe:
     """Everything a run is made of.
 
-    `run` is the folder it writes; `data_root` is for the recipe's own paths: `${data_root}/…`. `feature_cache` is a
-    folder that keeps the frames of frozen encoders, for later epochs and other runs. `allow_urls`: whether media may be
-    fetched over HTTP; `allow_private_addresses`: from inside a network too.
+    `run` is the folder it writes; `data_root` is for the recipe's own paths: `${data_root}/…`. `data_workers` processes
+    prepare data beside each that trains. `feature_cache` is a folder that keeps the frames of frozen encoders, for
+    later epochs and other runs. With `activation_checkpointing` layers are computed again in the backward pass, which
+    takes less memory. `device` is torch's name for one, by default the GPU if there is one. `allow_urls`: whether media
+    may be fetched over HTTP; `allow_private_addresses`: from inside a network too. `allow_changed_environment`: whether
+    a run may go on with other versions, threads or processes than it began with, and so to other results.
     """
 
     run: str
