@@ -501,3 +501,9 @@ def test_a_model_opens_where_nothing_can_be_remembered(
     assert molora.load(home / "run", device="cpu").model.modalities
     told = capsys.readouterr().err
     assert "nothing can be kept there" in told and "MOLORA_CACHE" in told
+
+
+def test_a_backbone_that_is_neither_here_nor_on_the_hub_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=r"backbone 'runs/nothing': no such folder in .*the hub gives none"):
+        load_backbone("runs/nothing")

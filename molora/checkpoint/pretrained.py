@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from molora.checkpoint.settings import check_bounds, check_code, check_kinds, is_number
@@ -79,14 +80,21 @@ def read_dtype(given: str, key: str = "dtype") -> torch.dtype:
 def fetch(source: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """The folder of a model: `source` itself, or what the hub has under that id, with its `weights` or without.
 
-    Raises FileNotFoundError, ValueError for a folder that is not as it should be, and the hub's own errors.
+    Raises FileNotFoundError, and ValueError for a folder that is not as it should be.
     """
     folder = Path(source)
     if not folder.is_dir():
         if source.startswith((".", "/", "~")) or source.count("/") > 1:
             raise FileNotFoundError(f"backbone {source!r}: no such folder")
         wanted = [pattern for pattern in _FILES if weights or pattern != "*.safetensors"]
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
+        try:
+            folder = Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            told = str(error).strip().partition("\n")[0]
+            raise FileNotFoundError(
+                f"backbone {source!r}: no such folder in {Path.cwd()}, and the hub gives none under that id "
+                f"({type(error).__name__}: {told:.200}); check the name and the network, or give a local folder"
+            ) from error
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"backbone {folder}: no config.json; expected a folder that transformers can open")
     _check_folder(folder)
