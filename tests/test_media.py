@@ -381,3 +381,10 @@ def test_the_command_line_says_whether_media_may_be_fetched(backbone: Path, tmp_
     assert "URLs are not fetched unless you allow it" in answers[0]["error"]
     assert "an address inside a network" in answers[1]["error"]
     assert "answer" in answers[2] and not answers[2].get("error")
+
+
+def test_a_key_that_asks_for_another_picture_is_refused() -> None:
+    sources = Sources(part_type="image", keys=("path", "image"), max_file_bytes=9)
+    assert sources.choose({"type": "image", "path": "a.png", "width": 3}) == ("path", "a.png")
+    with pytest.raises(MediaError, match="has crop, which nothing reads"):
+        sources.choose({"type": "image", "path": "a.png", "crop": [0, 0, 1, 1]})

@@ -343,3 +343,9 @@ def test_a_part_that_names_two_media_is_refused(tmp_path: Path, other: str) -> N
 def test_a_turn_whose_content_is_null_is_told_so() -> None:
     with pytest.raises(ValueError, match="expected 'content' or 'value', found content is null"):
         conversation({"messages": [{"role": "user", "content": None}]}, "row 4")
+
+
+def test_parts_of_openais_responses_are_read() -> None:
+    content = [{"type": "input_text", "text": "what?"}, {"type": "input_image", "image_url": "https://x/a.png"}]
+    (message,) = conversation({"messages": [{"role": "user", "content": content}]}, "request")
+    assert message["content"] == [{"type": "text", "text": "what?"}, {"type": "image", "url": "https://x/a.png"}]

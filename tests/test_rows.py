@@ -264,3 +264,16 @@ def test_a_row_may_not_be_larger_than_is_read(tmp_path: Path, monkeypatch: pytes
         (tmp_path / "t").write_text(text)
         with pytest.raises(ConfigError, match="t, row 2: .*100"):
             JsonRows(tmp_path / "t", numbers_as_text=False)
+
+
+def test_an_empty_cell_of_one_column_is_a_row_and_an_empty_line_is_none(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text('q\n""\nx\n\n" "\n   \ny\n', encoding="utf-8")
+    rows = CellRows(tmp_path / "t.csv", tabs=False)
+    assert [rows[row]["q"] for row in range(len(rows))] == ["", "x", " ", "y"]
+
+
+def test_json_that_is_no_row_is_told_what_a_row_is(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"q": "a"},\n', encoding="utf-8")
+    says = "row 1: not valid JSON .Extra data at character 11.; a line holds one object, or the file one list of them"
+    with pytest.raises(ValueError, match=says):
+        JsonRows(tmp_path / "t.jsonl", numbers_as_text=False)[0]

@@ -449,3 +449,12 @@ def test_a_table_of_nothing_is_refused_by_name(tmp_path: Path) -> None:
         table(path)
     with pytest.raises(ConfigError, match="path is empty"):
         open_source(SourceConfig(kind="table", options={"path": "", "prompt": "{a}", "answer": "{b}"}), "data")
+
+
+def test_an_id_that_stands_twice_and_a_folder_that_is_not_there_are_named(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("id,q,id,a\n1,x,2,y\n")
+    options = {"path": str(tmp_path / "t.csv"), "prompt": "{q}", "answer": "{a}"}
+    with pytest.raises(ConfigError, match="2 columns are called 'id'"):
+        open_source(SourceConfig(kind="table", options=options), "data")
+    with pytest.raises(ConfigError, match="data source sub/: no such file or folder in /"):
+        open_source(SourceConfig(kind="table", options={**options, "path": "sub/"}), "data")

@@ -98,10 +98,10 @@ def conversation(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     """A row's messages, whichever format it is in.
 
     Turns are `messages` of role/content or `conversations` of from/value, and `system` may stand beside them. Parts are
-    those of Hugging Face or of OpenAI (`image_url`, `audio_url`, `video_url`, `input_audio`). Media may also stand in
-    columns: `image` or `images`, one or a list, and so for audio and video. Each takes the next place of its kind: a
-    part of nothing but its type, or a marker (`<image>`) in what a user says. A turn is not learned where `train`,
-    `training`, `loss` or `weight` is false or 0.
+    those of Hugging Face or of OpenAI (`image_url`, `audio_url`, `video_url`, `input_audio`, `input_image`,
+    `input_text`). Media may also stand in columns: `image` or `images`, one or a list, and so for audio and video. Each
+    takes the next place of its kind: a part of nothing but its type, or a marker (`<image>`) in what a user says. A
+    turn is not learned where `train`, `training`, `loss` or `weight` is false or 0.
 
     Raises: ValueError, beginning with `where`, for what is none of these, for columns that hold more of the
     conversation than is read, and where places and media differ in number.
@@ -216,6 +216,10 @@ def _filled_part(part: Any, places: _Places, is_user: bool, where: str) -> Seque
         return [part]  # for `check` to refuse
     part = {key: value for key, value in part.items() if value is not None}
     kind = part.get("type")
+    if kind in ("input_text", "output_text"):
+        part["type"] = kind = "text"
+    elif kind == "input_image":
+        part["type"] = kind = "image_url"
     if kind in _MARKED_TYPES and len(part) == 1:
         return places.fill(kind)
     if kind == "text" and isinstance(part.get("text"), str) and len(part) == 2 and is_user:

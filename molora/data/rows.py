@@ -46,8 +46,9 @@ _Dialect = Callable[[Iterable[str]], Iterator[list[str]]]
 def check_file(path: Path) -> None:
     """Raises ConfigError for what is no file; its rows are read more than once."""
     if not path.is_file():
-        why = "not a file" if path.exists() else "no such file"
-        raise ConfigError(f"data source {path}: {why}{'' if path.is_absolute() else f' in {Path.cwd()}'}")
+        here = "" if path.is_absolute() else f" in {Path.cwd()}"
+        why = "not a file, but a folder, a pipe or a device" if path.exists() else f"no such file{here}"
+        raise ConfigError(f"data source {path}: {why}")
 
 
 class _Bytes:
@@ -323,8 +324,9 @@ class CellRows:
                     f"{self._next()}: {error}; a cell that holds a separator, a quote or a line break stands in "
                     "quotes, and quotes inside it are doubled"
                 ) from error
-            if len(cells) < 2 and not "".join(cells).strip():
-                continue  # an empty line
+            empty = len(cells) < 2 and not "".join(cells).strip()
+            if empty and not self.bytes.read(begin, position).strip():
+                continue  # a line of nothing; an empty cell of one column stands in quotes
             if not self.names:
                 self.names = cells
                 continue
@@ -357,6 +359,11 @@ def parse(data: bytes, where: str, numbers_as_text: bool = False) -> Any:
         value = json.loads(
             text, object_pairs_hook=once, parse_constant=_no_constant, parse_int=whole, parse_float=fraction
         )
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{where}: not valid JSON ({error.msg} at character {error.pos + 1}); a line holds one object, or the file "
+            "one list of them"
+        ) from error
     except ValueError as error:
         raise ValueError(f"{where}: not valid JSON ({error})") from error
     return _whole(value) if r"\ud" in text.lower() else value

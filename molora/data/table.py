@@ -65,7 +65,7 @@ class Table:
                     f"name holds; did you mean '{{{template.text}}}'?"
                 )
             template.bind(names)
-        for column in config.media.values():
+        for column in (*config.media.values(), *({"id"} & {*names})):
             _check_column(column, names, self.where)
 
     def __len__(self) -> int:
@@ -402,6 +402,9 @@ def _dataset(config: TableConfig, path: Path, split: str, wanted: Callable[[Iter
     """A folder or a dataset of the hub. Text files that declare no types are read here, as `datasets` would guess."""
     datasets = _library()
     where = f"data source {config.path}"
+    is_path = config.path.startswith((".", "/", "~")) or config.path.endswith("/") or config.path.count("/") > 1
+    if is_path and not path.exists():
+        raise ConfigError(f"{where}: no such file or folder{'' if path.is_absolute() else f' in {Path.cwd()}'}")
     folder = path.absolute() if path.is_dir() else None
     saved = folder is not None and next(
         (n for n in ("dataset_dict.json", "state.json") if (folder / n).is_file()), None

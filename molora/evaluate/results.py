@@ -32,6 +32,8 @@ def evaluate_model(
     Results of a run, the folder `source`, are recorded in its evaluation.json, with the `rules` that its router was
     given. Those of another model are printed as JSON, alone on standard output.
     """
+    if not evaluations:
+        raise ConfigError("evaluations: none given; name at least one")
     is_run = (source / "molora.json").is_file()
     console.stderr = not is_run
     ready = [Evaluation(name, config) for name, config in evaluations.items()]

@@ -150,8 +150,8 @@ def _check_unique(ids: list[str], messages: Path) -> None:
     for row, id in enumerate(ids):
         if first.setdefault(id, row) != row:
             raise ConfigError(
-                f"{messages}: ids are not unique: rows {first[id] + 1} and {row + 1} are both {id!r}; answers could "
-                "not be told apart"
+                f"{messages}: ids are not unique: rows {first[id] + 1} and {row + 1} are both {id!r} (a row without an "
+                "id has its number from 0); give each an id of its own, or give none"
             )
 
 

@@ -1,5 +1,7 @@
 """Where the bytes of a content part come from, whatever the medium, and what the caller allows."""
 
-from molora.media.sources import MediaPolicy, Sources, fetch, policy, read_file
+from molora.media.policy import MediaPolicy, policy
+from molora.media.sources import Sources, read_file
+from molora.media.urls import fetch
 
 __all__ = ["MediaPolicy", "Sources", "fetch", "policy", "read_file"]

@@ -1,0 +1,119 @@
+"""What the caller allows of media.
+
+A data set's rows, and the folders that a model comes in, may be a stranger's. So what may be fetched or opened is the
+caller's `MediaPolicy`: the processor holds it and puts it in force around every `load`, and no plugin can widen it.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from molora.modality import MediaError
+
+# What the sources that hold a file may be given as.
+FILE_TYPES: dict[str, tuple[type, ...]] = {
+    "path": (str, os.PathLike),
+    "url": (str,),
+    "base64": (str,),
+    "bytes": (bytes, bytearray, memoryview),
+}
+SCHEMES = ("http://", "https://")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaPolicy:
+    """What the caller allows of media, wherever the parts come from.
+
+    `allow_urls`: whether `url` may fetch over HTTP. Addresses inside a network (loopback, private, link-local, …) are
+    refused even then, whatever name or redirect leads there, unless `allow_private_addresses` says that the parts are
+    trusted with them. `deadline_seconds` is the time for one URL in all, redirects included. Proxies of the environment
+    are not used, since a proxy looks up names by itself.
+    """
+
+    allow_urls: bool = False
+    allow_private_addresses: bool = False
+    deadline_seconds: float = 60.0
+
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Makes this the policy of everything that is read inside."""
+        token = _POLICY.set(self)
+        try:
+            yield
+        finally:
+            _POLICY.reset(token)
+
+    def check(self, part: Mapping[str, Any]) -> None:
+        """Refuses a part that no plugin may see: one that names a URL though none is allowed, or a path that is there
+        and no regular file.
+
+        Raises: MediaError.
+        """
+        kind = part.get("type")
+        inner = part.get(kind) if isinstance(kind, str) else None
+        given = [*part.items(), *(inner.items() if isinstance(inner, Mapping) else ())]
+        for key, value in given:
+            here = f"{kind or 'media'} part, {label('url' if key == kind else key, value)}: "
+            if key in ("url", kind) and isinstance(value, str) and scheme(value) in SCHEMES:
+                self.check_urls(here)
+            elif key == "path" and isinstance(value, FILE_TYPES["path"]):
+                try:
+                    mode = os.stat(value).st_mode
+                except (OSError, ValueError):  # the plugin says what it misses
+                    continue
+                if not stat.S_ISREG(mode):
+                    raise MediaError(here + no_file(mode))
+
+    def check_urls(self, here: str = "") -> None:
+        """Raises: MediaError that begins with `here`, unless URLs are allowed."""
+        if not self.allow_urls:
+            raise MediaError(
+                f"{here}URLs are not fetched unless you allow it; download it and give its path, or say "
+                "--allow-urls (allow_urls=True of molora.load, `allow_urls: true` at the top of a recipe)"
+            )
+
+
+_POLICY: ContextVar[MediaPolicy | None] = ContextVar("media_policy", default=None)
+
+
+def policy() -> MediaPolicy:
+    """The policy in force; the strictest where none is."""
+    return _POLICY.get() or MediaPolicy()
+
+
+def scheme(url: str) -> str:
+    """The scheme as programs that fetch see it, with its slashes."""
+    return url.lstrip()[:8].lower().partition("//")[0] + "//"
+
+
+def label(key: str, value: Any) -> str:
+    """Which part an error is about, without pouring its data into the message."""
+    if key == "path" or (key == "url" and str(value)[:5].lower() != "data:"):
+        return f"{key} {str(value)[:200]!r}"
+    if isinstance(value, (str, bytes)):
+        return f"{key} of {len(value)} {'characters' if isinstance(value, str) else 'bytes'}"
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"{key} {value.dtype} of shape {tuple(value.shape)}"
+    return f"{key} {type(value).__name__}"
+
+
+def no_file(mode: int) -> str:
+    kinds: dict[str, Callable[[int], bool]] = {
+        "a folder": stat.S_ISDIR,
+        "a pipe": stat.S_ISFIFO,
+        "a socket": stat.S_ISSOCK,
+        "a device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode),
+    }
+    kind = next((name for name, fits in kinds.items() if fits(mode)), "something else")
+    return f"is {kind}, and only regular files are opened; give the path of one"
+
+
+def check_size(num_bytes: int, max_bytes: int) -> None:
+    if num_bytes > max_bytes:
+        raise MediaError(f"has {num_bytes} bytes, and {max_bytes} is the most; shrink it")
