@@ -57,7 +57,7 @@ def test_the_quick_demo_differs_in_how_much_it_does_alone() -> None:
     for recipe in (*whole["recipes"].values(), *quick["recipes"].values()):
         recipe["stages"] = {stage["name"]: stage for stage in recipe["stages"]}
     changed = {line.partition(": was")[0].rpartition(".")[2] for line in differences(whole, quick)}
-    assert changed == {"steps", "takes", "limit"}
+    assert changed == {"steps", "samples_per_step", "takes", "limit"}
 
 
 def test_the_demo_lies_in_a_folder_of_any_name() -> None:

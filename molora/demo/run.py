@@ -47,6 +47,7 @@ _PHRASES = (
 _ENGLISH_CHARACTERS = 60_000
 _CAPTIONS_READ = 2
 _TEXTS_REPEATED = 6_000
+_QUICK_ROWS = 4_000
 _HELD_OUT_TAKES = 8
 _SHOWN_EXAMPLES = 10
 _SHOWN_MISTAKES = 3
@@ -55,21 +56,30 @@ _SHOWN_MISTAKES = 3
 _CONFIGS = Path(__file__).parents[1] / "configs"
 # By the phase that trains by it: a recipe, and what makes it a matter of minutes.
 _RECIPES = {
-    "vision": ("easy_vqa.yaml", ("stages.0.steps=5", "stages.1.steps=5", "evaluations.test.data.limit=20")),
+    "vision": (
+        "easy_vqa.yaml",
+        (
+            *(f"stages.{index}.{change}" for index in (0, 1) for change in ("steps=5", "samples_per_step=8")),
+            "evaluations.test.data.limit=20",
+        ),
+    ),
     "audio": (
         "speech.yaml",
         (
             *(
                 f"stages.{index}.{change}"
                 for index in (0, 1)
-                for change in ("steps=5", "data.transcripts.options.takes=2")
+                for change in ("steps=5", "samples_per_step=8", "data.transcripts.options.takes=2")
             ),
             "evaluations.held out voices.data.limit=20",
         ),
     ),
     "spoken questions": (
         "vision_speech.yaml",
-        ("stages.0.steps=5", "stages.0.data.questions.options.takes=2", "evaluations.spoken.data.limit=20"),
+        (
+            *(f"stages.0.{change}" for change in ("steps=5", "samples_per_step=8", "data.questions.options.takes=2")),
+            "evaluations.spoken.data.limit=20",
+        ),
     ),
 }
 
@@ -115,7 +125,7 @@ def demo_recipes(run: Path, quick: bool) -> dict[str, Recipe]:
 
 def backbone_config(run: Path, quick: bool) -> PretrainConfig:
     """A decoder of Phi-4-mini's shape, pretrained on English and on practice from the training questions, in words."""
-    text = [str(path) for path in _write_text(run / "text")]
+    text = [str(path) for path in _write_text(run / "text", quick)]
     changes = _set(output=run / "backbone", text=text, steps=10 if quick else 900, learning_rate=1e-3)
     return read(PretrainConfig, _CONFIGS / "pretrain_small.yaml", changes)
 
@@ -132,12 +142,12 @@ def _set(**values: Any) -> list[str]:
     return [f"{key}={dump(str(value) if isinstance(value, Path) else value)}" for key, value in values.items()]
 
 
-def _write_text(folder: Path) -> list[Path]:
+def _write_text(folder: Path, quick: bool) -> list[Path]:
     """English from the language reference inside every Python; training questions about pictures put into words; and
-    texts to repeat, which is what transcribing is for a model that reads."""
+    texts to repeat, which is what transcribing is for a reader. `quick` writes fewer rows, in another file."""
     from pydoc_data.topics import topics
 
-    english, reading = folder / "english.txt", folder / "reading.jsonl"
+    english, reading = folder / "english.txt", folder / ("quick_reading.jsonl" if quick else "reading.jsonl")
     if not reading.exists():
         write_text(english, "\n\n".join(topics[name] for name in sorted(topics))[:_ENGLISH_CHARACTERS])
         questions, _ = read_split("train")
@@ -157,7 +167,7 @@ def _write_text(folder: Path) -> list[Path]:
             said = {"role": "user", "content": f"{text} {TRANSCRIPT_QUESTION}"}
             rows.append(json.dumps({"messages": [said, {"role": "assistant", "content": text}]}))
         draw.shuffle(rows)
-        write_text(reading, "\n".join(rows))
+        write_text(reading, "\n".join(rows[: _QUICK_ROWS if quick else None]))
     return [english, reading]
 
 
