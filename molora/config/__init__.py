@@ -1,8 +1,8 @@
 """Recipes and options: YAML files read into plain dataclasses."""
 
+from molora.config.interpolation import ALLOWED_VARIABLES
 from molora.config.nearest import did_you_mean
 from molora.config.reading import (
-    ALLOWED_VARIABLES,
     ConfigError,
     build,
     dump,

@@ -12,8 +12,6 @@ interpolation that it was.
 from __future__ import annotations
 
 import math
-import os
-import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,18 +22,13 @@ from typing import Any, Literal, TypeVar, Union
 import yaml
 
 from molora.config import plain_yaml
+from molora.config.interpolation import INTERPOLATION, FromEnvironment, Problem, Resolver, is_index, steps_to, words_of
 from molora.config.nearest import did_you_mean
-from molora.config.plain_yaml import MAX_CHARACTERS, MAX_DEPTH, MAX_VALUES
 
 T = TypeVar("T")
 
-ALLOWED_VARIABLES = "MOLORA_RECIPE_ENV"
-
 MAX_BYTES = 2**20
 MAX_BASES = 16
-_MAX_STEPS = 64
-# All the backslashes before an interpolation, tried from the first of them alone.
-_INTERPOLATION = re.compile(r"(?<!\\)(\\*)\$\{")
 
 
 class ConfigError(ValueError):
@@ -58,12 +51,12 @@ def read(cls: type[T], path: str | Path, overrides: Iterable[str] = (), *, in_pa
         values, words = _overridden(values, override, where)
         layers.append((where, _with({}, words, None)))
     try:
-        values = _Resolver(values).resolved()
+        values = Resolver(values).resolved()
         if in_part:
             own = typing.get_type_hints(cls)
             values = {key: value for key, value in values.items() if key in own}
         return _build(cls, values, "")
-    except _Problem as problem:
+    except Problem as problem:
         raise ConfigError(f"{_origin(layers, problem.key) or path}: {problem}") from problem
 
 
@@ -74,7 +67,7 @@ def build(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
     """
     try:
         return _build(cls, mapping, "")
-    except _Problem as problem:
+    except Problem as problem:
         raise ConfigError(f"{where}: {problem}") from problem
 
 
@@ -84,8 +77,8 @@ def options(overrides: Iterable[str]) -> dict[str, Any]:
     for override in overrides:
         values, _ = _overridden(values, override, f"option {override!r}")
     try:
-        return _Resolver(values).resolved()
-    except _Problem as problem:
+        return Resolver(values).resolved()
+    except Problem as problem:
         raise ConfigError(f"option {problem}") from problem
 
 
@@ -102,7 +95,7 @@ def plain(config: Any) -> Any:
 
 def environment_in(value: Any) -> Iterator[str]:
     """What in a value came from the environment, each as it is written."""
-    if isinstance(value, _FromEnvironment):
+    if isinstance(value, FromEnvironment):
         yield value.written
     for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ():
         yield from environment_in(inner)
@@ -119,12 +112,12 @@ def require(config: Any, least: float, *names: str) -> None:
 def _overridden(values: Any, override: str, where: str) -> tuple[Any, list[str]]:
     """Values with that of `key=value` put in, and the steps of its key. Raises ConfigError."""
     key, equals, text = override.partition("=")
-    words = _words(key)
+    words = words_of(key)
     if not (words and equals):
         raise ConfigError(f"{where}: write it as key=value, such as stages.0.learning_rate=1e-4")
     try:
-        return _with(values, _steps(values, words), plain_yaml.parse(text)), words
-    except (yaml.YAMLError, _Problem) as error:
+        return _with(values, steps_to(values, words), plain_yaml.parse(text)), words
+    except (yaml.YAMLError, Problem) as error:
         raise ConfigError(f"{where}: {getattr(error, 'problem', None) or _first_line(error)}") from error
 
 
@@ -134,37 +127,14 @@ def _with(values: Any, steps: list[str], value: Any) -> Any:
         return _merge(values, value)
     step, *rest = steps
     if isinstance(values, list):
-        if not _is_index(step, values):
-            raise _Problem("", f"index {step} is out of range: the list has {len(values)} items, counted from 0")
+        if not is_index(step, values):
+            raise Problem("", f"index {step} is out of range: the list has {len(values)} items, counted from 0")
         index = int(step)
         return [*values[:index], _with(values[index], rest, value), *values[index + 1 :]]
     if isinstance(values, str) and "${" in values:
-        raise _Problem("", f"what is above {step} is written as {values}; override what that stands for")
+        raise Problem("", f"what is above {step} is written as {values}; override what that stands for")
     inner = values if isinstance(values, dict) else {}
     return {**inner, step: _with(inner.get(step), rest, value)}
-
-
-def _steps(values: Any, words: list[str]) -> list[str]:
-    """A dotted key in steps. A key with dots that a mapping already has is one step; of several, the longest."""
-    for count in range(min(len(words), _MAX_STEPS), 0, -1):
-        step = ".".join(words[:count])
-        if isinstance(values, dict) and step in values:
-            return [step, *_steps(values[step], words[count:])]
-    if isinstance(values, list) and words and _is_index(words[0], values):
-        return [words[0], *_steps(values[int(words[0])], words[1:])]
-    return words
-
-
-def _is_index(step: str, values: list[Any]) -> bool:
-    return step.isdecimal() and len(step) < 10 and int(step) < len(values)
-
-
-class _Problem(Exception):
-    """What is wrong at a dotted key; the public functions add the file."""
-
-    def __init__(self, key: str, text: str):
-        super().__init__(f"{key}: {text}" if key else text)
-        self.key = key
 
 
 def _layers(path: Path, children: tuple[Path, ...]) -> list[tuple[str, Any]]:
@@ -208,136 +178,6 @@ def _read_text(path: Path, child: str) -> str:
     return data.decode("utf-8-sig")
 
 
-class _FromEnvironment(str):
-    """A text made with an environment variable; `written` is what stood in its place."""
-
-    written: str
-
-
-class _Resolver:
-    """Puts values where interpolations stand, and no more of them than a config may have."""
-
-    def __init__(self, root: Any) -> None:
-        self.root = root
-        self.values_left = MAX_VALUES
-        self.characters_left = MAX_CHARACTERS
-        self.level = 0
-
-    def resolved(self) -> Any:
-        """The root with every interpolation replaced. Raises _Problem."""
-        return self._value(self.root, (), 0)
-
-    def _value(self, value: Any, path: tuple[str, ...], depth: int) -> Any:
-        self.values_left -= 1
-        if self.values_left < 0:
-            raise _Problem(".".join(path), f"interpolations make more than {MAX_VALUES:,} values")
-        if isinstance(value, (dict, list)):
-            self.level += 1
-            if self.level > MAX_DEPTH:
-                raise _Problem(
-                    ".".join(path),
-                    f"lies more than {MAX_DEPTH} deep: an interpolation leads back to itself, or to more",
-                )
-            if isinstance(value, dict):
-                self._take(sum(len(str(key)) for key in value) if depth else 0, path)
-                made = {key: self._value(item, (*path, str(key)), depth) for key, item in value.items()}
-            else:
-                made = [self._value(item, (*path, str(index)), depth) for index, item in enumerate(value)]
-            self.level -= 1
-            return made
-        if not isinstance(value, str):
-            return value
-        if value == "???":
-            raise _Problem(".".join(path), "missing: ??? stands for a value to give")
-        if "${" in value:
-            return self._text(value, path, depth)
-        self._take(len(value) if depth else 0, path)
-        return value
-
-    def _take(self, characters: int, path: tuple[str, ...]) -> None:
-        self.characters_left -= characters
-        if self.characters_left < 0:
-            raise _Problem(".".join(path), f"interpolations make more than {MAX_CHARACTERS:,} characters")
-
-    def _text(self, text: str, path: tuple[str, ...], depth: int) -> Any:
-        pieces: list[Any] = []
-        end = 0
-        for found in _INTERPOLATION.finditer(text):
-            slashes = len(found[1])
-            pieces.append(text[end : found.start()] + "\\" * (slashes // 2))
-            end = found.end()
-            if slashes % 2:
-                pieces.append("${")
-                continue
-            name, closed, _ = text[end:].partition("}")
-            if not closed:
-                raise _Problem(".".join(path), f"{text!r}: an interpolation without its end; write \\${{ for the text")
-            if "${" in name:
-                raise _Problem(".".join(path), f"{text!r}: an interpolation inside another is not read")
-            end += len(name) + 1
-            pieces.append(self._named(name.strip(), path, depth + 1))
-        pieces = [piece for piece in [*pieces, text[end:]] if piece != ""] or [""]
-        if len(pieces) == 1 and not isinstance(pieces[0], str):
-            return pieces[0]
-        made = "".join(map(str, pieces))
-        self._take(len(made), path)
-        if any(isinstance(piece, _FromEnvironment) for piece in pieces):
-            made = _FromEnvironment(made)
-            made.written = text
-        return made
-
-    def _named(self, name: str, path: tuple[str, ...], depth: int) -> Any:
-        """What `${name}` at a path stands for."""
-        where = ".".join(path)
-        if depth > MAX_DEPTH:
-            raise _Problem(where, f"${{{name}}} leads back to itself, or through more than {MAX_DEPTH} others")
-        if name.startswith("oc.env:"):
-            return _variable(name.removeprefix("oc.env:"), where)
-        if ":" in name:
-            raise _Problem(where, f"${{{name}}}: only ${{key}} and ${{oc.env:NAME}} are read")
-        up = len(name) - len(name.lstrip("."))
-        words = [*path[: len(path) - up], *_words(name[up:])] if up else _words(name)
-        if not words:
-            raise _Problem(where, f"${{{name[:80]}}}: there is no key in it; write \\${{ for the text")
-        node = self.root
-        steps = _steps(node, words)
-        for step in steps:
-            if isinstance(node, str):
-                node = self._value(node, path, depth)
-            if isinstance(node, dict) and step in node:
-                node = node[step]
-            elif isinstance(node, list) and _is_index(step, node):
-                node = node[int(step)]
-            else:
-                raise _Problem(where, f"${{{name}}}: there is no key {'.'.join(words)!r}")
-        return self._value(node, tuple(steps), depth)
-
-
-def _variable(given: str, key: str) -> Any:
-    name, comma, default = (part.strip() for part in given.partition(","))
-    if name not in os.environ.get(ALLOWED_VARIABLES, "").replace(",", " ").split():
-        raise _Problem(
-            key,
-            f"reads the environment variable {name}, which a config may do only if you say so: set "
-            f"{ALLOWED_VARIABLES}={name} (several: {ALLOWED_VARIABLES}=A,B), or give the value itself, {key}=…",
-        )
-    value = os.environ.get(name)
-    if value is None and not comma:
-        raise _Problem(key, f"the environment variable {name} is not set")
-    if value is None and default == "null":
-        return None
-    made = _FromEnvironment(default if value is None else value)
-    made.written = f"${{oc.env:{given}}}"
-    return made
-
-
-def _words(key: str) -> list[str]:
-    """The steps of a dotted key, which may have brackets: `a.b[0]`."""
-    closed = key.rfind("]") + 1
-    key = key[:closed] + key[closed:].replace("[", ".")  # what would close each of these would be looked for to the end
-    return [inside or plain for inside, plain in re.findall(r"\[([^\]]*)\]|([^.\[]+)", key)]
-
-
 def _merge(parent: Any, child: Any) -> Any:
     if not (isinstance(parent, dict) and isinstance(child, dict)):
         return child
@@ -379,31 +219,31 @@ def _build(kind: Any, value: Any, key: str) -> Any:
         if any(value == one and (isinstance(value, str) or type(value) is type(one)) for one in arguments):
             return value
         near = did_you_mean(value, map(str, arguments))
-        raise _Problem(key, f"{near}expected one of {', '.join(map(repr, arguments))}, got {value!r}")
+        raise Problem(key, f"{near}expected one of {', '.join(map(repr, arguments))}, got {value!r}")
     if (origin or kind) is dict and isinstance(value, Mapping):
         of = arguments[1] if arguments else Any
         for name in value:
             if not isinstance(name, str):
-                raise _Problem(key, f"expected keys that are text, got {name!r}; quote it")
+                raise Problem(key, f"expected keys that are text, got {name!r}; quote it")
         return {name: _build(of, item, _join(key, name)) for name, item in value.items()}
     if (origin or kind) in (list, tuple) and isinstance(value, (list, tuple)):
         of = arguments or (Any, ...)
         kinds = [of[0]] * len(value) if origin is not tuple or of[-1] is ... else list(of)
         if len(kinds) != len(value):
-            raise _Problem(key, f"expected {len(kinds)} values, got {len(value)}: {list(value)!r}")
+            raise Problem(key, f"expected {len(kinds)} values, got {len(value)}: {list(value)!r}")
         items = [_build(of, item, _join(key, str(i))) for i, (of, item) in enumerate(zip(kinds, value, strict=True))]
         return items if (origin or kind) is list else tuple(items)
     if kind is float and type(value) is int:
         try:
             return float(value)
         except OverflowError as error:
-            raise _Problem(
+            raise Problem(
                 key, f"a whole number of {value.bit_length()} bits is beyond a float; give a smaller one"
             ) from error
     if (kind in (bool, int, float, type(None)) and type(value) is kind) or (kind is str and isinstance(value, str)):
         return value
     quote = "; quote it to make it text" if kind is str and isinstance(value, (bool, int, float)) else ""
-    raise _Problem(key, f"expected {_name(kind)}, got {value!r} ({_name(type(value))}){quote}")
+    raise Problem(key, f"expected {_name(kind)}, got {value!r} ({_name(type(value))}){quote}")
 
 
 def _build_union(kinds: tuple[Any, ...], value: Any, key: str) -> Any:
@@ -415,31 +255,31 @@ def _build_union(kinds: tuple[Any, ...], value: Any, key: str) -> Any:
     for kind in sorted(others, key=lambda kind: kind is not type(value)):  # an int stays one in `float | int`
         try:
             return _build(kind, value, key)
-        except _Problem:
+        except Problem:
             continue
-    raise _Problem(key, f"expected {' or '.join(map(_name, kinds))}, got {value!r} ({_name(type(value))})")
+    raise Problem(key, f"expected {' or '.join(map(_name, kinds))}, got {value!r} ({_name(type(value))})")
 
 
 def _build_dataclass(cls: Any, value: Any, key: str) -> Any:
     if not isinstance(value, Mapping):
-        raise _Problem(key, f"expected a mapping with the keys of {cls.__name__}, got {value!r}")
+        raise Problem(key, f"expected a mapping with the keys of {cls.__name__}, got {value!r}")
     if hasattr(cls, "renewed"):  # it reads what older recipes wrote
         value = cls.renewed(value, key)
     known: dict[str, Field[Any]] = {field.name: field for field in fields(cls) if field.init}
     for name in value:
         if name not in known:
             told = f"no such key; {did_you_mean(name, known)}{cls.__name__} has: {', '.join(known) or 'none'}"
-            raise _Problem(_join(key, str(name)), told)
+            raise Problem(_join(key, str(name)), told)
     required = [name for name, field in known.items() if field.default is MISSING and field.default_factory is MISSING]
     missing = [name for name in required if name not in value]
     if missing:
-        raise _Problem(key, f"missing {', '.join(map(repr, missing))}, which {cls.__name__} requires")
+        raise Problem(key, f"missing {', '.join(map(repr, missing))}, which {cls.__name__} requires")
     kinds = typing.get_type_hints(cls)
     built = {name: _build(kinds[name], item, _join(key, name)) for name, item in value.items()}
     try:
         return cls(**built)
     except ValueError as error:  # the dataclass' own `__post_init__`
-        raise _Problem(key, str(error)) from error
+        raise Problem(key, str(error)) from error
 
 
 def _plain(value: Any, escaped: bool) -> Any:
@@ -450,10 +290,10 @@ def _plain(value: Any, escaped: bool) -> Any:
         return {key: _plain(item, escaped) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item, escaped) for item in value]
-    if isinstance(value, _FromEnvironment):
+    if isinstance(value, FromEnvironment):
         return value.written
     if isinstance(value, str) and escaped:
-        return _INTERPOLATION.sub(r"\1\1\\${", value)
+        return INTERPOLATION.sub(r"\1\1\\${", value)
     return value
 
 
