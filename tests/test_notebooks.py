@@ -23,7 +23,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs(path: Path, tmp_path: Path, python: Path) -> None:
+def test_a_notebook_runs(path: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Its first command starts `molora`; the others do without the imports of one process after another."""
     notebook = nbformat.read(path, 4)
     started = False
@@ -31,7 +31,8 @@ def test_a_notebook_runs(path: Path, tmp_path: Path, python: Path) -> None:
         lines = cell.source.split("\n") if cell.cell_type == "code" else []
         for index, line in enumerate(lines):
             if line.startswith("!molora "):
-                lines[index] = line.replace("!molora ", f"!{python} -m molora ") if started else line
+                if started:
+                    lines[index] = line.replace("!molora", f"!{request.getfixturevalue('python')} -m molora")
                 started = True
         cell.source = "\n".join(lines) or cell.source
     nbclient.NotebookClient(
