@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 import molora
 from molora.checkpoint.assembly import BackboneConfig
 from molora.checkpoint.opening import open_model
+from molora.cli.commands import main
 from molora.config import ConfigError, build, dump
 from molora.data.sources import SourceConfig
 from molora.interrupt import Stopped
@@ -38,7 +39,7 @@ from molora.train.recipe import Recipe, plan_recipe
 from molora.train.step import TrainingError, train_step
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["molora.train.loop", "molora.testing"])
+FORKS.set_forkserver_preload(["molora.cli.commands", "molora.train.loop", "molora.testing"])
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +150,22 @@ def spawn(recipe: Recipe, die_at_replace: int | None = None) -> Any:
     return process
 
 
+def run_command(arguments: list[str], told: Path, environment: dict[str, str]) -> None:
+    """In a process of its own: `molora` with these arguments and what it says in a file, as a launcher starts it but
+    with the libraries imported before."""
+    torch.set_num_threads(1)
+    os.environ.update(environment)
+    with open(told, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = ["molora", *arguments]
+    main()
+
+
 def test_a_run_killed_at_twenty_moments_ends_like_one_that_was_not(home: Path, tmp_path: Path) -> None:
+    warm = FORKS.Process(target=int)  # imports the libraries, which no later process waits for
+    warm.start()
+    warm.join()
     started = time.monotonic()
     straight = spawn(recipe(home, tmp_path / "straight"))
     straight.join()
@@ -232,15 +248,28 @@ def test_what_does_not_train_stays_as_it_is(home: Path, tmp_path: Path) -> None:
         assert (first / "numbers" / name).read_bytes() != (second / "numbers" / name).read_bytes()
 
 
-def two_processes(recipe_path: Path) -> None:
+def two_processes(recipe_path: Path, launched: bool) -> None:
+    """Trains in two processes: launched by torchrun, or forked with what it would set."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = ["torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
-    command = [sys.executable, "-m", *launcher, "-m", "molora", "train", str(recipe_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    if launched:
+        launcher = ["torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
+        command = [sys.executable, "-m", *launcher, "-m", "molora", "train", str(recipe_path)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = []
+    for rank in "01":
+        told = recipe_path.with_name(f"rank {rank}")
+        environment = {**group, "RANK": rank, "LOCAL_RANK": rank}
+        ranks.append(FORKS.Process(target=run_command, args=(["train", str(recipe_path)], told, environment)))
+        ranks[-1].start()
+    for rank, process in enumerate(ranks):
+        process.join(300)
+        assert process.exitcode == 0, recipe_path.with_name(f"rank {rank}").read_text()[-3000:]
 
 
 LEARNED = {
@@ -275,7 +304,7 @@ def test_two_processes_train_like_one(home: Path, tmp_path: Path, learned: bool)
     one, two = recipe(home, tmp_path / "one", **changes), recipe(home, tmp_path / "two", **changes)
     train(one, show=False)
     (tmp_path / "two.yaml").write_text(dump(two))
-    two_processes(tmp_path / "two.yaml")
+    two_processes(tmp_path / "two.yaml", launched=not learned)
     ours, theirs = outcome(tmp_path / "two")["rows"], outcome(tmp_path / "one")["rows"]
     assert len(ours) == len(theirs) == 100
     alone = 0
