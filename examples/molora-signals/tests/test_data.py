@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from molora.config import ConfigError
-from molora.data.sources import SourceConfig, open_source
+from molora.data import SourceConfig, open_source
 
 pyarrow = pytest.importorskip("pyarrow")
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from molora.checkpoint.assembly import blueprint
 from molora.config import read
-from molora.data.sources import open_source
+from molora.data import open_source
 from molora.received import file_hash
 from molora.testing import save_backbone
 from molora.train import Recipe, train
