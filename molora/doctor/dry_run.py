@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,7 +23,6 @@ from transformers import AutoModelForCausalLM
 from molora.checkpoint.assembly import BackboneConfig, assemble
 from molora.checkpoint.opening import ModelPlan, plan_model
 from molora.checkpoint.pretrained import damage_named, fetch, read_config, read_dtype
-from molora.checkpoint.trust import Untrusted
 from molora.config import ConfigError
 from molora.convert.release import layout_of
 from molora.model.backbone import Backbone
@@ -46,7 +44,8 @@ def on_meta(
     It has every parameter and buffer, with shape and dtype, and none of their values. Of the hub it needs descriptions
     only: JSON files of the backbone, and JSON files of an encoder that is named there.
 
-    Raises ConfigError or ValueError for what is missing, cannot be fetched, or cannot be built without weights.
+    Raises FileNotFoundError for a backbone that is nowhere, ConfigError or ValueError for what else is missing, cannot
+    be fetched, or cannot be built without weights.
     """
     if isinstance(source, Recipe):
         plan = plan_recipe(source, trust)
@@ -60,16 +59,8 @@ def on_meta(
 
 def _backbone(given: BackboneConfig, dtype: str | None) -> Backbone:
     source = given.path
-    try:
-        folder = fetch(source, given.revision, weights=False)
-        config = read_config(folder)
-    except Untrusted:
-        raise
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ValueError(
-            f"backbone {source!r}: its config.json cannot be read, or fetched from the hub ({first_line(error)}); "
-            "check the name and the network, or give a local folder"
-        ) from error
+    folder = fetch(source, given.revision, weights=False)
+    config = read_config(folder)
     if dtype is None and config.dtype is None:
         raise ConfigError(f"backbone {source!r}: its config.json names no dtype, and weights are not read; give dtype")
     cast = config.dtype if dtype is None else read_dtype(dtype)
