@@ -157,11 +157,11 @@ def test_answers_are_those_that_each_sample_has_alone(model: MoLoRA, processor: 
 
 # Interference ----------------------------------------------------------------------------------------------------
 
-STEPS = 64  # every sample is seen 16 times
+STEPS = 200
 
 
 def trained(patterns: tuple[str, ...], kinds: tuple[str, ...], model: MoLoRA | None = None) -> MoLoRA:
-    """A model trained on samples of these kinds; sample i is the same whatever the kinds."""
+    """A model after 200 steps on samples of these kinds; sample i is the same whatever the kinds."""
     model = model or make_model()
     processor = Processor(byte_tokenizer(), model.modalities, model.router.order, model.backbone.max_tokens)
     optimizers = set_trainable(model, {p: PartConfig(learning_rate=1e-3) for p in patterns}, STEPS, "here")
@@ -174,7 +174,7 @@ def trained(patterns: tuple[str, ...], kinds: tuple[str, ...], model: MoLoRA | N
 
 
 def test_training_audio_beside_pictures_leaves_pictures_and_text_as_they_were(tmp_path: Path):
-    """Training with pictures in the same packs: the vision files and every logit without sound keep their bits."""
+    """200 steps with pictures in the same packs: the vision files and every logit without sound keep their bits."""
     model = make_model()
     processor = Processor(byte_tokenizer(), model.modalities, model.router.order, model.backbone.max_tokens)
     silent = processor.collate([s for s in thirty_two(processor) if "audio" not in s.modalities])
