@@ -496,10 +496,9 @@ def test_a_backbone_with_code_of_its_own_opens_without_it(home, tmp_path, canary
 def test_a_backbone_of_an_unknown_kind_with_code_is_refused(home, tmp_path, canary) -> None:
     folder = backbone(home, tmp_path, model_type="evil", auto_map={"AutoConfig": "evil.Config"})
     evil(folder / "evil.py", canary, "class Config: pass\n")
-    with pytest.raises(ValueError, match="custom code|does not recognize|model type `evil`"):
-        load_backbone(str(folder))
-    with pytest.raises(ValueError, match="config.json cannot be read"):
-        on_meta(folder)
+    for open_it in (lambda: load_backbone(str(folder)), lambda: on_meta(folder)):
+        with pytest.raises(ValueError, match="custom code|does not recognize|model type `evil`"):
+            open_it()
 
 
 def test_a_tokenizer_with_code_is_refused_or_opens_without_it(home, tmp_path, canary) -> None:
