@@ -88,7 +88,7 @@ class Audio:
     def __init__(self, name: str, config: AudioConfig) -> None:
         self.name = name
         self.config = config
-        self.ear = None if config.tower.pretrained is None else PretrainedFeatures(config.tower.pretrained)
+        self.pretrained = None if config.tower.pretrained is None else PretrainedFeatures(config.tower.pretrained)
 
     def load(self, part: Mapping[str, Any]) -> Tensor:
         """Decodes the clip of a content part to a mono waveform (L,) in fp32 at 16 kHz; see `load_sound`."""
@@ -105,21 +105,21 @@ class Audio:
         def augment(features_SM: Tensor) -> Tensor:
             return features_SM if generator is None else spec_augment(features_SM, config, generator)
 
-        if self.ear is not None:
-            return self.ear.prepare(item, augment)
+        if self.pretrained is not None:
+            return self.pretrained.prepare(item, augment)
         return Prepared({"features_SM": augment(log_mel([item]))}, num_encoded(num_frames(len(item))))
 
     def collate(self, prepared: Sequence[Prepared]) -> dict[str, Tensor]:
         """All frames of features in order, and what says where clips begin."""
-        if self.ear is not None:
-            return self.ear.collate(prepared)
+        if self.pretrained is not None:
+            return self.pretrained.collate(prepared)
         features = [item.tensors["features_SM"] for item in prepared]
         return {"features_SM": torch.cat(features), "lengths_I": torch.tensor([len(clip_SM) for clip_SM in features])}
 
     def build_encoder(self) -> PretrainedAudioEncoder | ConformerEncoder:
         """Makes the encoder. Raises ValueError for pretrained weights that cannot be found or do not fit."""
-        if self.ear is not None:
-            return PretrainedAudioEncoder(self.config, self.ear.build_encoder())
+        if self.pretrained is not None:
+            return PretrainedAudioEncoder(self.config, self.pretrained.build_encoder())
         return ConformerEncoder(self.config.tower)
 
     def projector(self, company: frozenset[str]) -> str:

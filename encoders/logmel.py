@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-NUM_MEL_BINS = 80
-FRAME_SAMPLES = 400
-HOP_SAMPLES = 160
+from molora.encoders.sound import FRAME_SAMPLES, HOP_SAMPLES, SAMPLE_RATE_HZ
 
-_SAMPLE_RATE_HZ = 16_000
+NUM_MEL_BINS = 80
+
 _FFT_SAMPLES = 512
 _PRE_EMPHASIS = 0.97
 _FULL_SCALE = 32768.0
@@ -80,7 +79,7 @@ def _window_W(samples: int, device: torch.device) -> Tensor:
 @lru_cache
 def _mel_KM(device: torch.device) -> Tensor:
     """Triangles that are linear in mel. The highest one ends a bin early, as in the reference."""
-    bins_hz_K = torch.arange(_FFT_SAMPLES // 2 + 1, dtype=torch.float64) * _SAMPLE_RATE_HZ / _FFT_SAMPLES
+    bins_hz_K = torch.arange(_FFT_SAMPLES // 2 + 1, dtype=torch.float64) * SAMPLE_RATE_HZ / _FFT_SAMPLES
     mels_K = 1127.0 * torch.log1p(bins_hz_K / 700.0)
     top = 1127.0 * torch.log1p(torch.tensor(_HIGHEST_HZ / 700.0, dtype=torch.float64))
     edges = torch.linspace(0.0, float(top), NUM_MEL_BINS + 2, dtype=torch.float64)
@@ -88,5 +87,5 @@ def _mel_KM(device: torch.device) -> Tensor:
     rising_KM = (mels_K[:, None] - low_M) / (centre_M - low_M)
     falling_KM = (high_M - mels_K[:, None]) / (high_M - centre_M)
     weights_KM = torch.minimum(rising_KM, falling_KM).clamp(min=0.0)
-    weights_KM[int(_HIGHEST_HZ * _FFT_SAMPLES / _SAMPLE_RATE_HZ) :] = 0.0
+    weights_KM[int(_HIGHEST_HZ * _FFT_SAMPLES / SAMPLE_RATE_HZ) :] = 0.0
     return weights_KM.float().to(device)

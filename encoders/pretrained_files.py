@@ -1,18 +1,22 @@
-"""Files of pretrained encoders: fetched from the Hugging Face hub, and read as their libraries wrote them."""
+"""Pretrained encoders: their options, and their files, fetched from the Hugging Face hub or read from a folder."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from molora import received
 from molora.config import did_you_mean
-from molora.modality import Origin
+from molora.modality import Origin, WeightSource
 from molora.received import shard_names
+
+Source = TypeVar("Source", bound=WeightSource)
 
 # Beyond any encoder. The largest that is known is 15,360 wide, with 64 layers.
 MAX_SIZE, MAX_LAYERS, MAX_LIST = 2**16, 1000, 16
@@ -37,6 +41,33 @@ def fetch(repository: str, revision: str | None, wanted: Sequence[str]) -> tuple
     return folder, Origin(repository, folder.name)
 
 
+def locate(config: WeightSource, repository: str | None, wanted: Sequence[str]) -> tuple[Path | None, Origin | None]:
+    """The file or folder to read: `path`, or the repository's files that `wanted` names, with the commit they are of.
+
+    Raises: ValueError for a path where nothing is, and as `fetch` does.
+    """
+    if config.path is None:
+        return (None, None) if repository is None else fetch(repository, config.revision, wanted)
+    path = Path(config.path)
+    if not path.exists():
+        raise ValueError(f"path {path}: no such file or folder; give what its library saved")
+    return path, None
+
+
+def from_scratch(config: Source, **changes: Any) -> Source:
+    """The options that build the same encoder with random weights, from nothing outside themselves."""
+    nowhere: dict[str, Any] = {"name": None, "path": None, "revision": None, "pretrained": False}
+    return replace(config, **{**nowhere, **changes})
+
+
+def to_save(config: Source, scratch: Source, origin: Origin | None, with_weights: bool) -> Source:
+    """The options to save with an encoder. With its weights beside them, those that build it from scratch; else those
+    that it was built from, pinned to the commit of its origin."""
+    if with_weights or origin is None:
+        return scratch if with_weights else config
+    return replace(config, revision=origin.revision)
+
+
 def shapes_only() -> bool:
     """Whether modules are being built on the meta device, where weights would be fetched and read for nothing."""
     return torch.get_default_device().type == "meta"
@@ -54,12 +85,71 @@ def weight_files(folder: Path, name: str = "model.safetensors") -> list[Path]:
     return files
 
 
+def read_weights(
+    source: Path, name: str = "model.safetensors", prefixes: Sequence[str] = ("",), unused: tuple[str, ...] = ()
+) -> dict[str, Tensor]:
+    """The tensors of a weights file, or of the safetensors files of a folder. A pickle is read only if it is named.
+
+    Of `prefixes`, the first that names begin with is taken off, and what does not begin with it is left out, as is what
+    then begins with one of `unused`.
+    """
+    from safetensors.torch import load_file
+
+    state: dict[str, Tensor] = {}
+    if source.is_file() and source.suffix != ".safetensors":
+        loaded: Any = torch.load(source, map_location="cpu", weights_only=True)
+        state = loaded.get("state_dict", loaded)
+    else:
+        for file in [source] if source.is_file() else weight_files(source, name):
+            state |= load_file(file)
+    prefix = next((prefix for prefix in prefixes if any(key.startswith(prefix) for key in state)), "")
+    inner = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+    return {key: tensor for key, tensor in inner.items() if not key.startswith(unused)}
+
+
+def load_transformers(model_type: Any, sizes: Any, state: dict[str, Tensor], where: str) -> Any:
+    """A model of transformers with these weights, in fp32. Raises ValueError if some are missing or do not fit."""
+    model, report = model_type.from_pretrained(
+        None,
+        config=sizes,
+        state_dict=state,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,  # so that the report names them
+        output_loading_info=True,
+        trust_remote_code=False,
+    )
+    kinds = {"missing": "missing_keys", "unexpected": "unexpected_keys", "of another shape": "mismatched_keys"}
+    found = {kind: sorted(report[keys]) for kind, keys in kinds.items()}
+    if any(found.values()):
+        counts = ", ".join(f"{len(keys)} {kind} (such as {keys[:3]})" for kind, keys in found.items() if keys)
+        raise ValueError(f"{where}: not the weights of this encoder: {counts}")
+    return model
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Raises ValueError if the file is missing or no JSON object within bounds."""
     try:
         return received.read_json(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); is the folder the right library's?") from error
+
+
+def check_source(config: WeightSource, layer: int | None) -> None:
+    """Raises ValueError for a revision of nothing, and for a layer that does not count from the end."""
+    if config.revision is not None and (config.path or not config.name):
+        raise ValueError(f"revision {config.revision!r} is for weights named on the hub: give a name and no path")
+    if layer is not None and layer >= 0:
+        raise ValueError(f"layer counts from the end and is negative, -1 being the last; got {layer}")
+
+
+def num_kept(layer: int, depth: int, where: str) -> int:
+    """How many of `depth` blocks an encoder needs so that `layer`, counted from the end, is its last.
+
+    Raises: ValueError for more than it has.
+    """
+    if not -depth <= layer:
+        raise ValueError(f"{where}: layer {layer} asked for, but the encoder has {depth} blocks")
+    return depth + layer + 1
 
 
 def check_sizes(what: str, given: Mapping[str, Any]) -> None:
@@ -85,3 +175,9 @@ def check_keys(what: str, owner: str, given: Iterable[str], known: Collection[st
             raise ValueError(
                 f"{what}: {owner} takes no {key!r} here; {did_you_mean(key, known)}it has {', '.join(known)}"
             )
+
+
+def unknown_model(library: str, name: str, known: Iterable[str]) -> ValueError:
+    """The error for a model that a library does not have, with the nearest names that it has."""
+    near = did_you_mean(name, known, at_most=3)
+    return ValueError(f"{library} has no model {name!r}; {near}{library}.list_models() has their names")

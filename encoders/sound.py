@@ -18,14 +18,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from molora.encoders.mp3 import AGAIN
 from molora.encoders.sound_files import UNKNOWN_BYTES, pieces
 from molora.media import Sources
 from molora.modality import MediaError
 
+# What encoders hear, and the frames that their features are made of: 25 ms every 10 ms.
 SAMPLE_RATE_HZ = 16_000
+FRAME_SAMPLES = 400
+HOP_SAMPLES = 160
 
-# A frame of the front end; from less there is nothing to hear.
-MIN_SAMPLES = 400
+# From less than a frame there is nothing to hear.
+MIN_SAMPLES = FRAME_SAMPLES
 
 SOURCES = ("path", "url", "base64", "bytes", "audio", "array")
 
@@ -193,7 +197,7 @@ def _decode_piece(data: bytes, before: int, max_seconds: float) -> tuple[np.ndar
 
     mixer, num = _Mixer(), 0
     try:
-        with Forward(_Within(data)) as file:
+        with Forward(_BoundedFile(data)) as file:
             rate_hz, channels, promised = file.samplerate, file.channels, file.frames
             is_mp3, knows = file.format == "MP3", file.frames != _UNKNOWN_FRAMES
             _check_limits(rate_hz, channels, before + (promised if knows else 0), max_seconds)
@@ -212,13 +216,12 @@ def _decode_piece(data: bytes, before: int, max_seconds: float) -> tuple[np.ndar
         ) from error
     if data.startswith(b"NIST_1A") and (told := _NIST_SAMPLES.search(data[:1024])):
         promised = int(told[1])
-    again = "copy or download it again"
     if knows and num < promised - (_MP3_SPARE_SAMPLES if is_mp3 else 0):
-        raise MediaError(f"is cut off or damaged: {promised} samples promised, {num} decoded; {again}")
+        raise MediaError(f"is cut off or damaged: {promised} samples promised, {num} decoded; {AGAIN}")
     if cut_off and cut_off["promised"] is None:
-        raise MediaError(f"is cut off or damaged: pages of its stream are missing; {again}")
+        raise MediaError(f"is cut off or damaged: pages of its stream are missing; {AGAIN}")
     if cut_off and int(cut_off["present"]) < int(cut_off["promised"]) < UNKNOWN_BYTES:
-        raise MediaError(f"is cut off: {cut_off['promised']} bytes promised, {cut_off['present']} there; {again}")
+        raise MediaError(f"is cut off: {cut_off['promised']} bytes promised, {cut_off['present']} there; {AGAIN}")
     return mixer.wave_L(), rate_hz
 
 
@@ -248,7 +251,7 @@ def _scaled(wave_LC: np.ndarray) -> np.ndarray:
     return (wave_LC.astype(np.float32) - middle) / (np.iinfo(wave_LC.dtype).max + 1 - middle)
 
 
-class _Within(io.BytesIO):
+class _BoundedFile(io.BytesIO):
     """A file whose reader never leaves it: damaged headers make libsndfile seek before its begin and beyond its end."""
 
     def __init__(self, data: bytes) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from molora.encoders.pictures import MAX_PIXELS, PICTURES, decode_picture
+from molora.encoders.pretrained_files import to_save
 from molora.encoders.vision_towers.convit import Convit
 from molora.encoders.vision_towers.library import build_library_tower
 from molora.encoders.vision_towers.tower import Built, Tower, TowerConfig
@@ -287,12 +288,7 @@ class VisionEncoder(Encoder):
         return Frames(torch.cat(items), tuple(len(item) for item in items))
 
     def saved_config(self, with_weights: bool) -> VisionConfig:
-        """The config to save with this encoder. With its weights beside it, one that builds the same modules from
-        scratch, without the hub or any file; else the one it was built from, pinned to the commit of its origin."""
-        if with_weights:
-            return replace(self.config, tower=self._scratch)
-        revision = self.config.tower.revision if self.origin is None else self.origin.revision
-        return replace(self.config, tower=replace(self.config.tower, revision=revision))
+        return replace(self.config, tower=to_save(self.config.tower, self._scratch, self.origin, with_weights))
 
     def _view(self, crops_BCHW: Tensor, rows: int, columns: int) -> Tensor:
         """The whole picture, padding included, squeezed to one crop; Source: processing_phi4mm.py (no antialiasing)."""

@@ -103,11 +103,11 @@ def test_the_version_is_written_once() -> None:
 def test_the_readme_of_the_library_says_what_each_file_is_for() -> None:
     readme = (ROOT / "molora" / "README.md").read_text(encoding="utf-8")
     named = re.findall(r"^- `([\w/.]+)`: \S", readme, re.MULTILINE)
-    below = [
-        path.relative_to(ROOT / "molora") for path in (ROOT / "molora").rglob("*") if path.suffix in {".py", ".j2"}
-    ]
-    faces = {str(path) for path in below if path.name == "__init__.py" and path.parent != Path()}
-    files = {str(path) for path in below if not {*MAPPED, "templates"} & {*path.parts}} - faces
+    own = [path.relative_to(ROOT / "molora") for path in (ROOT / "molora").rglob("*") if path.suffix in {".py", ".j2"}]
+    mapped = [path.relative_to(ROOT) for name in MAPPED for path in (ROOT / name).rglob("*.py")]
+    below = [*(path for path in own if not {*MAPPED, "templates"} & {*path.parts}), *mapped]
+    tops = {".", *MAPPED}
+    files = {str(path) for path in below if path.name != "__init__.py" or str(path.parent) in tops}
     assert len(named) == len(set(named)), (
         f"molora/README.md: named twice: {sorted({n for n in named if named.count(n) > 1})}"
     )

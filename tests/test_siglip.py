@@ -410,8 +410,8 @@ SCRATCH: dict[str, Any] = {"pretrained": False}
             {"name": "tiny_siglip", "arguments": {"deptth": 1}, **SCRATCH},
             "takes no 'deptth' here; did you mean 'depth'",
         ),
-        ("timm", {"name": "tiny_siglip", "layer": -4, **SCRATCH}, "layer -4 asked for, but the tower has 3 blocks"),
-        ("timm", {"name": "test_resnet", "layer": -9, **SCRATCH}, "layer -9 asked for, but the model has 5 feature"),
+        ("timm", {"name": "tiny_siglip", "layer": -4, **SCRATCH}, "layer -4 asked for, but the encoder has 3 blocks"),
+        ("timm", {"name": "test_resnet", "layer": -9, **SCRATCH}, "layer -9 asked for, but the encoder has 5 blocks"),
         (
             "timm",
             {"name": "test_resnet", "layer": -1, **SCRATCH},
@@ -506,9 +506,7 @@ def test_a_repository_shapes_a_model_and_no_more(folders, tmp_path, monkeypatch,
     config = json.loads((folder / "config.json").read_text())
     about = {**about, "pretrained_cfg": {**config["pretrained_cfg"], **about.get("pretrained_cfg", {})}}
     (folder / "config.json").write_text(json.dumps({**config, **about}))
-    monkeypatch.setattr(
-        "molora.encoders.vision_towers.tower_weights.fetch", lambda *_: (folder, Origin("a/b", folder.name))
-    )
+    monkeypatch.setattr("molora.encoders.pretrained_files.fetch", lambda *_: (folder, Origin("a/b", folder.name)))
     if said is None:
         expected, found = build("timm", path=str(folders["timm"])), build("timm", name="a/b")
         assert torch.equal(found(crops()), expected(crops()))

@@ -397,7 +397,7 @@ def test_the_bytes_of_a_clip_are_not_copied_to_move_in_them() -> None:
     data = bytes(2**24)
     tracemalloc.start()
     try:
-        file = sound._Within(data)
+        file = sound._BoundedFile(data)
         assert file.seek(-8, io.SEEK_END) == len(data) - 8
         assert file.seek(2**40) == len(data) and file.seek(-1) == 0
         assert tracemalloc.get_traced_memory()[1] < len(data) // 2

@@ -545,7 +545,7 @@ def test_config_mistakes(options, message):
         ("whisper", {"features": {"feature_size": 8}}, "reads 16 features a step, its feature extractor makes 8"),
         ("wav2vec2_bert", {"features": {"stride": 1}}, "reads 32 features a step, its feature extractor makes 16"),
         ("parakeet", {"arguments": {"subsampling_factor": 6}}, "a power of 2 that divides the 16 mel bins, got 6"),
-        ("parakeet", {"layer": -3}, "layer -3 asked for, but the network has 2 blocks"),
+        ("parakeet", {"layer": -3}, "layer -3 asked for, but the encoder has 2 blocks"),
     ],
 )
 def test_building_mistakes(architecture, changes, message):
@@ -565,7 +565,7 @@ def test_folders_of_the_wrong_kind_are_refused(checkpoints, tmp_path):
         about = json.loads((tmp_path / name).read_text())
         (tmp_path / name).write_text(json.dumps({**about, **changes}))
 
-    with pytest.raises(ValueError, match="nowhere: no such folder"):
+    with pytest.raises(ValueError, match="nowhere: no such file or folder"):
         build("whisper", tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"config.json: cannot be read"):
         build("whisper", tmp_path)

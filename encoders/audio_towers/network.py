@@ -1,4 +1,4 @@
-"""A pretrained network of transformers that hears, before its weights.
+"""What a pretrained audio network has to say of itself before its weights are there.
 
 Letters: L samples, S steps (of features in `features`, of the network elsewhere), M features of a step, C width,
 N windows.
@@ -6,14 +6,20 @@ N windows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from molora.encoders.pretrained_files import check_keys, check_sizes, read_json, weight_files
+from molora.encoders.pretrained_files import (
+    check_keys,
+    check_sizes,
+    load_transformers,
+    num_kept,
+    read_json,
+    read_weights,
+)
 from molora.encoders.sound import SAMPLE_RATE_HZ
 
 # The extractors' filters and windows take memory as soon as they are made. Beyond any of theirs.
@@ -32,14 +38,15 @@ class Classes(NamedTuple):
 
 
 class Network:
-    """A network without its weights: its sizes, how it hears, and how its weights are stored.
+    """A network without its weights: its sizes, how its features are made, and how its weights are stored.
 
-    `arguments` and `sound` are all that tells it from another of its kind; `sizes` has only the blocks that are kept.
+    `arguments` and `feature_options` are all that tells it from another of its kind; `sizes` has only the blocks that
+    are kept.
     """
 
     model_types: ClassVar[tuple[str, ...]]
     size_keys: ClassVar[tuple[str, ...]]
-    sound_keys: ClassVar[tuple[str, ...]]
+    feature_keys: ClassVar[tuple[str, ...]]
     fixed: ClassVar[dict[str, Any]] = {}
     depth_key: ClassVar[str] = "num_hidden_layers"
     # Where the encoder is in a checkpoint, first match first; its blocks; and what is stored there and not wanted.
@@ -49,14 +56,14 @@ class Network:
 
     window_steps: int
 
-    def __init__(self, arguments: dict[str, Any], sound: dict[str, Any], layer: int | None) -> None:
+    def __init__(self, arguments: dict[str, Any], features: dict[str, Any], layer: int | None) -> None:
         from huggingface_hub.errors import StrictDataclassError
 
         classes = self.classes()
         check_keys("arguments", classes.sizes.__name__, arguments, self.size_keys)
-        check_keys("features", classes.extractor.__name__, sound, self.sound_keys)
+        check_keys("features", classes.extractor.__name__, features, self.feature_keys)
         check_sizes("arguments", arguments)
-        for key, value in sound.items():
+        for key, value in features.items():
             most = _MOST_FEATURES.get(key)
             if most is not None and not (type(value) is int and 1 <= value <= most):
                 raise ValueError(f"features: {key} is {value!r:.80}, expected a whole number from 1 to {most}")
@@ -64,15 +71,13 @@ class Network:
             self.sizes: Any = classes.sizes(**arguments, **self.fixed)
         except StrictDataclassError as error:
             raise ValueError(f"arguments: {classes.sizes.__name__} refuses them: {error}") from error
-        self.extractor: Any = classes.extractor(**sound)
+        self.extractor: Any = classes.extractor(**features)
         self.arguments = {key: getattr(self.sizes, key) for key in self.size_keys}
-        self.sound = {key: getattr(self.extractor, key) for key in self.sound_keys}
+        self.feature_options = {key: getattr(self.extractor, key) for key in self.feature_keys}
         self.layer = layer
         self.depth = getattr(self.sizes, self.depth_key)
         if layer is not None:
-            if not -self.depth <= layer:
-                raise ValueError(f"layer {layer} asked for, but the network has {self.depth} blocks")
-            setattr(self.sizes, self.depth_key, self.depth + layer + 1)
+            setattr(self.sizes, self.depth_key, num_kept(layer, self.depth, classes.sizes.__name__))
         width, heads = self.sizes.hidden_size, self.sizes.num_attention_heads
         if width % heads:
             raise ValueError(f"arguments: a width of {width} is not a multiple of {heads} attention heads")
@@ -82,6 +87,30 @@ class Network:
     def classes(cls) -> Classes:
         """What it is made of in transformers."""
         raise NotImplementedError
+
+    @classmethod
+    def read_options(cls, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a folder says of the network and of its feature extractor, reduced to what matters to the encoder."""
+        found = read_json(folder / "config.json")
+        if found.get("model_type") not in cls.model_types:
+            raise ValueError(
+                f"{folder / 'config.json'}: holds a {found.get('model_type')} model, "
+                f"this architecture takes {' or '.join(cls.model_types)}"
+            )
+        found = found.get("encoder_config", found)
+        if (found.get("subsampling_conv_kernel_size", 3), found.get("subsampling_conv_stride", 2)) != (3, 2):
+            raise ValueError(f"{folder / 'config.json'}: only a subsampling with kernel 3 and stride 2 can be counted")
+        features, extractor = _read_features(folder), cls.classes().extractor.__name__
+        made_by = features.get("feature_extractor_type", extractor)
+        if made_by != extractor or features.get("sampling_rate", SAMPLE_RATE_HZ) != SAMPLE_RATE_HZ:
+            raise ValueError(
+                f"{folder}: its features are made by {made_by} at {features.get('sampling_rate')} Hz, "
+                f"expected {extractor} at {SAMPLE_RATE_HZ} Hz"
+            )
+        return (
+            {key: found[key] for key in cls.size_keys if key in found},
+            {key: features[key] for key in cls.feature_keys if key in features},
+        )
 
     def _check(self) -> None:
         """Raises ValueError if sizes and features do not go together."""
@@ -107,22 +136,8 @@ class Network:
         """The network with the weights of a folder, in fp32. Raises ValueError if some are missing or do not fit."""
         kept = getattr(self.sizes, self.depth_key)
         unused = (*self.unused, *(f"{self.blocks}{index}." for index in range(kept, self.depth)))
-        state = _read_weights(folder, self.prefixes, unused)
-        model, report = self.classes().model.from_pretrained(
-            None,
-            config=self.sizes,
-            state_dict=state,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,  # so that the report names them
-            output_loading_info=True,
-            trust_remote_code=False,
-        )
-        kinds = {"missing": "missing_keys", "unexpected": "unexpected_keys", "of another shape": "mismatched_keys"}
-        found = {kind: sorted(report[keys]) for kind, keys in kinds.items()}
-        if any(found.values()):
-            counts = ", ".join(f"{len(keys)} {kind} (such as {keys[:3]})" for kind, keys in found.items() if keys)
-            raise ValueError(f"{folder}: not the weights of this network: {counts}")
-        return self._finish(model)
+        state = read_weights(folder, prefixes=self.prefixes, unused=unused)
+        return self._finish(load_transformers(self.classes().model, self.sizes, state, str(folder)))
 
     def _finish(self, model: Any) -> nn.Module:
         return model
@@ -137,52 +152,10 @@ def check_bins(reads: int, made: int) -> None:
         raise ValueError(f"the network reads {reads} features a step, its feature extractor makes {made}")
 
 
-def read_sizes(folder: Path, kind: type[Network]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a folder says of its network and of its feature extractor, reduced to what matters to the encoder."""
-    found = read_json(folder / "config.json")
-    if found.get("model_type") not in kind.model_types:
-        raise ValueError(
-            f"{folder / 'config.json'}: holds a {found.get('model_type')} model, "
-            f"this architecture takes {' or '.join(kind.model_types)}"
-        )
-    found = found.get("encoder_config", found)
-    if (found.get("subsampling_conv_kernel_size", 3), found.get("subsampling_conv_stride", 2)) != (3, 2):
-        raise ValueError(f"{folder / 'config.json'}: only a subsampling with kernel 3 and stride 2 can be counted")
-    sound, extractor = _read_sound(folder), kind.classes().extractor.__name__
-    made_by = sound.get("feature_extractor_type", extractor)
-    if made_by != extractor or sound.get("sampling_rate", SAMPLE_RATE_HZ) != SAMPLE_RATE_HZ:
-        raise ValueError(
-            f"{folder}: its features are made by {made_by} at {sound.get('sampling_rate')} Hz, "
-            f"expected {extractor} at {SAMPLE_RATE_HZ} Hz"
-        )
-    return (
-        {key: found[key] for key in kind.size_keys if key in found},
-        {key: sound[key] for key in kind.sound_keys if key in sound},
-    )
-
-
-def _read_sound(folder: Path) -> dict[str, Any]:
+def _read_features(folder: Path) -> dict[str, Any]:
     """The feature extractor's description: in a file of its own, or in that of the processor it belongs to."""
     if (folder / "processor_config.json").is_file():
         found = read_json(folder / "processor_config.json")
         if "feature_extractor" in found:
             return found["feature_extractor"]
     return read_json(folder / "preprocessor_config.json")
-
-
-def _read_weights(folder: Path, prefixes: Sequence[str], unused: tuple[str, ...]) -> dict[str, Tensor]:
-    """The encoder's tensors in a folder, under the encoder's own names; others are not read."""
-    from safetensors import safe_open
-
-    where: dict[str, Path] = {}
-    for path in weight_files(folder):
-        with safe_open(path, "pt") as file:
-            where |= dict.fromkeys(file.keys(), path)
-    prefix = next(prefix for prefix in prefixes if any(key.startswith(prefix) for key in where) or not prefix)
-    state: dict[str, Tensor] = {}
-    for path in dict.fromkeys(where.values()):
-        with safe_open(path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118 - no mapping, though it has keys
-                if key.startswith(prefix) and not key.removeprefix(prefix).startswith(unused):
-                    state[key.removeprefix(prefix)] = file.get_tensor(key)
-    return state

@@ -1,4 +1,7 @@
-"""Parakeet's encoder, a FastConformer."""
+"""Parakeet's encoder, a FastConformer: 12.5 frames a second, in windows of 40 s.
+
+Letters: L samples, S steps, M features of a step, N windows.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ class Parakeet(Network):
         *("attention_bias", "convolution_bias", "conv_kernel_size", "num_mel_bins", "scale_input"),
         *("subsampling_factor", "subsampling_conv_channels", "max_position_embeddings"),
     )
-    sound_keys = ("feature_size", "hop_length", "n_fft", "win_length", "preemphasis")
+    feature_keys = ("feature_size", "hop_length", "n_fft", "win_length", "preemphasis")
     prefixes = ("encoder.", "")
 
     WINDOW_SECONDS: ClassVar[int] = 40

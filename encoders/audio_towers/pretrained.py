@@ -1,4 +1,4 @@
-"""Pretrained encoders: those of Whisper, Wav2Vec2-BERT and Parakeet (a FastConformer), from transformers.
+"""Pretrained audio encoders of transformers: Whisper, Wav2Vec2-BERT and Parakeet (a FastConformer).
 
 Features are made by transformers' own extractors, over the whole clip, and cut into windows, because the networks are
 made for speech of half a minute. Their masks let padding through in places, so nothing is padded: only windows of equal
@@ -13,18 +13,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from molora.encoders.audio_towers.network import Network, read_sizes
+from molora.encoders.audio_towers.network import Network
 from molora.encoders.audio_towers.parakeet import Parakeet
 from molora.encoders.audio_towers.wav2vec2_bert import Wav2Vec2Bert
 from molora.encoders.audio_towers.whisper import Whisper
-from molora.encoders.pretrained_files import fetch, shapes_only
+from molora.encoders.pretrained_files import check_source, from_scratch, locate, shapes_only, to_save
 from molora.modality import Encoder, Frames, Origin, Prepared, WeightSource
 
 # Bounds the memory of one call: it takes as much as this many whole windows.
@@ -33,6 +32,8 @@ _WINDOWS_PER_CALL = 4
 _DESCRIPTIONS = ("config.json", "preprocessor_config.json", "processor_config.json", "model.safetensors.index.json")
 # Whisper's repositories hold the same weights under other names, in fp32, too.
 _WEIGHTS = ("model.safetensors", "model-*.safetensors")
+
+_NETWORKS: dict[str, type[Network]] = {"whisper": Whisper, "wav2vec2_bert": Wav2Vec2Bert, "parakeet": Parakeet}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +69,9 @@ class PretrainedConfig(WeightSource):
             raise ValueError("pretrained: false takes sizes from arguments: leave out name and path")
         if self.pretrained and (self.arguments or self.features):
             raise ValueError("pretrained weights bring their own sizes: leave out arguments and features")
-        if self.revision is not None and self.name is None:
-            raise ValueError(f"revision {self.revision!r} is for weights named on the hub: give a name and no path")
         if self.pool < 1:
             raise ValueError(f"pool is at least 1, got {self.pool}")
-        if self.layer is not None and self.layer >= 0:
-            raise ValueError(f"layer counts from the end and is negative, -1 being the last; got {self.layer}")
+        check_source(self, self.layer)
 
 
 class PretrainedFeatures:
@@ -91,7 +89,7 @@ class PretrainedFeatures:
 
         `augment` gets the features of the clip as mel bins, (S, M), without what pads them.
         """
-        network = self._known.network
+        network, _ = self._network
         num_frames = network.num_frames(len(wave_L))
         tensors = {"features_SM": network.features(wave_L, augment), "num_frames": torch.tensor(num_frames)}
         return Prepared(tensors, -(-num_frames // self.config.pool))
@@ -110,23 +108,24 @@ class PretrainedFeatures:
 
         Raises: ValueError for weights that cannot be found or do not fit.
         """
-        config, (network, origin) = self.config, self._known
-        if not config.pretrained or shapes_only():
-            model = network.build()
-        else:
+        config, (network, origin) = self.config, self._network
+        folder = None
+        if config.pretrained and not shapes_only():
             # The commit that the sizes came from, even if the branch has moved since.
-            folder, _ = _fetch(config if origin is None else replace(config, revision=origin.revision), _WEIGHTS)
-            model = network.load(folder)
+            pinned = config if origin is None else replace(config, revision=origin.revision)
+            folder, _ = locate(pinned, config.name, [*_DESCRIPTIONS, *_WEIGHTS])
+        model = network.build() if folder is None else network.load(folder)
         return PretrainedEncoder(config, network, model, origin)
 
     @cached_property
-    def _known(self) -> _Known:
+    def _network(self) -> tuple[Network, Origin | None]:
+        """The network without its weights, and the commit that its sizes came from."""
         config = self.config
-        kind = _NETWORKS[config.architecture]
-        if not config.pretrained:
-            return _Known(kind(config.arguments, config.features, config.layer), None)
-        folder, origin = _fetch(config, ())
-        return _Known(kind(*read_sizes(folder, kind), config.layer), origin)
+        network = _NETWORKS[config.architecture]
+        folder, origin = locate(config, config.name, _DESCRIPTIONS)
+        if folder is None:
+            return network(config.arguments, config.features, config.layer), None
+        return network(*network.read_options(folder), config.layer), origin
 
 
 class PretrainedEncoder(Encoder):
@@ -159,12 +158,9 @@ class PretrainedEncoder(Encoder):
         return Frames(torch.cat(clips), tuple(len(clip_SC) for clip_SC in clips))
 
     def saved_config(self, with_weights: bool) -> PretrainedConfig:
-        """The ear's config to save with this encoder. With its weights beside it, one that builds the same modules from
-        scratch, without the hub or any file; else the one it was built from, pinned to the commit of its origin."""
-        if with_weights:
-            sizes = {"arguments": self._network.arguments, "features": self._network.sound}
-            return replace(self.config, name=None, path=None, revision=None, pretrained=False, **sizes)
-        return self.config if self.origin is None else replace(self.config, revision=self.origin.revision)
+        network = self._network
+        scratch = from_scratch(self.config, arguments=network.arguments, features=network.feature_options)
+        return to_save(self.config, scratch, self.origin, with_weights)
 
     def _encode(self, windows: Sequence[Tensor]) -> list[Tensor]:
         """Frames of each window; windows of equal length share a call."""
@@ -183,28 +179,3 @@ class PretrainedEncoder(Encoder):
 
     def _pool(self, frames_SC: Tensor) -> Tensor:
         return F.avg_pool1d(frames_SC.T[None], self.config.pool, ceil_mode=True)[0].T
-
-
-_NETWORKS: dict[str, type[Network]] = {
-    "whisper": Whisper,
-    "wav2vec2_bert": Wav2Vec2Bert,
-    "parakeet": Parakeet,
-}
-
-
-class _Known(NamedTuple):
-    """A network's sizes, and the commit they came from."""
-
-    network: Network
-    origin: Origin | None
-
-
-def _fetch(config: PretrainedConfig, weights: Sequence[str]) -> tuple[Path, Origin | None]:
-    """The local folder to read from: `path`, or the repository's snapshot, fetched if need be."""
-    if config.path is not None:
-        folder = Path(config.path)
-        if not folder.is_dir():
-            raise ValueError(f"path {folder}: no such folder; give the folder that transformers saved")
-        return folder, None
-    assert config.name is not None
-    return fetch(config.name, config.revision, [*_DESCRIPTIONS, *weights])

@@ -1,4 +1,9 @@
-"""Wav2Vec2-BERT's encoder."""
+"""Wav2Vec2-BERT: 50 frames a second, in windows of 20 s.
+
+Its extractor cuts a clip into the frames of Kaldi, as `log_mel` does (Source: SeamlessM4TFeatureExtractor).
+
+Letters: L samples, S steps, M features of a step, N windows.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from molora.encoders.audio_towers.network import Classes, Network, check_bins
-from molora.encoders.sound import SAMPLE_RATE_HZ
+from molora.encoders.logmel import num_frames
+from molora.encoders.sound import FRAME_SAMPLES, HOP_SAMPLES, SAMPLE_RATE_HZ
 
 
 class Wav2Vec2Bert(Network):
@@ -22,16 +28,13 @@ class Wav2Vec2Bert(Network):
         *("left_max_position_embeddings", "right_max_position_embeddings", "max_source_positions"),
         "rotary_embedding_base",
     )
-    sound_keys = ("num_mel_bins", "stride")
+    feature_keys = ("num_mel_bins", "stride")
     # The vector that stands for masked steps exists only if there are some.
     fixed: ClassVar[dict[str, Any]] = {"mask_time_prob": 0.0, "mask_feature_prob": 0.0}
     prefixes = ("wav2vec2_bert.", "")
     blocks = "encoder.layers."
     unused = ("masked_spec_embed", "adapter.", "intermediate_ffn.")
 
-    # Source: SeamlessM4TFeatureExtractor of transformers (Kaldi's frames).
-    FRAME_SAMPLES: ClassVar[int] = 400
-    HOP_SAMPLES: ClassVar[int] = 160
     # The learned distances take width x frames^2 numbers a block.
     WINDOW_SECONDS: ClassVar[int] = 20
 
@@ -44,17 +47,16 @@ class Wav2Vec2Bert(Network):
     def _check(self) -> None:
         stride = self.extractor.stride
         check_bins(self.sizes.feature_projection_input_dim, self.extractor.num_mel_bins * stride)
-        self.window_steps = self.WINDOW_SECONDS * SAMPLE_RATE_HZ // (self.HOP_SAMPLES * stride)
+        self.window_steps = self.WINDOW_SECONDS * SAMPLE_RATE_HZ // (HOP_SAMPLES * stride)
         # A clip is normalised by its deviation, which takes two frames of bins.
         self._least = max(2, stride)
 
     def num_frames(self, num_samples: int) -> int:
-        num_bins_frames = (num_samples - self.FRAME_SAMPLES) // self.HOP_SAMPLES + 1
-        return max(num_bins_frames, self._least) // self.extractor.stride
+        return max(num_frames(num_samples), self._least) // self.extractor.stride
 
     def features(self, wave_L: Tensor, augment: Callable[[Tensor], Tensor]) -> Tensor:
         """Neighbouring frames of mel bins are one step; an odd last one, which the network would mask, is dropped."""
-        shortest = self.FRAME_SAMPLES + (self._least - 1) * self.HOP_SAMPLES
+        shortest = FRAME_SAMPLES + (self._least - 1) * HOP_SAMPLES
         wave_L = F.pad(wave_L, (0, max(0, shortest - len(wave_L))))
         features_SM = self._extract(wave_L, pad_to_multiple_of=None)
         return augment(features_SM.reshape(-1, self.extractor.num_mel_bins)).reshape(features_SM.shape)

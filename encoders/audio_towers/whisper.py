@@ -1,4 +1,7 @@
-"""Whisper's encoder."""
+"""Whisper's encoder: 50 frames a second, in windows of 30 s.
+
+Letters: L samples, S steps, M features of a step, N windows.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ class Whisper(Network):
         *("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "activation_function"),
         *("num_mel_bins", "max_source_positions"),
     )
-    sound_keys = ("feature_size", "hop_length", "chunk_length", "n_fft")
+    feature_keys = ("feature_size", "hop_length", "chunk_length", "n_fft")
     depth_key = "encoder_layers"
     prefixes = ("model.encoder.", "encoder.", "")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from molora.config import did_you_mean
+from molora.encoders.pretrained_files import unknown_model
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -22,8 +22,7 @@ def model_config(name: str) -> dict[str, Any]:
     library = _library()
     config = library.get_model_config(name)
     if config is None:
-        near = did_you_mean(name, library.list_models(), at_most=3)
-        raise ValueError(f"open_clip has no model {name!r}; {near}open_clip.list_models() has their names")
+        raise unknown_model("open_clip", name, library.list_models())
     return config
 
 

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from contextlib import nullcontext
 from typing import Any
 
-import torch
 from torch import nn
 
-from molora.encoders.pretrained_files import check_keys, check_sizes, read_json
-from molora.encoders.vision_towers.tower import HALF, Built, PatchTower, TowerConfig, colours
-from molora.encoders.vision_towers.tower_weights import (
-    blocks_kept,
-    find_source,
+from molora.encoders.pretrained_files import (
+    check_keys,
+    check_sizes,
     from_scratch,
-    load_weights,
+    load_transformers,
+    num_kept,
+    read_json,
     read_weights,
-    resample,
 )
+from molora.encoders.vision_towers.tower import HALF, Built, PatchTower, TowerConfig, colours
+from molora.encoders.vision_towers.tower_weights import find_source, resample
 
 # Of SiglipVisionConfig; its image and patches are given by the crop.
 _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
@@ -47,17 +45,15 @@ def build_siglip(config: TowerConfig, crop_pixels: int) -> Built:
         sizes = SiglipVisionConfig.from_dict(found)
 
     depth = sizes.num_hidden_layers
-    blocks = blocks_kept(config.layer, depth, name)
+    blocks = num_kept(config.layer, depth, f"tower {name}")
     sizes.num_hidden_layers, sizes.vision_use_head, sizes._attn_implementation = blocks, False, "sdpa"
-    weights = source if config.pretrained else None
-    with nullcontext() if weights is None else torch.device("meta"):  # random weights of this size take half a minute
-        model: Any = SiglipVisionModel(sizes)
-    model.post_layernorm = nn.Identity()
-    if weights is not None:
-        dropped = "".join(rf"|encoder\.layers\.{index}\." for index in range(blocks, depth))
-        unused = r"text_model\.|head\.|post_layernorm\.|logit_scale$|logit_bias$|embeddings\.position_ids$" + dropped
-        state = {key.removeprefix("vision_model."): value for key, value in read_weights(weights).items()}
-        load_weights(model, state, re.compile(unused), str(weights))
+    if source is not None and config.pretrained:
+        later = (f"encoder.layers.{index}." for index in range(blocks, depth))
+        unused = ("head.", "embeddings.position_ids", *later)
+        state = read_weights(source, prefixes=("vision_model.", ""), unused=unused)
+        model: Any = load_transformers(SiglipVisionModel, sizes, state, str(source))
+    else:
+        model = SiglipVisionModel(sizes)
 
     grid = crop_pixels // model.config.patch_size
     table_NC = resample(model.embeddings.position_embedding.weight, grid)
@@ -67,4 +63,4 @@ def build_siglip(config: TowerConfig, crop_pixels: int) -> Built:
         tower.mean, tower.std = colours({"mean": about.get("image_mean", HALF), "std": about.get("image_std", HALF)})
     keys = (*_SIZES, "hidden_act", "layer_norm_eps")
     arguments = {key: getattr(sizes, key) for key in keys} | {"num_hidden_layers": depth}
-    return Built(tower, origin, from_scratch(config, name=None, arguments=arguments))
+    return Built(tower, origin, from_scratch(config, arguments=arguments))

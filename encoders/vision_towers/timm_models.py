@@ -7,16 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from molora.config import did_you_mean
-from molora.encoders.pretrained_files import check_keys, check_sizes, read_json
+from molora.encoders.pretrained_files import (
+    check_keys,
+    check_sizes,
+    from_scratch,
+    num_kept,
+    read_json,
+    read_weights,
+    unknown_model,
+)
 from molora.encoders.vision_towers import open_clip_models
 from molora.encoders.vision_towers.tower import Built, FeatureTower, PatchTower, TowerConfig, colours
-from molora.encoders.vision_towers.tower_weights import (
-    blocks_kept,
-    find_source,
-    from_scratch,
-    read_weights,
-)
+from molora.encoders.vision_towers.tower_weights import find_source
 from molora.modality import Origin
 
 # What may be said of a timm model: its sizes and parts. timm.create_model takes more, such as a file to unpickle.
@@ -43,8 +45,7 @@ def build_timm(config: TowerConfig, crop_pixels: int) -> Built:
     repository = name if "/" in name else None
     if name and repository is None:
         if not timm.is_model(name):
-            near = did_you_mean(name, timm.list_models(), at_most=3)
-            raise ValueError(f"timm has no model {name!r}; {near}timm.list_models() has their names")
+            raise unknown_model("timm", name, timm.list_models())
         if config.pretrained and not config.path:
             repository = getattr(timm.models.get_pretrained_cfg(name), "hf_hub_id", None)
             if repository is None:
@@ -138,7 +139,7 @@ def _timm_trunk(
     scratch = from_scratch(config, kind="timm", name=architecture, arguments=dict(arguments))
     if not _is_patch_transformer(model):
         return Built(FeatureTower(model, config.layer, crop_pixels, name), origin, scratch)
-    blocks = model.blocks[: blocks_kept(config.layer, len(model.blocks), name)]
+    blocks = model.blocks[: num_kept(config.layer, len(model.blocks), f"tower {name}")]
     enter = nn.Sequential(model.pos_drop, model.norm_pre)
     tower = PatchTower(model.patch_embed.proj, model.pos_embed[0], enter, blocks, model.patch_embed.grid_size[0])
     tower.mean, tower.std = colours(model.pretrained_cfg)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from molora.encoders.pretrained_files import check_sizes
+from molora.encoders.pretrained_files import check_sizes, check_source, num_kept
 from molora.modality import Origin, WeightSource
 
 Colour = tuple[float, float, float]
@@ -72,10 +72,7 @@ class TowerConfig(WeightSource):
             raise ValueError("kind transformers needs a name or a path, or pretrained: false and its arguments")
         if self.arguments and self.kind not in ("transformers", "timm"):
             raise ValueError(f"arguments are for kind transformers and timm, not {self.kind}")
-        if self.revision is not None and (self.path or not self.name):
-            raise ValueError(f"revision {self.revision!r} is for weights named on the hub: give a name and no path")
-        if self.layer >= 0:
-            raise ValueError(f"layer counts from the end and is negative, -1 being the last; got {self.layer}")
+        check_source(self, self.layer)
         if self.patch_pixels is not None and self.patch_pixels < 1:
             raise ValueError(f"patch_pixels is at least 1, got {self.patch_pixels}")
 
@@ -176,9 +173,7 @@ class FeatureTower(Tower):
         super().__init__()
         if not hasattr(model, "forward_intermediates"):
             raise ValueError(f"tower {name}: this timm model has no feature API (forward_intermediates); take another")
-        count = len(model.feature_info)
-        if not -count <= layer:
-            raise ValueError(f"tower {name}: layer {layer} asked for, but the model has {count} feature layers")
+        num_kept(layer, len(model.feature_info), f"tower {name}")
         self.index = model.prune_intermediate_layers([layer], prune_norm=True, prune_head=True)[0]
         self.model: Any = model
         self.mean, self.std = colours(model.pretrained_cfg)
