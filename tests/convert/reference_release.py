@@ -26,7 +26,7 @@ from transformers import (
     Phi4MultimodalVisionConfig,
 )
 
-from tests.reference_tokenizer import save_reference_tokenizer
+from tests.convert.reference_tokenizer import save_reference_tokenizer
 
 DECODER_LINEARS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 ADAPTERS = {"vision": ("vision-lora", 4, 8, 0.0), "speech": ("speech-lora", 6, 12, 0.01)}

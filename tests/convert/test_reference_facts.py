@@ -29,7 +29,7 @@ from molora.model.rotary import SampleRotary, wrap_rotary
 from molora.pack import Sample
 from molora.routers.table import TableConfig, TableRouter
 from molora.routing import Flow, flowing
-from tests.reference_tokenizer import SPECIAL_TOKENS, save_reference_tokenizer
+from tests.convert.reference_tokenizer import SPECIAL_TOKENS, save_reference_tokenizer
 
 # LongRoPE: 96 of a head's 128 channels turn, in pairs (i, i + 48)
 

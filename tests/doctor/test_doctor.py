@@ -66,7 +66,7 @@ def broken(tmp_path: Path) -> dict[str, str]:
     installed("torchvision", "0.26.0+cpu")
     installed("torchaudio", "2.11.0")
     (tmp_path / "torchaudio.py").write_text("raise OSError('libc10_cuda.so: cannot open shared object file')")
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     return {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{root}", "HF_HUB_OFFLINE": "1", "COLUMNS": "80"}
 
 

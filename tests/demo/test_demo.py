@@ -14,7 +14,7 @@ from molora.demo.run import demo_recipes, evaluations, run_demo
 from molora.train.recipe import Recipe
 from molora.train.resume import differences
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = {"vision": "easy_vqa.yaml", "audio": "speech.yaml", "spoken questions": "vision_speech.yaml"}
 
 pytest.importorskip("easy_vqa")

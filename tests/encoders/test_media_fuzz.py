@@ -2,7 +2,7 @@
 
 A few hundred by default. All ten thousand, with the same seeds every time:
 
-    MOLORA_FUZZED_FILES=10000 python -m pytest tests/test_media_fuzz.py -q
+    MOLORA_FUZZED_FILES=10000 python -m pytest tests/encoders/test_media_fuzz.py -q
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ soundfile = pytest.importorskip("soundfile")
 for library in ("torchaudio", "datasets", "sacrebleu"):
     pytest.importorskip(library)
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 SPEECH, VISION = CONFIGS / "phi4mm_speech_translation.yaml", CONFIGS / "phi4mm_vision_qa.yaml"
 RECIPES = {"audio": SPEECH, "vision": VISION}
 TRANSLATIONS = ["Vse bo v redu.", '"Ne!" je rekla.', "!", "null", "Kje je postaja?", "Da, jutri ob osmih."]

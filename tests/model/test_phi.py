@@ -28,7 +28,7 @@ from molora.testing import VOCAB_SIZE, assert_close, byte_tokenizer
 from molora.train.loop import train
 from molora.train.recipe import Recipe
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 SWITCH, EXPERTS, LAYERS = 24, 16, 2
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS, "vocab_size": VOCAB_SIZE + 3,

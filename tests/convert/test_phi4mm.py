@@ -49,7 +49,7 @@ from molora.model.molora import MoLoRA
 from molora.pack import collate
 from molora.plugins import resolve
 from molora.received import read_json
-from tests.reference_release import FULL_DEPTH, Sizes, hub_shapes, save_hub, save_native
+from tests.convert.reference_release import FULL_DEPTH, Sizes, hub_shapes, save_hub, save_native
 
 QUESTION = "What is it?"
 SLOTS = {"image": "<|endoftext10|>", "audio": "<|endoftext11|>"}
