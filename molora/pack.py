@@ -121,9 +121,7 @@ class Pack:
 
 
 def collate(
-    samples: Sequence[Sample],
-    modalities: Mapping[str, Modality],
-    order: Callable[[frozenset[str]], Any] | None = None,
+    samples: Sequence[Sample], modalities: Mapping[str, Modality], order: Callable[[frozenset[str]], Any] | None = None
 ) -> Pack:
     """Concatenates samples into a pack, neighbours by `order` of their set of modalities (the router's `order`).
 

@@ -11,11 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molora.received import (
-    TensorFile,
-    check_finite,
-    read_json,
-)
+from molora.received import TensorFile, check_finite, read_json
 from molora.storage import check_shapes
 
 FORMAT_VERSION = "1.0"

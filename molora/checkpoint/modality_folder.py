@@ -282,11 +282,7 @@ def load_modality(model: MoLoRA, name: str, folder: Path) -> None:
     files = about["files"]
     modality: Any = model.modalities[name]
     encoder: Any = model.encoders[name]
-    now = {
-        "part_type": modality.part_type,
-        "frame_width": encoder.width,
-        "projectors": sorted(modality.projectors()),
-    }
+    now = {"part_type": modality.part_type, "frame_width": encoder.width, "projectors": sorted(modality.projectors())}
     if changed := [f"{key} was {about[key]!r}, is {now[key]!r}" for key in now if about[key] != now[key]]:
         raise ValueError(
             f"{path}: plugin {about['plugin']!r} has changed since: {'; '.join(changed)}; "

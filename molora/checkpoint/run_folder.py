@@ -18,12 +18,7 @@ from molora.config import ConfigError, build
 from molora.model.identity import Identity
 from molora.model.molora import MoLoRA
 from molora.plugins import Found
-from molora.received import (
-    check_hash,
-    check_name,
-    file_hash,
-    listed_files,
-)
+from molora.received import check_hash, check_name, file_hash, listed_files
 from molora.storage import write_json, write_tensors
 
 _ROUTER = "router.safetensors"

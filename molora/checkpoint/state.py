@@ -11,9 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from molora.checkpoint.format import FORMAT_VERSION, read_described
-from molora.received import (
-    read_tensors,
-)
+from molora.received import read_tensors
 from molora.storage import write_folder, write_json, write_tensors
 
 _STATE_KEYS = {

@@ -130,10 +130,7 @@ def difference(ours: Tensor, reference: Tensor) -> float:
 
 @torch.no_grad()
 def compare(
-    model: PreTrainedModel,
-    stock: Stock,
-    packed: Callable[[Sequence[Tensor]], Tensor],
-    head: Callable[[Tensor], Tensor],
+    model: PreTrainedModel, stock: Stock, packed: Callable[[Sequence[Tensor]], Tensor], head: Callable[[Tensor], Tensor]
 ) -> dict[str, Any]:
     """Runs the probe's samples alone and packed, and compares with what the stock model gave.
 

@@ -17,11 +17,7 @@ import torch
 from torch import Tensor
 
 from molora.checkpoint.format import tensor_hash
-from molora.checkpoint.modality_folder import (
-    copy_modality,
-    read_about,
-    save_modality,
-)
+from molora.checkpoint.modality_folder import copy_modality, read_about, save_modality
 from molora.checkpoint.opening import open_model
 from molora.checkpoint.run_folder import write_run
 from molora.checkpoint.state import latest_state, read_state, save_state
@@ -40,13 +36,7 @@ from molora.storage import hold, write_json, write_text
 from molora.terminal import progress, say, warn
 from molora.train.frame_cache import FeatureCache
 from molora.train.log import MetricsLog
-from molora.train.optim import (
-    PartOptimizer,
-    copy_parts,
-    count,
-    matches,
-    set_trainable,
-)
+from molora.train.optim import PartOptimizer, copy_parts, count, matches, set_trainable
 from molora.train.preflight import Trial, open_trials, try_model
 from molora.train.recipe import Recipe, StageConfig, plan_recipe, remember_plugins, skipped_errors
 from molora.train.resume import Position, environment, resumed_position
@@ -114,14 +104,7 @@ def train(recipe: Recipe, *, show: bool = True, trust: Sequence[str] = ()) -> Pa
 class _Run:
     """A recipe in progress: the model, where it stands, and what it leaves on disk."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        ranks: Ranks,
-        position: Position,
-        show: bool,
-        trust: Sequence[str],
-    ) -> None:
+    def __init__(self, recipe: Recipe, ranks: Ranks, position: Position, show: bool, trust: Sequence[str]) -> None:
         self.recipe = recipe
         self.ranks = ranks
         self.interrupt = Interrupt()

@@ -7,17 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from molora.checkpoint.assembly import (
-    BackboneConfig,
-    Blueprint,
-    ModalityConfig,
-    RouterConfig,
-    blueprint,
-    router_plan,
-)
-from molora.checkpoint.modality_folder import (
-    read_plan,
-)
+from molora.checkpoint.assembly import BackboneConfig, Blueprint, ModalityConfig, RouterConfig, blueprint, router_plan
+from molora.checkpoint.modality_folder import read_plan
 from molora.checkpoint.opening import ModelPlan
 from molora.checkpoint.run_folder import read_run
 from molora.checkpoint.trust import remember
