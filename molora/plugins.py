@@ -24,13 +24,6 @@ from molora.config import ConfigError, did_you_mean
 
 Kind = Literal["modality", "router", "source", "metric"]
 
-_GROUPS = {
-    "modality": "molora.modalities",
-    "router": "molora.routers",
-    "source": "molora.sources",
-    "metric": "molora.metrics",
-}
-
 _SOURCES = {
     "messages": "molora.data.sources:Messages",
     "table": "molora.data.table:Table",
@@ -49,8 +42,8 @@ _METRICS = {
 # molora.evaluate.metrics (`name` and `config` are instances').
 _MEMBERS = {
     "modality": (
-        *("config_type", "part_type", "load", "prepare", "collate", "build_encoder", "projector", "projectors"),
-        "examples",
+        *("config_type", "part_type", "load", "prepare", "collate"),
+        *("build_encoder", "projector", "projectors", "examples"),
     ),
     "router": ("config_type", "order", "adapters", "learns", "forward"),
     "source": ("config_type", "__len__", "__getitem__"),
@@ -92,9 +85,10 @@ def available(kind: Kind) -> list[Plugin]:
         from molora.routers import ROUTERS as built_in
     else:
         built_in = _SOURCES if kind == "source" else _METRICS
+    group = "molora.modalities" if kind == "modality" else f"molora.{kind}s"
     installed = (
         Plugin(entry.name, entry.dist.name if entry.dist else "an installed package", entry.value)
-        for entry in entry_points(group=_GROUPS[kind])
+        for entry in entry_points(group=group)
     )
     # A distribution seen twice (an editable install beside its checkout) is one owner, hence the set.
     return [Plugin(name, "built-in", spec) for name, spec in built_in.items()] + sorted(set(installed))

@@ -84,8 +84,6 @@ def pick_device(name: str | None = None) -> torch.device:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name is None else name)
         torch.ones(1, device=device).item()  # which "meta" has no value for
     except (RuntimeError, AssertionError) as error:  # an AssertionError if torch was built without the device
-        told = str(error).partition("\n")[0]
-        raise ConfigError(
-            f"device: {name!r} is none of this machine ({told:.200}); give cpu, or leave it out"
-        ) from error
+        told = str(error).partition("\n")[0][:200]
+        raise ConfigError(f"device: {name!r} is none of this machine ({told}); give cpu, or leave it out") from error
     return device

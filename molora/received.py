@@ -9,10 +9,13 @@ import os
 import re
 import stat
 import struct
+import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,7 +53,7 @@ def check_name(name: object, where: str) -> str:
     return name
 
 
-def open_file(path: Path, folder: Path | None = None) -> BinaryIO:
+def open_file(path: Path, folder: Path | None = None) -> FileIO:
     """Opens a regular file, unbuffered; one of a received `folder` may be a link only to a place inside it.
 
     A snapshot in the hub's cache is a folder of links to the blobs beside it, which count as inside.
@@ -83,7 +86,7 @@ def read_bytes(path: Path, max_bytes: int, folder: Path | None = None) -> bytes:
         return b"".join(_chunks(file, size))
 
 
-def _chunks(file: BinaryIO, size: int) -> Iterator[bytes]:
+def _chunks(file: FileIO, size: int) -> Iterator[bytes]:
     """The next `size` bytes of a file, or fewer where it ends."""
     while size > 0 and (chunk := file.read(min(size, _CHUNK_BYTES))):
         yield chunk
@@ -91,25 +94,18 @@ def _chunks(file: BinaryIO, size: int) -> Iterator[bytes]:
 
 
 def file_hash(path: Path, folder: Path | None = None) -> str:
-    """SHA-256 of a regular file's bytes. Raises OSError, ValueError for what is no file, and for a link out of
-    `folder`."""
-    digest = hashlib.sha256()
+    """SHA-256 of a regular file. Raises OSError, ValueError for what is no file, and for a link out of `folder`."""
     with open_file(path, folder) as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def copy_file(
-    source: Path, target: Path, *, folder: Path, sha256: str | None = None, where: Path | None = None
-) -> None:
+def copy_file(source: Path, to: Path, *, folder: Path, sha256: str | None = None, where: Path | None = None) -> None:
     """Copies the bytes of a file of `folder`.
 
-    Raises OSError, ValueError for what is no file, for a link out of `folder`, and for bytes that do not have the hash
-    that `where` lists.
+    Raises OSError, ValueError for what is no file, for a link out of `folder`, and for another hash than `where` lists.
     """
     digest = hashlib.sha256()
-    with open_file(source, folder) as file, open(target, "wb") as copy:
+    with open_file(source, folder) as file, open(to, "wb") as copy:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
             copy.write(chunk)
@@ -124,9 +120,6 @@ def check_hash(found: str, expected: str, path: Path, where: Path) -> None:
             f"{path}: does not have the hash in {where}; it was changed, or a run was stopped while writing the "
             "folder (resuming that run writes it again)"
         )
-
-
-# JSON ------------------------------------------------------------------------------------------------------------
 
 
 def read_json(path: Path, folder: Path | None = None) -> dict[str, Any]:
@@ -163,11 +156,8 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The pairs of a JSON object. Raises ValueError for a key that stands twice."""
     value = dict(pairs)
     if len(value) < len(pairs):
-        seen: set[str] = set()
-        for name, _ in pairs:
-            if name in seen:
-                raise ValueError(f"the key {name!r:.80} stands twice in one object")
-            seen.add(name)
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {name!r:.80} stands twice in one object")
     return value
 
 
@@ -175,9 +165,6 @@ def _finite(constant: str) -> float:
     if constant == "NaN":  # infinities stand in configs of transformers
         raise ValueError("NaN is no number")
     return float(constant)
-
-
-# Tensors ---------------------------------------------------------------------------------------------------------
 
 
 class Entry(NamedTuple):
@@ -217,17 +204,14 @@ class TensorFile:
         return {name: entry.shape for name, entry in self.entries.items()}
 
     def check_dtypes(self, expected: Mapping[str, torch.dtype]) -> None:
-        """Raises ValueError for the first tensor that would become another kind of number; floats may be any of those
-        that training computes with."""
+        """Raises ValueError for the first tensor that would become another kind of number; FLOATS are one kind."""
         for name, entry in self.entries.items():
             into = expected[name]
             same = [key for key, (_, dtype) in _DTYPES.items() if dtype == into]
             allowed = FLOATS if into.is_floating_point else same
             if entry.dtype not in allowed:
-                raise ValueError(
-                    f"{self.path}: {name} is stored as {entry.dtype}, expected {' or '.join(allowed)}; get the file as "
-                    "it was saved"
-                )
+                told = f"{self.path}: {name} is stored as {entry.dtype}, expected {' or '.join(allowed)}"
+                raise ValueError(f"{told}; get the file as it was saved")
 
     def tensors(self, sha256: str | None = None, where: Path | None = None) -> Iterator[tuple[str, Tensor]]:
         """All tensors, one at a time. With `sha256`, the hash of the very bytes that they were made of is compared
@@ -264,7 +248,7 @@ class TensorFile:
         bytes_B = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
         view = bytes_B.numpy().data
         size = 0
-        while size < len(view) and (count := self._file.readinto(view[size : size + _CHUNK_BYTES])):  # pyright: ignore[reportAttributeAccessIssue]
+        while size < len(view) and (count := self._file.readinto(view[size : size + _CHUNK_BYTES])):
             size += count
         self._check_read(size, entry)
         return bytes_B
@@ -313,9 +297,8 @@ class TensorFile:
             raise self._broken("__metadata__ is no list of texts by name")
         if strange := next((name for name in values if not name.isprintable()), None):
             raise self._broken(f"{strange!r:.80} is no name of a tensor")
-        entries = sorted(
-            ((name, self._entry(name, value)) for name, value in values.items()), key=lambda pair: pair[1][2:]
-        )
+        entries = [(name, self._entry(name, value)) for name, value in values.items()]
+        entries.sort(key=lambda pair: (pair[1].start, pair[1].stop))
         at = 0
         for name, entry in entries:
             if entry.start != at:
@@ -340,11 +323,14 @@ class TensorFile:
             raise ValueError(f"{self.path}: {name!r:.80} has dtype {dtype!r:.20}; known are {', '.join(_DTYPES)}")
         bits = math.prod(shape) * _DTYPES[dtype][0]
         if bits != 8 * (stop - start):
-            raise self._broken(
-                f"{name!r:.80} of {dtype} {shape!r:.80} needs {Decimal(bits) / 8:.6g} bytes, its offsets give "
-                f"{stop - start}"
-            )
+            needed = f"{name!r:.80} of {dtype} {shape!r:.80} needs {Decimal(bits) / 8:.6g} bytes"
+            raise self._broken(f"{needed}, its offsets give {stop - start}")
         return Entry(dtype, tuple(shape), start, stop)
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number, as which a bool does not count."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def stamps(paths: Iterable[Path]) -> list[tuple[str, int, int, int, int]]:

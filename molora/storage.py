@@ -33,15 +33,11 @@ _HOLDER = re.compile(r"process \d{1,10} on [\w.-]{1,80}")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
-# Writing ---------------------------------------------------------------------------------------------------------
-
-
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write(temporary path)`, then makes the result appear at `path` in one step.
 
-    The temporary file is new, has a name that no one can know before, and lies in the same folder. A link at `path`
-    is replaced, not followed. The file's mode follows the umask, whatever `write` does. Raises OSError, and then
-    `path` is as it was.
+    The temporary file is new, has a name that no one can know before, and lies in the same folder. A link at `path` is
+    replaced, not followed. The mode follows the umask, whatever `write` does. On an OSError, `path` is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, mode = _new_file(path.parent)
@@ -89,8 +85,8 @@ def write_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _set_aside(path: Path) -> Iterator[None]:
-    """Moves what is at `path` into a folder beside it, where it keeps its name, and removes it in the end; after an
-    error it is back."""
+    """Moves what is at `path` into a folder beside it, under its own name; in the end it is removed, or after an error
+    back in place."""
     if not os.path.lexists(path):
         yield
         return
@@ -114,8 +110,7 @@ def _put_back(aside: Path) -> None:
 
 
 def settle(folder: Path) -> None:
-    """Syncs the files of a folder that a library wrote, and gives them the mode that the umask gives; safetensors
-    lets only their owner read them."""
+    """Syncs a folder's files that a library wrote, with the umask's mode: safetensors lets only the owner read them."""
     probe, mode = _new_file(folder)
     probe.unlink()
     for path in folder.iterdir():
@@ -169,9 +164,6 @@ def check_shapes(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequ
         raise ValueError(f"{where}: the tensors do not fit: {'; '.join(problems[:_MAX_NAMED])}{more}")
 
 
-# The cache -------------------------------------------------------------------------------------------------------
-
-
 def cache_folder() -> Path:
     """Where what can be made again is kept between runs."""
     try:
@@ -209,9 +201,6 @@ def _warn_once(message: str) -> None:
     if message not in _said:
         _said.add(message)
         print(f"warning: {message}", file=sys.stderr)
-
-
-# Locks -----------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -263,10 +252,8 @@ def _take(lock: Path, path: Path) -> int:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 holder = _HOLDER.search(os.pread(descriptor, 200, 0).decode(errors="replace"))
-                raise ConfigError(
-                    f"{path}: in use by {holder[0] if holder else 'another process'}; wait until it ends, or give "
-                    "another place"
-                ) from None
+                who = holder[0] if holder else "another process"
+                raise ConfigError(f"{path}: in use by {who}; wait until it ends, or give another place") from None
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise

@@ -24,10 +24,8 @@ def check_format(value: Mapping[str, Any], path: Path) -> None:
     """Raises ValueError for a major format version this code does not know."""
     version = str(value.get("format_version"))
     if version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
-        raise ValueError(
-            f"{path}: format version {version!r:.80}, this molora reads {FORMAT_VERSION}; upgrade molora, or use "
-            "the one that wrote it"
-        )
+        told = f"{path}: format version {version!r:.80}, this molora reads {FORMAT_VERSION}"
+        raise ValueError(f"{told}; upgrade molora, or use the one that wrote it")
 
 
 def read_described(path: Path, keys: Mapping[str, type]) -> dict[str, Any]:

@@ -79,8 +79,7 @@ def describe_modality(
     origin: Origin | None,
     files: Sequence[str],
 ) -> None:
-    """Writes `modality.json`, the last file of a modality's folder. `widths` are those of its frames and of the
-    backbone."""
+    """Writes `modality.json`, the last file of a modality's folder. `widths`: of its frames, and of the backbone."""
     for file in {_PROJECTOR, _ENCODER, *_ADAPTER} - set(files):
         (folder / file).unlink(missing_ok=True)
     write_json(
@@ -124,9 +123,8 @@ def read_about(folder: Path) -> dict[str, Any]:
     """What a modality folder says of itself. Raises ConfigError or ValueError naming the file."""
     path = folder / "modality.json"
     if not path.is_file():
-        raise ConfigError(
-            f"{folder}: not a modality folder (no modality.json); give one that a run wrote as modalities/<name>"
-        )
+        told = f"{folder}: not a modality folder (no modality.json)"
+        raise ConfigError(f"{told}; give one that a run wrote as modalities/<name>")
     about = read_described(path, _MODALITY_KEYS)
     check_name(about["name"], f'{path}: "name"')
     files = listed_files(about["files"], path)
@@ -135,10 +133,8 @@ def read_about(folder: Path) -> dict[str, Any]:
             raise ValueError(f'{path}: "files" lacks {file}, which is loaded too; copy the whole folder again')
     for file in (_ENCODER, *_ADAPTER):
         if file not in files and (folder / file).exists():
-            raise ValueError(
-                f"{folder / file}: is there, but {path} does not list it, so it would not be loaded; take it away, or "
-                "copy the whole folder again"
-            )
+            told = f"{folder / file}: is there, but {path} does not list it, so it would not be loaded"
+            raise ValueError(f"{told}; take it away, or copy the whole folder again")
     _check_encoder_about(about, path)
     return about
 
@@ -146,19 +142,15 @@ def read_about(folder: Path) -> dict[str, Any]:
 def _check_encoder_about(about: Mapping[str, Any], path: Path) -> None:
     """Raises ValueError for an encoder without a hash, and for one that is neither in the folder nor of some origin."""
     sha256, origin = about["encoder"].get("hash"), about["encoder"].get("origin")
-    texts = origin is None or (
-        isinstance(origin, dict) and all(isinstance(origin.get(key), str) for key in ("source", "revision"))
-    )
-    if not isinstance(sha256, str) or not texts:
+    texts = isinstance(origin, dict) and all(isinstance(origin.get(key), str) for key in ("source", "revision"))
+    if not isinstance(sha256, str) or not (origin is None or texts):
         raise ValueError(
             f'{path}: "encoder": hash is {sha256!r:.80} and origin {origin!r:.80}, expected a text, and null or texts '
             "as source and revision; copy it again"
         )
     if origin is None and _ENCODER not in about["files"]:
-        raise ValueError(
-            f'{path}: "files" lacks {_ENCODER}, and "encoder" says no origin where its weights are; copy the whole '
-            "folder again"
-        )
+        told = f'"files" lacks {_ENCODER}, and "encoder" says no origin where its weights are'
+        raise ValueError(f"{path}: {told}; copy the whole folder again")
 
 
 def read_blueprint(
@@ -228,10 +220,8 @@ def _check_sources(plan: Blueprint, about: Mapping[str, Any], path: Path) -> Non
             )
     ours = type(plan.modality).__module__.startswith("molora.encoders.")
     if ours and _ENCODER not in about["files"] and not any(source.fetches for source in sources):
-        raise ConfigError(
-            f"{path}: its encoder is neither in {_ENCODER} nor named on the hub by its options; copy the whole folder "
-            "again"
-        )
+        told = f"its encoder is neither in {_ENCODER} nor named on the hub by its options"
+        raise ConfigError(f"{path}: {told}; copy the whole folder again")
 
 
 def _sources(value: Any) -> Iterator[WeightSource]:

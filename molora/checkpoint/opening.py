@@ -23,8 +23,7 @@ from molora.terminal import warn
 @dataclass(frozen=True)
 class Layout:
     """Where the parts of a model lie: its backbone (a folder, or a hub id with the commit that a run was trained on),
-    its modality folders by name, and what the molora.json of a run says. Folders that molora.json does not name are not
-    part of the run."""
+    its modality folders by name, and what the molora.json of a run says. Other folders are not part of the run."""
 
     backbone: str
     folders: dict[str, Path]

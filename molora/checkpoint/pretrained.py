@@ -1,9 +1,13 @@
-"""Opening a causal LM and its tokenizer from a folder or the hub, without running code of theirs."""
+"""Opening a causal LM and its tokenizer from a folder or the hub, without running code of theirs.
+
+Its config.json may name no code, no sizes beyond those of any model, and only values of the kinds read.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +17,70 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from molora.checkpoint.settings import check_bounds, check_code, check_kinds, is_number
 from molora.config import ConfigError
 from molora.data.prompt import ChatTemplate
 from molora.model.backbone import Backbone
 from molora.model.identity import Identity, describe, remember, weight_stamps
-from molora.received import read_json, shard_names
+from molora.plugins import Untrusted
+from molora.received import is_number, read_json, shard_names
 from molora.terminal import warn
 
 # What is fetched of a model on the hub; no pickles, no code.
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _DTYPES = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "float": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-    "half": torch.float16,
-    "float64": torch.float64,
-    "fp64": torch.float64,
-    "double": torch.float64,
+    **{"float32": torch.float32, "fp32": torch.float32, "float": torch.float32},
+    **{"bfloat16": torch.bfloat16, "bf16": torch.bfloat16},
+    **{"float16": torch.float16, "fp16": torch.float16, "half": torch.float16},
+    **{"float64": torch.float64, "fp64": torch.float64, "double": torch.float64},
 }
+_COPY = "copy the file again from where it came from"
+# What transformers computes with by itself; other ways are kernels, which it may fetch from the hub.
+_EXPERTS = ("None", "eager", "grouped_mm", "batched_mm")
+# Settings in config.json that molora reads, what holds them, and how that is called.
+_READ: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (
+        ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
+        lambda value: type(value) is int and value > 0,
+        "a whole number over 0",
+    ),
+    (
+        ("num_key_value_heads", "head_dim", "attention_chunk_size", "original_max_position_embeddings"),
+        lambda value: value is None or (type(value) is int and value > 0),
+        "a whole number over 0, or null",
+    ),
+    (
+        ("sliding_window",),
+        lambda value: value is None or (type(value) is int and value >= 0),
+        "a whole number, or null",
+    ),
+    (
+        ("logit_scale", "logits_scaling", "final_logit_softcapping", "attn_logit_softcapping"),
+        lambda value: value is None or is_number(value),
+        "a finite number, or null",
+    ),
+    (("rope_theta",), lambda value: is_number(value) and value > 0, "a number over 0"),
+    (
+        ("partial_rotary_factor", "factor"),
+        lambda value: value is None or (is_number(value) and value > 0),
+        "a number over 0, or null",
+    ),
+    (
+        ("eos_token_id",),
+        lambda value: value is None or all(type(id) is int for id in (value if isinstance(value, list) else [value])),
+        "a token id, a list of them, or null",
+    ),
+    (
+        ("layer_types",),
+        lambda value: value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value)),
+        "a list of names, or null",
+    ),
+)
+# Beyond those of any model; transformers builds them before it compares them with the weights.
+_MAX_LAYERS = 1000
+_MAX_WIDTH = 2**25
+_MAX_WHOLE = 2**53
+_LAYERS = re.compile(r"layers?$|layers_per")
+_WIDTH = re.compile(r"size|dim|width|head|expert|rank|hidden|inner|embd|^d_")
 
 
 def load_backbone(
@@ -136,8 +181,7 @@ def read_config(folder: Path) -> Any:
 
 
 def _check_folder(folder: Path) -> None:
-    """Raises ValueError if transformers would open anything but regular files of this folder, or other weights than
-    those that are hashed."""
+    """Raises ValueError if transformers would open what is no regular file here, or weights that are not hashed."""
     for path in folder.iterdir():
         if not (path.is_file() or path.is_dir()):
             raise ValueError(f"backbone {folder}: {path.name} is no regular file, or a link to nowhere; take it away")
@@ -147,10 +191,8 @@ def _check_folder(folder: Path) -> None:
             "take the adapter's files away, and name the folder of the whole model"
         )
     if other := read_json(folder / "config.json").get("transformers_weights"):
-        raise ValueError(
-            f"backbone {folder}: transformers_weights in config.json names {other!r:.80}; take it out, and call the "
-            "weights model.safetensors"
-        )
+        told = f"backbone {folder}: transformers_weights in config.json names {other!r:.80}"
+        raise ValueError(f"{told}; take it out, and call the weights model.safetensors")
     for name in sorted(shard_names(folder)):
         if any(folder.glob("*.safetensors")) and not (folder / name).is_file():
             raise ValueError(f"{folder / name}: missing; copy the whole folder, in which it holds part of the weights")
@@ -170,10 +212,9 @@ def damage_named(where: str) -> Iterator[None]:
     except (ConfigError, OSError, MemoryError):
         raise
     except Exception as error:  # files that are damaged or edited end in errors of every kind there
-        told = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigError(
-            f"{where}: transformers cannot open it ({told:.300}); is it whole, and made for this version of it?"
-        ) from error
+        told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        ask = "is it whole, and made for this version of it?"
+        raise ConfigError(f"{where}: transformers cannot open it ({told}); {ask}") from error
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -187,3 +228,44 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             "number; copy the file again from where it came from"
         )
     return tokenizer
+
+
+def check_code(config: Mapping[str, Any], where: str) -> None:
+    """Raises Untrusted for a config.json that names a library or a kernel, which transformers would import or fetch."""
+    for key, value in config.items():
+        if key == "quantization_config" and value:
+            raise Untrusted(
+                f"{where}: quantization_config wants a library to unpack the weights with; molora reads weights as "
+                "they are: give the model before it was quantised"
+            )
+        kernels = "attn_implementation" in key and "/" in str(value)
+        experts = "experts_implementation" in key and str(value) not in _EXPERTS
+        if kernels or experts:
+            told = f"{where}: {key} is {value!r:.80}, code that would be fetched and run"
+            raise Untrusted(f"{told}; take {key} out, which changes no weight")
+        if isinstance(value, Mapping):
+            check_code(value, where)
+
+
+def check_bounds(config: Mapping[str, Any], path: Path) -> None:
+    """Raises ConfigError for sizes and numbers of layers beyond those of any model."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            check_bounds(value, path)
+            continue
+        most = _MAX_LAYERS if _LAYERS.search(key) else _MAX_WIDTH if _WIDTH.search(key) else _MAX_WHOLE
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and abs(number) > most:
+                raise ConfigError(f"{path}: {key} is {value!r:.80}, allowed {most:,} at most; {_COPY}")
+
+
+def check_kinds(config: Mapping[str, Any], path: Path, called: Mapping[str, str] | None = None) -> None:
+    """Raises ConfigError for a value of another kind than molora reads, there or among the settings of the text model
+    or of RoPE. `called` are settings that a family of models has another name for."""
+    for names, fits, what in _READ:
+        for key in ((called or {}).get(name, name) for name in names):
+            if key in config and not fits(config[key]):
+                raise ConfigError(f"{path}: {key} is {config[key]!r:.80}, expected {what}; {_COPY}")
+    for key, value in config.items():
+        if isinstance(value, Mapping) and re.fullmatch("text_config|rope_.*|.*_attention", key):
+            check_kinds(value, path)

@@ -2,8 +2,7 @@
 
 What comes with molora, and what an installed package declares as an entry point, is found by name. A file or another
 module is run only on the user's word (`--trust-plugin SPEC`, `load(…, trust=[SPEC])`, a recipe that the user trains).
-The word is remembered by the SHA-256 of the code in the cache folder, so that it holds wherever one stands, and for
-that very code.
+The word is remembered by the code's SHA-256 in the cache folder, so that it holds anywhere, and for that very code.
 """
 
 from __future__ import annotations

@@ -106,8 +106,7 @@ _NATIVE_TO_HUB = (
 class Place:
     """Where one tensor lies: its file in a run with its name and shape there, and its names and shape in the layouts.
 
-    `file` is a path in the run's folder, "backbone" standing for the shards there. An adapter's native name begins with
-    its folder.
+    `file` is a path in the run's folder, "backbone" for the shards there. An adapter's native name begins with its own.
     """
 
     file: str
@@ -225,12 +224,9 @@ def _hub_name(native: str) -> str:
     return native
 
 
-# Configs ------------------------------------------------------------------------------------------------------
-
-
 def from_hub(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Any:
-    """The hub's config.json in transformers' words. The tower's sizes are read off its weights' `shapes`, as the hub's
-    code knows them by itself."""
+    """The hub's config.json in transformers' words. The tower's sizes, which only the hub's code knows, are read off
+    its weights' `shapes`."""
     tower = {"crop_size": values["embd_layer"]["image_embd_layer"]["crop_size"], **_HUB_TOWER}
     patch, fc1 = f"{_TOWER}embeddings.patch_embedding.weight", f"{_TOWER}encoder.layers.0.mlp.fc1.weight"
     if patch in shapes and fc1 in shapes:

@@ -54,7 +54,7 @@ from molora.convert.phi4mm import (
     to_hub,
 )
 from molora.model import lora
-from molora.received import SHARD_INDEX, TensorFile, copy_file, read_json, read_tensors, shard_names, stamps
+from molora.received import SHARD_INDEX, Entry, TensorFile, copy_file, read_json, read_tensors, shard_names, stamps
 from molora.storage import (
     cache_folder,
     check_shapes,
@@ -103,13 +103,9 @@ class _Tensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._found)
 
-    def shape(self, key: str) -> tuple[int, ...]:
+    def entry(self, key: str) -> Entry:
         file, name = self._found[key]
-        return file.entries[name].shape
-
-    def dtype(self, key: str) -> str:
-        file, name = self._found[key]
-        return file.entries[name].dtype
+        return file.entries[name]
 
     def __getitem__(self, key: str) -> Tensor:
         file, name = self._found[key]
@@ -117,20 +113,16 @@ class _Tensors(Mapping[str, Tensor]):
 
     def check(self, expected: Mapping[str, tuple[int, ...]], where: str) -> None:
         """Raises ValueError listing what is unknown, missing, of another shape, or no float."""
-        check_shapes({key: self.shape(key) for key in self}, expected, where)
-        if foreign := sorted(key for key in self if self.dtype(key) not in _DTYPES):
-            raise ValueError(
-                f"{where}: {foreign[0]} is stored as {self.dtype(foreign[0])}, expected one of {', '.join(_DTYPES)}, "
-                f"and so for {len(foreign)} tensors in all; take the checkpoint as it was released"
-            )
+        check_shapes({key: self.entry(key).shape for key in self}, expected, where)
+        if foreign := sorted(key for key in self if self.entry(key).dtype not in _DTYPES):
+            stored = f"{foreign[0]} is stored as {self.entry(foreign[0]).dtype}, expected one of {', '.join(_DTYPES)}"
+            told = f"{where}: {stored}, and so for {len(foreign)} tensors in all"
+            raise ValueError(f"{told}; take the checkpoint as it was released")
 
 
 _ABOUT_KEPT = "Checkpoints that molora converted once, to open them faster. They can be deleted.\n"
 # Where the cache cannot be written, for as long as the process lives.
 _converted: list[TemporaryDirectory[str]] = []
-
-
-# From a release to a run ----------------------------------------------------------------------------------------
 
 
 def layout_of(source: str | Path) -> Layout | None:
@@ -180,9 +172,8 @@ def import_release(source: str | Path, run: Path) -> None:
             f"{source}: not Phi-4-multimodal (its config.json has none of the model types {', '.join(MODEL_TYPES)}); "
             "name a folder or hub id with the released checkpoint"
         )
-    if run.exists() and (
-        (run / "molora.json").exists() or {p.name for p in run.iterdir()} - {"backbone", "modalities"}
-    ):
+    there = {path.name for path in run.iterdir()} if run.exists() else set()
+    if there - {"backbone", "modalities"}:
         raise ConfigError(f"{run}: is there already; name a folder that is not")
     folder = fetch(str(source))
     tensors, release = _read_release(folder, layout)
@@ -193,7 +184,8 @@ def import_release(source: str | Path, run: Path) -> None:
     for file, group in itertools.groupby(sorted(places, key=lambda place: place.file), key=lambda place: place.file):
         here = {place.name: place for place in group}
         if file == "backbone":
-            sizes = {name: _num_bytes(place.shape, tensors.dtype(place.named(layout))) for name, place in here.items()}
+            stored = {name: tensors.entry(place.named(layout)) for name, place in here.items()}
+            sizes = {name: entry.stop - entry.start for name, entry in stored.items()}
             _write_shards(run / file, sizes, lambda name, here=here: tensors[here[name].named(layout)])
         elif layout == "native" and all(place.of_adapter for place in here.values()):
             for name in ("adapter_model.safetensors", "adapter_config.json"):
@@ -217,7 +209,7 @@ def import_release(source: str | Path, run: Path) -> None:
             "layout": layout,
             "config": json.loads(release.config.to_json_string(use_diff=False)),
             "max_crops": release.max_crops,
-            "dtypes": {place.native: tensors.dtype(place.named(layout)) for place in places},
+            "dtypes": {place.native: tensors.entry(place.named(layout)).dtype for place in places},
         },
     )
     _describe_run(run, release, layout, str(source))
@@ -231,18 +223,10 @@ def _describe_run(run: Path, release: Release, layout: Layout, source: str) -> N
         if layout == "hub":
             write_text(folder / "adapter_config.json", lora.adapter_json(release.adapters[name], source))
         encoder = read_tensors(folder / "encoder.safetensors", folder)
-        widths = {"vision": release.config.vision_config.hidden_size, "audio": release.config.audio_config.hidden_size}
+        frames = release.config.vision_config if name == "vision" else release.config.audio_config
+        widths = (frames.hidden_size, release.config.hidden_size)
         files = ["encoder.safetensors", "projector.safetensors", "adapter_model.safetensors", "adapter_config.json"]
-        describe_modality(
-            folder,
-            plan,
-            plan.modality.config,
-            (widths[name], release.config.hidden_size),
-            identity,
-            tensor_hash(encoder),
-            None,
-            files,
-        )
+        describe_modality(folder, plan, plan.modality.config, widths, identity, tensor_hash(encoder), None, files)
     write_run(run, identity, list(ADAPTERS), RouterConfig(options={"rules": RULES}))
 
 
@@ -269,19 +253,12 @@ def _understood(
 ) -> Release:
     """What the settings of a release say; without `adapters`, the hub's, which hold those of the adapters too."""
     if adapters is None:
-        adapters = {
-            name: lora.lora_config(
-                {
-                    "r": values[f"{theirs}_lora"]["r"],
-                    "lora_alpha": values[f"{theirs}_lora"]["lora_alpha"],
-                    "lora_dropout": values[f"{theirs}_lora"]["dp"],
-                    "target_modules": TARGETS,
-                },
-                f"{path}: {theirs}_lora",
-            )
-            for name, (_, theirs) in ADAPTERS.items()
-        }
-        config = from_hub(values, {key: tensors.shape(key) for key in tensors})
+        adapters = {}
+        for name, (_, theirs) in ADAPTERS.items():
+            given = values[f"{theirs}_lora"]
+            options = {"r": given["r"], "lora_alpha": given["lora_alpha"], "lora_dropout": given["dp"]}
+            adapters[name] = lora.lora_config({**options, "target_modules": TARGETS}, f"{path}: {theirs}_lora")
+        config = from_hub(values, {key: tensors.entry(key).shape for key in tensors})
     else:
         config = Phi4MultimodalConfig.from_dict(dict(values))
     return Release(config, adapters, _max_crops(path.parent))
@@ -296,10 +273,6 @@ def _max_crops(folder: Path) -> int:
             if "dynamic_hd" in values:
                 return int(values["dynamic_hd"])
     return _MAX_CROPS
-
-
-def _num_bytes(shape: tuple[int, ...], dtype: str) -> int:
-    return math.prod(shape) * _DTYPES[dtype].itemsize
 
 
 def _write_shards(folder: Path, sizes: Mapping[str, int], read: Callable[[str], Tensor]) -> None:
@@ -318,9 +291,6 @@ def _write_shards(folder: Path, sizes: Mapping[str, int], read: Callable[[str], 
         del values
     if count > 1:
         write_json(folder / SHARD_INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
-
-
-# From a run to a release ----------------------------------------------------------------------------------------
 
 
 def export_release(run: Path, folder: Path, layout: Layout | None = None) -> None:
@@ -369,9 +339,8 @@ def export_release(run: Path, folder: Path, layout: Layout | None = None) -> Non
     if own not in get_args(Layout) or missing or not _DTYPES.keys() >= {*kinds.values()}:
         raise ConfigError(f"{kept / _ABOUT}: its layout or dtypes are no release's; convert the release anew")
     files = dict.fromkeys(sorted(backbone.glob("*.safetensors")), "backbone:")
-    files |= {
-        backbone / place.file.removeprefix("backbone/"): f"{place.file}:" for place in places if _KEPT in place.file
-    }
+    unused = {place.file for place in places if _KEPT in place.file}
+    files |= {backbone / file.removeprefix("backbone/"): f"{file}:" for file in unused}
     for name, path in folders.items():
         for file in ("encoder", "projector", "adapter_model"):
             files[path / f"{file}.safetensors"] = f"modalities/{name}/{file}.safetensors:"
@@ -385,7 +354,7 @@ def export_release(run: Path, folder: Path, layout: Layout | None = None) -> Non
         place = baked[name]
         return tensors[place.key].reshape(place.released_shape).to(_DTYPES[dtypes[name]])
 
-    sizes = {name: _num_bytes(place.shape, dtypes[name]) for name, place in baked.items()}
+    sizes = {name: math.prod(place.shape) * _DTYPES[dtypes[name]].itemsize for name, place in baked.items()}
     with write_folder(folder) as draft:
         _write_shards(draft, sizes, read)
         for name, path in folders.items():

@@ -73,10 +73,8 @@ class AnswerFile:
         if not self.failed:
             return ""
         named = "; ".join(self.failed[:_MAX_NAMED]) + ("; …" if len(self.failed) > _MAX_NAMED else "")
-        return (
-            f"{len(self.failed)} of {len(self.ids)} rows have no answer but an error, and are tried again by the next "
-            f"call: {named}"
-        )
+        told = f"{len(self.failed)} of {len(self.ids)} rows have no answer but an error"
+        return f"{told}, and are tried again by the next call: {named}"
 
 
 def answer_rows(
@@ -129,8 +127,7 @@ def answer_file(messages: Path, output: Path) -> Iterator[AnswerFile]:
 
 
 def _ids(source: Messages) -> list[str]:
-    """The ids of all rows. A row of which nothing can be read, which is told when its turn comes, is called by its
-    number, and by no other row's id."""
+    """The ids of all rows. A row that cannot be read, which is told in its turn, has its number, and no other's id."""
     ids: dict[int, str] = {}
     for row in range(len(source)):
         with suppress(ValueError):
@@ -170,10 +167,8 @@ def _answered(output: Path) -> set[str]:
                 if "error" in row:
                     errors += 1
                 elif first.setdefault(row["id"], number) != number:
-                    raise ConfigError(
-                        f"--output {output}: lines {first[row['id']]} and {number} both answer {row['id']!r}; take one "
-                        "away"
-                    )
+                    lines = f"lines {first[row['id']]} and {number}"
+                    raise ConfigError(f"--output {output}: {lines} both answer {row['id']!r}; take one away")
     if errors:
         write_atomically(Path(os.path.realpath(output)), lambda temporary: _copy_answers(output, temporary))
     elif half:
@@ -183,9 +178,8 @@ def _answered(output: Path) -> set[str]:
 
 def _copy_answers(output: Path, to: Path) -> None:
     with open(output, "rb") as old, open(to, "wb") as new:
-        new.writelines(
-            line for line in old if line.endswith(b"\n") and line.strip() and "error" not in json.loads(line)
-        )
+        whole = (line for line in old if line.endswith(b"\n") and line.strip())
+        new.writelines(line for line in whole if "error" not in json.loads(line))
 
 
 def _answer(line: bytes, output: Path, number: int) -> dict[str, Any]:
@@ -194,8 +188,6 @@ def _answer(line: bytes, output: Path, number: int) -> dict[str, Any]:
     except (ValueError, RecursionError):
         row = None
     if not (isinstance(row, dict) and isinstance(row.get("id"), str) and ("answer" in row or "error" in row)):
-        raise ConfigError(
-            f"--output {output}: line {number} is no answer of molora: {line[:40]!r}; name a new file, or this one's "
-            "right name"
-        )
+        told = f"line {number} is no answer of molora: {line[:40]!r}"
+        raise ConfigError(f"--output {output}: {told}; name a new file, or this one's right name")
     return row

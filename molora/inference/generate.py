@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from molora.model.cache import PackedCache
+from molora.model.attention import PackedCache
 from molora.model.molora import MoLoRA
 from molora.pack import Pack, Sample, collate
 from molora.seeding import seed_of
@@ -83,8 +83,8 @@ def attempt(make: Callable[[], T], id: str) -> T | Failed:
 class Step:
     """One new token of one sample.
 
-    `finished` is set on its last one: "stop" (a stop token, not part of the answer), "length", or "error": then there
-    is no token (-1), and `error` says why.
+    `finished` is set on its last one: "stop" (a stop token, not part of the answer), "length", or "error": there is no
+    token (-1) then, and `error` says why.
     """
 
     id: str
@@ -119,8 +119,8 @@ def generate(
 ) -> Iterator[Step]:
     """Decodes samples, yielding tokens as they come; samples enter as others finish.
 
-    A sample's tokens do not depend on its neighbours: it draws from a generator of its own, seeded by the config's seed
-    and the sample's id. Ids must be unique.
+    A sample's tokens do not depend on its neighbours: it has a generator, seeded by the config's seed and the sample's
+    id. Ids must be unique.
 
     With `keep_going` a sample that fails (could not be made, collated or encoded, or has logits that are no numbers)
     ends with a step that has its error, and the others go on as if it had never been there. Else its error is raised.
@@ -261,9 +261,8 @@ def _decode(model: MoLoRA, running: Sequence[_Running], cache: PackedCache) -> t
         answer = torch.tensor(sample.answer, device=model.device)
         embeds_TD = torch.cat([sample.prompt_TD, model.backbone.embed(answer)])
         again = PackedCache()
-        pack = _continuation(
-            [sample], (sample.length,), torch.zeros(sample.length, dtype=torch.long, device=model.device)
-        )
+        unread = torch.zeros(sample.length, dtype=torch.long, device=model.device)
+        pack = _continuation([sample], (sample.length,), unread)
         hidden_TD = model(pack, embeds_TD=embeds_TD, cache=again)
         cache.join(again)
         logits[index] = model.backbone.head(hidden_TD[-1:])[0]

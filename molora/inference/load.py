@@ -22,8 +22,7 @@ from molora.ranks import pick_device
 
 @dataclass(frozen=True)
 class Answer:
-    """A finished answer. `finished` is "stop" if the model ended it, "length" if a limit did, "error" if there is none:
-    then `error` says why."""
+    """A finished answer, ended by the model ("stop"), by a limit ("length") or by an "error", and `error` says why."""
 
     id: str
     text: str

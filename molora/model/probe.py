@@ -154,9 +154,8 @@ def compare(
     for how, ours in (("alone", alone), ("packed", together)):
         logits = [head(hidden_TD[-_LOGITS:]) for hidden_TD in ours]
         pairs = [*zip(ours, stock.hidden, strict=True), *zip(logits, stock.logits, strict=True)]
-        differences[how] = worst = largest(
-            float((mine - theirs).abs().max() / theirs.abs().max()) for mine, theirs in pairs
-        )
+        relative = (float((mine - theirs).abs().max() / theirs.abs().max()) for mine, theirs in pairs)
+        differences[how] = worst = largest(relative)
         if not worst <= tolerance:
             types = ", ".join(sorted(set(getattr(model.config, "layer_types", None) or ["full_attention"])))
             raise BackboneRefused(

@@ -19,8 +19,7 @@ from torch import Tensor
 from molora.checkpoint.format import tensor_hash
 from molora.checkpoint.modality_folder import copy_modality, read_about, save_modality
 from molora.checkpoint.opening import open_model
-from molora.checkpoint.run_folder import write_run
-from molora.checkpoint.state import latest_state, read_state, save_state
+from molora.checkpoint.run_folder import latest_state, read_state, save_state, write_run
 from molora.config import ConfigError, dump, plain
 from molora.data.sources import EncodedSamples, Skipped, step_loader
 from molora.evaluate.judge import Evaluation, EvaluationConfig, complaints
@@ -36,11 +35,10 @@ from molora.storage import hold, write_json, write_text
 from molora.terminal import progress, say, warn
 from molora.train.frame_cache import FeatureCache
 from molora.train.log import MetricsLog
-from molora.train.optim import PartOptimizer, copy_parts, count, matches, set_trainable
 from molora.train.preflight import Trial, open_trials, try_model
 from molora.train.recipe import Recipe, StageConfig, plan_recipe, remember_plugins, skipped_errors
 from molora.train.resume import Position, environment, resumed_position
-from molora.train.step import TrainingError, train_step
+from molora.train.step import PartOptimizer, TrainingError, copy_parts, count, matches, set_trainable, train_step
 
 # What a full disk, a quota or a limit on the size of files says.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -58,8 +56,7 @@ def train(recipe: Recipe, *, show: bool = True, trust: Sequence[str] = ()) -> Pa
     What the recipe names may run, and is trusted from then on; plugins that a folder it names (`path`) names in turn
     may run if `trust` names them, as in `molora.load`.
 
-    Once training begins, the first SIGINT or SIGTERM saves after the step under way and raises Stopped, a second one
-    acts at once.
+    Once training begins, the first SIGINT or SIGTERM saves after the step under way and raises Stopped; a second acts.
 
     Raises ConfigError for a recipe that cannot work, ValueError for data that cannot be used, TrainingError when
     training must stop, EvaluationFailed when it is done and an evaluation is not.
@@ -123,8 +120,7 @@ class _Run:
         self.failed: list[str] = []
 
     def begin(self, state: Path | None, trials: Mapping[str, Trial]) -> None:
-        """Tries all that is to come on the model, opens the run folder and puts the latest state back, if there is
-        one."""
+        """Tries all that is to come on the model, opens the run folder and puts the latest state back, if any."""
         try_model(self.recipe, self.model, self.processor, trials)
         if state:
             self._restore(state)

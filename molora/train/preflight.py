@@ -10,9 +10,9 @@ from molora.data.sources import Source, SourceConfig, check_length, open_source
 from molora.evaluate.judge import EvaluationConfig, question
 from molora.evaluate.metrics import Judged, open_metrics, scores
 from molora.model.molora import MoLoRA
-from molora.train.optim import check_start, set_trainable
 from molora.train.recipe import Recipe, skipped_errors
 from molora.train.resume import Position
+from molora.train.step import check_start, set_trainable
 
 # Rows of a source that are tried, spread over it; more of them if none of these can be used.
 TRIED_ROWS = 4
@@ -132,13 +132,11 @@ def _check_names(recipe: Recipe, model: MoLoRA) -> None:
     """Raises ConfigError for modalities that the recipe's rules name and that are not there."""
     known = sorted(model.modalities)
     for name in sorted(getattr(model.router, "named", frozenset()) - set(known)) if recipe.router.path is None else ():
-        raise ConfigError(
-            f"router.options: a rule names modality {name!r}; {did_you_mean(name, known)}there is {known}"
-        )
+        near = did_you_mean(name, known)
+        raise ConfigError(f"router.options: a rule names modality {name!r}; {near}there is {known}")
     for owner, modality in model.modalities.items():
         others = [other for other in known if other != owner]
         for name in getattr(modality.config, "beside", None) or ():
             if name not in others and (near := did_you_mean(name, others)):
-                raise ConfigError(
-                    f"modalities.{owner}.options.beside: names modality {name!r}; {near}there is {others}"
-                )
+                where = f"modalities.{owner}.options.beside"
+                raise ConfigError(f"{where}: names modality {name!r}; {near}there is {others}")

@@ -21,7 +21,7 @@ from molora.media import MediaPolicy
 from molora.modality import MediaError
 from molora.plugins import Kind, find
 from molora.received import check_name
-from molora.train.optim import PartConfig
+from molora.train.step import PartConfig
 
 
 @dataclass(kw_only=True)

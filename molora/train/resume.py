@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import transformers
 
-from molora.checkpoint.state import read_state_about
+from molora.checkpoint.run_folder import read_state_about
 from molora.config import ConfigError, build, plain
-from molora.train.optim import learning_rate
 from molora.train.recipe import Recipe, StageConfig
+from molora.train.step import learning_rate
 
 # What may change once a run has begun, as all that is done would have been the same. Of a recipe, only these must stay:
 _KEPT = ("seed", "modalities", "router")
