@@ -124,9 +124,7 @@ def find(kind: Kind, spec: str) -> Found:
 
 def find_in_file(kind: Kind, spec: str, path: Path, read: Callable[[], bytes]) -> Found:
     """The class that `spec` names in a file at `path` with the content that `read` gives: what is hashed is what runs.
-
-    Raises ConfigError as `find` does.
-    """
+    Raises ConfigError as `find` does."""
     sha256 = ""
 
     def run() -> ModuleType:
@@ -162,10 +160,8 @@ def _class_in(kind: Kind, spec: str, module: ModuleType, place: str, class_name:
     found = getattr(module, class_name, None)
     if found is None:
         classes = list(_classes(module))
-        raise ConfigError(
-            f"{kind} {spec!r}: {place} has no {class_name!r}; {did_you_mean(class_name, classes)}"
-            f"its classes: {', '.join(classes) or 'none'}"
-        )
+        told = f"{kind} {spec!r}: {place} has no {class_name!r}"
+        raise ConfigError(f"{told}; {did_you_mean(class_name, classes)}its classes: {', '.join(classes) or 'none'}")
     if not isinstance(found, type):
         raise ConfigError(f"{kind} {spec!r}: {place}:{class_name} is {found!r}, not a class")
     if missing := _missing(kind, found):
@@ -198,10 +194,8 @@ def _named(kind: Kind, name: str) -> Plugin:
         raise ConfigError(f"{kind} {name!r} is claimed by {claims}; write the `package.module:Class` that you mean")
     if not owners:
         names = [plugin.name for plugin in plugins]
-        raise ConfigError(
-            f"no {kind} is called {name!r}; {did_you_mean(name, names)}there is {', '.join(names) or 'none'};"
-            f" or write `package.module:Class` or `path/to/file.py:Class`"
-        )
+        told = f"no {kind} is called {name!r}; {did_you_mean(name, names)}there is {', '.join(names) or 'none'}"
+        raise ConfigError(f"{told}; or write `package.module:Class` or `path/to/file.py:Class`")
     return owners[0]
 
 

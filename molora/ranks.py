@@ -59,10 +59,8 @@ class _Launched(Ranks):
 
 
 def launched_ranks(name: str | None = None) -> Ranks:
-    """The ranks that this process was launched with, on the device named, or on the one that accelerate finds.
-
-    Raises ConfigError for a device that is not there, or that all ranks would share.
-    """
+    """The ranks that this process was launched with, on the device named, or on the one that accelerate finds. Raises
+    ConfigError for a device that is not there, or that all ranks would share."""
     from accelerate import Accelerator
 
     if name is None:

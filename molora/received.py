@@ -100,10 +100,8 @@ def file_hash(path: Path, folder: Path | None = None) -> str:
 
 
 def copy_file(source: Path, to: Path, *, folder: Path, sha256: str | None = None, where: Path | None = None) -> None:
-    """Copies the bytes of a file of `folder`.
-
-    Raises OSError, ValueError for what is no file, for a link out of `folder`, and for another hash than `where` lists.
-    """
+    """Copies the bytes of a file of `folder`. Raises OSError, ValueError for what is no file, for a link out of
+    `folder`, and for another hash than `where` lists."""
     digest = hashlib.sha256()
     with open_file(source, folder) as file, open(to, "wb") as copy:
         while chunk := file.read(_CHUNK_BYTES):
@@ -116,10 +114,8 @@ def copy_file(source: Path, to: Path, *, folder: Path, sha256: str | None = None
 def check_hash(found: str, expected: str, path: Path, where: Path) -> None:
     """Raises ValueError if a file has another SHA-256 than the one that `where` lists."""
     if found != expected:
-        raise ValueError(
-            f"{path}: does not have the hash in {where}; it was changed, or a run was stopped while writing the "
-            "folder (resuming that run writes it again)"
-        )
+        why = "it was changed, or a run was stopped while writing the folder (resuming that run writes it again)"
+        raise ValueError(f"{path}: does not have the hash in {where}; {why}")
 
 
 def read_json(path: Path, folder: Path | None = None) -> dict[str, Any]:
@@ -177,10 +173,8 @@ class Entry(NamedTuple):
 
 
 class TensorFile:
-    """A safetensors file, held open, whose header was checked. `entries` are in the order of their bytes.
-
-    Raises OSError, ValueError naming the file for what is not whole safetensors: nothing is allocated before.
-    """
+    """A safetensors file, held open, whose header was checked. `entries` are in the order of their bytes. Raises
+    OSError, ValueError naming the file for what is not whole safetensors: nothing is allocated before."""
 
     def __init__(self, path: Path, folder: Path | None = None) -> None:
         self.path = path
@@ -365,10 +359,8 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str) -> Iterator[
     """The same tensors. Raises ValueError for the first that holds NaN or infinity."""
     for name, tensor in tensors:
         if tensor.is_floating_point() and not (finite := tensor.float().isfinite()).all():
-            raise ValueError(
-                f"{where}: {name} holds {int((~finite).sum())} numbers of {tensor.numel()} that are NaN or infinite; "
-                "every answer would be: get a sound copy"
-            )
+            told = f"{where}: {name} holds {int((~finite).sum())} numbers of {tensor.numel()} that are NaN or infinite"
+            raise ValueError(f"{told}; every answer would be: get a sound copy")
         yield name, tensor
 
 

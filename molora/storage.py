@@ -278,9 +278,7 @@ def _sweep(folder: Path) -> None:
     for root, folders, files in os.walk(folder):
         for path in (Path(root, name) for name in (*folders, *files)):
             if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(folder):
-                raise ConfigError(
-                    f"{path}: leads out of the run, to {os.path.realpath(path)}, and is not written through; put what "
-                    f"it leads to in its place, or make the whole of {folder} a link"
-                )
+                told = f"{path}: leads out of the run, to {os.path.realpath(path)}, and is not written through"
+                raise ConfigError(f"{told}; put what it leads to in its place, or make the whole of {folder} a link")
             if _TEMPORARY.fullmatch(path.name):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -103,9 +103,7 @@ def describe_modality(
 
 def copy_modality(source: Path, folder: Path) -> None:
     """Copies the files that a modality folder lists, byte by byte, and `modality.json`: last, as when it is saved.
-
-    Raises ValueError for a file that does not have its hash; it is not written then.
-    """
+    Raises ValueError for a file that does not have its hash; it is not written then."""
     path = source / "modality.json"
     data = read_bytes(path, MAX_JSON_BYTES, source)
     about = checked(parse_json(data, str(path)), path, _MODALITY_KEYS)
@@ -144,10 +142,8 @@ def _check_encoder_about(about: Mapping[str, Any], path: Path) -> None:
     sha256, origin = about["encoder"].get("hash"), about["encoder"].get("origin")
     texts = isinstance(origin, dict) and all(isinstance(origin.get(key), str) for key in ("source", "revision"))
     if not isinstance(sha256, str) or not (origin is None or texts):
-        raise ValueError(
-            f'{path}: "encoder": hash is {sha256!r:.80} and origin {origin!r:.80}, expected a text, and null or texts '
-            "as source and revision; copy it again"
-        )
+        told = f'{path}: "encoder": hash is {sha256!r:.80} and origin {origin!r:.80}'
+        raise ValueError(f"{told}, expected a text, and null or texts as source and revision; copy it again")
     if origin is None and _ENCODER not in about["files"]:
         told = f'"files" lacks {_ENCODER}, and "encoder" says no origin where its weights are'
         raise ValueError(f"{path}: {told}; copy the whole folder again")
@@ -168,10 +164,8 @@ def read_blueprint(
 
 
 def check_modality(folder: Path, identity: Identity) -> list[str]:
-    """Checks that a modality folder is whole and fits the backbone, without its plugin. Returns warnings.
-
-    Raises ConfigError or ValueError naming the file.
-    """
+    """Checks that a modality folder is whole and fits the backbone, without its plugin. Returns warnings. Raises
+    ConfigError or ValueError naming the file."""
     path = folder / "modality.json"
     about = read_about(folder)
     warnings = identity.check(about["backbone"], str(path))
@@ -183,10 +177,8 @@ def check_modality(folder: Path, identity: Identity) -> list[str]:
 
 
 def read_plan(folder: Path, name: str, trusted: Sequence[str | Found] = ()) -> Blueprint:
-    """The blueprint of a modality folder, to be called `name`, whatever backbone and files it has.
-
-    Raises ConfigError or ValueError naming the file.
-    """
+    """The blueprint of a modality folder, to be called `name`, whatever backbone and files it has. Raises ConfigError
+    or ValueError naming the file."""
     path = folder / "modality.json"
     about = read_about(folder)
     may_run = partial(find_received, sha256=about.get("plugin_sha256"), trusted=trusted)
@@ -235,10 +227,8 @@ def _sources(value: Any) -> Iterator[WeightSource]:
 
 
 def check_encoder(plan: Blueprint, folder: Path) -> None:
-    """Compares the tensors in a folder's encoder.safetensors with those of the encoder that its options describe.
-
-    It is built without memory for its weights, so that no more is ever taken than the file holds. Raises ValueError.
-    """
+    """Compares the tensors in a folder's encoder.safetensors with those of the encoder that its options describe. It is
+    built without memory for its weights, so that no more is ever taken than the file holds. Raises ValueError."""
     if _ENCODER not in read_about(folder)["files"]:
         return
     try:
@@ -263,10 +253,8 @@ def _how_to_get_plugin(plugin: str) -> str:
 
 
 def load_modality(model: MoLoRA, name: str, folder: Path) -> None:
-    """Fills a modality's modules from its folder.
-
-    Raises ConfigError for what is no modality folder, ValueError listing tensors that do not fit.
-    """
+    """Fills a modality's modules from its folder. Raises ConfigError for what is no modality folder, ValueError listing
+    tensors that do not fit."""
     path = folder / "modality.json"
     about = read_about(folder)
     files = about["files"]
@@ -274,10 +262,8 @@ def load_modality(model: MoLoRA, name: str, folder: Path) -> None:
     encoder: Any = model.encoders[name]
     now = {"part_type": modality.part_type, "frame_width": encoder.width, "projectors": sorted(modality.projectors())}
     if changed := [f"{key} was {about[key]!r}, is {now[key]!r}" for key in now if about[key] != now[key]]:
-        raise ValueError(
-            f"{path}: plugin {about['plugin']!r} has changed since: {'; '.join(changed)}; "
-            f"{_how_to_get_plugin(about['plugin'])}"
-        )
+        told = f"{path}: plugin {about['plugin']!r} has changed since: {'; '.join(changed)}"
+        raise ValueError(f"{told}; {_how_to_get_plugin(about['plugin'])}")
     fill(model.projectors[name].state_dict(), folder / _PROJECTOR, files[_PROJECTOR], path)
     if _ENCODER in files:
         try:
@@ -285,9 +271,7 @@ def load_modality(model: MoLoRA, name: str, folder: Path) -> None:
         except ValueError as error:
             raise ValueError(f"{error}; did the plugin's code change? train it anew, under another run=") from error
     elif tensor_hash(encoder.state_dict()) != about["encoder"]["hash"]:
-        raise ValueError(
-            f"{folder}: its encoder comes from {about['encoder']['origin']}, whose tensors now have another hash than "
-            "when the modality was saved"
-        )
+        told = f"{folder}: its encoder comes from {about['encoder']['origin']}"
+        raise ValueError(f"{told}, whose tensors now have another hash than when the modality was saved")
     if _ADAPTER[1] in files:
         fill(lora.adapter_tensors(model.backbone.model, name), folder / _ADAPTER[1], files[_ADAPTER[1]], path)

@@ -123,10 +123,8 @@ def read_dtype(given: str, key: str = "dtype") -> torch.dtype:
 
 
 def fetch(source: str, revision: str | None = None, *, weights: bool = True) -> Path:
-    """The folder of a model: `source` itself, or what the hub has under that id, with its `weights` or without.
-
-    Raises FileNotFoundError, and ValueError for a folder that is not as it should be.
-    """
+    """The folder of a model: `source` itself, or what the hub has under that id, with its `weights` or without. Raises
+    FileNotFoundError, and ValueError for a folder that is not as it should be."""
     folder = Path(source)
     if not folder.is_dir():
         if source.startswith((".", "/", "~")) or source.count("/") > 1:
@@ -186,10 +184,8 @@ def _check_folder(folder: Path) -> None:
         if not (path.is_file() or path.is_dir()):
             raise ValueError(f"backbone {folder}: {path.name} is no regular file, or a link to nowhere; take it away")
     if (folder / "adapter_config.json").exists():
-        raise ValueError(
-            f"backbone {folder}: holds adapter_config.json, so transformers would open the model that it names; "
-            "take the adapter's files away, and name the folder of the whole model"
-        )
+        told = f"backbone {folder}: holds adapter_config.json, so transformers would open the model that it names"
+        raise ValueError(f"{told}; take the adapter's files away, and name the folder of the whole model")
     if other := read_json(folder / "config.json").get("transformers_weights"):
         told = f"backbone {folder}: transformers_weights in config.json names {other!r:.80}"
         raise ValueError(f"{told}; take it out, and call the weights model.safetensors")
@@ -223,10 +219,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if tokenizer.chat_template is None:
         raise ValueError(f"backbone {folder}: its tokenizer has no chat template; add one (chat_template.jinja)")
     if not is_number(tokenizer.model_max_length):
-        raise ConfigError(
-            f"{folder / 'tokenizer_config.json'}: model_max_length is {tokenizer.model_max_length!r:.80}, expected a "
-            "number; copy the file again from where it came from"
-        )
+        told = f"{folder / 'tokenizer_config.json'}: model_max_length is {tokenizer.model_max_length!r:.80}"
+        raise ConfigError(f"{told}, expected a number; {_COPY}")
     return tokenizer
 
 
@@ -234,10 +228,8 @@ def check_code(config: Mapping[str, Any], where: str) -> None:
     """Raises Untrusted for a config.json that names a library or a kernel, which transformers would import or fetch."""
     for key, value in config.items():
         if key == "quantization_config" and value:
-            raise Untrusted(
-                f"{where}: quantization_config wants a library to unpack the weights with; molora reads weights as "
-                "they are: give the model before it was quantised"
-            )
+            told = f"{where}: quantization_config wants a library to unpack the weights with"
+            raise Untrusted(f"{told}; molora reads weights as they are: give the model before it was quantised")
         kernels = "attn_implementation" in key and "/" in str(value)
         experts = "experts_implementation" in key and str(value) not in _EXPERTS
         if kernels or experts:

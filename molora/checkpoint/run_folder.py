@@ -85,10 +85,8 @@ class RunAbout:
             return self.backbone["source"]
         path = os.path.realpath(self.folder / self.backbone["folder"])
         if not Path(path).is_dir():
-            raise ConfigError(
-                f"{self.folder / 'molora.json'}: its backbone is not in {path}; move the two together, or write its "
-                f'path from {self.folder} as "folder" there'
-            )
+            told = f"{self.folder / 'molora.json'}: its backbone is not in {path}"
+            raise ConfigError(f'{told}; move the two together, or write its path from {self.folder} as "folder" there')
         return path
 
     def router_plan(self, trusted: Sequence[str | Found] = ()) -> RouterPlan:
@@ -102,10 +100,8 @@ class RunAbout:
         folders = {name: self.folder / "modalities" / name for name in self.modalities}
         for name, folder in folders.items():
             if not folder.is_dir():
-                raise ConfigError(
-                    f"{self.folder / 'molora.json'}: lists modality {name!r}, whose folder {folder} is missing; copy "
-                    'the whole run, or take it out of "modalities" there'
-                )
+                told = f"{self.folder / 'molora.json'}: lists modality {name!r}, whose folder {folder} is missing"
+                raise ConfigError(f'{told}; copy the whole run, or take it out of "modalities" there')
         return folders
 
 
@@ -170,10 +166,8 @@ def latest_state(run: Path) -> Path | None:
 
 
 def read_state(state: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """A state's description and its tensors by file.
-
-    Raises OSError, ValueError naming the file that is missing, damaged or of another format.
-    """
+    """A state's description and its tensors by file. Raises OSError, ValueError naming the file that is missing,
+    damaged or of another format."""
     about = read_state_about(state)
     return about, {name: read_tensors(state / f"{name}.safetensors") for name in ("weights", "optimizer")}
 

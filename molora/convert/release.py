@@ -83,10 +83,8 @@ _MAX_CROPS = 36
 
 
 class _Tensors(Mapping[str, Tensor]):
-    """The tensors of safetensors files by name, read one by one. Each file has a prefix for its names.
-
-    Raises ValueError for a file that is not whole, and for a name that two files hold.
-    """
+    """The tensors of safetensors files by name, read one by one. Each file has a prefix for its names. Raises
+    ValueError for a file that is not whole, and for a name that two files hold."""
 
     def __init__(self, files: Mapping[Path, str]) -> None:
         self._found: dict[str, tuple[TensorFile, str]] = {}
@@ -168,10 +166,8 @@ def import_release(source: str | Path, run: Path) -> None:
     """
     layout = layout_of(source)
     if layout is None:
-        raise ConfigError(
-            f"{source}: not Phi-4-multimodal (its config.json has none of the model types {', '.join(MODEL_TYPES)}); "
-            "name a folder or hub id with the released checkpoint"
-        )
+        told = f"{source}: not Phi-4-multimodal (its config.json has none of the model types {', '.join(MODEL_TYPES)})"
+        raise ConfigError(f"{told}; name a folder or hub id with the released checkpoint")
     there = {path.name for path in run.iterdir()} if run.exists() else set()
     if there - {"backbone", "modalities"}:
         raise ConfigError(f"{run}: is there already; name a folder that is not")
@@ -304,10 +300,8 @@ def export_release(run: Path, folder: Path, layout: Layout | None = None) -> Non
     backbone, folders = Path(about_run.backbone_source()), about_run.modality_folders()
     kept = backbone / _KEPT
     if not (kept / _ABOUT).is_file():
-        raise ConfigError(
-            f"{run}: its backbone {backbone} was not imported (no {_KEPT}/{_ABOUT} there); only runs on a backbone "
-            "from `molora convert phi4mm` can be written as a release"
-        )
+        told = f"{run}: its backbone {backbone} was not imported (no {_KEPT}/{_ABOUT} there)"
+        raise ConfigError(f"{told}; only runs on a backbone from `molora convert phi4mm` can be written as a release")
     if set(folders) != set(ADAPTERS):
         raise ConfigError(
             f"{run}: has the modalities {', '.join(sorted(folders))}; the released model holds exactly "

@@ -25,10 +25,8 @@ _MAX_NAMED = 5
 
 @dataclass
 class AnswerFile:
-    """Rows to answer and the file of their answers, which goes on where it stopped.
-
-    A row that failed before is tried again. `failed` names those that failed this time.
-    """
+    """Rows to answer and the file of their answers, which goes on where it stopped. A row that failed before is tried
+    again. `failed` names those that failed this time."""
 
     source: Messages
     output: Path

@@ -81,11 +81,8 @@ def attempt(make: Callable[[], T], id: str) -> T | Failed:
 
 @dataclass(frozen=True)
 class Step:
-    """One new token of one sample.
-
-    `finished` is set on its last one: "stop" (a stop token, not part of the answer), "length", or "error": there is no
-    token (-1) then, and `error` says why.
-    """
+    """One new token of one sample. `finished` is set on its last one: "stop" (a stop token, not part of the answer),
+    "length", or "error": there is no token (-1) then, and `error` says why."""
 
     id: str
     token_id: int

@@ -72,10 +72,8 @@ class LoadedModel:
     def answers(
         self, samples: Iterable[Sample | Failed], config: GenerationConfig | None = None, *, keep_going: bool = False
     ) -> Iterator[Answer]:
-        """Answers in the order in which they finish. Sample ids must be unique.
-
-        With `keep_going` a sample that fails is an answer with its error; else its error is raised.
-        """
+        """Answers in the order in which they finish. Sample ids must be unique. With `keep_going` a sample that fails
+        is an answer with its error; else its error is raised."""
         known: dict[str, Sample] = {}
 
         def remembered() -> Iterator[Sample | Failed]:

@@ -24,10 +24,8 @@ from molora.routing import Flow, current_flow, flowing
 
 
 class Backbone(nn.Module):
-    """A frozen causal LM that runs packs. Always in eval mode, whatever `train` is told.
-
-    Raises BackboneRefused if the model cannot run packed samples exactly.
-    """
+    """A frozen causal LM that runs packs. Always in eval mode, whatever `train` is told. Raises BackboneRefused if the
+    model cannot run packed samples exactly."""
 
     def __init__(self, model: PreTrainedModel, identity: Identity, *, probe: dict[str, Any] | None = None) -> None:
         super().__init__()

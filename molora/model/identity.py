@@ -74,10 +74,8 @@ class Identity:
 
 
 def weights_hash(folder: Path) -> str:
-    """SHA-256 over the sorted (name, dtype, shape, SHA-256 of the bytes) of a folder's safetensors.
-
-    Raises ValueError if the folder has none.
-    """
+    """SHA-256 over the sorted (name, dtype, shape, SHA-256 of the bytes) of a folder's safetensors. Raises ValueError
+    if the folder has none."""
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
         raise ValueError(

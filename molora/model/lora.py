@@ -90,10 +90,8 @@ class RoutedLinear(LoraLinear):
             return out
         x, out_TO = x.flatten(0, -2), out.flatten(0, -2)
         if len(x) != routing.slices[-1].stop:
-            raise RuntimeError(
-                f"a routed layer received {len(x)} tokens but the pack has {routing.slices[-1].stop}: "
-                "layers that regroup tokens (such as experts) cannot carry routed adapters"
-            )
+            told = f"a routed layer received {len(x)} tokens but the pack has {routing.slices[-1].stop}"
+            raise RuntimeError(f"{told}: layers that regroup tokens (such as experts) cannot carry routed adapters")
         pieces = [self._slice(x, out_TO, *piece) for piece in routing.slices]
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(out.shape)
 
@@ -244,10 +242,8 @@ def check_config(config: LoraConfig, where: str) -> None:
 
 
 def inject(model: nn.Module, name: str, config: LoraConfig, where: str) -> None:
-    """Adds adapter `name` to a frozen causal LM in place; its parameters are fp32.
-
-    Raises ConfigError when a target hits no linear layer or hits one that cannot be routed.
-    """
+    """Adds adapter `name` to a frozen causal LM in place; its parameters are fp32. Raises ConfigError when a target
+    hits no linear layer or hits one that cannot be routed."""
     given = config.target_modules
     targets = given if isinstance(given, str) else sorted(given or ())
     layers = {path: _base(module) for path, module in model.named_modules()}
@@ -323,10 +319,8 @@ def adapter_json(config: LoraConfig, base_model: str) -> str:
 
 
 def read_adapter(folder: Path, sha256: str | None = None, listed: Path | None = None) -> LoraConfig:
-    """Reads `adapter_config.json`, as PEFT or molora wrote it, with the hash that `listed` gives it.
-
-    Raises ConfigError or ValueError.
-    """
+    """Reads `adapter_config.json`, as PEFT or molora wrote it, with the hash that `listed` gives it. Raises ConfigError
+    or ValueError."""
     path = folder / "adapter_config.json"
     if not path.exists():
         raise ConfigError(f"{path}: no such file; is {folder} an adapter folder?")

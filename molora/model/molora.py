@@ -161,10 +161,8 @@ class MoLoRA(nn.Module):
         return bool(self.parts_of(modalities) & self.training_parts())
 
     def embed(self, pack: Pack) -> Tensor:
-        """Token embeddings (T, D) with media tokens spliced in at their positions.
-
-        Raises ValueError if a projector returns another number of tokens than the prompt reserved.
-        """
+        """Token embeddings (T, D) with media tokens spliced in at their positions. Raises ValueError if a projector
+        returns another number of tokens than the prompt reserved."""
         embeds_TD = self.backbone.embed(pack.token_ids_T)
         for index, name in enumerate(self.modalities, start=1):
             if name in pack.media:

@@ -68,10 +68,8 @@ def run_stock(model: PreTrainedModel) -> Stock:
     if getattr(model, "_is_stateful", False):
         raise BackboneRefused(f"{name} keeps a recurrent state ({mixers(model)}), which samples in a pack would share")
     if not model._can_set_attn_implementation() or not layers:
-        raise BackboneRefused(
-            f"{name} has attention code of its own ({mixers(model)}) instead of transformers' attention interface, so "
-            "samples in a pack could see each other"
-        )
+        told = f"{name} has attention code of its own ({mixers(model)}) instead of transformers' attention interface"
+        raise BackboneRefused(f"{told}, so samples in a pack could see each other")
     generator = torch.Generator().manual_seed(0)
     samples = [
         torch.randint(model.config.vocab_size, (length,), generator=generator).to(model.device)
@@ -132,10 +130,8 @@ def difference(ours: Tensor, reference: Tensor) -> float:
 def compare(
     model: PreTrainedModel, stock: Stock, packed: Callable[[Sequence[Tensor]], Tensor], head: Callable[[Tensor], Tensor]
 ) -> dict[str, Any]:
-    """Runs the probe's samples alone and packed, and compares with what the stock model gave.
-
-    `packed` gives final hidden states (T, D) of samples that lie end to end, `head` the logits of some.
-    """
+    """Runs the probe's samples alone and packed, and compares with what the stock model gave. `packed` gives final
+    hidden states (T, D) of samples that lie end to end, `head` the logits of some."""
     name = type(model).__name__
     lengths = [len(ids) for ids in stock.samples]
     tolerance = _TOLERANCE[model.dtype]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import itertools
 import shutil
 import signal
 import time
@@ -91,10 +90,8 @@ def train(recipe: Recipe, *, show: bool = True, trust: Sequence[str] = ()) -> Pa
     if run.failed:
         due = run.position.evaluate
         again = f"Run it again to evaluate {', '.join(due)} only" if due else "At the end all evaluations worked"
-        raise EvaluationFailed(
-            f"{folder}: trained to the end and saved, but {'; '.join(run.failed)}. {again}; evaluations before the end "
-            "are not made up for"
-        )
+        told = f"{folder}: trained to the end and saved, but {'; '.join(run.failed)}. {again}"
+        raise EvaluationFailed(f"{told}; evaluations before the end are not made up for")
     return folder
 
 
@@ -347,11 +344,11 @@ class _Run:
 
     def _trained(self) -> dict[str, Tensor]:
         """Every weight that a stage up to the run's position trains; the others are as the recipe built them."""
-        return self._matching(itertools.chain(*(s.train for s in self.recipe.stages[: self.position.stage + 1])))
+        return self._matching([stage.train for stage in self.recipe.stages[: self.position.stage + 1]])
 
-    def _matching(self, patterns: Iterable[str]) -> dict[str, Tensor]:
-        """The weights that one of the patterns matches."""
-        patterns = list(patterns)
+    def _matching(self, stages: Iterable[Iterable[str]]) -> dict[str, Tensor]:
+        """The weights that one of the stages' patterns matches."""
+        patterns = [pattern for stage in stages for pattern in stage]
         return {
             f"{part}.{key}": parameter
             for part, parameters in self.model.parts().items()
@@ -374,13 +371,11 @@ class _Run:
         if different and not self.recipe.allow_changed_environment:
             dtype = str(then.get("dtype")).removeprefix("torch.")
             back = f"give backbone.dtype={dtype} as it was, or " if now["dtype"] != then.get("dtype") else ""
-            raise ConfigError(
-                f"{self.folder}: resuming exactly needs the environment it was saved in ({'; '.join(different)}); "
-                f"{back}set allow_changed_environment=true to go on all the same"
-            )
+            told = f"{self.folder}: resuming exactly needs the environment it was saved in ({'; '.join(different)})"
+            raise ConfigError(f"{told}; {back}set allow_changed_environment=true to go on all the same")
         try:
             trained_then = [stage["train"] for stage in about["recipe"]["stages"][: about["stage"] + 1]]
-            lora.load_exactly(self._matching(itertools.chain(*trained_then)), tensors["weights"], str(state))
+            lora.load_exactly(self._matching(trained_then), tensors["weights"], str(state))
         except ValueError as error:
             raise ConfigError(f"{error}; did the plugin's code change? give another run=") from error
         self.optimizer_tensors = tensors["optimizer"]
@@ -390,13 +385,10 @@ class _Run:
 def describe(model: MoLoRA, stage: StageConfig) -> None:
     """Prints what trains in a stage and what is frozen."""
     say(f"{stage.name}: {stage.steps} steps of {stage.samples_per_step} samples")
+    backbone = count(model.backbone.parameters())
     for part, parameters in model.parts().items():
         training = count(p for p in parameters.values() if p.requires_grad)
         word = "trains" if training else "frozen"
         say(f"  {word}  {part:<24} {training or count(parameters.values()):>12,} parameters")
-    say(f"  frozen  {'backbone':<24} {count(_frozen(model)):>12,} parameters")
-
-
-def _frozen(model: MoLoRA) -> list[Tensor]:
-    adapters = {id(p) for name in model.adapters for p in lora.adapter_parameters(model.backbone.model, name).values()}
-    return [p for p in model.backbone.parameters() if id(p) not in adapters]
+        backbone -= count(parameters.values()) if part.startswith("adapters.") else 0  # which lie in its layers
+    say(f"  frozen  {'backbone':<24} {backbone:>12,} parameters")

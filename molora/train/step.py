@@ -28,10 +28,8 @@ from molora.routing import Routing, name_of
 
 @dataclass(kw_only=True)
 class PartConfig:
-    """How the parameters of a pattern train. Warm-up is linear; the schedule then runs to the end of the stage.
-
-    Steps are the part's own: one without a sample in a step does not move, nor does its schedule.
-    """
+    """How the parameters of a pattern train. Warm-up is linear; the schedule then runs to the end of the stage. Steps
+    are the part's own: one without a sample in a step does not move, nor does its schedule."""
 
     learning_rate: float
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
@@ -105,15 +103,11 @@ class PartOptimizer:
     def load(self, tensors: Mapping[str, Tensor], steps_taken: int) -> None:
         self.steps_taken = steps_taken
         for name, parameter in self.parameters.items():
-            state: dict[str, Any] = {
-                key: tensors[f"{name}.{key}"].clone()
-                for key in ("exp_avg", "exp_avg_sq", "step")
-                if f"{name}.{key}" in tensors
-            }
-            if state:
+            if keys := [key for key in ("exp_avg", "exp_avg_sq", "step") if f"{name}.{key}" in tensors]:
+                state = {key: tensors[f"{name}.{key}"].clone() for key in keys}
                 # AdamW keeps its step counter on the CPU.
-                at = parameter.device
-                self.optimizer.state[parameter] = {k: v if k == "step" else v.to(at) for k, v in state.items()}
+                at = {key: "cpu" if key == "step" else parameter.device for key in keys}
+                self.optimizer.state[parameter] = {key: state[key].to(at[key]) for key in keys}
 
 
 def set_trainable(
