@@ -179,11 +179,8 @@ def _missing(kind: Kind, found: type) -> list[str]:
 def _classes(module: ModuleType) -> dict[str, type]:
     """The classes in a module that its own file or package defines."""
     package = module.__name__.partition(".")[0]
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if isinstance(value, type) and value.__module__.partition(".")[0] == package
-    }
+    classes = {name: value for name, value in vars(module).items() if isinstance(value, type)}
+    return {name: value for name, value in classes.items() if value.__module__.partition(".")[0] == package}
 
 
 def _named(kind: Kind, name: str) -> Plugin:

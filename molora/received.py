@@ -8,12 +8,12 @@ import math
 import os
 import re
 import stat
-import struct
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
 from io import FileIO
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,7 +120,13 @@ def check_hash(found: str, expected: str, path: Path, where: Path) -> None:
 
 def read_json(path: Path, folder: Path | None = None) -> dict[str, Any]:
     """Raises ValueError naming the file if it is not a JSON object within bounds."""
-    return parse_json(read_bytes(path, MAX_JSON_BYTES, folder), str(path))
+    return read_json_bytes(path, folder)[0]
+
+
+def read_json_bytes(path: Path, folder: Path | None = None) -> tuple[dict[str, Any], bytes]:
+    """What `read_json` reads, and the very bytes that it is made of."""
+    data = read_bytes(path, MAX_JSON_BYTES, folder)
+    return parse_json(data, str(path)), data
 
 
 def parse_json(data: bytes, where: str) -> dict[str, Any]:
@@ -137,12 +143,8 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: expected a JSON object, found {type(value).__name__}")
     level: list[Any] = [value]
     for _ in range(MAX_JSON_DEPTH):
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, (dict, list))
-        ]
+        inner = chain.from_iterable(outer.values() if isinstance(outer, dict) else outer for outer in level)
+        level = [value for value in inner if isinstance(value, (dict, list))]
     if level:
         raise ValueError(f"{where}: nested deeper than {MAX_JSON_DEPTH} levels; is it the right file?")
     return value
@@ -270,15 +272,12 @@ class TensorFile:
         return self._broken(f"it has {size} bytes of {needed}; was its download interrupted?")
 
     def _read_header(self) -> bytes:
-        size = os.fstat(self._file.fileno()).st_size
-        if size < 8:
-            raise self._cut(8)
         length = self._file.read(8)
-        (count,) = struct.unpack("<Q", length)
+        if len(length) < 8:
+            raise self._cut(8)
+        count = int.from_bytes(length, "little")
         if count > MAX_JSON_BYTES:
             raise self._broken(f"a header of {count} bytes, allowed {MAX_JSON_BYTES}")
-        if 8 + count > size:
-            raise self._cut(8 + count)
         header = length + b"".join(_chunks(self._file, count))
         if len(header) < 8 + count:
             raise self._cut(8 + count)

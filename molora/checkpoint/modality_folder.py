@@ -20,17 +20,7 @@ from molora.model import lora
 from molora.model.identity import Identity
 from molora.model.molora import MoLoRA
 from molora.plugins import Found, file_of
-from molora.received import (
-    MAX_JSON_BYTES,
-    TensorFile,
-    check_hash,
-    check_name,
-    copy_file,
-    file_hash,
-    listed_files,
-    parse_json,
-    read_bytes,
-)
+from molora.received import TensorFile, check_hash, check_name, copy_file, file_hash, listed_files, read_json_bytes
 from molora.storage import check_shapes, write_atomically, write_json, write_tensors, write_text
 
 # What is loaded of a modality's folder, if modality.json lists it.
@@ -105,9 +95,8 @@ def copy_modality(source: Path, folder: Path) -> None:
     """Copies the files that a modality folder lists, byte by byte, and `modality.json`: last, as when it is saved.
     Raises ValueError for a file that does not have its hash; it is not written then."""
     path = source / "modality.json"
-    data = read_bytes(path, MAX_JSON_BYTES, source)
-    about = checked(parse_json(data, str(path)), path, _MODALITY_KEYS)
-    for file, sha256 in listed_files(about["files"], path).items():
+    about, data = read_json_bytes(path, source)
+    for file, sha256 in listed_files(checked(about, path, _MODALITY_KEYS)["files"], path).items():
         write_atomically(folder / file, partial(copy_file, source / file, folder=source, sha256=sha256, where=path))
     write_atomically(folder / path.name, lambda temporary: temporary.write_bytes(data))
 

@@ -120,13 +120,7 @@ def open_model(plan: ModelPlan, device: torch.device | str) -> tuple[MoLoRA, Pro
     for warning in warnings:
         warn(warning)
     model, processor = assemble(
-        backbone,
-        tokenizer,
-        plan.modalities,
-        plan.router,
-        seed=plan.seed,
-        where=plan.where,
-        media_policy=plan.media_policy,
+        backbone, tokenizer, plan.modalities, plan.router, seed=plan.seed, where=plan.where, policy=plan.media_policy
     )
     for name, folder in plan.folders.items():
         load_modality(model, name, folder)

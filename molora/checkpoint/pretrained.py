@@ -36,45 +36,29 @@ _DTYPES = {
 _COPY = "copy the file again from where it came from"
 # What transformers computes with by itself; other ways are kernels, which it may fetch from the hub.
 _EXPERTS = ("None", "eager", "grouped_mm", "batched_mm")
-# Settings in config.json that molora reads, what holds them, and how that is called.
-_READ: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
-    (
-        ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
-        lambda value: type(value) is int and value > 0,
-        "a whole number over 0",
+# What settings in config.json hold, by how that is called, and those that molora reads, of which some may be null.
+_HOLDS: dict[str, Callable[[Any], bool]] = {
+    "a whole number over 0": lambda value: type(value) is int and value > 0,
+    "a whole number": lambda value: type(value) is int and value >= 0,
+    "a finite number": is_number,
+    "a number over 0": lambda value: is_number(value) and value > 0,
+    "a token id, a list of them": lambda value: all(
+        type(i) is int for i in (value if isinstance(value, list) else [value])
     ),
-    (
-        ("num_key_value_heads", "head_dim", "attention_chunk_size", "original_max_position_embeddings"),
-        lambda value: value is None or (type(value) is int and value > 0),
-        "a whole number over 0, or null",
-    ),
-    (
-        ("sliding_window",),
-        lambda value: value is None or (type(value) is int and value >= 0),
-        "a whole number, or null",
-    ),
-    (
-        ("logit_scale", "logits_scaling", "final_logit_softcapping", "attn_logit_softcapping"),
-        lambda value: value is None or is_number(value),
-        "a finite number, or null",
-    ),
-    (("rope_theta",), lambda value: is_number(value) and value > 0, "a number over 0"),
-    (
-        ("partial_rotary_factor", "factor"),
-        lambda value: value is None or (is_number(value) and value > 0),
-        "a number over 0, or null",
-    ),
-    (
-        ("eos_token_id",),
-        lambda value: value is None or all(type(id) is int for id in (value if isinstance(value, list) else [value])),
-        "a token id, a list of them, or null",
-    ),
-    (
-        ("layer_types",),
-        lambda value: value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value)),
-        "a list of names, or null",
-    ),
-)
+    "a list of names": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+}
+_NEVER_NULL = {
+    "a whole number over 0": "hidden_size vocab_size num_hidden_layers num_attention_heads max_position_embeddings",
+    "a number over 0": "rope_theta",
+}
+_NULL_TOO = {
+    "a whole number over 0": "num_key_value_heads head_dim attention_chunk_size original_max_position_embeddings",
+    "a whole number": "sliding_window",
+    "a finite number": "logit_scale logits_scaling final_logit_softcapping attn_logit_softcapping",
+    "a number over 0": "partial_rotary_factor factor",
+    "a token id, a list of them": "eos_token_id",
+    "a list of names": "layer_types",
+}
 # Beyond those of any model; transformers builds them before it compares them with the weights.
 _MAX_LAYERS = 1000
 _MAX_WIDTH = 2**25
@@ -254,10 +238,13 @@ def check_bounds(config: Mapping[str, Any], path: Path) -> None:
 def check_kinds(config: Mapping[str, Any], path: Path, called: Mapping[str, str] | None = None) -> None:
     """Raises ConfigError for a value of another kind than molora reads, there or among the settings of the text model
     or of RoPE. `called` are settings that a family of models has another name for."""
-    for names, fits, what in _READ:
-        for key in ((called or {}).get(name, name) for name in names):
-            if key in config and not fits(config[key]):
-                raise ConfigError(f"{path}: {key} is {config[key]!r:.80}, expected {what}; {_COPY}")
+    for null, settings in ((False, _NEVER_NULL), (True, _NULL_TOO)):
+        for what, names in settings.items():
+            for key in ((called or {}).get(name, name) for name in names.split()):
+                value = config.get(key)
+                if key in config and not (_HOLDS[what](value) or (null and value is None)):
+                    told = f"{path}: {key} is {value!r:.80}, expected {what}"
+                    raise ConfigError(f"{told}{', or null' if null else ''}; {_COPY}")
     for key, value in config.items():
         if isinstance(value, Mapping) and re.fullmatch("text_config|rope_.*|.*_attention", key):
             check_kinds(value, path)

@@ -164,10 +164,8 @@ class Release:
             "vision": {"crop_pixels": vision.crop_size, "max_crops": self.max_crops, "tower": tower},
             "audio": {"tower": {"conformer": conformer}, "beside": {"vision": "vision"}},
         }
-        return {
-            name: replace(blueprint(name, name, options[name], None, name), adapter=self.adapters[name])
-            for name in ADAPTERS
-        }
+        plans = [blueprint(name, name, options[name], None, name) for name in ADAPTERS]
+        return {plan.plugin: replace(plan, adapter=self.adapters[plan.plugin]) for plan in plans}
 
     def places(self) -> list[Place]:
         """Where every tensor lies; native names and shapes are those of transformers' own class."""
@@ -182,7 +180,9 @@ class Release:
         for modality, tensors in encoders.items():
             file = f"modalities/{modality}/encoder.safetensors"
             for name, tensor in tensors.items():
-                ours |= dict.fromkeys(_encoder_names(modality, name), (file, name, tensor.shape))
+                for pattern, native in _ENCODERS[modality]:  # what the release does not hold fits none
+                    if re.match(pattern, name):
+                        ours[re.sub(f"^{pattern}", native, name)] = (file, name, tensor.shape)
             file = f"modalities/{modality}/projector.safetensors"
             for key, layers in _PROJECTORS[modality].items():
                 for layer, stem in zip(("up", "down"), layers, strict=True):
@@ -211,11 +211,6 @@ def _adapter_places(modality: str, rank: int, backbone: Mapping[str, Tensor]) ->
                 file = f"modalities/{modality}/adapter_model.safetensors"
                 hub = f"{layer}.lora_{side}.{theirs}.weight"
                 yield Place(file, name, shape, f"{folder}/{name}", hub, shape)
-
-
-def _encoder_names(modality: str, name: str) -> list[str]:
-    """The native name of an encoder's tensor; none for what the release does not hold."""
-    return [re.sub(f"^{ours}", native, name) for ours, native in _ENCODERS[modality] if re.match(ours, name)]
 
 
 def _hub_name(native: str) -> str:
@@ -272,27 +267,23 @@ def to_hub(release: Release) -> dict[str, Any]:
     """A release's config.json in the hub's layout."""
     config = release.config
     vision, audio, rope = config.vision_config, config.audio_config, dict(config.rope_parameters)
-    files = {
-        "AutoConfig": "configuration_phi4mm.Phi4MMConfig",
-        "AutoModelForCausalLM": "modeling_phi4mm.Phi4MMForCausalLM",
-    }
+    factors = {key: rope[key] for key in ("short_factor", "long_factor") if key in rope}
+    # The code is the hub's own; a name before the dashes says from which repository it is taken.
+    code = "microsoft/Phi-4-multimodal-instruct--"
     return {
         "architectures": ["Phi4MMForCausalLM"],
         "model_type": "phi4mm",
-        # The code is the hub's own; a name before the dashes says from which repository it is taken.
-        "auto_map": {key: f"microsoft/Phi-4-multimodal-instruct--{value}" for key, value in files.items()},
+        "auto_map": {
+            "AutoConfig": f"{code}configuration_phi4mm.Phi4MMConfig",
+            "AutoModelForCausalLM": f"{code}modeling_phi4mm.Phi4MMForCausalLM",
+        },
         **{key: getattr(config, key) for key in _TEXT_KEYS},
         "eos_token_id": _STOP_IDS[0],
-        "attention_bias": False,
-        "mlp_bias": False,
-        "lm_head_bias": False,
+        **dict.fromkeys(("attention_bias", "mlp_bias", "lm_head_bias"), False),
         "torch_dtype": str(config.dtype or torch.float32).removeprefix("torch."),
         "rope_theta": rope.get("rope_theta"),
         "partial_rotary_factor": rope.get("partial_rotary_factor"),
-        "rope_scaling": {
-            "type": rope["rope_type"],
-            **{key: rope[key] for key in ("short_factor", "long_factor") if key in rope},
-        },
+        "rope_scaling": {"type": rope["rope_type"], **factors},
         "embd_layer": {
             "embedding_cls": "image_audio",
             "image_embd_layer": {

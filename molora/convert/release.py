@@ -20,7 +20,6 @@ from typing import Any, get_args
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from peft import LoraConfig
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
@@ -237,27 +236,19 @@ def _read_release(folder: Path, layout: Layout) -> tuple[_Tensors, Release]:
         if not file.is_file():
             raise ValueError(f"{file}: missing; copy the whole release, in which it holds part of the weights")
     tensors = _Tensors(files)
-    adapters = None if layout == "hub" else {name: lora.read_adapter(folder / f) for name, (f, _) in ADAPTERS.items()}
+    adapters = {}
+    for name, (subfolder, _) in ADAPTERS.items() if layout == "native" else ():
+        adapters[name] = lora.read_adapter(folder / subfolder)
     with damage_named(str(path)):
-        release = _understood(path, values, tensors, adapters)
-    check_settings(release.config, path)
-    return tensors, release
-
-
-def _understood(
-    path: Path, values: Mapping[str, Any], tensors: _Tensors, adapters: Mapping[str, LoraConfig] | None
-) -> Release:
-    """What the settings of a release say; without `adapters`, the hub's, which hold those of the adapters too."""
-    if adapters is None:
-        adapters = {}
-        for name, (_, theirs) in ADAPTERS.items():
+        for name, (_, theirs) in ADAPTERS.items() if layout == "hub" else ():
             given = values[f"{theirs}_lora"]
             options = {"r": given["r"], "lora_alpha": given["lora_alpha"], "lora_dropout": given["dp"]}
             adapters[name] = lora.lora_config({**options, "target_modules": TARGETS}, f"{path}: {theirs}_lora")
-        config = from_hub(values, {key: tensors.entry(key).shape for key in tensors})
-    else:
-        config = Phi4MultimodalConfig.from_dict(dict(values))
-    return Release(config, adapters, _max_crops(path.parent))
+        shapes = {key: tensors.entry(key).shape for key in tensors}
+        config = from_hub(values, shapes) if layout == "hub" else Phi4MultimodalConfig.from_dict(values)
+        release = Release(config, adapters, _max_crops(folder))
+    check_settings(release.config, path)
+    return tensors, release
 
 
 def _max_crops(folder: Path) -> int:

@@ -35,13 +35,10 @@ class GenerationConfig:
     max_running_samples: int = 64
 
     def __post_init__(self) -> None:
+        tempered = self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature < math.inf
         for name, ok, needed in (
             ("max_new_tokens", _positive(self.max_new_tokens), "a whole number, 1 or more"),
-            (
-                "temperature",
-                self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature < math.inf,
-                f"0, which is greedy, or {LEAST_TEMPERATURE:g} or more",
-            ),
+            ("temperature", tempered, f"0, which is greedy, or {LEAST_TEMPERATURE:g} or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("max_running_samples", _positive(self.max_running_samples), "a whole number, 1 or more"),
         ):
@@ -238,11 +235,8 @@ def _decode(model: MoLoRA, running: Sequence[_Running], cache: PackedCache) -> t
         for _, its in both:
             joined.join(its)
         return [logits_V for logits, _ in both for logits_V in logits], joined
-    crossing = {
-        index
-        for index, sample in enumerate(running)
-        if model.backbone.regime(sample.length) != model.backbone.regime(sample.length - 1)
-    }
+    regime = model.backbone.regime
+    crossing = {i for i, sample in enumerate(running) if regime(sample.length) != regime(sample.length - 1)}
     staying = [index for index in range(len(running)) if index not in crossing]
     cache.select(staying)
     logits: dict[int, Tensor] = {}

@@ -71,10 +71,8 @@ def run_stock(model: PreTrainedModel) -> Stock:
         told = f"{name} has attention code of its own ({mixers(model)}) instead of transformers' attention interface"
         raise BackboneRefused(f"{told}, so samples in a pack could see each other")
     generator = torch.Generator().manual_seed(0)
-    samples = [
-        torch.randint(model.config.vocab_size, (length,), generator=generator).to(model.device)
-        for length in _probe_lengths(model.config)
-    ]
+    lengths, vocab_size = _probe_lengths(model.config), model.config.vocab_size
+    samples = [torch.randint(vocab_size, (n,), generator=generator).to(model.device) for n in lengths]
     entered: list[Tensor] = []
     hook = layers[0].register_forward_pre_hook(
         lambda module, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True

@@ -303,21 +303,16 @@ class _Run:
     def _save(self) -> None:
         self.position.part_steps = {part: optimizer.steps_taken for part, optimizer in self.optimizers.items()}
         if self.ranks.is_main:
-            save_state(
-                self.folder,
-                self._state().name,
-                {
-                    "weights": self._trained(),
-                    "optimizer": {k: v for o in self.optimizers.values() for k, v in o.tensors().items()},
-                },
-                {
-                    **asdict(self.position),
-                    "recipe": plain(self.recipe),
-                    "backbone": asdict(self.model.backbone.identity),
-                    "environment": self._environment(),
-                    "logs": self.log.lengths(),
-                },
-            )
+            moments = {k: v for optimizer in self.optimizers.values() for k, v in optimizer.tensors().items()}
+            about = {
+                **asdict(self.position),
+                "recipe": plain(self.recipe),
+                "backbone": asdict(self.model.backbone.identity),
+                "environment": self._environment(),
+                "logs": self.log.lengths(),
+            }
+            tensors = {"weights": self._trained(), "optimizer": moments}
+            save_state(self.folder, self._state().name, tensors, about)
             self._export()
         self.ranks.wait()
 
