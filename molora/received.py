@@ -60,21 +60,16 @@ def open_file(path: Path, folder: Path | None = None) -> FileIO:
     Raises OSError, ValueError for what is no file, and for a link that leads out.
     """
     real = Path(os.path.realpath(path))
-    if folder is not None and not any(real.is_relative_to(place) for place in _inside(folder)):
-        raise ValueError(f"{path}: leads out of {folder}, to {real}, and is not followed; put a copy in its place")
+    if folder is not None:
+        home = Path(os.path.realpath(folder))
+        inside = [home, *(above.parent / "blobs" for above in home.parents if above.name == "snapshots")]
+        if not any(real.is_relative_to(place) for place in inside):
+            raise ValueError(f"{path}: leads out of {folder}, to {real}, and is not followed; put a copy in its place")
     descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise ValueError(f"{path}: is no regular file; put the file itself there")
     return open(descriptor, "rb", buffering=0)
-
-
-def _inside(folder: Path) -> Iterator[Path]:
-    real = Path(os.path.realpath(folder))
-    yield real
-    for parent in real.parents:
-        if parent.name == "snapshots":
-            yield parent.parent / "blobs"
 
 
 def read_bytes(path: Path, max_bytes: int, folder: Path | None = None) -> bytes:

@@ -122,12 +122,6 @@ def read_about(folder: Path) -> dict[str, Any]:
         if file not in files and (folder / file).exists():
             told = f"{folder / file}: is there, but {path} does not list it, so it would not be loaded"
             raise ValueError(f"{told}; take it away, or copy the whole folder again")
-    _check_encoder_about(about, path)
-    return about
-
-
-def _check_encoder_about(about: Mapping[str, Any], path: Path) -> None:
-    """Raises ValueError for an encoder without a hash, and for one that is neither in the folder nor of some origin."""
     sha256, origin = about["encoder"].get("hash"), about["encoder"].get("origin")
     texts = isinstance(origin, dict) and all(isinstance(origin.get(key), str) for key in ("source", "revision"))
     if not isinstance(sha256, str) or not (origin is None or texts):
@@ -136,6 +130,7 @@ def _check_encoder_about(about: Mapping[str, Any], path: Path) -> None:
     if origin is None and _ENCODER not in about["files"]:
         told = f'"files" lacks {_ENCODER}, and "encoder" says no origin where its weights are'
         raise ValueError(f"{path}: {told}; copy the whole folder again")
+    return about
 
 
 def read_blueprint(

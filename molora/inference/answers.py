@@ -112,7 +112,13 @@ def answer_file(messages: Path, output: Path) -> Iterator[AnswerFile]:
     """
     source = Messages(MessagesConfig(path=str(messages)))
     ids = _ids(source)
-    _check_unique(ids, messages)
+    first: dict[str, int] = {}
+    for row, id in enumerate(ids):
+        if first.setdefault(id, row) != row:
+            raise ConfigError(
+                f"{messages}: ids are not unique: rows {first[id] + 1} and {row + 1} are both {id!r} (a row without an "
+                "id has its number from 0); give each an id of its own, or give none"
+            )
     if not output.parent.is_dir():
         raise ConfigError(f"--output {output}: no folder {output.parent}; make it first")
     if output.exists():
@@ -138,16 +144,6 @@ def _ids(source: Messages) -> list[str]:
                 name += " of the file"
             ids[row] = name
     return [ids[row] for row in range(len(source))]
-
-
-def _check_unique(ids: list[str], messages: Path) -> None:
-    first: dict[str, int] = {}
-    for row, id in enumerate(ids):
-        if first.setdefault(id, row) != row:
-            raise ConfigError(
-                f"{messages}: ids are not unique: rows {first[id] + 1} and {row + 1} are both {id!r} (a row without an "
-                "id has its number from 0); give each an id of its own, or give none"
-            )
 
 
 def _answered(output: Path) -> set[str]:

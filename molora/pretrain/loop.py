@@ -37,7 +37,7 @@ from molora.pretrain.windows import Batch, batches, collate, pack
 from molora.received import read_json, read_tensors
 from molora.seeding import seeded
 from molora.storage import hold, settle, sync, write_json, write_tensors
-from molora.train.resume import differences, environment
+from molora.train.recipe import differences, environment
 from molora.train.step import PartConfig, learning_rate
 
 _ROTATED_SHARE = 0.75
