@@ -101,10 +101,8 @@ def resolve(kind: Kind, spec: str) -> type:
 
 def find(kind: Kind, spec: str) -> Found:
     """Finds the class that a user's `spec` means, runs its module, and checks that it has the members of its contract.
-
-    Raises: ConfigError if nothing or more than one plugin answers to the name, if its module cannot be imported, or
-    if the class lacks members.
-    """
+    Raises: ConfigError if nothing or more than one plugin answers to the name, if its module cannot be imported, or if
+    the class lacks members."""
     if file := file_of(spec):
         try:
             path = Path(os.path.realpath(os.path.expanduser(file[0])))

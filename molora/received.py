@@ -54,11 +54,9 @@ def check_name(name: object, where: str) -> str:
 
 
 def open_file(path: Path, folder: Path | None = None) -> FileIO:
-    """Opens a regular file, unbuffered; one of a received `folder` may be a link only to a place inside it.
-
-    A snapshot in the hub's cache is a folder of links to the blobs beside it, which count as inside.
-    Raises OSError, ValueError for what is no file, and for a link that leads out.
-    """
+    """Opens a regular file, unbuffered; one of a received `folder` may be a link only to a place inside it. A snapshot
+    in the hub's cache is a folder of links to the blobs beside it, which count as inside. Raises OSError, ValueError
+    for what is no file, and for a link that leads out."""
     real = Path(os.path.realpath(path))
     if folder is not None:
         home = Path(os.path.realpath(folder))

@@ -64,11 +64,9 @@ def _new_file(folder: Path) -> tuple[Path, int]:
 
 @contextlib.contextmanager
 def write_folder(path: Path) -> Iterator[Path]:
-    """A draft to write files into, which then becomes the folder at `path`, in place of one that is there.
-
-    After an error the draft is removed, and what was at `path` is as it was. After a kill between the two renames
-    `hold` puts it back.
-    """
+    """A draft to write files into, which then becomes the folder at `path`, in place of one that is there. After an
+    error the draft is removed, and what was at `path` is as it was. After a kill between the two renames `hold` puts it
+    back."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.parent / f".molora-{secrets.token_hex(8)}.tmp"
     draft.mkdir()

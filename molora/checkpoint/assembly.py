@@ -152,11 +152,9 @@ def assemble(
     where: str = "router",
     policy: MediaPolicy | None = None,
 ) -> tuple[MoLoRA, Processor]:
-    """Builds model and processor, which share modalities, their order and the router's order of samples.
-
-    `where` is where the router is written. Raises ConfigError for two modalities that answer to one part type,
-    RoutingError for a router that does not fit the modalities.
-    """
+    """Builds model and processor, which share modalities, their order and the router's order of samples. `where` is
+    where the router is written. Raises ConfigError for two modalities that answer to one part type, RoutingError for a
+    router that does not fit the modalities."""
     part_types: dict[str, str] = {}
     for name, plan in blueprints.items():
         part_type = plan.modality.part_type

@@ -53,11 +53,9 @@ def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def fill(parameters: Mapping[str, Tensor], path: Path, sha256: str | None, where: Path, *, finite: bool = True) -> None:
-    """Copies a file's tensors, one by one, into parameters of the same names and shapes.
-
-    Raises ValueError listing what does not fit before anything is read, for other bytes than those with the hash in
-    `where`, and for numbers that are not finite; an encoder's masks may hold them.
-    """
+    """Copies a file's tensors, one by one, into parameters of the same names and shapes. Raises ValueError listing what
+    does not fit before anything is read, for other bytes than those with the hash in `where`, and for numbers that are
+    not finite; an encoder's masks may hold them."""
     with TensorFile(path, path.parent) as file:
         check_shapes(file.shapes, {key: parameter.shape for key, parameter in parameters.items()}, str(path))
         file.check_dtypes({key: parameter.dtype for key, parameter in parameters.items()})

@@ -34,11 +34,9 @@ _MODALITY_KEYS = {
 
 
 def save_modality(model: MoLoRA, name: str, plan: Blueprint, folder: Path, pristine: Mapping[str, str]) -> None:
-    """Writes a modality's folder. `modality.json` comes last and holds the hashes of the others.
-
-    The encoder is left out only if it can be fetched again: its origin is known, and its tensors still have the hash
-    that they had when it was built (`pristine`).
-    """
+    """Writes a modality's folder. `modality.json` comes last and holds the hashes of the others. The encoder is left
+    out only if it can be fetched again: its origin is known, and its tensors still have the hash that they had when it
+    was built (`pristine`)."""
     files: dict[str, Mapping[str, Tensor]] = {_PROJECTOR: model.projectors[name].state_dict()}
     encoder: Any = model.encoders[name]
     encoder_hash = tensor_hash(encoder.state_dict())

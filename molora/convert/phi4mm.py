@@ -192,8 +192,7 @@ class Release:
         places = []
         for native, tensor in reference.items():
             # What we have no use for is what no logit depends on.
-            unused = (UNUSED_FILE, native, tensor.shape)
-            file, name, shape = ours.pop(native, unused)
+            file, name, shape = ours.pop(native, (UNUSED_FILE, native, tensor.shape))
             places.append(Place(file, name, tuple(shape), native, _hub_name(native), tuple(tensor.shape)))
         assert not ours, f"names that transformers' class does not have: {sorted(ours)[:3]}"
         for modality, config in self.adapters.items():
@@ -270,6 +269,16 @@ def to_hub(release: Release) -> dict[str, Any]:
     factors = {key: rope[key] for key in ("short_factor", "long_factor") if key in rope}
     # The code is the hub's own; a name before the dashes says from which repository it is taken.
     code = "microsoft/Phi-4-multimodal-instruct--"
+    image = {"embedding_cls": "tune_image", "crop_size": vision.crop_size, "projection_cls": "mlp"}
+    image |= {"use_hd_transform": True, "with_learnable_separator": True, "hd_transform_order": "sub_glb"}
+    image |= {"image_token_compression_cls": "avg_pool_2d"}
+    sound = {"embedding_cls": "audio", "projection_cls": "mlp", "use_qformer": False, "use_conv_downsample": False}
+    sound |= {"compression_rate": audio.time_reduction, "downsample_rate": audio.downsample_rate}
+    ear = {theirs: getattr(audio, ours) for theirs, ours in _AUDIO_KEYS.items()}
+    ear |= {"input_layer": "nemo_conv", "encoder_embedding_config": {"input_size": audio.input_size}}
+    ear |= {"nemo_conv_settings": {"conv_channels": audio.nemo_conv_channels}, "ext_pw_kernel_size": 1}
+    ear |= {"relative_attention_bias_args": {"type": "t5", "t5_bias_max_distance": audio.bias_max_distance}}
+    ear |= {"bias_in_glu": True, "causal": True, "batch_norm": False, "cnn_layer_norm": True}
     return {
         "architectures": ["Phi4MMForCausalLM"],
         "model_type": "phi4mm",
@@ -284,41 +293,8 @@ def to_hub(release: Release) -> dict[str, Any]:
         "rope_theta": rope.get("rope_theta"),
         "partial_rotary_factor": rope.get("partial_rotary_factor"),
         "rope_scaling": {"type": rope["rope_type"], **factors},
-        "embd_layer": {
-            "embedding_cls": "image_audio",
-            "image_embd_layer": {
-                "embedding_cls": "tune_image",
-                "crop_size": vision.crop_size,
-                "use_hd_transform": True,
-                "with_learnable_separator": True,
-                "hd_transform_order": "sub_glb",
-                "projection_cls": "mlp",
-                "image_token_compression_cls": "avg_pool_2d",
-            },
-            "audio_embd_layer": {
-                "embedding_cls": "audio",
-                "compression_rate": audio.time_reduction,
-                "downsample_rate": audio.downsample_rate,
-                "projection_cls": "mlp",
-                "use_qformer": False,
-                "use_conv_downsample": False,
-            },
-        },
-        "audio_processor": {
-            "name": "cascades",
-            "config": {
-                **{theirs: getattr(audio, ours) for theirs, ours in _AUDIO_KEYS.items()},
-                "input_layer": "nemo_conv",
-                "encoder_embedding_config": {"input_size": audio.input_size},
-                "nemo_conv_settings": {"conv_channels": audio.nemo_conv_channels},
-                "relative_attention_bias_args": {"type": "t5", "t5_bias_max_distance": audio.bias_max_distance},
-                "bias_in_glu": True,
-                "causal": True,
-                "batch_norm": False,
-                "cnn_layer_norm": True,
-                "ext_pw_kernel_size": 1,
-            },
-        },
+        "embd_layer": {"embedding_cls": "image_audio", "image_embd_layer": image, "audio_embd_layer": sound},
+        "audio_processor": {"name": "cascades", "config": ear},
     }
 
 

@@ -159,10 +159,8 @@ def converted(source: str | Path) -> str | Path:
 
 def import_release(source: str | Path, run: Path) -> None:
     """Converts a released checkpoint (a folder or hub id) to a run, tensor by tensor, each with its bytes and dtype.
-
     Raises: ConfigError or ValueError for what is no such checkpoint, has settings that our modules lack, or holds
-    tensors that are unknown, missing or of another shape; nothing is written then.
-    """
+    tensors that are unknown, missing or of another shape; nothing is written then."""
     layout = layout_of(source)
     if layout is None:
         told = f"{source}: not Phi-4-multimodal (its config.json has none of the model types {', '.join(MODEL_TYPES)})"

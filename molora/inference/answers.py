@@ -105,11 +105,9 @@ def _told(answer: Answer) -> dict[str, Any]:
 
 @contextmanager
 def answer_file(messages: Path, output: Path) -> Iterator[AnswerFile]:
-    """Opens rows, and keeps other processes from the file of their answers.
-
-    A half-written last line, left by a kill, is dropped. Raises ConfigError for ids that are not unique, and for an
-    output that is the input, holds anything but answers, or is in use; it is left as it is then.
-    """
+    """Opens rows, and keeps other processes from the file of their answers. A half-written last line, left by a kill,
+    is dropped. Raises ConfigError for ids that are not unique, and for an output that is the input, holds anything but
+    answers, or is in use; it is left as it is then."""
     source = Messages(MessagesConfig(path=str(messages)))
     ids = _ids(source)
     first: dict[str, int] = {}

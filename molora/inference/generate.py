@@ -216,8 +216,7 @@ def _prefill(
     embeds_TD = model.embed(pack)
     routing = model.router(pack, embeds_TD)
     hidden_TD = model(pack, embeds_TD=embeds_TD, routing=routing, cache=cache)
-    ends = torch.tensor(pack.lengths).cumsum(0) - 1
-    logits = list(model.backbone.head(hidden_TD[ends]))
+    logits = list(model.backbone.head(hidden_TD[torch.tensor(pack.lengths).cumsum(0) - 1]))
     gates = routing.gates or (None,) * len(pack)
     prompts = embeds_TD.split(pack.lengths)
     running = [

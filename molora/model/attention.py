@@ -46,11 +46,9 @@ def packed_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each sample of a pack; query (1, H, T, d) to output (1, T, H, d).
-
-    The last query of a sample sees its last key, so a sample may hold more keys than queries (decode).
-    `s_aux` (H,) are attention sinks; `softcap` bounds the scores.
-    """
+    """Causal attention inside each sample of a pack; query (1, H, T, d) to output (1, T, H, d). The last query of a
+    sample sees its last key, so a sample may hold more keys than queries (decode). `s_aux` (H,) are attention sinks;
+    `softcap` bounds the scores."""
     flow = current_flow()
     if flow is None:
         raise RuntimeError("packed attention ran outside a molora forward: the pack's sample lengths are unknown")
@@ -180,11 +178,9 @@ class _Segment:
 
 
 class PackedCache(Cache):
-    """A key/value cache whose samples have their own lengths and come and go while the others run.
-
-    Stock caches hold a padded batch and so cannot hold a packed prefill. Every key is kept; windows are applied where
-    attention reads them.
-    """
+    """A key/value cache whose samples have their own lengths and come and go while the others run. Stock caches hold a
+    padded batch and so cannot hold a packed prefill. Every key is kept; windows are applied where attention reads
+    them."""
 
     def __init__(self) -> None:
         super().__init__(layers=[])

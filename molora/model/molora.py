@@ -184,8 +184,7 @@ class MoLoRA(nn.Module):
     def _media_tokens(self, name: str, media: Media) -> Tensor:
         """The items of one modality through its encoder and each item's own projector, in reading order."""
         encoder = self.encoders[name]
-        trains = any(p.requires_grad for p in encoder.parameters())
-        with nullcontext() if trains else torch.no_grad():
+        with nullcontext() if any(p.requires_grad for p in encoder.parameters()) else torch.no_grad():
             frames: Frames = media.frames or encoder(**media.tensors)
         if frames.lengths != media.num_tokens:
             reserved = media.num_tokens

@@ -47,8 +47,7 @@ def decoder(model: PreTrainedModel) -> nn.Module:
 def stock_attention(model: PreTrainedModel) -> str:
     """The attention of transformers that computes all of a model: scores in full are gigabytes for a long sample, but
     only eager attention knows caps and sinks."""
-    capped = getattr(model.config, "attn_logit_softcapping", None)
-    return "sdpa" if model._supports_sdpa and not capped else "eager"
+    return "sdpa" if model._supports_sdpa and not getattr(model.config, "attn_logit_softcapping", None) else "eager"
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

@@ -31,7 +31,7 @@ from molora.train.step import PartConfig, learning_rate
 # What may change once a run has begun, as all that is done would have been the same. Of a recipe, only these must stay:
 _KEPT = ("seed", "modalities", "router")
 # Of a stage that has begun all must, but for what it evaluates, what would have stopped the run before, and `steps`.
-_FREE_IN_STAGE = ("evaluate_every_steps",)
+_FREE_IN_STAGE = ("steps", "evaluate_every_steps")
 _FREE_FROM_ERROR = ("too_long", "unusable")
 
 
@@ -204,14 +204,12 @@ def _changes(then: Recipe, now: Recipe, position: Position) -> list[str]:
     for as_values in (plain, asdict):
         before, after = (json.loads(json.dumps(as_values(recipe))) for recipe in (then, now))
         for old, new in zip(before["stages"], after["stages"], strict=False):
-            free = {"steps", *_FREE_IN_STAGE, *(key for key in _FREE_FROM_ERROR if old[key] == "error")}
-            for key in free:
+            for key in (*_FREE_IN_STAGE, *(key for key in _FREE_FROM_ERROR if old[key] == "error")):
                 del old[key], new[key]
-        kept = [
-            {**{key: recipe[key] for key in _KEPT}, "stages": dict(enumerate(recipe["stages"][:begun]))}
-            for recipe in (before, after)
-        ]
-        found.append(list(differences(kept[0], kept[1])))
+        for recipe in (before, after):
+            recipe["stages"] = dict(enumerate(recipe["stages"][:begun]))
+        was, has = ({key: recipe[key] for key in (*_KEPT, "stages")} for recipe in (before, after))
+        found.append(list(differences(was, has)))
     changed = min(found, key=len)
     for index, (old, new) in enumerate(zip(then.stages[:begun], now.stages[:begun], strict=False)):
         done = position.step if index == position.stage else old.steps

@@ -261,6 +261,6 @@ def _reduce_gradients(optimizer: PartOptimizer, ranks: Ranks) -> None:
     if ranks.count == 1:
         return
     flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-    summed = ranks.sum(flat)
-    for parameter, gradient in zip(parameters, summed.split([p.numel() for p in parameters]), strict=True):
+    gradients = ranks.sum(flat).split([p.numel() for p in parameters])
+    for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient.view_as(parameter)
