@@ -31,19 +31,13 @@ from molora.config import ConfigError
 
 Layout = Literal["hub", "native"]
 
-MODEL_TYPES: dict[str, Layout] = {"phi4mm": "hub", "phi4_multimodal": "native"}
 # Our modalities, with the folder and the name that the adapter of each has in the release.
 ADAPTERS = {"vision": ("vision-lora", "vision"), "audio": ("speech-lora", "speech")}
-# A picture beside a clip takes the vision adapter; the two are never summed. Source: `InputMode` of modeling_phi4mm.py.
-RULES = {"audio+vision": "vision"}
 # A regular expression over whole names, since the towers have layers of the same last names.
 TARGETS = r"model\.layers\.\d+\.(self_attn\.(qkv_proj|o_proj)|mlp\.(gate_up_proj|down_proj))"
 # The same in the hub's config, whose code searches names with it inside the decoder alone.
 _HUB_TARGETS = r"layers.*((self_attn\.(qkv_proj|o_proj))|(mlp\.(gate_up|down)_proj))"
 UNUSED_FILE = "backbone/phi4mm/unused.safetensors"
-# The vision encoder keeps the colours that it normalises with; the release leaves them to its processor.
-COLOURS = {f"modalities/vision/encoder.safetensors:{name}": (3, 1, 1) for name in ("mean_C11", "std_C11")}
-IMAGE_SLOT, AUDIO_SLOT = 200010, 200011
 _STOP_IDS = [199999, 200020]
 _PEFT = "base_model.model."
 _EXTENSION = "model.embed_tokens_extend."
@@ -139,6 +133,24 @@ class Release:
     def backbone_config(self) -> Phi3Config:
         keys = (*_TEXT_KEYS, "rope_parameters", "eos_token_id", "dtype")
         return Phi3Config(**{key: getattr(self.config, key) for key in keys}, architectures=["Phi3ForCausalLM"])
+
+    def check_settings(self, path: Path) -> None:
+        """Raises ConfigError for settings that our modules lack."""
+        vision, audio = self.config.vision_config, self.config.audio_config
+        for what, value, expected in (
+            ("vision image_size", vision.image_size, vision.crop_size),
+            ("audio input_size", audio.input_size, 80),
+            ("audio time_reduction", audio.time_reduction, 8),
+            ("audio downsample_rate", audio.downsample_rate, 1),
+            ("audio chunk_size", audio.chunk_size, -1),
+            ("audio bias_symmetric", audio.bias_symmetric, False),
+            ("audio depthwise_multiplier", audio.depthwise_multiplier, 1),
+            ("audio activation", audio.activation, "swish"),
+            ("audio conv_activation", audio.conv_activation, "swish"),
+            ("audio conv_glu_type", audio.conv_glu_type, "swish"),
+        ):
+            if value != expected:
+                raise ConfigError(f"{path}: {what} is {value!r}; the modules here are for {expected!r}, as released")
 
     def blueprints(self) -> dict[str, Blueprint]:
         """The two modalities before their weights."""
@@ -243,23 +255,6 @@ def from_hub(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
             downsample_rate=values["embd_layer"]["audio_embd_layer"]["downsample_rate"],
         ),
     )
-
-
-def check_settings(config: Any, path: Path) -> None:
-    """Raises ConfigError for settings that our modules lack."""
-    vision, audio = config.vision_config, config.audio_config
-    for what, value, expected in (
-        ("vision image_size", vision.image_size, vision.crop_size),
-        ("audio input_size", audio.input_size, 80),
-        ("audio time_reduction", audio.time_reduction, 8),
-        ("audio downsample_rate", audio.downsample_rate, 1),
-        ("audio chunk_size", audio.chunk_size, -1),
-        ("audio bias_symmetric", audio.bias_symmetric, False),
-        ("audio depthwise_multiplier", audio.depthwise_multiplier, 1),
-        *(("audio " + key, getattr(audio, key), "swish") for key in ("activation", "conv_activation", "conv_glu_type")),
-    ):
-        if value != expected:
-            raise ConfigError(f"{path}: {what} is {value!r}; the modules here are for {expected!r}, as released")
 
 
 def to_hub(release: Release) -> dict[str, Any]:

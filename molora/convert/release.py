@@ -36,22 +36,7 @@ from molora.checkpoint.modality_folder import describe_modality, files_in, read_
 from molora.checkpoint.pretrained import damage_named, fetch, identify
 from molora.checkpoint.run_folder import read_run, write_run
 from molora.config import ConfigError
-from molora.convert.phi4mm import (
-    ADAPTERS,
-    AUDIO_SLOT,
-    COLOURS,
-    IMAGE_SLOT,
-    MODEL_TYPES,
-    RULES,
-    TARGETS,
-    UNUSED_FILE,
-    Layout,
-    Release,
-    adapters_to_hub,
-    check_settings,
-    from_hub,
-    to_hub,
-)
+from molora.convert.phi4mm import ADAPTERS, TARGETS, UNUSED_FILE, Layout, Release, adapters_to_hub, from_hub, to_hub
 from molora.model import lora
 from molora.received import SHARD_INDEX, Entry, TensorFile, copy_file, read_json, read_tensors, shard_names, stamps
 from molora.storage import (
@@ -68,6 +53,12 @@ from molora.storage import (
 from molora.terminal import say
 
 FORMAT_VERSION = "1.0"
+_MODEL_TYPES: dict[str, Layout] = {"phi4mm": "hub", "phi4_multimodal": "native"}
+# A picture beside a clip takes the vision adapter; the two are never summed. Source: `InputMode` of modeling_phi4mm.py.
+_RULES = {"audio+vision": "vision"}
+# The vision encoder keeps the colours that it normalises with; the release leaves them to its processor.
+_COLOURS = {f"modalities/vision/encoder.safetensors:{name}": (3, 1, 1) for name in ("mean_C11", "std_C11")}
+_SLOTS = {"image_token": 200010, "audio_token": 200011}
 # Kept in the backbone's folder: what the release held besides.
 _KEPT, _ABOUT, _FILES = Path(UNUSED_FILE).parent.name, "about.json", "files"
 # Files that belong to the backbone alone; the others of a release describe the whole.
@@ -135,7 +126,7 @@ def layout_of(source: str | Path) -> Layout | None:
     kind = read_json(path).get("model_type", "")
     if not isinstance(kind, str):
         raise ValueError(f"{path}: model_type is {kind!r:.80}, expected a text; copy it again")
-    return MODEL_TYPES.get(kind)
+    return _MODEL_TYPES.get(kind)
 
 
 def converted(source: str | Path) -> str | Path:
@@ -163,7 +154,7 @@ def import_release(source: str | Path, run: Path) -> None:
     tensors that are unknown, missing or of another shape; nothing is written then."""
     layout = layout_of(source)
     if layout is None:
-        told = f"{source}: not Phi-4-multimodal (its config.json has none of the model types {', '.join(MODEL_TYPES)})"
+        told = f"{source}: not Phi-4-multimodal (its config.json has none of the model types {', '.join(_MODEL_TYPES)})"
         raise ConfigError(f"{told}; name a folder or hub id with the released checkpoint")
     there = {path.name for path in run.iterdir()} if run.exists() else set()
     if there - {"backbone", "modalities"}:
@@ -186,7 +177,7 @@ def import_release(source: str | Path, run: Path) -> None:
                 write_atomically((run / file).with_name(name), partial(copy_file, adapter, folder=folder))
         else:
             values = {name: tensors[place.named(layout)].reshape(place.shape) for name, place in here.items()}
-            added = {key.partition(":")[2]: shape for key, shape in COLOURS.items() if key.startswith(f"{file}:")}
+            added = {key.partition(":")[2]: shape for key, shape in _COLOURS.items() if key.startswith(f"{file}:")}
             write_tensors(run / file, values | {name: torch.full(shape, 0.5) for name, shape in added.items()})
 
     backbone = run / "backbone"
@@ -220,7 +211,7 @@ def _describe_run(run: Path, release: Release, layout: Layout, source: str) -> N
         widths = (frames.hidden_size, release.config.hidden_size)
         files = ["encoder.safetensors", "projector.safetensors", "adapter_model.safetensors", "adapter_config.json"]
         describe_modality(folder, plan, plan.modality.config, widths, identity, tensor_hash(encoder), None, files)
-    write_run(run, identity, list(ADAPTERS), RouterConfig(options={"rules": RULES}))
+    write_run(run, identity, list(ADAPTERS), RouterConfig(options={"rules": _RULES}))
 
 
 def _read_release(folder: Path, layout: Layout) -> tuple[_Tensors, Release]:
@@ -245,7 +236,7 @@ def _read_release(folder: Path, layout: Layout) -> tuple[_Tensors, Release]:
         shapes = {key: tensors.entry(key).shape for key in tensors}
         config = from_hub(values, shapes) if layout == "hub" else Phi4MultimodalConfig.from_dict(values)
         release = Release(config, adapters, _max_crops(folder))
-    check_settings(release.config, path)
+    release.check_settings(path)
     return tensors, release
 
 
@@ -296,10 +287,10 @@ def export_release(run: Path, folder: Path, layout: Layout | None = None) -> Non
             f"{run}: has the modalities {', '.join(sorted(folders))}; the released model holds exactly "
             f"{', '.join(sorted(ADAPTERS))}: make a run of these, with the others by `path:`"
         )
-    if about_run.router.plugin != "table" or about_run.router.options.get("rules", {}) != RULES:
+    if about_run.router.plugin != "table" or about_run.router.options.get("rules", {}) != _RULES:
         raise ConfigError(
             f"{run}: routes by {about_run.router.plugin} {about_run.router.options}; the released model always routes "
-            f"by the table with rules {RULES}, and would answer otherwise"
+            f"by the table with rules {_RULES}, and would answer otherwise"
         )
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder}: is there already and not empty; name another folder")
@@ -328,7 +319,7 @@ def export_release(run: Path, folder: Path, layout: Layout | None = None) -> Non
         for file in ("encoder", "projector", "adapter_model"):
             files[path / f"{file}.safetensors"] = f"modalities/{name}/{file}.safetensors:"
     tensors = _Tensors(files)
-    tensors.check({place.key: place.shape for place in places} | COLOURS, str(run))
+    tensors.check({place.key: place.shape for place in places} | _COLOURS, str(run))
 
     baked = {place.named(layout): place for place in places if layout == "hub" or not place.of_adapter}
     dtypes = {name: kinds[place.native] for name, place in baked.items()}
@@ -343,12 +334,10 @@ def export_release(run: Path, folder: Path, layout: Layout | None = None) -> Non
         for name, path in folders.items():
             for file in ("adapter_model.safetensors", "adapter_config.json"):
                 write_atomically(draft / ADAPTERS[name][0] / file, partial(copy_file, path / file, folder=path))
-        for path in [p for p in files_in(backbone) if _BACKBONE_FILE.match(p.name)]:
+        copied = [path for path in files_in(backbone) if _BACKBONE_FILE.match(path.name)]
+        for path in copied + (files_in(kept / _FILES) if layout == own else []):
             write_atomically(draft / path.name, partial(copy_file, path, folder=backbone))
-        if layout == own:
-            for path in files_in(kept / _FILES):
-                write_atomically(draft / path.name, partial(copy_file, path, folder=backbone))
-        else:
+        if layout != own:
             _describe_release(draft, release, layout)
         if layout == "hub":
             write_json(draft / "config.json", adapters_to_hub(release, read_json(draft / "config.json")))
@@ -361,8 +350,7 @@ def _describe_release(folder: Path, release: Release, layout: Layout) -> None:
         config.architectures = [Phi4MultimodalForCausalLM.__name__]
         config.save_pretrained(folder)
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        slots = {"image_token": IMAGE_SLOT, "audio_token": AUDIO_SLOT}
-        slots = {name: tokenizer.convert_ids_to_tokens(id) for name, id in slots.items()}
+        slots = {name: tokenizer.convert_ids_to_tokens(id) for name, id in _SLOTS.items()}
         tokenizer = AutoTokenizer.from_pretrained(folder, extra_special_tokens=slots, trust_remote_code=False)
         image_processor = Phi4MultimodalImageProcessor(dynamic_hd=release.max_crops)
         processor = Phi4MultimodalProcessor(image_processor, Phi4MultimodalFeatureExtractor(), tokenizer)

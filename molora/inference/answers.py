@@ -94,13 +94,8 @@ def answer_rows(
 def _told(answer: Answer) -> dict[str, Any]:
     if answer.error is not None:
         return {"error": str(answer.error)}
-    return {
-        "answer": answer.text,
-        "adapters": list(answer.adapters),
-        "prompt_tokens": answer.prompt_tokens,
-        "answer_tokens": answer.answer_tokens,
-        "finished": answer.finished,
-    }
+    counts = {"prompt_tokens": answer.prompt_tokens, "answer_tokens": answer.answer_tokens}
+    return {"answer": answer.text, "adapters": list(answer.adapters), **counts, "finished": answer.finished}
 
 
 @contextmanager

@@ -59,11 +59,8 @@ class Identity:
                 )
         settings = other.get("settings")  # which folders of older versions lack
         then, now = settings if isinstance(settings, Mapping) else {}, self.settings
-        if changed := [
-            f"{key} was {then[key]!r:.80}, is {now[key]!r:.80}"
-            for key in sorted(then.keys() & now.keys())
-            if then[key] != now[key]
-        ]:
+        other_keys = (key for key in sorted(then.keys() & now.keys()) if then[key] != now[key])
+        if changed := [f"{key} was {then[key]!r:.80}, is {now[key]!r:.80}" for key in other_keys]:
             raise ValueError(
                 f"{where}: trained with other settings in the backbone's config.json than {self.source!r} has: "
                 f"{'; '.join(changed[:8])}; put them back, or load it on the backbone it was trained on"

@@ -66,13 +66,8 @@ class PartOptimizer:
         self.steps_taken = 0
         self.optimizer = torch.optim.AdamW(
             [
-                {
-                    "params": list(parameters.values()),
-                    "lr": config.learning_rate,
-                    "betas": (config.beta1, config.beta2),
-                    "eps": config.epsilon,
-                    "weight_decay": config.weight_decay,
-                }
+                {"params": list(parameters.values()), "lr": config.learning_rate, "eps": config.epsilon}
+                | {"betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
                 for config, parameters in groups
             ]
         )
