@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from molora.config import ConfigError, did_you_mean
 from molora.model.experts import untargetable
-from molora.received import check_hash, is_number, read_json_bytes
+from molora.received import MAX_JSON_BYTES, check_hash, is_number, parse_json, read_bytes
 from molora.routing import current_flow
 from molora.storage import check_shapes
 
@@ -324,9 +324,10 @@ def read_adapter(folder: Path, sha256: str | None = None, listed: Path | None = 
     path = folder / "adapter_config.json"
     if not path.exists():
         raise ConfigError(f"{path}: no such file; is {folder} an adapter folder?")
-    options, data = read_json_bytes(path, folder)
+    data = read_bytes(path, MAX_JSON_BYTES, folder)
     if sha256 is not None:
         check_hash(hashlib.sha256(data).hexdigest(), sha256, path, listed or path)
+    options = parse_json(data, str(path))
     kind = options.pop("peft_type", "LORA")
     if kind != "LORA":
         raise ConfigError(f"{path}: peft_type is {kind!r:.80}, expected LORA")

@@ -37,7 +37,8 @@ class SampleRotary(nn.Module):
         ends = [int(p[0, -1]) + 1 for p in position_ids.split(lengths, dim=1)]
         for _, run in groupby(zip(ends, lengths, strict=True), key=lambda pair: self.regime(pair[0], layer_type)):
             runs.append(sum(length for _, length in run))
-        cos, sin = zip(*(self._stock(x, part, layer_type) for part in position_ids.split(runs, dim=1)), strict=True)
+        outputs = [self._stock(x, part, layer_type) for part in position_ids.split(runs, dim=1)]
+        cos, sin = zip(*outputs, strict=True)
         return torch.cat(cos, dim=1), torch.cat(sin, dim=1)
 
     def regime(self, length: int, layer_type: str | None = None) -> int:
@@ -73,7 +74,8 @@ class SampleRotary(nn.Module):
             setattr(self.rotary, f"{prefix}max_seq_len_cached", self.rotary.original_max_seq_len)
             original = getattr(self.rotary, f"{prefix}original_inv_freq")
             self.rotary.register_buffer(f"{prefix}inv_freq", original.clone(), persistent=False)
-        return self.rotary(x, position_ids, **({} if layer_type is None else {"layer_type": layer_type}))
+        kwargs = {} if layer_type is None else {"layer_type": layer_type}
+        return self.rotary(x, position_ids, **kwargs)
 
 
 def wrap_rotary(model: nn.Module) -> list[SampleRotary]:
