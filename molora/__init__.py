@@ -16,13 +16,9 @@ __version__ = "0.1.0"
 __all__ = ["Answer", "ConfigError", "GenerationConfig", "LoadedModel", "MediaError", "RouterConfig", "load"]
 
 _HOMES = {
-    "RouterConfig": "checkpoint.assembly",
-    "ConfigError": "config",
-    "GenerationConfig": "inference.generate",
-    "Answer": "inference.load",
-    "LoadedModel": "inference.load",
-    "load": "inference.load",
-    "MediaError": "modality",
+    **{"Answer": "inference.load", "LoadedModel": "inference.load", "load": "inference.load"},
+    **{"ConfigError": "config", "MediaError": "modality"},
+    **{"GenerationConfig": "inference.generate", "RouterConfig": "checkpoint.assembly"},
 }
 
 

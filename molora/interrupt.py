@@ -20,10 +20,8 @@ class Stopped(KeyboardInterrupt):
 
 
 class Interrupt:
-    """While entered, notes the first signal that asks this process to stop in `number`, which is 0 before it.
-
-    Outside the main thread, where Python takes no signals, it notes none.
-    """
+    """While entered, notes the first signal that asks this process to stop in `number`, which is 0 before it. Outside
+    the main thread, where Python takes no signals, it notes none."""
 
     def __init__(self) -> None:
         self.number = 0

@@ -78,10 +78,8 @@ class Media:
 
 @dataclass(frozen=True)
 class Pack:
-    """Samples concatenated along one token axis, no padding. `lengths` are tokens per sample.
-
-    `gates` are what the router decided for each sample before, if they go on from a cache.
-    """
+    """Samples concatenated along one token axis, no padding. `lengths` are tokens per sample. `gates` are what the
+    router decided for each sample before, if they go on from a cache."""
 
     ids: tuple[str, ...]
     lengths: tuple[int, ...]
@@ -121,14 +119,10 @@ class Pack:
 
 
 def collate(
-    samples: Sequence[Sample],
-    modalities: Mapping[str, Modality],
-    order: Callable[[frozenset[str]], Any] | None = None,
+    samples: Sequence[Sample], modalities: Mapping[str, Modality], order: Callable[[frozenset[str]], Any] | None = None
 ) -> Pack:
-    """Concatenates samples into a pack, neighbours by `order` of their set of modalities (the router's `order`).
-
-    The sort is stable and the ids travel along, so the caller finds each sample again by its id.
-    """
+    """Concatenates samples into a pack, neighbours by `order` of their set of modalities (the router's `order`). The
+    sort is stable and the ids travel along, so the caller finds each sample again by its id."""
     if not samples:
         raise ValueError("a pack needs at least one sample, got none")
     if order is not None:

@@ -24,13 +24,6 @@ from molora.config import ConfigError, did_you_mean
 
 Kind = Literal["modality", "router", "source", "metric"]
 
-_GROUPS = {
-    "modality": "molora.modalities",
-    "router": "molora.routers",
-    "source": "molora.sources",
-    "metric": "molora.metrics",
-}
-
 _SOURCES = {
     "messages": "molora.data.sources:Messages",
     "table": "molora.data.table:Table",
@@ -49,8 +42,8 @@ _METRICS = {
 # molora.evaluate.metrics (`name` and `config` are instances').
 _MEMBERS = {
     "modality": (
-        *("config_type", "part_type", "load", "prepare", "collate", "build_encoder", "projector", "projectors"),
-        "examples",
+        *("config_type", "part_type", "load", "prepare", "collate"),
+        *("build_encoder", "projector", "projectors", "examples"),
     ),
     "router": ("config_type", "order", "adapters", "learns", "forward"),
     "source": ("config_type", "__len__", "__getitem__"),
@@ -92,9 +85,10 @@ def available(kind: Kind) -> list[Plugin]:
         from molora.routers import ROUTERS as built_in
     else:
         built_in = _SOURCES if kind == "source" else _METRICS
+    group = "molora.modalities" if kind == "modality" else f"molora.{kind}s"
     installed = (
         Plugin(entry.name, entry.dist.name if entry.dist else "an installed package", entry.value)
-        for entry in entry_points(group=_GROUPS[kind])
+        for entry in entry_points(group=group)
     )
     # A distribution seen twice (an editable install beside its checkout) is one owner, hence the set.
     return [Plugin(name, "built-in", spec) for name, spec in built_in.items()] + sorted(set(installed))
@@ -107,10 +101,8 @@ def resolve(kind: Kind, spec: str) -> type:
 
 def find(kind: Kind, spec: str) -> Found:
     """Finds the class that a user's `spec` means, runs its module, and checks that it has the members of its contract.
-
-    Raises: ConfigError if nothing or more than one plugin answers to the name, if its module cannot be imported, or
-    if the class lacks members.
-    """
+    Raises: ConfigError if nothing or more than one plugin answers to the name, if its module cannot be imported, or if
+    the class lacks members."""
     if file := file_of(spec):
         try:
             path = Path(os.path.realpath(os.path.expanduser(file[0])))
@@ -130,9 +122,7 @@ def find(kind: Kind, spec: str) -> Found:
 
 def find_in_file(kind: Kind, spec: str, path: Path, read: Callable[[], bytes]) -> Found:
     """The class that `spec` names in a file at `path` with the content that `read` gives: what is hashed is what runs.
-
-    Raises ConfigError as `find` does.
-    """
+    Raises ConfigError as `find` does."""
     sha256 = ""
 
     def run() -> ModuleType:
@@ -168,10 +158,8 @@ def _class_in(kind: Kind, spec: str, module: ModuleType, place: str, class_name:
     found = getattr(module, class_name, None)
     if found is None:
         classes = list(_classes(module))
-        raise ConfigError(
-            f"{kind} {spec!r}: {place} has no {class_name!r}; {did_you_mean(class_name, classes)}"
-            f"its classes: {', '.join(classes) or 'none'}"
-        )
+        told = f"{kind} {spec!r}: {place} has no {class_name!r}"
+        raise ConfigError(f"{told}; {did_you_mean(class_name, classes)}its classes: {', '.join(classes) or 'none'}")
     if not isinstance(found, type):
         raise ConfigError(f"{kind} {spec!r}: {place}:{class_name} is {found!r}, not a class")
     if missing := _missing(kind, found):
@@ -189,11 +177,8 @@ def _missing(kind: Kind, found: type) -> list[str]:
 def _classes(module: ModuleType) -> dict[str, type]:
     """The classes in a module that its own file or package defines."""
     package = module.__name__.partition(".")[0]
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if isinstance(value, type) and value.__module__.partition(".")[0] == package
-    }
+    classes = {name: value for name, value in vars(module).items() if isinstance(value, type)}
+    return {name: value for name, value in classes.items() if value.__module__.partition(".")[0] == package}
 
 
 def _named(kind: Kind, name: str) -> Plugin:
@@ -204,10 +189,8 @@ def _named(kind: Kind, name: str) -> Plugin:
         raise ConfigError(f"{kind} {name!r} is claimed by {claims}; write the `package.module:Class` that you mean")
     if not owners:
         names = [plugin.name for plugin in plugins]
-        raise ConfigError(
-            f"no {kind} is called {name!r}; {did_you_mean(name, names)}there is {', '.join(names) or 'none'};"
-            f" or write `package.module:Class` or `path/to/file.py:Class`"
-        )
+        told = f"no {kind} is called {name!r}; {did_you_mean(name, names)}there is {', '.join(names) or 'none'}"
+        raise ConfigError(f"{told}; or write `package.module:Class` or `path/to/file.py:Class`")
     return owners[0]
 
 

@@ -59,10 +59,8 @@ class _Launched(Ranks):
 
 
 def launched_ranks(name: str | None = None) -> Ranks:
-    """The ranks that this process was launched with, on the device named, or on the one that accelerate finds.
-
-    Raises ConfigError for a device that is not there, or that all ranks would share.
-    """
+    """The ranks that this process was launched with, on the device named, or on the one that accelerate finds. Raises
+    ConfigError for a device that is not there, or that all ranks would share."""
     from accelerate import Accelerator
 
     if name is None:
@@ -84,8 +82,6 @@ def pick_device(name: str | None = None) -> torch.device:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name is None else name)
         torch.ones(1, device=device).item()  # which "meta" has no value for
     except (RuntimeError, AssertionError) as error:  # an AssertionError if torch was built without the device
-        told = str(error).partition("\n")[0]
-        raise ConfigError(
-            f"device: {name!r} is none of this machine ({told:.200}); give cpu, or leave it out"
-        ) from error
+        told = str(error).partition("\n")[0][:200]
+        raise ConfigError(f"device: {name!r} is none of this machine ({told}); give cpu, or leave it out") from error
     return device

@@ -8,11 +8,14 @@ import math
 import os
 import re
 import stat
-import struct
+import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
+from io import FileIO
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,28 +53,21 @@ def check_name(name: object, where: str) -> str:
     return name
 
 
-def open_file(path: Path, folder: Path | None = None) -> BinaryIO:
-    """Opens a regular file, unbuffered; one of a received `folder` may be a link only to a place inside it.
-
-    A snapshot in the hub's cache is a folder of links to the blobs beside it, which count as inside.
-    Raises OSError, ValueError for what is no file, and for a link that leads out.
-    """
+def open_file(path: Path, folder: Path | None = None) -> FileIO:
+    """Opens a regular file, unbuffered; one of a received `folder` may be a link only to a place inside it. A snapshot
+    in the hub's cache is a folder of links to the blobs beside it, which count as inside. Raises OSError, ValueError
+    for what is no file, and for a link that leads out."""
     real = Path(os.path.realpath(path))
-    if folder is not None and not any(real.is_relative_to(place) for place in _inside(folder)):
-        raise ValueError(f"{path}: leads out of {folder}, to {real}, and is not followed; put a copy in its place")
+    if folder is not None:
+        home = Path(os.path.realpath(folder))
+        inside = [home, *(above.parent / "blobs" for above in home.parents if above.name == "snapshots")]
+        if not any(real.is_relative_to(place) for place in inside):
+            raise ValueError(f"{path}: leads out of {folder}, to {real}, and is not followed; put a copy in its place")
     descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise ValueError(f"{path}: is no regular file; put the file itself there")
     return open(descriptor, "rb", buffering=0)
-
-
-def _inside(folder: Path) -> Iterator[Path]:
-    real = Path(os.path.realpath(folder))
-    yield real
-    for parent in real.parents:
-        if parent.name == "snapshots":
-            yield parent.parent / "blobs"
 
 
 def read_bytes(path: Path, max_bytes: int, folder: Path | None = None) -> bytes:
@@ -83,7 +79,7 @@ def read_bytes(path: Path, max_bytes: int, folder: Path | None = None) -> bytes:
         return b"".join(_chunks(file, size))
 
 
-def _chunks(file: BinaryIO, size: int) -> Iterator[bytes]:
+def _chunks(file: FileIO, size: int) -> Iterator[bytes]:
     """The next `size` bytes of a file, or fewer where it ends."""
     while size > 0 and (chunk := file.read(min(size, _CHUNK_BYTES))):
         yield chunk
@@ -91,25 +87,16 @@ def _chunks(file: BinaryIO, size: int) -> Iterator[bytes]:
 
 
 def file_hash(path: Path, folder: Path | None = None) -> str:
-    """SHA-256 of a regular file's bytes. Raises OSError, ValueError for what is no file, and for a link out of
-    `folder`."""
-    digest = hashlib.sha256()
+    """SHA-256 of a regular file. Raises OSError, ValueError for what is no file, and for a link out of `folder`."""
     with open_file(path, folder) as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def copy_file(
-    source: Path, target: Path, *, folder: Path, sha256: str | None = None, where: Path | None = None
-) -> None:
-    """Copies the bytes of a file of `folder`.
-
-    Raises OSError, ValueError for what is no file, for a link out of `folder`, and for bytes that do not have the hash
-    that `where` lists.
-    """
+def copy_file(source: Path, to: Path, *, folder: Path, sha256: str | None = None, where: Path | None = None) -> None:
+    """Copies the bytes of a file of `folder`. Raises OSError, ValueError for what is no file, for a link out of
+    `folder`, and for another hash than `where` lists."""
     digest = hashlib.sha256()
-    with open_file(source, folder) as file, open(target, "wb") as copy:
+    with open_file(source, folder) as file, open(to, "wb") as copy:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
             copy.write(chunk)
@@ -120,18 +107,19 @@ def copy_file(
 def check_hash(found: str, expected: str, path: Path, where: Path) -> None:
     """Raises ValueError if a file has another SHA-256 than the one that `where` lists."""
     if found != expected:
-        raise ValueError(
-            f"{path}: does not have the hash in {where}; it was changed, or a run was stopped while writing the "
-            "folder (resuming that run writes it again)"
-        )
-
-
-# JSON ------------------------------------------------------------------------------------------------------------
+        why = "it was changed, or a run was stopped while writing the folder (resuming that run writes it again)"
+        raise ValueError(f"{path}: does not have the hash in {where}; {why}")
 
 
 def read_json(path: Path, folder: Path | None = None) -> dict[str, Any]:
     """Raises ValueError naming the file if it is not a JSON object within bounds."""
-    return parse_json(read_bytes(path, MAX_JSON_BYTES, folder), str(path))
+    return read_json_bytes(path, folder)[0]
+
+
+def read_json_bytes(path: Path, folder: Path | None = None) -> tuple[dict[str, Any], bytes]:
+    """What `read_json` reads, and the very bytes that it is made of."""
+    data = read_bytes(path, MAX_JSON_BYTES, folder)
+    return parse_json(data, str(path)), data
 
 
 def parse_json(data: bytes, where: str) -> dict[str, Any]:
@@ -148,12 +136,8 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: expected a JSON object, found {type(value).__name__}")
     level: list[Any] = [value]
     for _ in range(MAX_JSON_DEPTH):
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, (dict, list))
-        ]
+        inner = chain.from_iterable(outer.values() if isinstance(outer, dict) else outer for outer in level)
+        level = [value for value in inner if isinstance(value, (dict, list))]
     if level:
         raise ValueError(f"{where}: nested deeper than {MAX_JSON_DEPTH} levels; is it the right file?")
     return value
@@ -163,11 +147,8 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The pairs of a JSON object. Raises ValueError for a key that stands twice."""
     value = dict(pairs)
     if len(value) < len(pairs):
-        seen: set[str] = set()
-        for name, _ in pairs:
-            if name in seen:
-                raise ValueError(f"the key {name!r:.80} stands twice in one object")
-            seen.add(name)
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {name!r:.80} stands twice in one object")
     return value
 
 
@@ -175,9 +156,6 @@ def _finite(constant: str) -> float:
     if constant == "NaN":  # infinities stand in configs of transformers
         raise ValueError("NaN is no number")
     return float(constant)
-
-
-# Tensors ---------------------------------------------------------------------------------------------------------
 
 
 class Entry(NamedTuple):
@@ -190,10 +168,8 @@ class Entry(NamedTuple):
 
 
 class TensorFile:
-    """A safetensors file, held open, whose header was checked. `entries` are in the order of their bytes.
-
-    Raises OSError, ValueError naming the file for what is not whole safetensors: nothing is allocated before.
-    """
+    """A safetensors file, held open, whose header was checked. `entries` are in the order of their bytes. Raises
+    OSError, ValueError naming the file for what is not whole safetensors: nothing is allocated before."""
 
     def __init__(self, path: Path, folder: Path | None = None) -> None:
         self.path = path
@@ -217,17 +193,14 @@ class TensorFile:
         return {name: entry.shape for name, entry in self.entries.items()}
 
     def check_dtypes(self, expected: Mapping[str, torch.dtype]) -> None:
-        """Raises ValueError for the first tensor that would become another kind of number; floats may be any of those
-        that training computes with."""
+        """Raises ValueError for the first tensor that would become another kind of number; FLOATS are one kind."""
         for name, entry in self.entries.items():
             into = expected[name]
             same = [key for key, (_, dtype) in _DTYPES.items() if dtype == into]
             allowed = FLOATS if into.is_floating_point else same
             if entry.dtype not in allowed:
-                raise ValueError(
-                    f"{self.path}: {name} is stored as {entry.dtype}, expected {' or '.join(allowed)}; get the file as "
-                    "it was saved"
-                )
+                told = f"{self.path}: {name} is stored as {entry.dtype}, expected {' or '.join(allowed)}"
+                raise ValueError(f"{told}; get the file as it was saved")
 
     def tensors(self, sha256: str | None = None, where: Path | None = None) -> Iterator[tuple[str, Tensor]]:
         """All tensors, one at a time. With `sha256`, the hash of the very bytes that they were made of is compared
@@ -264,7 +237,7 @@ class TensorFile:
         bytes_B = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
         view = bytes_B.numpy().data
         size = 0
-        while size < len(view) and (count := self._file.readinto(view[size : size + _CHUNK_BYTES])):  # pyright: ignore[reportAttributeAccessIssue]
+        while size < len(view) and (count := self._file.readinto(view[size : size + _CHUNK_BYTES])):
             size += count
         self._check_read(size, entry)
         return bytes_B
@@ -292,15 +265,12 @@ class TensorFile:
         return self._broken(f"it has {size} bytes of {needed}; was its download interrupted?")
 
     def _read_header(self) -> bytes:
-        size = os.fstat(self._file.fileno()).st_size
-        if size < 8:
-            raise self._cut(8)
         length = self._file.read(8)
-        (count,) = struct.unpack("<Q", length)
+        if len(length) < 8:
+            raise self._cut(8)
+        count = int.from_bytes(length, "little")
         if count > MAX_JSON_BYTES:
             raise self._broken(f"a header of {count} bytes, allowed {MAX_JSON_BYTES}")
-        if 8 + count > size:
-            raise self._cut(8 + count)
         header = length + b"".join(_chunks(self._file, count))
         if len(header) < 8 + count:
             raise self._cut(8 + count)
@@ -313,9 +283,8 @@ class TensorFile:
             raise self._broken("__metadata__ is no list of texts by name")
         if strange := next((name for name in values if not name.isprintable()), None):
             raise self._broken(f"{strange!r:.80} is no name of a tensor")
-        entries = sorted(
-            ((name, self._entry(name, value)) for name, value in values.items()), key=lambda pair: pair[1][2:]
-        )
+        entries = [(name, self._entry(name, value)) for name, value in values.items()]
+        entries.sort(key=lambda pair: (pair[1].start, pair[1].stop))
         at = 0
         for name, entry in entries:
             if entry.start != at:
@@ -340,11 +309,14 @@ class TensorFile:
             raise ValueError(f"{self.path}: {name!r:.80} has dtype {dtype!r:.20}; known are {', '.join(_DTYPES)}")
         bits = math.prod(shape) * _DTYPES[dtype][0]
         if bits != 8 * (stop - start):
-            raise self._broken(
-                f"{name!r:.80} of {dtype} {shape!r:.80} needs {Decimal(bits) / 8:.6g} bytes, its offsets give "
-                f"{stop - start}"
-            )
+            needed = f"{name!r:.80} of {dtype} {shape!r:.80} needs {Decimal(bits) / 8:.6g} bytes"
+            raise self._broken(f"{needed}, its offsets give {stop - start}")
         return Entry(dtype, tuple(shape), start, stop)
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number, as which a bool does not count."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def stamps(paths: Iterable[Path]) -> list[tuple[str, int, int, int, int]]:
@@ -379,10 +351,8 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str) -> Iterator[
     """The same tensors. Raises ValueError for the first that holds NaN or infinity."""
     for name, tensor in tensors:
         if tensor.is_floating_point() and not (finite := tensor.float().isfinite()).all():
-            raise ValueError(
-                f"{where}: {name} holds {int((~finite).sum())} numbers of {tensor.numel()} that are NaN or infinite; "
-                "every answer would be: get a sound copy"
-            )
+            told = f"{where}: {name} holds {int((~finite).sum())} numbers of {tensor.numel()} that are NaN or infinite"
+            raise ValueError(f"{told}; every answer would be: get a sound copy")
         yield name, tensor
 
 

@@ -38,17 +38,13 @@ def name_of(modalities: Iterable[str]) -> str:
 def check_part(name: str) -> None:
     """Raises ValueError for a name under which torch's modules cannot hold a part of the model."""
     if "." in name or hasattr(nn.ModuleDict(), name):
-        raise ValueError(
-            f"{name!r:.80} cannot name a modality or a projector: torch allows no dot in the name of a module, and no "
-            "name that nn.ModuleDict has for itself, such as keys; take another name"
-        )
+        why = "torch allows no dot in the name of a module, and none that nn.ModuleDict has for itself, such as keys"
+        raise ValueError(f"{name!r:.80} cannot name a modality or a projector: {why}; take another name")
 
 
 class Slice(NamedTuple):
-    """Tokens `start:stop` of a pack run with the sum of `adapters`; none is the bare backbone.
-
-    `weights_TE` says how much of each adapter each token takes; None is all of every one.
-    """
+    """Tokens `start:stop` of a pack run with the sum of `adapters`; none is the bare backbone. `weights_TE` says how
+    much of each adapter each token takes; None is all of every one."""
 
     adapters: tuple[str, ...]
     start: int
@@ -115,9 +111,7 @@ class Router(Protocol):
 @dataclass(frozen=True)
 class Flow:
     """What the layers need to know about the pack in flight. Immutable: recomputation restores the same object.
-
-    `lengths` are the query tokens of each sample; the adapters come with `routing` (None: bare backbone).
-    """
+    `lengths` are the query tokens of each sample; the adapters come with `routing` (None: bare backbone)."""
 
     lengths: tuple[int, ...]
     routing: Routing | None = None

@@ -33,15 +33,11 @@ _HOLDER = re.compile(r"process \d{1,10} on [\w.-]{1,80}")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
-# Writing ---------------------------------------------------------------------------------------------------------
-
-
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write(temporary path)`, then makes the result appear at `path` in one step.
 
-    The temporary file is new, has a name that no one can know before, and lies in the same folder. A link at `path`
-    is replaced, not followed. The file's mode follows the umask, whatever `write` does. Raises OSError, and then
-    `path` is as it was.
+    The temporary file is new, has a name that no one can know before, and lies in the same folder. A link at `path` is
+    replaced, not followed. The mode follows the umask, whatever `write` does. On an OSError, `path` is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, mode = _new_file(path.parent)
@@ -68,11 +64,9 @@ def _new_file(folder: Path) -> tuple[Path, int]:
 
 @contextlib.contextmanager
 def write_folder(path: Path) -> Iterator[Path]:
-    """A draft to write files into, which then becomes the folder at `path`, in place of one that is there.
-
-    After an error the draft is removed, and what was at `path` is as it was. After a kill between the two renames
-    `hold` puts it back.
-    """
+    """A draft to write files into, which then becomes the folder at `path`, in place of one that is there. After an
+    error the draft is removed, and what was at `path` is as it was. After a kill between the two renames `hold` puts it
+    back."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.parent / f".molora-{secrets.token_hex(8)}.tmp"
     draft.mkdir()
@@ -89,8 +83,8 @@ def write_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _set_aside(path: Path) -> Iterator[None]:
-    """Moves what is at `path` into a folder beside it, where it keeps its name, and removes it in the end; after an
-    error it is back."""
+    """Moves what is at `path` into a folder beside it, under its own name; in the end it is removed, or after an error
+    back in place."""
     if not os.path.lexists(path):
         yield
         return
@@ -114,8 +108,7 @@ def _put_back(aside: Path) -> None:
 
 
 def settle(folder: Path) -> None:
-    """Syncs the files of a folder that a library wrote, and gives them the mode that the umask gives; safetensors
-    lets only their owner read them."""
+    """Syncs a folder's files that a library wrote, with the umask's mode: safetensors lets only the owner read them."""
     probe, mode = _new_file(folder)
     probe.unlink()
     for path in folder.iterdir():
@@ -169,9 +162,6 @@ def check_shapes(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequ
         raise ValueError(f"{where}: the tensors do not fit: {'; '.join(problems[:_MAX_NAMED])}{more}")
 
 
-# The cache -------------------------------------------------------------------------------------------------------
-
-
 def cache_folder() -> Path:
     """Where what can be made again is kept between runs."""
     try:
@@ -209,9 +199,6 @@ def _warn_once(message: str) -> None:
     if message not in _said:
         _said.add(message)
         print(f"warning: {message}", file=sys.stderr)
-
-
-# Locks -----------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -263,10 +250,8 @@ def _take(lock: Path, path: Path) -> int:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 holder = _HOLDER.search(os.pread(descriptor, 200, 0).decode(errors="replace"))
-                raise ConfigError(
-                    f"{path}: in use by {holder[0] if holder else 'another process'}; wait until it ends, or give "
-                    "another place"
-                ) from None
+                who = holder[0] if holder else "another process"
+                raise ConfigError(f"{path}: in use by {who}; wait until it ends, or give another place") from None
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise
@@ -291,9 +276,7 @@ def _sweep(folder: Path) -> None:
     for root, folders, files in os.walk(folder):
         for path in (Path(root, name) for name in (*folders, *files)):
             if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(folder):
-                raise ConfigError(
-                    f"{path}: leads out of the run, to {os.path.realpath(path)}, and is not written through; put what "
-                    f"it leads to in its place, or make the whole of {folder} a link"
-                )
+                told = f"{path}: leads out of the run, to {os.path.realpath(path)}, and is not written through"
+                raise ConfigError(f"{told}; put what it leads to in its place, or make the whole of {folder} a link")
             if _TEMPORARY.fullmatch(path.name):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

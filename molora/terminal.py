@@ -80,8 +80,8 @@ def print_table(
 
 
 def print_findings(heading: str, findings: Iterable[Finding], marks: tuple[str, str, str] = ("ok", "no", "--")) -> bool:
-    """Prints a table of findings, then their remedies. `marks` are for what is right, what is wrong, and None. Returns
-    whether nothing is wrong."""
+    """Prints a table of findings, then their remedies; returns whether nothing is wrong. `marks` are for right, wrong
+    and None."""
     findings = list(findings)
     right, wrong, neither = marks
     mark = {True: styled(right, "green"), False: styled(wrong, "red"), None: styled(neither, "yellow")}

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from molora import received, storage
-from molora.checkpoint.state import latest_state, save_state
+from molora.checkpoint.run_folder import latest_state, save_state
 from molora.config import ConfigError
 from molora.storage import hold, settle, write_atomically, write_cached, write_folder, write_tensors, write_text
 

@@ -150,13 +150,11 @@ def assemble(
     *,
     seed: int = 0,
     where: str = "router",
-    media_policy: MediaPolicy | None = None,
+    policy: MediaPolicy | None = None,
 ) -> tuple[MoLoRA, Processor]:
-    """Builds model and processor, which share modalities, their order and the router's order of samples.
-
-    `where` is where the router is written. Raises ConfigError for two modalities that answer to one part type,
-    RoutingError for a router that does not fit the modalities.
-    """
+    """Builds model and processor, which share modalities, their order and the router's order of samples. `where` is
+    where the router is written. Raises ConfigError for two modalities that answer to one part type, RoutingError for a
+    router that does not fit the modalities."""
     part_types: dict[str, str] = {}
     for name, plan in blueprints.items():
         part_type = plan.modality.part_type
@@ -182,7 +180,5 @@ def assemble(
         if key := next(filter(None, keys), None):
             raise ConfigError(f"{key}: {error}") from error
         raise
-    processor = Processor(
-        tokenizer, modalities, decide.order, backbone.max_tokens, media_policy, backbone.num_embeddings
-    )
-    return model, processor
+    longest, known_ids = backbone.max_tokens, backbone.num_embeddings
+    return model, Processor(tokenizer, modalities, decide.order, longest, policy, known_ids)

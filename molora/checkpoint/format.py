@@ -11,11 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molora.received import (
-    TensorFile,
-    check_finite,
-    read_json,
-)
+from molora.received import TensorFile, check_finite, read_json
 from molora.storage import check_shapes
 
 FORMAT_VERSION = "1.0"
@@ -28,10 +24,8 @@ def check_format(value: Mapping[str, Any], path: Path) -> None:
     """Raises ValueError for a major format version this code does not know."""
     version = str(value.get("format_version"))
     if version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
-        raise ValueError(
-            f"{path}: format version {version!r:.80}, this molora reads {FORMAT_VERSION}; upgrade molora, or use "
-            "the one that wrote it"
-        )
+        told = f"{path}: format version {version!r:.80}, this molora reads {FORMAT_VERSION}"
+        raise ValueError(f"{told}; upgrade molora, or use the one that wrote it")
 
 
 def read_described(path: Path, keys: Mapping[str, type]) -> dict[str, Any]:
@@ -59,11 +53,9 @@ def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def fill(parameters: Mapping[str, Tensor], path: Path, sha256: str | None, where: Path, *, finite: bool = True) -> None:
-    """Copies a file's tensors, one by one, into parameters of the same names and shapes.
-
-    Raises ValueError listing what does not fit before anything is read, for other bytes than those with the hash in
-    `where`, and for numbers that are not finite; an encoder's masks may hold them.
-    """
+    """Copies a file's tensors, one by one, into parameters of the same names and shapes. Raises ValueError listing what
+    does not fit before anything is read, for other bytes than those with the hash in `where`, and for numbers that are
+    not finite; an encoder's masks may hold them."""
     with TensorFile(path, path.parent) as file:
         check_shapes(file.shapes, {key: parameter.shape for key, parameter in parameters.items()}, str(path))
         file.check_dtypes({key: parameter.dtype for key, parameter in parameters.items()})

@@ -20,17 +20,7 @@ from molora.model import lora
 from molora.model.identity import Identity
 from molora.model.molora import MoLoRA
 from molora.plugins import Found, file_of
-from molora.received import (
-    MAX_JSON_BYTES,
-    TensorFile,
-    check_hash,
-    check_name,
-    copy_file,
-    file_hash,
-    listed_files,
-    parse_json,
-    read_bytes,
-)
+from molora.received import TensorFile, check_hash, check_name, copy_file, file_hash, listed_files, read_json_bytes
 from molora.storage import check_shapes, write_atomically, write_json, write_tensors, write_text
 
 # What is loaded of a modality's folder, if modality.json lists it.
@@ -44,11 +34,9 @@ _MODALITY_KEYS = {
 
 
 def save_modality(model: MoLoRA, name: str, plan: Blueprint, folder: Path, pristine: Mapping[str, str]) -> None:
-    """Writes a modality's folder. `modality.json` comes last and holds the hashes of the others.
-
-    The encoder is left out only if it can be fetched again: its origin is known, and its tensors still have the hash
-    that they had when it was built (`pristine`).
-    """
+    """Writes a modality's folder. `modality.json` comes last and holds the hashes of the others. The encoder is left
+    out only if it can be fetched again: its origin is known, and its tensors still have the hash that they had when it
+    was built (`pristine`)."""
     files: dict[str, Mapping[str, Tensor]] = {_PROJECTOR: model.projectors[name].state_dict()}
     encoder: Any = model.encoders[name]
     encoder_hash = tensor_hash(encoder.state_dict())
@@ -79,8 +67,7 @@ def describe_modality(
     origin: Origin | None,
     files: Sequence[str],
 ) -> None:
-    """Writes `modality.json`, the last file of a modality's folder. `widths` are those of its frames and of the
-    backbone."""
+    """Writes `modality.json`, the last file of a modality's folder. `widths`: of its frames, and of the backbone."""
     for file in {_PROJECTOR, _ENCODER, *_ADAPTER} - set(files):
         (folder / file).unlink(missing_ok=True)
     write_json(
@@ -104,13 +91,10 @@ def describe_modality(
 
 def copy_modality(source: Path, folder: Path) -> None:
     """Copies the files that a modality folder lists, byte by byte, and `modality.json`: last, as when it is saved.
-
-    Raises ValueError for a file that does not have its hash; it is not written then.
-    """
+    Raises ValueError for a file that does not have its hash; it is not written then."""
     path = source / "modality.json"
-    data = read_bytes(path, MAX_JSON_BYTES, source)
-    about = checked(parse_json(data, str(path)), path, _MODALITY_KEYS)
-    for file, sha256 in listed_files(about["files"], path).items():
+    about, data = read_json_bytes(path, source)
+    for file, sha256 in listed_files(checked(about, path, _MODALITY_KEYS)["files"], path).items():
         write_atomically(folder / file, partial(copy_file, source / file, folder=source, sha256=sha256, where=path))
     write_atomically(folder / path.name, lambda temporary: temporary.write_bytes(data))
 
@@ -124,9 +108,8 @@ def read_about(folder: Path) -> dict[str, Any]:
     """What a modality folder says of itself. Raises ConfigError or ValueError naming the file."""
     path = folder / "modality.json"
     if not path.is_file():
-        raise ConfigError(
-            f"{folder}: not a modality folder (no modality.json); give one that a run wrote as modalities/<name>"
-        )
+        told = f"{folder}: not a modality folder (no modality.json)"
+        raise ConfigError(f"{told}; give one that a run wrote as modalities/<name>")
     about = read_described(path, _MODALITY_KEYS)
     check_name(about["name"], f'{path}: "name"')
     files = listed_files(about["files"], path)
@@ -135,30 +118,17 @@ def read_about(folder: Path) -> dict[str, Any]:
             raise ValueError(f'{path}: "files" lacks {file}, which is loaded too; copy the whole folder again')
     for file in (_ENCODER, *_ADAPTER):
         if file not in files and (folder / file).exists():
-            raise ValueError(
-                f"{folder / file}: is there, but {path} does not list it, so it would not be loaded; take it away, or "
-                "copy the whole folder again"
-            )
-    _check_encoder_about(about, path)
-    return about
-
-
-def _check_encoder_about(about: Mapping[str, Any], path: Path) -> None:
-    """Raises ValueError for an encoder without a hash, and for one that is neither in the folder nor of some origin."""
+            told = f"{folder / file}: is there, but {path} does not list it, so it would not be loaded"
+            raise ValueError(f"{told}; take it away, or copy the whole folder again")
     sha256, origin = about["encoder"].get("hash"), about["encoder"].get("origin")
-    texts = origin is None or (
-        isinstance(origin, dict) and all(isinstance(origin.get(key), str) for key in ("source", "revision"))
-    )
-    if not isinstance(sha256, str) or not texts:
-        raise ValueError(
-            f'{path}: "encoder": hash is {sha256!r:.80} and origin {origin!r:.80}, expected a text, and null or texts '
-            "as source and revision; copy it again"
-        )
+    texts = isinstance(origin, dict) and all(isinstance(origin.get(key), str) for key in ("source", "revision"))
+    if not isinstance(sha256, str) or not (origin is None or texts):
+        told = f'{path}: "encoder": hash is {sha256!r:.80} and origin {origin!r:.80}'
+        raise ValueError(f"{told}, expected a text, and null or texts as source and revision; copy it again")
     if origin is None and _ENCODER not in about["files"]:
-        raise ValueError(
-            f'{path}: "files" lacks {_ENCODER}, and "encoder" says no origin where its weights are; copy the whole '
-            "folder again"
-        )
+        told = f'"files" lacks {_ENCODER}, and "encoder" says no origin where its weights are'
+        raise ValueError(f"{path}: {told}; copy the whole folder again")
+    return about
 
 
 def read_blueprint(
@@ -176,10 +146,8 @@ def read_blueprint(
 
 
 def check_modality(folder: Path, identity: Identity) -> list[str]:
-    """Checks that a modality folder is whole and fits the backbone, without its plugin. Returns warnings.
-
-    Raises ConfigError or ValueError naming the file.
-    """
+    """Checks that a modality folder is whole and fits the backbone, without its plugin. Returns warnings. Raises
+    ConfigError or ValueError naming the file."""
     path = folder / "modality.json"
     about = read_about(folder)
     warnings = identity.check(about["backbone"], str(path))
@@ -191,10 +159,8 @@ def check_modality(folder: Path, identity: Identity) -> list[str]:
 
 
 def read_plan(folder: Path, name: str, trusted: Sequence[str | Found] = ()) -> Blueprint:
-    """The blueprint of a modality folder, to be called `name`, whatever backbone and files it has.
-
-    Raises ConfigError or ValueError naming the file.
-    """
+    """The blueprint of a modality folder, to be called `name`, whatever backbone and files it has. Raises ConfigError
+    or ValueError naming the file."""
     path = folder / "modality.json"
     about = read_about(folder)
     may_run = partial(find_received, sha256=about.get("plugin_sha256"), trusted=trusted)
@@ -228,10 +194,8 @@ def _check_sources(plan: Blueprint, about: Mapping[str, Any], path: Path) -> Non
             )
     ours = type(plan.modality).__module__.startswith("molora.encoders.")
     if ours and _ENCODER not in about["files"] and not any(source.fetches for source in sources):
-        raise ConfigError(
-            f"{path}: its encoder is neither in {_ENCODER} nor named on the hub by its options; copy the whole folder "
-            "again"
-        )
+        told = f"its encoder is neither in {_ENCODER} nor named on the hub by its options"
+        raise ConfigError(f"{path}: {told}; copy the whole folder again")
 
 
 def _sources(value: Any) -> Iterator[WeightSource]:
@@ -245,10 +209,8 @@ def _sources(value: Any) -> Iterator[WeightSource]:
 
 
 def check_encoder(plan: Blueprint, folder: Path) -> None:
-    """Compares the tensors in a folder's encoder.safetensors with those of the encoder that its options describe.
-
-    It is built without memory for its weights, so that no more is ever taken than the file holds. Raises ValueError.
-    """
+    """Compares the tensors in a folder's encoder.safetensors with those of the encoder that its options describe. It is
+    built without memory for its weights, so that no more is ever taken than the file holds. Raises ValueError."""
     if _ENCODER not in read_about(folder)["files"]:
         return
     try:
@@ -273,25 +235,17 @@ def _how_to_get_plugin(plugin: str) -> str:
 
 
 def load_modality(model: MoLoRA, name: str, folder: Path) -> None:
-    """Fills a modality's modules from its folder.
-
-    Raises ConfigError for what is no modality folder, ValueError listing tensors that do not fit.
-    """
+    """Fills a modality's modules from its folder. Raises ConfigError for what is no modality folder, ValueError listing
+    tensors that do not fit."""
     path = folder / "modality.json"
     about = read_about(folder)
     files = about["files"]
     modality: Any = model.modalities[name]
     encoder: Any = model.encoders[name]
-    now = {
-        "part_type": modality.part_type,
-        "frame_width": encoder.width,
-        "projectors": sorted(modality.projectors()),
-    }
+    now = {"part_type": modality.part_type, "frame_width": encoder.width, "projectors": sorted(modality.projectors())}
     if changed := [f"{key} was {about[key]!r}, is {now[key]!r}" for key in now if about[key] != now[key]]:
-        raise ValueError(
-            f"{path}: plugin {about['plugin']!r} has changed since: {'; '.join(changed)}; "
-            f"{_how_to_get_plugin(about['plugin'])}"
-        )
+        told = f"{path}: plugin {about['plugin']!r} has changed since: {'; '.join(changed)}"
+        raise ValueError(f"{told}; {_how_to_get_plugin(about['plugin'])}")
     fill(model.projectors[name].state_dict(), folder / _PROJECTOR, files[_PROJECTOR], path)
     if _ENCODER in files:
         try:
@@ -299,9 +253,7 @@ def load_modality(model: MoLoRA, name: str, folder: Path) -> None:
         except ValueError as error:
             raise ValueError(f"{error}; did the plugin's code change? train it anew, under another run=") from error
     elif tensor_hash(encoder.state_dict()) != about["encoder"]["hash"]:
-        raise ValueError(
-            f"{folder}: its encoder comes from {about['encoder']['origin']}, whose tensors now have another hash than "
-            "when the modality was saved"
-        )
+        told = f"{folder}: its encoder comes from {about['encoder']['origin']}"
+        raise ValueError(f"{told}, whose tensors now have another hash than when the modality was saved")
     if _ADAPTER[1] in files:
         fill(lora.adapter_tensors(model.backbone.model, name), folder / _ADAPTER[1], files[_ADAPTER[1]], path)

@@ -23,8 +23,7 @@ from molora.terminal import warn
 @dataclass(frozen=True)
 class Layout:
     """Where the parts of a model lie: its backbone (a folder, or a hub id with the commit that a run was trained on),
-    its modality folders by name, and what the molora.json of a run says. Folders that molora.json does not name are not
-    part of the run."""
+    its modality folders by name, and what the molora.json of a run says. Other folders are not part of the run."""
 
     backbone: str
     folders: dict[str, Path]
@@ -55,28 +54,22 @@ class ModelPlan:
 
 
 def locate(source: str | Path, modalities: Sequence[str | Path] = ()) -> Layout:
-    """Finds the parts of a run folder, or of a backbone with modality folders, without loading them.
-
-    Raises ConfigError or ValueError naming the file that is missing or wrong.
-    """
+    """Finds the parts of a run folder, or of a backbone with modality folders, without loading them. Raises ConfigError
+    or ValueError naming the file that is missing or wrong."""
     path = Path(source)
     if (path / "molora.json").is_file():
         run = read_run(path)
         backbone, folders = run.backbone_source(), run.modality_folders()
     else:
         if path.is_dir() and not (path / "config.json").is_file():
-            raise ConfigError(
-                f"{path}: neither a run (no molora.json) nor a backbone (no config.json); name one of these, and "
-                "modality folders beside a backbone"
-            )
+            told = f"{path}: neither a run (no molora.json) nor a backbone (no config.json)"
+            raise ConfigError(f"{told}; name one of these, and modality folders beside a backbone")
         backbone, folders, run = str(source), {}, None
     for folder in map(Path, modalities):
         name: str = read_about(folder)["name"]
         if name in folders:
-            raise ConfigError(
-                f"{folder}: its modality {name!r} is already loaded from {folders[name]}; leave one out, or give one "
-                f'another "name" in its modality.json'
-            )
+            told = f"{folder}: its modality {name!r} is already loaded from {folders[name]}"
+            raise ConfigError(f'{told}; leave one out, or give one another "name" in its modality.json')
         folders[name] = folder
     return Layout(backbone, folders, run)
 
@@ -114,10 +107,8 @@ def plan_model(
 
 
 def open_model(plan: ModelPlan, device: torch.device | str) -> tuple[MoLoRA, Processor]:
-    """The model of a plan with its processor.
-
-    Raises ConfigError or ValueError naming the file that does not fit; BackboneRefused for a backbone that cannot run.
-    """
+    """The model of a plan with its processor. Raises ConfigError or ValueError naming the file that does not fit;
+    BackboneRefused for a backbone that cannot run."""
     given = plan.backbone
     backbone, tokenizer = load_backbone(given.path, dtype=given.dtype, revision=given.revision, device=device)
     warnings = []
@@ -129,13 +120,7 @@ def open_model(plan: ModelPlan, device: torch.device | str) -> tuple[MoLoRA, Pro
     for warning in warnings:
         warn(warning)
     model, processor = assemble(
-        backbone,
-        tokenizer,
-        plan.modalities,
-        plan.router,
-        seed=plan.seed,
-        where=plan.where,
-        media_policy=plan.media_policy,
+        backbone, tokenizer, plan.modalities, plan.router, seed=plan.seed, where=plan.where, policy=plan.media_policy
     )
     for name, folder in plan.folders.items():
         load_modality(model, name, folder)

@@ -1,8 +1,10 @@
-"""A run's molora.json: its backbone, modalities and router, and what the router has learned."""
+"""What a run folder holds beside its modalities: molora.json, what the router learned, and states to resume from."""
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,16 +20,16 @@ from molora.config import ConfigError, build
 from molora.model.identity import Identity
 from molora.model.molora import MoLoRA
 from molora.plugins import Found
-from molora.received import (
-    check_hash,
-    check_name,
-    file_hash,
-    listed_files,
-)
-from molora.storage import write_json, write_tensors
+from molora.received import check_hash, check_name, file_hash, listed_files, read_tensors
+from molora.storage import write_folder, write_json, write_tensors
 
 _ROUTER = "router.safetensors"
 _RUN_KEYS = {"backbone": dict, "modalities": list, "router": dict}
+_STATE_KEYS = {
+    **{"recipe": dict, "stage": int, "step": int, "part_steps": dict},
+    **{"backbone": dict, "environment": dict, "logs": dict},
+}
+_STATE = re.compile(r"step-\d{1,18}")
 
 
 def write_run(
@@ -42,8 +44,7 @@ def write_run(
 ) -> None:
     """Writes molora.json, which makes a folder a run that `molora.load` opens, and what the router has learned.
 
-    A backbone folder is named by its path from the run, so that the two can be moved together; one of the hub by its
-    id and its commit (`revision`).
+    A backbone folder is named by its path from the run, so that the two move together; one of the hub by id and commit.
     """
     source = backbone.source
     folder = os.path.relpath(os.path.realpath(source), os.path.realpath(run)) if Path(source).is_dir() else None
@@ -84,10 +85,8 @@ class RunAbout:
             return self.backbone["source"]
         path = os.path.realpath(self.folder / self.backbone["folder"])
         if not Path(path).is_dir():
-            raise ConfigError(
-                f"{self.folder / 'molora.json'}: its backbone is not in {path}; move the two together, or write its "
-                f'path from {self.folder} as "folder" there'
-            )
+            told = f"{self.folder / 'molora.json'}: its backbone is not in {path}"
+            raise ConfigError(f'{told}; move the two together, or write its path from {self.folder} as "folder" there')
         return path
 
     def router_plan(self, trusted: Sequence[str | Found] = ()) -> RouterPlan:
@@ -101,10 +100,8 @@ class RunAbout:
         folders = {name: self.folder / "modalities" / name for name in self.modalities}
         for name, folder in folders.items():
             if not folder.is_dir():
-                raise ConfigError(
-                    f"{self.folder / 'molora.json'}: lists modality {name!r}, whose folder {folder} is missing; copy "
-                    'the whole run, or take it out of "modalities" there'
-                )
+                told = f"{self.folder / 'molora.json'}: lists modality {name!r}, whose folder {folder} is missing"
+                raise ConfigError(f'{told}; copy the whole run, or take it out of "modalities" there')
         return folders
 
 
@@ -112,9 +109,7 @@ def read_run(run: Path) -> RunAbout:
     """What a run's molora.json says. Raises ConfigError for what is no run, ValueError naming what is wrong in it."""
     path = run / "molora.json"
     if not path.is_file():
-        raise ConfigError(
-            f"{run}: not a run folder (no molora.json); was its training finished or saved at least once?"
-        )
+        raise ConfigError(f"{run}: not a run folder (no molora.json); was its training finished, or saved once?")
     about = read_described(path, _RUN_KEYS)
     backbone, names = about["backbone"], about["modalities"]
     for key in ("source", "folder", "dtype", "revision"):
@@ -149,3 +144,45 @@ def load_router(model: MoLoRA, run: Path) -> None:
         if sha256 is not None:
             check_hash(file_hash(path, run), sha256, path, run / "molora.json")
         fill(own, path, sha256, run / "molora.json")
+
+
+def save_state(run: Path, name: str, tensors: Mapping[str, Mapping[str, Tensor]], about: Mapping[str, Any]) -> None:
+    """Writes `state/<name>/` in one step, then removes older states: a kill at any instant leaves one whole state."""
+    root = run / "state"
+    with write_folder(root / name) as draft:
+        for file, values in tensors.items():
+            write_tensors(draft / f"{file}.safetensors", values)
+        write_json(draft / "state.json", {"format_version": FORMAT_VERSION, **about})
+    for other in root.iterdir():
+        if _STATE.fullmatch(other.name) and other.name != name:
+            shutil.rmtree(other)
+
+
+def latest_state(run: Path) -> Path | None:
+    """The newest whole state of a run, if it has one."""
+    states = [path for path in (run / "state").glob("step-*") if _STATE.fullmatch(path.name)]
+    whole = [path for path in states if (path / "state.json").is_file()]
+    return max(whole, key=lambda path: int(path.name.removeprefix("step-")), default=None)
+
+
+def read_state(state: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """A state's description and its tensors by file. Raises OSError, ValueError naming the file that is missing,
+    damaged or of another format."""
+    about = read_state_about(state)
+    return about, {name: read_tensors(state / f"{name}.safetensors") for name in ("weights", "optimizer")}
+
+
+def read_state_about(state: Path) -> dict[str, Any]:
+    """A state's description. Raises OSError, ValueError naming the file and the key that is not as it was written."""
+    path = state / "state.json"
+    about = read_described(path, _STATE_KEYS)
+    counts = {"": {key: about[key] for key in ("stage", "step")}, **{k: about[k] for k in ("part_steps", "logs")}}
+    for above, values in counts.items():
+        for key, value in values.items():
+            if type(value) is not int or value < 0:
+                key = f"{above}.{key}" if above else key
+                raise ValueError(f"{path}: {key} is {value!r:.80}, expected a count; copy it again")
+    evaluate = about.get("evaluate", [])  # which older states lack
+    if not isinstance(evaluate, list) or not all(isinstance(name, str) for name in evaluate):
+        raise ValueError(f"{path}: evaluate is {evaluate!r:.80}, expected names; copy it again")
+    return about

@@ -2,8 +2,7 @@
 
 What comes with molora, and what an installed package declares as an entry point, is found by name. A file or another
 module is run only on the user's word (`--trust-plugin SPEC`, `load(…, trust=[SPEC])`, a recipe that the user trains).
-The word is remembered by the SHA-256 of the code in the cache folder, so that it holds wherever one stands, and for
-that very code.
+The word is remembered by the code's SHA-256 in the cache folder, so that it holds anywhere, and for that very code.
 """
 
 from __future__ import annotations
@@ -36,11 +35,9 @@ class _Known(NamedTuple):
 
 
 def find_received(kind: Kind, spec: str, sha256: str | None, trusted: Sequence[str | Found] = ()) -> Found:
-    """The class that a received folder means by `spec`, whose code has `sha256` if the folder records one.
-
-    `trusted` are specs that the user gives, or plugins that the user's word has run before. Raises Untrusted, before
-    anything runs, for code that the user has not allowed, and ConfigError as `find` does.
-    """
+    """The class that a received folder means by `spec`, whose code has `sha256` if the folder records one. `trusted`
+    are specs that the user gives, or plugins that the user's word has run before. Raises Untrusted, before anything
+    runs, for code that the user has not allowed, and ConfigError as `find` does."""
     if not isinstance(spec, str) or (sha256 is not None and not _HASH.fullmatch(str(sha256))):
         raise Untrusted(f"{kind} {spec!r:.200}, SHA-256 {sha256!r:.80}: no plugin's; copy the folder again")
     if comes_by_name(kind, spec):

@@ -31,19 +31,13 @@ from molora.config import ConfigError
 
 Layout = Literal["hub", "native"]
 
-MODEL_TYPES: dict[str, Layout] = {"phi4mm": "hub", "phi4_multimodal": "native"}
 # Our modalities, with the folder and the name that the adapter of each has in the release.
 ADAPTERS = {"vision": ("vision-lora", "vision"), "audio": ("speech-lora", "speech")}
-# A picture beside a clip takes the vision adapter; the two are never summed. Source: `InputMode` of modeling_phi4mm.py.
-RULES = {"audio+vision": "vision"}
 # A regular expression over whole names, since the towers have layers of the same last names.
 TARGETS = r"model\.layers\.\d+\.(self_attn\.(qkv_proj|o_proj)|mlp\.(gate_up_proj|down_proj))"
 # The same in the hub's config, whose code searches names with it inside the decoder alone.
 _HUB_TARGETS = r"layers.*((self_attn\.(qkv_proj|o_proj))|(mlp\.(gate_up|down)_proj))"
 UNUSED_FILE = "backbone/phi4mm/unused.safetensors"
-# The vision encoder keeps the colours that it normalises with; the release leaves them to its processor.
-COLOURS = {f"modalities/vision/encoder.safetensors:{name}": (3, 1, 1) for name in ("mean_C11", "std_C11")}
-IMAGE_SLOT, AUDIO_SLOT = 200010, 200011
 _STOP_IDS = [199999, 200020]
 _PEFT = "base_model.model."
 _EXTENSION = "model.embed_tokens_extend."
@@ -106,8 +100,7 @@ _NATIVE_TO_HUB = (
 class Place:
     """Where one tensor lies: its file in a run with its name and shape there, and its names and shape in the layouts.
 
-    `file` is a path in the run's folder, "backbone" standing for the shards there. An adapter's native name begins with
-    its folder.
+    `file` is a path in the run's folder, "backbone" for the shards there. An adapter's native name begins with its own.
     """
 
     file: str
@@ -141,6 +134,24 @@ class Release:
         keys = (*_TEXT_KEYS, "rope_parameters", "eos_token_id", "dtype")
         return Phi3Config(**{key: getattr(self.config, key) for key in keys}, architectures=["Phi3ForCausalLM"])
 
+    def check_settings(self, path: Path) -> None:
+        """Raises ConfigError for settings that our modules lack."""
+        vision, audio = self.config.vision_config, self.config.audio_config
+        for what, value, expected in (
+            ("vision image_size", vision.image_size, vision.crop_size),
+            ("audio input_size", audio.input_size, 80),
+            ("audio time_reduction", audio.time_reduction, 8),
+            ("audio downsample_rate", audio.downsample_rate, 1),
+            ("audio chunk_size", audio.chunk_size, -1),
+            ("audio bias_symmetric", audio.bias_symmetric, False),
+            ("audio depthwise_multiplier", audio.depthwise_multiplier, 1),
+            ("audio activation", audio.activation, "swish"),
+            ("audio conv_activation", audio.conv_activation, "swish"),
+            ("audio conv_glu_type", audio.conv_glu_type, "swish"),
+        ):
+            if value != expected:
+                raise ConfigError(f"{path}: {what} is {value!r}; the modules here are for {expected!r}, as released")
+
     def blueprints(self) -> dict[str, Blueprint]:
         """The two modalities before their weights."""
         vision, audio = self.config.vision_config, self.config.audio_config
@@ -165,10 +176,8 @@ class Release:
             "vision": {"crop_pixels": vision.crop_size, "max_crops": self.max_crops, "tower": tower},
             "audio": {"tower": {"conformer": conformer}, "beside": {"vision": "vision"}},
         }
-        return {
-            name: replace(blueprint(name, name, options[name], None, name), adapter=self.adapters[name])
-            for name in ADAPTERS
-        }
+        plans = [blueprint(name, name, options[name], None, name) for name in ADAPTERS]
+        return {plan.plugin: replace(plan, adapter=self.adapters[plan.plugin]) for plan in plans}
 
     def places(self) -> list[Place]:
         """Where every tensor lies; native names and shapes are those of transformers' own class."""
@@ -183,7 +192,9 @@ class Release:
         for modality, tensors in encoders.items():
             file = f"modalities/{modality}/encoder.safetensors"
             for name, tensor in tensors.items():
-                ours |= dict.fromkeys(_encoder_names(modality, name), (file, name, tensor.shape))
+                for pattern, native in _ENCODERS[modality]:  # what the release does not hold fits none
+                    if re.match(pattern, name):
+                        ours[re.sub(f"^{pattern}", native, name)] = (file, name, tensor.shape)
             file = f"modalities/{modality}/projector.safetensors"
             for key, layers in _PROJECTORS[modality].items():
                 for layer, stem in zip(("up", "down"), layers, strict=True):
@@ -193,8 +204,7 @@ class Release:
         places = []
         for native, tensor in reference.items():
             # What we have no use for is what no logit depends on.
-            unused = (UNUSED_FILE, native, tensor.shape)
-            file, name, shape = ours.pop(native, unused)
+            file, name, shape = ours.pop(native, (UNUSED_FILE, native, tensor.shape))
             places.append(Place(file, name, tuple(shape), native, _hub_name(native), tuple(tensor.shape)))
         assert not ours, f"names that transformers' class does not have: {sorted(ours)[:3]}"
         for modality, config in self.adapters.items():
@@ -214,23 +224,15 @@ def _adapter_places(modality: str, rank: int, backbone: Mapping[str, Tensor]) ->
                 yield Place(file, name, shape, f"{folder}/{name}", hub, shape)
 
 
-def _encoder_names(modality: str, name: str) -> list[str]:
-    """The native name of an encoder's tensor; none for what the release does not hold."""
-    return [re.sub(f"^{ours}", native, name) for ours, native in _ENCODERS[modality] if re.match(ours, name)]
-
-
 def _hub_name(native: str) -> str:
     for pattern, replacement in _NATIVE_TO_HUB:
         native = re.sub(pattern, replacement, native)
     return native
 
 
-# Configs ------------------------------------------------------------------------------------------------------
-
-
 def from_hub(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Any:
-    """The hub's config.json in transformers' words. The tower's sizes are read off its weights' `shapes`, as the hub's
-    code knows them by itself."""
+    """The hub's config.json in transformers' words. The tower's sizes, which only the hub's code knows, are read off
+    its weights' `shapes`."""
     tower = {"crop_size": values["embd_layer"]["image_embd_layer"]["crop_size"], **_HUB_TOWER}
     patch, fc1 = f"{_TOWER}embeddings.patch_embedding.weight", f"{_TOWER}encoder.layers.0.mlp.fc1.weight"
     if patch in shapes and fc1 in shapes:
@@ -255,83 +257,39 @@ def from_hub(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
     )
 
 
-def check_settings(config: Any, path: Path) -> None:
-    """Raises ConfigError for settings that our modules lack."""
-    vision, audio = config.vision_config, config.audio_config
-    for what, value, expected in (
-        ("vision image_size", vision.image_size, vision.crop_size),
-        ("audio input_size", audio.input_size, 80),
-        ("audio time_reduction", audio.time_reduction, 8),
-        ("audio downsample_rate", audio.downsample_rate, 1),
-        ("audio chunk_size", audio.chunk_size, -1),
-        ("audio bias_symmetric", audio.bias_symmetric, False),
-        ("audio depthwise_multiplier", audio.depthwise_multiplier, 1),
-        *(("audio " + key, getattr(audio, key), "swish") for key in ("activation", "conv_activation", "conv_glu_type")),
-    ):
-        if value != expected:
-            raise ConfigError(f"{path}: {what} is {value!r}; the modules here are for {expected!r}, as released")
-
-
 def to_hub(release: Release) -> dict[str, Any]:
     """A release's config.json in the hub's layout."""
     config = release.config
     vision, audio, rope = config.vision_config, config.audio_config, dict(config.rope_parameters)
-    files = {
-        "AutoConfig": "configuration_phi4mm.Phi4MMConfig",
-        "AutoModelForCausalLM": "modeling_phi4mm.Phi4MMForCausalLM",
-    }
+    factors = {key: rope[key] for key in ("short_factor", "long_factor") if key in rope}
+    # The code is the hub's own; a name before the dashes says from which repository it is taken.
+    code = "microsoft/Phi-4-multimodal-instruct--"
+    image = {"embedding_cls": "tune_image", "crop_size": vision.crop_size, "projection_cls": "mlp"}
+    image |= {"use_hd_transform": True, "with_learnable_separator": True, "hd_transform_order": "sub_glb"}
+    image |= {"image_token_compression_cls": "avg_pool_2d"}
+    sound = {"embedding_cls": "audio", "projection_cls": "mlp", "use_qformer": False, "use_conv_downsample": False}
+    sound |= {"compression_rate": audio.time_reduction, "downsample_rate": audio.downsample_rate}
+    ear = {theirs: getattr(audio, ours) for theirs, ours in _AUDIO_KEYS.items()}
+    ear |= {"input_layer": "nemo_conv", "encoder_embedding_config": {"input_size": audio.input_size}}
+    ear |= {"nemo_conv_settings": {"conv_channels": audio.nemo_conv_channels}, "ext_pw_kernel_size": 1}
+    ear |= {"relative_attention_bias_args": {"type": "t5", "t5_bias_max_distance": audio.bias_max_distance}}
+    ear |= {"bias_in_glu": True, "causal": True, "batch_norm": False, "cnn_layer_norm": True}
     return {
         "architectures": ["Phi4MMForCausalLM"],
         "model_type": "phi4mm",
-        # The code is the hub's own; a name before the dashes says from which repository it is taken.
-        "auto_map": {key: f"microsoft/Phi-4-multimodal-instruct--{value}" for key, value in files.items()},
+        "auto_map": {
+            "AutoConfig": f"{code}configuration_phi4mm.Phi4MMConfig",
+            "AutoModelForCausalLM": f"{code}modeling_phi4mm.Phi4MMForCausalLM",
+        },
         **{key: getattr(config, key) for key in _TEXT_KEYS},
         "eos_token_id": _STOP_IDS[0],
-        "attention_bias": False,
-        "mlp_bias": False,
-        "lm_head_bias": False,
+        **dict.fromkeys(("attention_bias", "mlp_bias", "lm_head_bias"), False),
         "torch_dtype": str(config.dtype or torch.float32).removeprefix("torch."),
         "rope_theta": rope.get("rope_theta"),
         "partial_rotary_factor": rope.get("partial_rotary_factor"),
-        "rope_scaling": {
-            "type": rope["rope_type"],
-            **{key: rope[key] for key in ("short_factor", "long_factor") if key in rope},
-        },
-        "embd_layer": {
-            "embedding_cls": "image_audio",
-            "image_embd_layer": {
-                "embedding_cls": "tune_image",
-                "crop_size": vision.crop_size,
-                "use_hd_transform": True,
-                "with_learnable_separator": True,
-                "hd_transform_order": "sub_glb",
-                "projection_cls": "mlp",
-                "image_token_compression_cls": "avg_pool_2d",
-            },
-            "audio_embd_layer": {
-                "embedding_cls": "audio",
-                "compression_rate": audio.time_reduction,
-                "downsample_rate": audio.downsample_rate,
-                "projection_cls": "mlp",
-                "use_qformer": False,
-                "use_conv_downsample": False,
-            },
-        },
-        "audio_processor": {
-            "name": "cascades",
-            "config": {
-                **{theirs: getattr(audio, ours) for theirs, ours in _AUDIO_KEYS.items()},
-                "input_layer": "nemo_conv",
-                "encoder_embedding_config": {"input_size": audio.input_size},
-                "nemo_conv_settings": {"conv_channels": audio.nemo_conv_channels},
-                "relative_attention_bias_args": {"type": "t5", "t5_bias_max_distance": audio.bias_max_distance},
-                "bias_in_glu": True,
-                "causal": True,
-                "batch_norm": False,
-                "cnn_layer_norm": True,
-                "ext_pw_kernel_size": 1,
-            },
-        },
+        "rope_scaling": {"type": rope["rope_type"], **factors},
+        "embd_layer": {"embedding_cls": "image_audio", "image_embd_layer": image, "audio_embd_layer": sound},
+        "audio_processor": {"name": "cascades", "config": ear},
     }
 
 

@@ -20,7 +20,6 @@ from typing import Any, get_args
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from peft import LoraConfig
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
@@ -37,24 +36,9 @@ from molora.checkpoint.modality_folder import describe_modality, files_in, read_
 from molora.checkpoint.pretrained import damage_named, fetch, identify
 from molora.checkpoint.run_folder import read_run, write_run
 from molora.config import ConfigError
-from molora.convert.phi4mm import (
-    ADAPTERS,
-    AUDIO_SLOT,
-    COLOURS,
-    IMAGE_SLOT,
-    MODEL_TYPES,
-    RULES,
-    TARGETS,
-    UNUSED_FILE,
-    Layout,
-    Release,
-    adapters_to_hub,
-    check_settings,
-    from_hub,
-    to_hub,
-)
+from molora.convert.phi4mm import ADAPTERS, TARGETS, UNUSED_FILE, Layout, Release, adapters_to_hub, from_hub, to_hub
 from molora.model import lora
-from molora.received import SHARD_INDEX, TensorFile, copy_file, read_json, read_tensors, shard_names, stamps
+from molora.received import SHARD_INDEX, Entry, TensorFile, copy_file, read_json, read_tensors, shard_names, stamps
 from molora.storage import (
     cache_folder,
     check_shapes,
@@ -69,6 +53,12 @@ from molora.storage import (
 from molora.terminal import say
 
 FORMAT_VERSION = "1.0"
+_MODEL_TYPES: dict[str, Layout] = {"phi4mm": "hub", "phi4_multimodal": "native"}
+# A picture beside a clip takes the vision adapter; the two are never summed. Source: `InputMode` of modeling_phi4mm.py.
+_RULES = {"audio+vision": "vision"}
+# The vision encoder keeps the colours that it normalises with; the release leaves them to its processor.
+_COLOURS = {f"modalities/vision/encoder.safetensors:{name}": (3, 1, 1) for name in ("mean_C11", "std_C11")}
+_SLOTS = {"image_token": 200010, "audio_token": 200011}
 # Kept in the backbone's folder: what the release held besides.
 _KEPT, _ABOUT, _FILES = Path(UNUSED_FILE).parent.name, "about.json", "files"
 # Files that belong to the backbone alone; the others of a release describe the whole.
@@ -83,10 +73,8 @@ _MAX_CROPS = 36
 
 
 class _Tensors(Mapping[str, Tensor]):
-    """The tensors of safetensors files by name, read one by one. Each file has a prefix for its names.
-
-    Raises ValueError for a file that is not whole, and for a name that two files hold.
-    """
+    """The tensors of safetensors files by name, read one by one. Each file has a prefix for its names. Raises
+    ValueError for a file that is not whole, and for a name that two files hold."""
 
     def __init__(self, files: Mapping[Path, str]) -> None:
         self._found: dict[str, tuple[TensorFile, str]] = {}
@@ -103,13 +91,9 @@ class _Tensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._found)
 
-    def shape(self, key: str) -> tuple[int, ...]:
+    def entry(self, key: str) -> Entry:
         file, name = self._found[key]
-        return file.entries[name].shape
-
-    def dtype(self, key: str) -> str:
-        file, name = self._found[key]
-        return file.entries[name].dtype
+        return file.entries[name]
 
     def __getitem__(self, key: str) -> Tensor:
         file, name = self._found[key]
@@ -117,20 +101,16 @@ class _Tensors(Mapping[str, Tensor]):
 
     def check(self, expected: Mapping[str, tuple[int, ...]], where: str) -> None:
         """Raises ValueError listing what is unknown, missing, of another shape, or no float."""
-        check_shapes({key: self.shape(key) for key in self}, expected, where)
-        if foreign := sorted(key for key in self if self.dtype(key) not in _DTYPES):
-            raise ValueError(
-                f"{where}: {foreign[0]} is stored as {self.dtype(foreign[0])}, expected one of {', '.join(_DTYPES)}, "
-                f"and so for {len(foreign)} tensors in all; take the checkpoint as it was released"
-            )
+        check_shapes({key: self.entry(key).shape for key in self}, expected, where)
+        if foreign := sorted(key for key in self if self.entry(key).dtype not in _DTYPES):
+            stored = f"{foreign[0]} is stored as {self.entry(foreign[0]).dtype}, expected one of {', '.join(_DTYPES)}"
+            told = f"{where}: {stored}, and so for {len(foreign)} tensors in all"
+            raise ValueError(f"{told}; take the checkpoint as it was released")
 
 
 _ABOUT_KEPT = "Checkpoints that molora converted once, to open them faster. They can be deleted.\n"
 # Where the cache cannot be written, for as long as the process lives.
 _converted: list[TemporaryDirectory[str]] = []
-
-
-# From a release to a run ----------------------------------------------------------------------------------------
 
 
 def layout_of(source: str | Path) -> Layout | None:
@@ -146,7 +126,7 @@ def layout_of(source: str | Path) -> Layout | None:
     kind = read_json(path).get("model_type", "")
     if not isinstance(kind, str):
         raise ValueError(f"{path}: model_type is {kind!r:.80}, expected a text; copy it again")
-    return MODEL_TYPES.get(kind)
+    return _MODEL_TYPES.get(kind)
 
 
 def converted(source: str | Path) -> str | Path:
@@ -170,19 +150,14 @@ def converted(source: str | Path) -> str | Path:
 
 def import_release(source: str | Path, run: Path) -> None:
     """Converts a released checkpoint (a folder or hub id) to a run, tensor by tensor, each with its bytes and dtype.
-
     Raises: ConfigError or ValueError for what is no such checkpoint, has settings that our modules lack, or holds
-    tensors that are unknown, missing or of another shape; nothing is written then.
-    """
+    tensors that are unknown, missing or of another shape; nothing is written then."""
     layout = layout_of(source)
     if layout is None:
-        raise ConfigError(
-            f"{source}: not Phi-4-multimodal (its config.json has none of the model types {', '.join(MODEL_TYPES)}); "
-            "name a folder or hub id with the released checkpoint"
-        )
-    if run.exists() and (
-        (run / "molora.json").exists() or {p.name for p in run.iterdir()} - {"backbone", "modalities"}
-    ):
+        told = f"{source}: not Phi-4-multimodal (its config.json has none of the model types {', '.join(_MODEL_TYPES)})"
+        raise ConfigError(f"{told}; name a folder or hub id with the released checkpoint")
+    there = {path.name for path in run.iterdir()} if run.exists() else set()
+    if there - {"backbone", "modalities"}:
         raise ConfigError(f"{run}: is there already; name a folder that is not")
     folder = fetch(str(source))
     tensors, release = _read_release(folder, layout)
@@ -193,7 +168,8 @@ def import_release(source: str | Path, run: Path) -> None:
     for file, group in itertools.groupby(sorted(places, key=lambda place: place.file), key=lambda place: place.file):
         here = {place.name: place for place in group}
         if file == "backbone":
-            sizes = {name: _num_bytes(place.shape, tensors.dtype(place.named(layout))) for name, place in here.items()}
+            stored = {name: tensors.entry(place.named(layout)) for name, place in here.items()}
+            sizes = {name: entry.stop - entry.start for name, entry in stored.items()}
             _write_shards(run / file, sizes, lambda name, here=here: tensors[here[name].named(layout)])
         elif layout == "native" and all(place.of_adapter for place in here.values()):
             for name in ("adapter_model.safetensors", "adapter_config.json"):
@@ -201,7 +177,7 @@ def import_release(source: str | Path, run: Path) -> None:
                 write_atomically((run / file).with_name(name), partial(copy_file, adapter, folder=folder))
         else:
             values = {name: tensors[place.named(layout)].reshape(place.shape) for name, place in here.items()}
-            added = {key.partition(":")[2]: shape for key, shape in COLOURS.items() if key.startswith(f"{file}:")}
+            added = {key.partition(":")[2]: shape for key, shape in _COLOURS.items() if key.startswith(f"{file}:")}
             write_tensors(run / file, values | {name: torch.full(shape, 0.5) for name, shape in added.items()})
 
     backbone = run / "backbone"
@@ -217,7 +193,7 @@ def import_release(source: str | Path, run: Path) -> None:
             "layout": layout,
             "config": json.loads(release.config.to_json_string(use_diff=False)),
             "max_crops": release.max_crops,
-            "dtypes": {place.native: tensors.dtype(place.named(layout)) for place in places},
+            "dtypes": {place.native: tensors.entry(place.named(layout)).dtype for place in places},
         },
     )
     _describe_run(run, release, layout, str(source))
@@ -231,19 +207,11 @@ def _describe_run(run: Path, release: Release, layout: Layout, source: str) -> N
         if layout == "hub":
             write_text(folder / "adapter_config.json", lora.adapter_json(release.adapters[name], source))
         encoder = read_tensors(folder / "encoder.safetensors", folder)
-        widths = {"vision": release.config.vision_config.hidden_size, "audio": release.config.audio_config.hidden_size}
+        frames = release.config.vision_config if name == "vision" else release.config.audio_config
+        widths = (frames.hidden_size, release.config.hidden_size)
         files = ["encoder.safetensors", "projector.safetensors", "adapter_model.safetensors", "adapter_config.json"]
-        describe_modality(
-            folder,
-            plan,
-            plan.modality.config,
-            (widths[name], release.config.hidden_size),
-            identity,
-            tensor_hash(encoder),
-            None,
-            files,
-        )
-    write_run(run, identity, list(ADAPTERS), RouterConfig(options={"rules": RULES}))
+        describe_modality(folder, plan, plan.modality.config, widths, identity, tensor_hash(encoder), None, files)
+    write_run(run, identity, list(ADAPTERS), RouterConfig(options={"rules": _RULES}))
 
 
 def _read_release(folder: Path, layout: Layout) -> tuple[_Tensors, Release]:
@@ -257,34 +225,19 @@ def _read_release(folder: Path, layout: Layout) -> tuple[_Tensors, Release]:
         if not file.is_file():
             raise ValueError(f"{file}: missing; copy the whole release, in which it holds part of the weights")
     tensors = _Tensors(files)
-    adapters = None if layout == "hub" else {name: lora.read_adapter(folder / f) for name, (f, _) in ADAPTERS.items()}
+    adapters = {}
+    for name, (subfolder, _) in ADAPTERS.items() if layout == "native" else ():
+        adapters[name] = lora.read_adapter(folder / subfolder)
     with damage_named(str(path)):
-        release = _understood(path, values, tensors, adapters)
-    check_settings(release.config, path)
+        for name, (_, theirs) in ADAPTERS.items() if layout == "hub" else ():
+            given = values[f"{theirs}_lora"]
+            options = {"r": given["r"], "lora_alpha": given["lora_alpha"], "lora_dropout": given["dp"]}
+            adapters[name] = lora.lora_config({**options, "target_modules": TARGETS}, f"{path}: {theirs}_lora")
+        shapes = {key: tensors.entry(key).shape for key in tensors}
+        config = from_hub(values, shapes) if layout == "hub" else Phi4MultimodalConfig.from_dict(values)
+        release = Release(config, adapters, _max_crops(folder))
+    release.check_settings(path)
     return tensors, release
-
-
-def _understood(
-    path: Path, values: Mapping[str, Any], tensors: _Tensors, adapters: Mapping[str, LoraConfig] | None
-) -> Release:
-    """What the settings of a release say; without `adapters`, the hub's, which hold those of the adapters too."""
-    if adapters is None:
-        adapters = {
-            name: lora.lora_config(
-                {
-                    "r": values[f"{theirs}_lora"]["r"],
-                    "lora_alpha": values[f"{theirs}_lora"]["lora_alpha"],
-                    "lora_dropout": values[f"{theirs}_lora"]["dp"],
-                    "target_modules": TARGETS,
-                },
-                f"{path}: {theirs}_lora",
-            )
-            for name, (_, theirs) in ADAPTERS.items()
-        }
-        config = from_hub(values, {key: tensors.shape(key) for key in tensors})
-    else:
-        config = Phi4MultimodalConfig.from_dict(dict(values))
-    return Release(config, adapters, _max_crops(path.parent))
 
 
 def _max_crops(folder: Path) -> int:
@@ -296,10 +249,6 @@ def _max_crops(folder: Path) -> int:
             if "dynamic_hd" in values:
                 return int(values["dynamic_hd"])
     return _MAX_CROPS
-
-
-def _num_bytes(shape: tuple[int, ...], dtype: str) -> int:
-    return math.prod(shape) * _DTYPES[dtype].itemsize
 
 
 def _write_shards(folder: Path, sizes: Mapping[str, int], read: Callable[[str], Tensor]) -> None:
@@ -320,9 +269,6 @@ def _write_shards(folder: Path, sizes: Mapping[str, int], read: Callable[[str], 
         write_json(folder / SHARD_INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
 
 
-# From a run to a release ----------------------------------------------------------------------------------------
-
-
 def export_release(run: Path, folder: Path, layout: Layout | None = None) -> None:
     """Writes a run of the imported model, trained further or not, as a checkpoint in either layout; None: its own.
 
@@ -334,19 +280,17 @@ def export_release(run: Path, folder: Path, layout: Layout | None = None) -> Non
     backbone, folders = Path(about_run.backbone_source()), about_run.modality_folders()
     kept = backbone / _KEPT
     if not (kept / _ABOUT).is_file():
-        raise ConfigError(
-            f"{run}: its backbone {backbone} was not imported (no {_KEPT}/{_ABOUT} there); only runs on a backbone "
-            "from `molora convert phi4mm` can be written as a release"
-        )
+        told = f"{run}: its backbone {backbone} was not imported (no {_KEPT}/{_ABOUT} there)"
+        raise ConfigError(f"{told}; only runs on a backbone from `molora convert phi4mm` can be written as a release")
     if set(folders) != set(ADAPTERS):
         raise ConfigError(
             f"{run}: has the modalities {', '.join(sorted(folders))}; the released model holds exactly "
             f"{', '.join(sorted(ADAPTERS))}: make a run of these, with the others by `path:`"
         )
-    if about_run.router.plugin != "table" or about_run.router.options.get("rules", {}) != RULES:
+    if about_run.router.plugin != "table" or about_run.router.options.get("rules", {}) != _RULES:
         raise ConfigError(
             f"{run}: routes by {about_run.router.plugin} {about_run.router.options}; the released model always routes "
-            f"by the table with rules {RULES}, and would answer otherwise"
+            f"by the table with rules {_RULES}, and would answer otherwise"
         )
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder}: is there already and not empty; name another folder")
@@ -369,14 +313,13 @@ def export_release(run: Path, folder: Path, layout: Layout | None = None) -> Non
     if own not in get_args(Layout) or missing or not _DTYPES.keys() >= {*kinds.values()}:
         raise ConfigError(f"{kept / _ABOUT}: its layout or dtypes are no release's; convert the release anew")
     files = dict.fromkeys(sorted(backbone.glob("*.safetensors")), "backbone:")
-    files |= {
-        backbone / place.file.removeprefix("backbone/"): f"{place.file}:" for place in places if _KEPT in place.file
-    }
+    unused = {place.file for place in places if _KEPT in place.file}
+    files |= {backbone / file.removeprefix("backbone/"): f"{file}:" for file in unused}
     for name, path in folders.items():
         for file in ("encoder", "projector", "adapter_model"):
             files[path / f"{file}.safetensors"] = f"modalities/{name}/{file}.safetensors:"
     tensors = _Tensors(files)
-    tensors.check({place.key: place.shape for place in places} | COLOURS, str(run))
+    tensors.check({place.key: place.shape for place in places} | _COLOURS, str(run))
 
     baked = {place.named(layout): place for place in places if layout == "hub" or not place.of_adapter}
     dtypes = {name: kinds[place.native] for name, place in baked.items()}
@@ -385,18 +328,16 @@ def export_release(run: Path, folder: Path, layout: Layout | None = None) -> Non
         place = baked[name]
         return tensors[place.key].reshape(place.released_shape).to(_DTYPES[dtypes[name]])
 
-    sizes = {name: _num_bytes(place.shape, dtypes[name]) for name, place in baked.items()}
+    sizes = {name: math.prod(place.shape) * _DTYPES[dtypes[name]].itemsize for name, place in baked.items()}
     with write_folder(folder) as draft:
         _write_shards(draft, sizes, read)
         for name, path in folders.items():
             for file in ("adapter_model.safetensors", "adapter_config.json"):
                 write_atomically(draft / ADAPTERS[name][0] / file, partial(copy_file, path / file, folder=path))
-        for path in [p for p in files_in(backbone) if _BACKBONE_FILE.match(p.name)]:
+        copied = [path for path in files_in(backbone) if _BACKBONE_FILE.match(path.name)]
+        for path in copied + (files_in(kept / _FILES) if layout == own else []):
             write_atomically(draft / path.name, partial(copy_file, path, folder=backbone))
-        if layout == own:
-            for path in files_in(kept / _FILES):
-                write_atomically(draft / path.name, partial(copy_file, path, folder=backbone))
-        else:
+        if layout != own:
             _describe_release(draft, release, layout)
         if layout == "hub":
             write_json(draft / "config.json", adapters_to_hub(release, read_json(draft / "config.json")))
@@ -409,8 +350,7 @@ def _describe_release(folder: Path, release: Release, layout: Layout) -> None:
         config.architectures = [Phi4MultimodalForCausalLM.__name__]
         config.save_pretrained(folder)
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        slots = {"image_token": IMAGE_SLOT, "audio_token": AUDIO_SLOT}
-        slots = {name: tokenizer.convert_ids_to_tokens(id) for name, id in slots.items()}
+        slots = {name: tokenizer.convert_ids_to_tokens(id) for name, id in _SLOTS.items()}
         tokenizer = AutoTokenizer.from_pretrained(folder, extra_special_tokens=slots, trust_remote_code=False)
         image_processor = Phi4MultimodalImageProcessor(dynamic_hd=release.max_crops)
         processor = Phi4MultimodalProcessor(image_processor, Phi4MultimodalFeatureExtractor(), tokenizer)

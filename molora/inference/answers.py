@@ -25,10 +25,8 @@ _MAX_NAMED = 5
 
 @dataclass
 class AnswerFile:
-    """Rows to answer and the file of their answers, which goes on where it stopped.
-
-    A row that failed before is tried again. `failed` names those that failed this time.
-    """
+    """Rows to answer and the file of their answers, which goes on where it stopped. A row that failed before is tried
+    again. `failed` names those that failed this time."""
 
     source: Messages
     output: Path
@@ -73,10 +71,8 @@ class AnswerFile:
         if not self.failed:
             return ""
         named = "; ".join(self.failed[:_MAX_NAMED]) + ("; …" if len(self.failed) > _MAX_NAMED else "")
-        return (
-            f"{len(self.failed)} of {len(self.ids)} rows have no answer but an error, and are tried again by the next "
-            f"call: {named}"
-        )
+        told = f"{len(self.failed)} of {len(self.ids)} rows have no answer but an error"
+        return f"{told}, and are tried again by the next call: {named}"
 
 
 def answer_rows(
@@ -98,25 +94,24 @@ def answer_rows(
 def _told(answer: Answer) -> dict[str, Any]:
     if answer.error is not None:
         return {"error": str(answer.error)}
-    return {
-        "answer": answer.text,
-        "adapters": list(answer.adapters),
-        "prompt_tokens": answer.prompt_tokens,
-        "answer_tokens": answer.answer_tokens,
-        "finished": answer.finished,
-    }
+    counts = {"prompt_tokens": answer.prompt_tokens, "answer_tokens": answer.answer_tokens}
+    return {"answer": answer.text, "adapters": list(answer.adapters), **counts, "finished": answer.finished}
 
 
 @contextmanager
 def answer_file(messages: Path, output: Path) -> Iterator[AnswerFile]:
-    """Opens rows, and keeps other processes from the file of their answers.
-
-    A half-written last line, left by a kill, is dropped. Raises ConfigError for ids that are not unique, and for an
-    output that is the input, holds anything but answers, or is in use; it is left as it is then.
-    """
+    """Opens rows, and keeps other processes from the file of their answers. A half-written last line, left by a kill,
+    is dropped. Raises ConfigError for ids that are not unique, and for an output that is the input, holds anything but
+    answers, or is in use; it is left as it is then."""
     source = Messages(MessagesConfig(path=str(messages)))
     ids = _ids(source)
-    _check_unique(ids, messages)
+    first: dict[str, int] = {}
+    for row, id in enumerate(ids):
+        if first.setdefault(id, row) != row:
+            raise ConfigError(
+                f"{messages}: ids are not unique: rows {first[id] + 1} and {row + 1} are both {id!r} (a row without an "
+                "id has its number from 0); give each an id of its own, or give none"
+            )
     if not output.parent.is_dir():
         raise ConfigError(f"--output {output}: no folder {output.parent}; make it first")
     if output.exists():
@@ -129,8 +124,7 @@ def answer_file(messages: Path, output: Path) -> Iterator[AnswerFile]:
 
 
 def _ids(source: Messages) -> list[str]:
-    """The ids of all rows. A row of which nothing can be read, which is told when its turn comes, is called by its
-    number, and by no other row's id."""
+    """The ids of all rows. A row that cannot be read, which is told in its turn, has its number, and no other's id."""
     ids: dict[int, str] = {}
     for row in range(len(source)):
         with suppress(ValueError):
@@ -143,16 +137,6 @@ def _ids(source: Messages) -> list[str]:
                 name += " of the file"
             ids[row] = name
     return [ids[row] for row in range(len(source))]
-
-
-def _check_unique(ids: list[str], messages: Path) -> None:
-    first: dict[str, int] = {}
-    for row, id in enumerate(ids):
-        if first.setdefault(id, row) != row:
-            raise ConfigError(
-                f"{messages}: ids are not unique: rows {first[id] + 1} and {row + 1} are both {id!r} (a row without an "
-                "id has its number from 0); give each an id of its own, or give none"
-            )
 
 
 def _answered(output: Path) -> set[str]:
@@ -170,10 +154,8 @@ def _answered(output: Path) -> set[str]:
                 if "error" in row:
                     errors += 1
                 elif first.setdefault(row["id"], number) != number:
-                    raise ConfigError(
-                        f"--output {output}: lines {first[row['id']]} and {number} both answer {row['id']!r}; take one "
-                        "away"
-                    )
+                    lines = f"lines {first[row['id']]} and {number}"
+                    raise ConfigError(f"--output {output}: {lines} both answer {row['id']!r}; take one away")
     if errors:
         write_atomically(Path(os.path.realpath(output)), lambda temporary: _copy_answers(output, temporary))
     elif half:
@@ -183,9 +165,8 @@ def _answered(output: Path) -> set[str]:
 
 def _copy_answers(output: Path, to: Path) -> None:
     with open(output, "rb") as old, open(to, "wb") as new:
-        new.writelines(
-            line for line in old if line.endswith(b"\n") and line.strip() and "error" not in json.loads(line)
-        )
+        whole = (line for line in old if line.endswith(b"\n") and line.strip())
+        new.writelines(line for line in whole if "error" not in json.loads(line))
 
 
 def _answer(line: bytes, output: Path, number: int) -> dict[str, Any]:
@@ -194,8 +175,6 @@ def _answer(line: bytes, output: Path, number: int) -> dict[str, Any]:
     except (ValueError, RecursionError):
         row = None
     if not (isinstance(row, dict) and isinstance(row.get("id"), str) and ("answer" in row or "error" in row)):
-        raise ConfigError(
-            f"--output {output}: line {number} is no answer of molora: {line[:40]!r}; name a new file, or this one's "
-            "right name"
-        )
+        told = f"line {number} is no answer of molora: {line[:40]!r}"
+        raise ConfigError(f"--output {output}: {told}; name a new file, or this one's right name")
     return row

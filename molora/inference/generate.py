@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from molora.model.cache import PackedCache
+from molora.model.attention import PackedCache
 from molora.model.molora import MoLoRA
 from molora.pack import Pack, Sample, collate
 from molora.seeding import seed_of
@@ -35,13 +35,10 @@ class GenerationConfig:
     max_running_samples: int = 64
 
     def __post_init__(self) -> None:
+        tempered = self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature < math.inf
         for name, ok, needed in (
             ("max_new_tokens", _positive(self.max_new_tokens), "a whole number, 1 or more"),
-            (
-                "temperature",
-                self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature < math.inf,
-                f"0, which is greedy, or {LEAST_TEMPERATURE:g} or more",
-            ),
+            ("temperature", tempered, f"0, which is greedy, or {LEAST_TEMPERATURE:g} or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("max_running_samples", _positive(self.max_running_samples), "a whole number, 1 or more"),
         ):
@@ -81,11 +78,8 @@ def attempt(make: Callable[[], T], id: str) -> T | Failed:
 
 @dataclass(frozen=True)
 class Step:
-    """One new token of one sample.
-
-    `finished` is set on its last one: "stop" (a stop token, not part of the answer), "length", or "error": then there
-    is no token (-1), and `error` says why.
-    """
+    """One new token of one sample. `finished` is set on its last one: "stop" (a stop token, not part of the answer),
+    "length", or "error": there is no token (-1) then, and `error` says why."""
 
     id: str
     token_id: int
@@ -119,8 +113,8 @@ def generate(
 ) -> Iterator[Step]:
     """Decodes samples, yielding tokens as they come; samples enter as others finish.
 
-    A sample's tokens do not depend on its neighbours: it draws from a generator of its own, seeded by the config's seed
-    and the sample's id. Ids must be unique.
+    A sample's tokens do not depend on its neighbours: it has a generator, seeded by the config's seed and the sample's
+    id. Ids must be unique.
 
     With `keep_going` a sample that fails (could not be made, collated or encoded, or has logits that are no numbers)
     ends with a step that has its error, and the others go on as if it had never been there. Else its error is raised.
@@ -222,8 +216,7 @@ def _prefill(
     embeds_TD = model.embed(pack)
     routing = model.router(pack, embeds_TD)
     hidden_TD = model(pack, embeds_TD=embeds_TD, routing=routing, cache=cache)
-    ends = torch.tensor(pack.lengths).cumsum(0) - 1
-    logits = list(model.backbone.head(hidden_TD[ends]))
+    logits = list(model.backbone.head(hidden_TD[torch.tensor(pack.lengths).cumsum(0) - 1]))
     gates = routing.gates or (None,) * len(pack)
     prompts = embeds_TD.split(pack.lengths)
     running = [
@@ -241,11 +234,8 @@ def _decode(model: MoLoRA, running: Sequence[_Running], cache: PackedCache) -> t
         for _, its in both:
             joined.join(its)
         return [logits_V for logits, _ in both for logits_V in logits], joined
-    crossing = {
-        index
-        for index, sample in enumerate(running)
-        if model.backbone.regime(sample.length) != model.backbone.regime(sample.length - 1)
-    }
+    regime = model.backbone.regime
+    crossing = {i for i, sample in enumerate(running) if regime(sample.length) != regime(sample.length - 1)}
     staying = [index for index in range(len(running)) if index not in crossing]
     cache.select(staying)
     logits: dict[int, Tensor] = {}
@@ -261,9 +251,8 @@ def _decode(model: MoLoRA, running: Sequence[_Running], cache: PackedCache) -> t
         answer = torch.tensor(sample.answer, device=model.device)
         embeds_TD = torch.cat([sample.prompt_TD, model.backbone.embed(answer)])
         again = PackedCache()
-        pack = _continuation(
-            [sample], (sample.length,), torch.zeros(sample.length, dtype=torch.long, device=model.device)
-        )
+        unread = torch.zeros(sample.length, dtype=torch.long, device=model.device)
+        pack = _continuation([sample], (sample.length,), unread)
         hidden_TD = model(pack, embeds_TD=embeds_TD, cache=again)
         cache.join(again)
         logits[index] = model.backbone.head(hidden_TD[-1:])[0]

@@ -22,8 +22,7 @@ from molora.ranks import pick_device
 
 @dataclass(frozen=True)
 class Answer:
-    """A finished answer. `finished` is "stop" if the model ended it, "length" if a limit did, "error" if there is none:
-    then `error` says why."""
+    """A finished answer, ended by the model ("stop"), by a limit ("length") or by an "error", and `error` says why."""
 
     id: str
     text: str
@@ -73,10 +72,8 @@ class LoadedModel:
     def answers(
         self, samples: Iterable[Sample | Failed], config: GenerationConfig | None = None, *, keep_going: bool = False
     ) -> Iterator[Answer]:
-        """Answers in the order in which they finish. Sample ids must be unique.
-
-        With `keep_going` a sample that fails is an answer with its error; else its error is raised.
-        """
+        """Answers in the order in which they finish. Sample ids must be unique. With `keep_going` a sample that fails
+        is an answer with its error; else its error is raised."""
         known: dict[str, Sample] = {}
 
         def remembered() -> Iterator[Sample | Failed]:

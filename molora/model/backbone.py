@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
 
 from molora.model import attention
-from molora.model.cache import PackedCache
+from molora.model.attention import PackedCache
 from molora.model.identity import Identity
 from molora.model.probe import compare, decoder, decoder_layers, run_stock
 from molora.model.rotary import wrap_rotary
@@ -24,10 +24,8 @@ from molora.routing import Flow, current_flow, flowing
 
 
 class Backbone(nn.Module):
-    """A frozen causal LM that runs packs. Always in eval mode, whatever `train` is told.
-
-    Raises BackboneRefused if the model cannot run packed samples exactly.
-    """
+    """A frozen causal LM that runs packs. Always in eval mode, whatever `train` is told. Raises BackboneRefused if the
+    model cannot run packed samples exactly."""
 
     def __init__(self, model: PreTrainedModel, identity: Identity, *, probe: dict[str, Any] | None = None) -> None:
         super().__init__()
@@ -36,7 +34,7 @@ class Backbone(nn.Module):
         self.revision: str | None = None
         self.model = model.requires_grad_(False).eval()
         stock = run_stock(model) if probe is None else None
-        attention.register()
+        AttentionInterface.register(attention.NAME, attention.packed_attention)
         model.set_attn_implementation(attention.NAME)
         self.rotary = wrap_rotary(model)
         self.activation_checkpointing = False
@@ -45,9 +43,7 @@ class Backbone(nn.Module):
         self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
         for layer in decoder_layers(model):
             layer.forward = self._checkpointed(layer.forward)
-        self.probe = probe or {}
-        if stock is not None:
-            self.probe = compare(model, stock, self._packed, self.head)
+        self.probe = compare(model, stock, self._packed, self.head) if stock else probe or {}
         self.embed_scale: float = self.probe["embed_scale"]
         self.turn_ends: frozenset[int] = frozenset()
 
@@ -72,8 +68,7 @@ class Backbone(nn.Module):
     @property
     def max_tokens(self) -> int:
         """The context length in tokens; dynamic RoPE stretches the one it was trained with."""
-        stretch = [rotary.stretch for rotary in self.rotary]
-        return int(self.config.max_position_embeddings * max([1.0, *stretch]))
+        return int(self.config.max_position_embeddings * max([1.0, *(rotary.stretch for rotary in self.rotary)]))
 
     @property
     def device(self) -> torch.device:
@@ -107,10 +102,8 @@ class Backbone(nn.Module):
                 f"template ends turns with {named(turn_ends)}; answers end at either"
             )
         if unknown := {id for id in configured if not 0 <= id < self.vocab_size}:
-            warnings.append(
-                f"backbone {self.identity.source}: its generation config stops at {sorted(unknown)}, which its "
-                f"{self.vocab_size} tokens do not have"
-            )
+            unheld = f"{sorted(unknown)}, which its {self.vocab_size} tokens do not have"
+            warnings.append(f"backbone {self.identity.source}: its generation config stops at {unheld}")
         return warnings
 
     def train(self, mode: bool = True) -> Backbone:

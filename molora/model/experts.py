@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -13,10 +13,8 @@ from torch import Tensor, nn
 def routers(model: nn.Module) -> dict[str, nn.Module]:
     """By path, what chooses experts: transformers puts it beside them, as `router` or `gate`."""
     blocks = [path.rpartition(".")[0] for path, _ in model.named_modules() if path.endswith(".experts")]
-    beside = {
-        f"{block}.{name}": child for block in blocks for name, child in model.get_submodule(block).named_children()
-    }
-    return {path: child for path, child in beside.items() if path.endswith((".router", ".gate"))}
+    beside = [(block, *found) for block in blocks for found in model.get_submodule(block).named_children()]
+    return {f"{block}.{name}": child for block, name, child in beside if name in ("router", "gate")}
 
 
 def untargetable(model: nn.Module) -> dict[str, str]:
@@ -42,17 +40,13 @@ class Choices:
         self._routers = list(routers(model).values())
         self._kept: list[list[Any]] = [[] for _ in self._routers]
 
-    @contextmanager
-    def keeping(self) -> Iterator[None]:
+    def keeping(self) -> AbstractContextManager[None]:
         """Keeps the choices for the samples that run, each in a forward of its own."""
-        with self._hooked(lambda kept, output: kept.append(output)):
-            yield
+        return self._hooked(lambda kept, output: kept.append(output))
 
-    @contextmanager
-    def again(self, which: Sequence[int], lengths: Sequence[int]) -> Iterator[None]:
+    def again(self, which: Sequence[int], lengths: Sequence[int]) -> AbstractContextManager[None]:
         """Makes the choices kept for samples `which`, of `lengths` tokens, in a forward of them end to end."""
-        with self._hooked(lambda kept, output: _join([kept[index] for index in which], lengths)):
-            yield
+        return self._hooked(lambda kept, output: _join([kept[index] for index in which], lengths))
 
     @contextmanager
     def _hooked(self, change: Callable[[list[Any], Any], Any]) -> Iterator[None]:

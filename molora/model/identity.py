@@ -28,6 +28,7 @@ _SILENT = re.compile(
     r"router_aux_loss_coef|gradient_checkpointing|rope_.*|partial_rotary_factor|original_max_position_embeddings",
     re.DOTALL,  # each "dropout" of a long name would be tried if the rest could hold no line break
 )
+_HASHED = {"weights": "other backbone weights", "rope": "another RoPE configuration", "tokenizer": "another tokenizer"}
 # File systems tell times apart that are as far apart as this.
 _TICK_SECONDS = 0.02
 
@@ -49,11 +50,7 @@ class Identity:
 
     def check(self, other: Mapping[str, Any], where: str) -> list[str]:
         """Compares with a recorded identity; returns warnings, raises ValueError for another backbone."""
-        for key, what in (
-            ("weights", "other backbone weights"),
-            ("rope", "another RoPE configuration"),
-            ("tokenizer", "another tokenizer"),
-        ):
+        for key, what in _HASHED.items():
             if other.get(key) != getattr(self, key):
                 raise ValueError(
                     f"{where}: trained with {what} ({key} hash {other.get(key)!s:.12}, source "
@@ -62,11 +59,8 @@ class Identity:
                 )
         settings = other.get("settings")  # which folders of older versions lack
         then, now = settings if isinstance(settings, Mapping) else {}, self.settings
-        if changed := [
-            f"{key} was {then[key]!r:.80}, is {now[key]!r:.80}"
-            for key in sorted(then.keys() & now.keys())
-            if then[key] != now[key]
-        ]:
+        other_keys = (key for key in sorted(then.keys() & now.keys()) if then[key] != now[key])
+        if changed := [f"{key} was {then[key]!r:.80}, is {now[key]!r:.80}" for key in other_keys]:
             raise ValueError(
                 f"{where}: trained with other settings in the backbone's config.json than {self.source!r} has: "
                 f"{'; '.join(changed[:8])}; put them back, or load it on the backbone it was trained on"
@@ -77,10 +71,8 @@ class Identity:
 
 
 def weights_hash(folder: Path) -> str:
-    """SHA-256 over the sorted (name, dtype, shape, SHA-256 of the bytes) of a folder's safetensors.
-
-    Raises ValueError if the folder has none.
-    """
+    """SHA-256 over the sorted (name, dtype, shape, SHA-256 of the bytes) of a folder's safetensors. Raises ValueError
+    if the folder has none."""
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
         raise ValueError(
@@ -101,19 +93,13 @@ def describe(
     """The identity of the backbone in a folder, and what is remembered of it. `whole` is its config with defaults."""
     remembered = _remembered(folder)
     config = read_json(folder / "config.json")
-    rope_keys = (
-        "rope_theta",
-        "rope_scaling",
-        "rope_parameters",
-        "partial_rotary_factor",
-        "original_max_position_embeddings",
-    )
+    rope_keys = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
     identity = Identity(
         source=source,
         weights=remembered["weights"],
-        rope=_digest({key: config.get(key) for key in rope_keys}),
+        rope=_digest({key: config.get(key) for key in (*rope_keys, "original_max_position_embeddings")}),
         tokenizer=_digest(vocabulary),
         template=_digest(tokenizer.chat_template),
         settings=json.loads(json.dumps(dict(_settings(whole.to_dict())), default=str)),

@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from molora.config import ConfigError, did_you_mean
 from molora.model.experts import untargetable
-from molora.received import MAX_JSON_BYTES, check_hash, parse_json, read_bytes
+from molora.received import MAX_JSON_BYTES, check_hash, is_number, parse_json, read_bytes
 from molora.routing import current_flow
 from molora.storage import check_shapes
 
@@ -47,8 +47,8 @@ _REFUSED = {
 }
 # What PEFT writes for its own way of opening a model, which is not molora's.
 _OF_PEFT_ALONE = (
-    *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version"),
-    "runtime_config",
+    *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
+    *("task_type", "peft_version", "runtime_config"),
 )
 _MAX_TARGETS = 4096
 _MAX_PATTERN_LENGTH = 4096
@@ -90,10 +90,8 @@ class RoutedLinear(LoraLinear):
             return out
         x, out_TO = x.flatten(0, -2), out.flatten(0, -2)
         if len(x) != routing.slices[-1].stop:
-            raise RuntimeError(
-                f"a routed layer received {len(x)} tokens but the pack has {routing.slices[-1].stop}: "
-                "layers that regroup tokens (such as experts) cannot carry routed adapters"
-            )
+            told = f"a routed layer received {len(x)} tokens but the pack has {routing.slices[-1].stop}"
+            raise RuntimeError(f"{told}: layers that regroup tokens (such as experts) cannot carry routed adapters")
         pieces = [self._slice(x, out_TO, *piece) for piece in routing.slices]
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(out.shape)
 
@@ -143,8 +141,6 @@ def lora_config(options: Mapping[str, Any], where: str) -> LoraConfig:
     for key in options:
         if key not in known:
             raise ConfigError(f"{where}.{key}: {did_you_mean(key, known)}PEFT's LoraConfig has no such option")
-    if not options.get("target_modules"):
-        raise ConfigError(f"{where}.target_modules: missing; name the backbone's linear layers to adapt")
     return _config(options, where)
 
 
@@ -165,13 +161,6 @@ def _config(options: Mapping[str, Any], where: str) -> LoraConfig:
 def _check_values(options: Mapping[str, Any], where: str) -> None:
     """Raises ConfigError for numbers out of bounds, names that are none, and lists and patterns that are too long."""
 
-    def require(ok: bool, key: str, what: str) -> None:
-        if not ok:
-            raise ConfigError(f"{where}.{key}: {options[key]!r:.80} is refused; write {what}")
-
-    def number(value: object) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
     def rank(value: object) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
@@ -183,45 +172,41 @@ def _check_values(options: Mapping[str, Any], where: str) -> None:
             and all(isinstance(name, str) and 0 < len(name) <= _MAX_PATTERN_LENGTH for name in some)
         )
 
-    given = {key for key, value in options.items() if value is not None}
+    def by_name(value: object, valid: Callable[[object], bool]) -> bool:
+        return isinstance(value, Mapping) and (not value or names([*value])) and all(map(valid, value.values()))
+
+    def layers(value: object) -> bool:
+        some = [value] if isinstance(value, int) else value
+        return isinstance(some, (list, tuple)) and len(some) <= _MAX_TARGETS and all(isinstance(n, int) for n in some)
+
     several = f"one pattern or a list of names, at most {_MAX_TARGETS} of at most {_MAX_PATTERN_LENGTH} characters"
-    if "r" in given:
-        require(rank(options["r"]), "r", "a whole number over 0")
-    if "lora_alpha" in given:
-        require(number(options["lora_alpha"]), "lora_alpha", "a finite number")
-    if "lora_dropout" in given:
-        dropout = options["lora_dropout"]
-        require(number(dropout) and 0 <= dropout < 1, "lora_dropout", "a number from 0 to below 1")
-    for key in given & {"target_modules", "exclude_modules"}:
-        require(not options[key] or names(options[key]), key, several)
-    for key, valid in (("rank_pattern", rank), ("alpha_pattern", number)):
-        if key in given:
-            by_name = options[key]
-            sound = isinstance(by_name, Mapping) and (not by_name or names([*by_name]))
-            require(sound and all(map(valid, by_name.values())), key, f"numbers by name; names as {several}")
-    if options.get("layers_pattern"):
-        layers = options["layers_pattern"]
-        some = [layers] if isinstance(layers, str) else layers
-        plain = names(some) and all(re.fullmatch(r"\w+", name) for name in some)
-        require(plain, "layers_pattern", "the name of the list of layers, such as layers")
-    if options.get("layers_to_transform") is not None:
-        layers = options["layers_to_transform"]
-        some = [layers] if isinstance(layers, int) else layers
-        whole = isinstance(some, (list, tuple)) and len(some) <= _MAX_TARGETS
-        whole = whole and all(isinstance(layer, int) for layer in some)
-        require(whole, "layers_to_transform", f"at most {_MAX_TARGETS} whole numbers")
+    numbers = f"numbers by name; names as {several}"
+    words = "the name of the list of layers, such as layers"
+    checks: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "r": (rank, "a whole number over 0"),
+        "lora_alpha": (is_number, "a finite number"),
+        "lora_dropout": (lambda value: is_number(value) and 0 <= value < 1, "a number from 0 to below 1"),
+        "target_modules": (lambda value: not value or names(value), several),
+        "exclude_modules": (lambda value: not value or names(value), several),
+        "rank_pattern": (lambda value: by_name(value, rank), numbers),
+        "alpha_pattern": (lambda value: by_name(value, is_number), numbers),
+        "layers_pattern": (lambda value: not value or (names(value) and not re.search(r"\W", "".join(value))), words),
+        "layers_to_transform": (layers, f"at most {_MAX_TARGETS} whole numbers"),
+    }
+    for key, (fits, what) in checks.items():
+        if options.get(key) is not None and not fits(options[key]):
+            raise ConfigError(f"{where}.{key}: {options[key]!r:.80} is refused; write {what}")
 
 
-def _check_patterns(config: LoraConfig, layers: Mapping[str, nn.Module], where: str) -> None:
+def _check_patterns(config: LoraConfig, layers: list[str], linear: list[str], where: str) -> None:
     """Tries every regular expression on the layers' names. Raises ConfigError for one that is none or never ends."""
     whole = [config.target_modules, config.exclude_modules]
     patterns = [pattern for pattern in whole if isinstance(pattern, str) and pattern]
     keys = sorted({*(config.rank_pattern or ()), *(config.alpha_pattern or ())})
     if not patterns and len(keys) < _FEW and all(re.fullmatch(r"[\w.]+", key) for key in keys):
         return
-    linear = [path for path, layer in layers.items() if isinstance(layer, nn.Linear)]
     command = [sys.executable, "-I", "-S", "-c", _MATCH, str(_MAX_MATCHING_SECONDS)]
-    given = json.dumps([patterns, keys, [*layers], linear])
+    given = json.dumps([patterns, keys, layers, linear])
     done = subprocess.run(command, input=given, capture_output=True, text=True, check=False)
     if done.returncode:
         written = ", ".join(map(repr, [*patterns, *keys]))
@@ -257,25 +242,23 @@ def check_config(config: LoraConfig, where: str) -> None:
 
 
 def inject(model: nn.Module, name: str, config: LoraConfig, where: str) -> None:
-    """Adds adapter `name` to a frozen causal LM in place; its parameters are fp32.
-
-    Raises ConfigError when a target hits no linear layer or hits one that cannot be routed.
-    """
+    """Adds adapter `name` to a frozen causal LM in place; its parameters are fp32. Raises ConfigError when a target
+    hits no linear layer or hits one that cannot be routed."""
     given = config.target_modules
     targets = given if isinstance(given, str) else sorted(given or ())
     layers = {path: _base(module) for path, module in model.named_modules()}
     head = _base(model.get_output_embeddings())  # pyright: ignore[reportCallIssue]
     mixture = untargetable(model)
-    fit = (path for path, layer in layers.items() if isinstance(layer, nn.Linear) and layer is not head)
-    here = sorted({path.rsplit(".", 1)[-1] for path in fit if path not in mixture})
-    _check_patterns(config, layers, where)
-    for path, layer in layers.items():
-        every_linear = str(targets).lower() == "all-linear" and layer is not head
-        if isinstance(layer, nn.Linear) and (every_linear or check_target_module_exists(config, path)):
+    linear = {path: layer for path, layer in layers.items() if isinstance(layer, nn.Linear)}
+    fit = (path for path, layer in linear.items() if layer is not head and path not in mixture)
+    here = sorted({path.rsplit(".", 1)[-1] for path in fit})
+    _check_patterns(config, [*layers], [*linear], where)
+    every_linear = str(targets).lower() == "all-linear"
+    for path, layer in linear.items():
+        if (every_linear and layer is not head) or check_target_module_exists(config, path):
             _check_rank(config, path, layer, where)
     for path, what in mixture.items():
-        every_linear = str(targets).lower() == "all-linear" and isinstance(layers.get(path), nn.Linear)
-        if every_linear or check_target_module_exists(config, path):
+        if (every_linear and path in linear) or check_target_module_exists(config, path):
             raise ConfigError(
                 f"{where}.target_modules: {targets!r} hits {path}, {what} of a mixture of experts, which cannot carry "
                 f"a routed adapter; target attention only; linear layers here: {here}"
@@ -331,18 +314,13 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
 def adapter_json(config: LoraConfig, base_model: str) -> str:
     """The text of `adapter_config.json`; `base_model` is the backbone's hub id or folder."""
     values = {**config.to_dict(), "base_model_name_or_path": base_model, "inference_mode": True}
-    return json.dumps(
-        {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()},
-        indent=2,
-        sort_keys=True,
-    )
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
+    return json.dumps(plain, indent=2, sort_keys=True)
 
 
 def read_adapter(folder: Path, sha256: str | None = None, listed: Path | None = None) -> LoraConfig:
-    """Reads `adapter_config.json`, as PEFT or molora wrote it, with the hash that `listed` gives it.
-
-    Raises ConfigError or ValueError.
-    """
+    """Reads `adapter_config.json`, as PEFT or molora wrote it, with the hash that `listed` gives it. Raises ConfigError
+    or ValueError."""
     path = folder / "adapter_config.json"
     if not path.exists():
         raise ConfigError(f"{path}: no such file; is {folder} an adapter folder?")
@@ -356,10 +334,8 @@ def read_adapter(folder: Path, sha256: str | None = None, listed: Path | None = 
     # Another version of PEFT may write what this one does not know; that is harmless only where it is off.
     for key in sorted(options.keys() - LoraConfig.__dataclass_fields__.keys()):
         if options.pop(key):
-            raise ConfigError(
-                f"{path}.{key}: this PEFT's LoraConfig has no such option; upgrade peft, or take it out if no output "
-                "depends on it"
-            )
+            told = f"{path}.{key}: this PEFT's LoraConfig has no such option"
+            raise ConfigError(f"{told}; upgrade peft, or take it out if no output depends on it")
     options = {key: value for key, value in options.items() if key not in _OF_PEFT_ALONE}
     config = _config(options, str(path))
     config.inference_mode = False

@@ -5,24 +5,61 @@ Letters: T tokens in a pack, N samples, S frames, C encoder width, D backbone wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from molora.modality import Encoder, Frames, Modality
 from molora.model import lora
+from molora.model.attention import PackedCache
 from molora.model.backbone import Backbone
-from molora.model.cache import PackedCache
-from molora.model.loss import target_losses
-from molora.model.projector import Projector
 from molora.pack import Item, Media, Pack
 from molora.routing import Flow, Router, Routing
 from molora.seeding import seeded
+
+# Logits held at once: 2**24 fp32 values are 64 MiB, twice that while softmax runs.
+LOGITS_PER_CHUNK = 2**24
+
+
+class Projector(nn.Module):
+    """Two linear layers with an exact GELU between them; one token per frame.
+
+    Source: Phi-4-Multimodal (arXiv 2503.01743, section 2.2), vision and speech projectors alike.
+    """
+
+    def __init__(self, frame_width: int, backbone_width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(frame_width, backbone_width)
+        self.activation = nn.GELU()
+        self.down = nn.Linear(backbone_width, backbone_width)
+
+    def forward(self, frames_SC: Tensor) -> Tensor:
+        return self.down(self.activation(self.up(frames_SC)))
+
+
+def target_losses(head: Callable[[Tensor], Tensor], hidden_KD: Tensor, targets_K: Tensor, vocab_size: int) -> Tensor:
+    """Negative log-likelihood of each target, (K,) in fp32.
+
+    More positions than fit into one chunk are computed chunk by chunk, and again in backward, so that memory stays
+    bounded by the chunk whatever K and V are.
+    """
+
+    def chunk_losses(hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(head(hidden).float(), targets, reduction="none")
+
+    rows = max(1, LOGITS_PER_CHUNK // vocab_size)
+    if len(targets_K) <= rows:
+        return chunk_losses(hidden_KD, targets_K)
+    chunks = zip(hidden_KD.split(rows), targets_K.split(rows), strict=True)
+    losses = [checkpoint(chunk_losses, hidden, targets, use_reentrant=False) for hidden, targets in chunks]
+    return torch.cat(losses)  # pyright: ignore[reportArgumentType]
 
 
 @dataclass(frozen=True)
@@ -63,9 +100,8 @@ class MoLoRA(nn.Module):
             with seeded(seed, "encoder", name):
                 encoders[name] = modality.build_encoder()
             with seeded(seed, "projectors", name):
-                projectors[name] = nn.ModuleDict(
-                    {key: Projector(encoders[name].width, backbone.width) for key in modality.projectors()}
-                )
+                width = encoders[name].width
+                projectors[name] = nn.ModuleDict({k: Projector(width, backbone.width) for k in modality.projectors()})
         self.encoders = nn.ModuleDict(encoders).to(backbone.device)
         self.projectors = nn.ModuleDict(projectors).to(backbone.device)
         for name, config in self.adapters.items():
@@ -125,20 +161,16 @@ class MoLoRA(nn.Module):
         return bool(self.parts_of(modalities) & self.training_parts())
 
     def embed(self, pack: Pack) -> Tensor:
-        """Token embeddings (T, D) with media tokens spliced in at their positions.
-
-        Raises ValueError if a projector returns another number of tokens than the prompt reserved.
-        """
+        """Token embeddings (T, D) with media tokens spliced in at their positions. Raises ValueError if a projector
+        returns another number of tokens than the prompt reserved."""
         embeds_TD = self.backbone.embed(pack.token_ids_T)
         for index, name in enumerate(self.modalities, start=1):
             if name in pack.media:
                 tokens_TD = self._media_tokens(name, pack.media[name]) / self.backbone.embed_scale
                 reserved = pack.modality_ids_T == index
-                if int(reserved.sum()) != len(tokens_TD):
-                    raise ValueError(
-                        f"{name}: prompts reserve {int(reserved.sum())} positions, the projector returned "
-                        f"{len(tokens_TD)} tokens"
-                    )
+                if (count := int(reserved.sum())) != len(tokens_TD):
+                    returned = f"the projector returned {len(tokens_TD)} tokens"
+                    raise ValueError(f"{name}: prompts reserve {count} positions, {returned}")
                 embeds_TD = embeds_TD.masked_scatter(reserved[:, None], tokens_TD.to(embeds_TD.dtype))
         return embeds_TD
 
@@ -152,15 +184,13 @@ class MoLoRA(nn.Module):
     def _media_tokens(self, name: str, media: Media) -> Tensor:
         """The items of one modality through its encoder and each item's own projector, in reading order."""
         encoder = self.encoders[name]
-        trains = any(p.requires_grad for p in encoder.parameters())
-        with nullcontext() if trains else torch.no_grad():
+        with nullcontext() if any(p.requires_grad for p in encoder.parameters()) else torch.no_grad():
             frames: Frames = media.frames or encoder(**media.tensors)
         if frames.lengths != media.num_tokens:
-            item = next(
-                (i for i, n in enumerate(media.num_tokens) if frames.lengths[i : i + 1] != (n,)), len(media.num_tokens)
-            )
+            reserved = media.num_tokens
+            item = next((i for i, n in enumerate(reserved) if frames.lengths[i : i + 1] != (n,)), len(reserved))
             raise ValueError(
-                f"{name}: item {item} of the pack reserves {media.num_tokens[item : item + 1]} tokens, its encoder "
+                f"{name}: item {item} of the pack reserves {reserved[item : item + 1]} tokens, its encoder "
                 f"returned {frames.lengths[item : item + 1]}; num_tokens of the plugin's `prepare` must equal what its "
                 "encoder gives"
             )
@@ -211,9 +241,8 @@ class MoLoRA(nn.Module):
         is_target_T = pack.targets_T.clone()
         is_target_T[starts] = False  # nothing precedes a sample's first token
         positions_K = is_target_T.nonzero().squeeze(1)
-        losses_K = target_losses(
-            self.backbone.head, hidden_TD[positions_K - 1], pack.token_ids_T[positions_K], self.backbone.vocab_size
-        )
+        before_KD, targets_K = hidden_TD[positions_K - 1], pack.token_ids_T[positions_K]
+        losses_K = target_losses(self.backbone.head, before_KD, targets_K, self.backbone.vocab_size)
         samples_K = pack.sample_ids_T[positions_K]
         sums_N = torch.zeros(len(pack), device=hidden_TD.device).index_add(0, samples_K, losses_K)
         counts = torch.bincount(samples_K, minlength=len(pack))

@@ -47,8 +47,7 @@ def decoder(model: PreTrainedModel) -> nn.Module:
 def stock_attention(model: PreTrainedModel) -> str:
     """The attention of transformers that computes all of a model: scores in full are gigabytes for a long sample, but
     only eager attention knows caps and sinks."""
-    capped = getattr(model.config, "attn_logit_softcapping", None)
-    return "sdpa" if model._supports_sdpa and not capped else "eager"
+    return "sdpa" if model._supports_sdpa and not getattr(model.config, "attn_logit_softcapping", None) else "eager"
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -68,15 +67,11 @@ def run_stock(model: PreTrainedModel) -> Stock:
     if getattr(model, "_is_stateful", False):
         raise BackboneRefused(f"{name} keeps a recurrent state ({mixers(model)}), which samples in a pack would share")
     if not model._can_set_attn_implementation() or not layers:
-        raise BackboneRefused(
-            f"{name} has attention code of its own ({mixers(model)}) instead of transformers' attention interface, so "
-            "samples in a pack could see each other"
-        )
+        told = f"{name} has attention code of its own ({mixers(model)}) instead of transformers' attention interface"
+        raise BackboneRefused(f"{told}, so samples in a pack could see each other")
     generator = torch.Generator().manual_seed(0)
-    samples = [
-        torch.randint(model.config.vocab_size, (length,), generator=generator).to(model.device)
-        for length in _probe_lengths(model.config)
-    ]
+    lengths, vocab_size = _probe_lengths(model.config), model.config.vocab_size
+    samples = [torch.randint(vocab_size, (n,), generator=generator).to(model.device) for n in lengths]
     entered: list[Tensor] = []
     hook = layers[0].register_forward_pre_hook(
         lambda module, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
@@ -130,15 +125,10 @@ def difference(ours: Tensor, reference: Tensor) -> float:
 
 @torch.no_grad()
 def compare(
-    model: PreTrainedModel,
-    stock: Stock,
-    packed: Callable[[Sequence[Tensor]], Tensor],
-    head: Callable[[Tensor], Tensor],
+    model: PreTrainedModel, stock: Stock, packed: Callable[[Sequence[Tensor]], Tensor], head: Callable[[Tensor], Tensor]
 ) -> dict[str, Any]:
-    """Runs the probe's samples alone and packed, and compares with what the stock model gave.
-
-    `packed` gives final hidden states (T, D) of samples that lie end to end, `head` the logits of some.
-    """
+    """Runs the probe's samples alone and packed, and compares with what the stock model gave. `packed` gives final
+    hidden states (T, D) of samples that lie end to end, `head` the logits of some."""
     name = type(model).__name__
     lengths = [len(ids) for ids in stock.samples]
     tolerance = _TOLERANCE[model.dtype]
@@ -157,9 +147,8 @@ def compare(
     for how, ours in (("alone", alone), ("packed", together)):
         logits = [head(hidden_TD[-_LOGITS:]) for hidden_TD in ours]
         pairs = [*zip(ours, stock.hidden, strict=True), *zip(logits, stock.logits, strict=True)]
-        differences[how] = worst = largest(
-            float((mine - theirs).abs().max() / theirs.abs().max()) for mine, theirs in pairs
-        )
+        relative = (float((mine - theirs).abs().max() / theirs.abs().max()) for mine, theirs in pairs)
+        differences[how] = worst = largest(relative)
         if not worst <= tolerance:
             types = ", ".join(sorted(set(getattr(model.config, "layer_types", None) or ["full_attention"])))
             raise BackboneRefused(

@@ -39,7 +39,7 @@ class MetricsLog:
         if self.rows is not None:
             from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
-            _append(self.rows, (json.dumps(row) + "\n").encode())
+            _Appending(self.rows).write((json.dumps(row) + "\n").encode())
             numbers = {key: value for key, value in row.items() if isinstance(value, (int, float)) and key != "step"}
             values = [Summary.Value(tag=key, simple_value=value) for key, value in numbers.items()]
             self._write_event(step=row["step"], summary=Summary(value=values))
@@ -81,16 +81,12 @@ class MetricsLog:
 
 
 class _Appending:
-    """A file for TensorBoard's writer of records."""
+    """An unbuffered file that takes all of the data: what a disk has no room for is an error only when nothing more
+    fits."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
 
     def write(self, data: bytes) -> None:
-        _append(self.file, data)
-
-
-def _append(file: BinaryIO, data: bytes) -> None:
-    """Writes all of `data`: what a disk has no room for is an error only when nothing more fits."""
-    while data:
-        data = data[file.write(data) :]
+        while data:
+            data = data[self.file.write(data) :]

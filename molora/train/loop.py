@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import itertools
 import shutil
 import signal
 import time
@@ -17,14 +16,9 @@ import torch
 from torch import Tensor
 
 from molora.checkpoint.format import tensor_hash
-from molora.checkpoint.modality_folder import (
-    copy_modality,
-    read_about,
-    save_modality,
-)
+from molora.checkpoint.modality_folder import copy_modality, read_about, save_modality
 from molora.checkpoint.opening import open_model
-from molora.checkpoint.run_folder import write_run
-from molora.checkpoint.state import latest_state, read_state, save_state
+from molora.checkpoint.run_folder import latest_state, read_state, save_state, write_run
 from molora.config import ConfigError, dump, plain
 from molora.data.sources import EncodedSamples, Skipped, step_loader
 from molora.evaluate.judge import Evaluation, EvaluationConfig, complaints
@@ -40,17 +34,18 @@ from molora.storage import hold, write_json, write_text
 from molora.terminal import progress, say, warn
 from molora.train.frame_cache import FeatureCache
 from molora.train.log import MetricsLog
-from molora.train.optim import (
-    PartOptimizer,
-    copy_parts,
-    count,
-    matches,
-    set_trainable,
-)
 from molora.train.preflight import Trial, open_trials, try_model
-from molora.train.recipe import Recipe, StageConfig, plan_recipe, remember_plugins, skipped_errors
-from molora.train.resume import Position, environment, resumed_position
-from molora.train.step import TrainingError, train_step
+from molora.train.recipe import (
+    Position,
+    Recipe,
+    StageConfig,
+    environment,
+    plan_recipe,
+    remember_plugins,
+    resumed_position,
+    skipped_errors,
+)
+from molora.train.step import PartOptimizer, TrainingError, copy_parts, count, matches, set_trainable, train_step
 
 # What a full disk, a quota or a limit on the size of files says.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -68,8 +63,7 @@ def train(recipe: Recipe, *, show: bool = True, trust: Sequence[str] = ()) -> Pa
     What the recipe names may run, and is trusted from then on; plugins that a folder it names (`path`) names in turn
     may run if `trust` names them, as in `molora.load`.
 
-    Once training begins, the first SIGINT or SIGTERM saves after the step under way and raises Stopped, a second one
-    acts at once.
+    Once training begins, the first SIGINT or SIGTERM saves after the step under way and raises Stopped; a second acts.
 
     Raises ConfigError for a recipe that cannot work, ValueError for data that cannot be used, TrainingError when
     training must stop, EvaluationFailed when it is done and an evaluation is not.
@@ -104,24 +98,15 @@ def train(recipe: Recipe, *, show: bool = True, trust: Sequence[str] = ()) -> Pa
     if run.failed:
         due = run.position.evaluate
         again = f"Run it again to evaluate {', '.join(due)} only" if due else "At the end all evaluations worked"
-        raise EvaluationFailed(
-            f"{folder}: trained to the end and saved, but {'; '.join(run.failed)}. {again}; evaluations before the end "
-            "are not made up for"
-        )
+        told = f"{folder}: trained to the end and saved, but {'; '.join(run.failed)}. {again}"
+        raise EvaluationFailed(f"{told}; evaluations before the end are not made up for")
     return folder
 
 
 class _Run:
     """A recipe in progress: the model, where it stands, and what it leaves on disk."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        ranks: Ranks,
-        position: Position,
-        show: bool,
-        trust: Sequence[str],
-    ) -> None:
+    def __init__(self, recipe: Recipe, ranks: Ranks, position: Position, show: bool, trust: Sequence[str]) -> None:
         self.recipe = recipe
         self.ranks = ranks
         self.interrupt = Interrupt()
@@ -140,8 +125,7 @@ class _Run:
         self.failed: list[str] = []
 
     def begin(self, state: Path | None, trials: Mapping[str, Trial]) -> None:
-        """Tries all that is to come on the model, opens the run folder and puts the latest state back, if there is
-        one."""
+        """Tries all that is to come on the model, opens the run folder and puts the latest state back, if any."""
         try_model(self.recipe, self.model, self.processor, trials)
         if state:
             self._restore(state)
@@ -327,21 +311,16 @@ class _Run:
     def _save(self) -> None:
         self.position.part_steps = {part: optimizer.steps_taken for part, optimizer in self.optimizers.items()}
         if self.ranks.is_main:
-            save_state(
-                self.folder,
-                self._state().name,
-                {
-                    "weights": self._trained(),
-                    "optimizer": {k: v for o in self.optimizers.values() for k, v in o.tensors().items()},
-                },
-                {
-                    **asdict(self.position),
-                    "recipe": plain(self.recipe),
-                    "backbone": asdict(self.model.backbone.identity),
-                    "environment": self._environment(),
-                    "logs": self.log.lengths(),
-                },
-            )
+            moments = {k: v for optimizer in self.optimizers.values() for k, v in optimizer.tensors().items()}
+            about = {
+                **asdict(self.position),
+                "recipe": plain(self.recipe),
+                "backbone": asdict(self.model.backbone.identity),
+                "environment": self._environment(),
+                "logs": self.log.lengths(),
+            }
+            tensors = {"weights": self._trained(), "optimizer": moments}
+            save_state(self.folder, self._state().name, tensors, about)
             self._export()
         self.ranks.wait()
 
@@ -368,11 +347,11 @@ class _Run:
 
     def _trained(self) -> dict[str, Tensor]:
         """Every weight that a stage up to the run's position trains; the others are as the recipe built them."""
-        return self._matching(itertools.chain(*(s.train for s in self.recipe.stages[: self.position.stage + 1])))
+        return self._matching([stage.train for stage in self.recipe.stages[: self.position.stage + 1]])
 
-    def _matching(self, patterns: Iterable[str]) -> dict[str, Tensor]:
-        """The weights that one of the patterns matches."""
-        patterns = list(patterns)
+    def _matching(self, stages: Iterable[Iterable[str]]) -> dict[str, Tensor]:
+        """The weights that one of the stages' patterns matches."""
+        patterns = [pattern for stage in stages for pattern in stage]
         return {
             f"{part}.{key}": parameter
             for part, parameters in self.model.parts().items()
@@ -395,13 +374,11 @@ class _Run:
         if different and not self.recipe.allow_changed_environment:
             dtype = str(then.get("dtype")).removeprefix("torch.")
             back = f"give backbone.dtype={dtype} as it was, or " if now["dtype"] != then.get("dtype") else ""
-            raise ConfigError(
-                f"{self.folder}: resuming exactly needs the environment it was saved in ({'; '.join(different)}); "
-                f"{back}set allow_changed_environment=true to go on all the same"
-            )
+            told = f"{self.folder}: resuming exactly needs the environment it was saved in ({'; '.join(different)})"
+            raise ConfigError(f"{told}; {back}set allow_changed_environment=true to go on all the same")
         try:
             trained_then = [stage["train"] for stage in about["recipe"]["stages"][: about["stage"] + 1]]
-            lora.load_exactly(self._matching(itertools.chain(*trained_then)), tensors["weights"], str(state))
+            lora.load_exactly(self._matching(trained_then), tensors["weights"], str(state))
         except ValueError as error:
             raise ConfigError(f"{error}; did the plugin's code change? give another run=") from error
         self.optimizer_tensors = tensors["optimizer"]
@@ -411,13 +388,10 @@ class _Run:
 def describe(model: MoLoRA, stage: StageConfig) -> None:
     """Prints what trains in a stage and what is frozen."""
     say(f"{stage.name}: {stage.steps} steps of {stage.samples_per_step} samples")
+    backbone = count(model.backbone.parameters())
     for part, parameters in model.parts().items():
         training = count(p for p in parameters.values() if p.requires_grad)
         word = "trains" if training else "frozen"
         say(f"  {word}  {part:<24} {training or count(parameters.values()):>12,} parameters")
-    say(f"  frozen  {'backbone':<24} {count(_frozen(model)):>12,} parameters")
-
-
-def _frozen(model: MoLoRA) -> list[Tensor]:
-    adapters = {id(p) for name in model.adapters for p in lora.adapter_parameters(model.backbone.model, name).values()}
-    return [p for p in model.backbone.parameters() if id(p) not in adapters]
+        backbone -= count(parameters.values()) if part.startswith("adapters.") else 0  # which lie in its layers
+    say(f"  frozen  {'backbone':<24} {backbone:>12,} parameters")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from molora.config import ConfigError, did_you_mean
 from molora.data.processor import Processor
@@ -10,9 +10,8 @@ from molora.data.sources import Source, SourceConfig, check_length, open_source
 from molora.evaluate.judge import EvaluationConfig, question
 from molora.evaluate.metrics import Judged, open_metrics, scores
 from molora.model.molora import MoLoRA
-from molora.train.optim import check_start, set_trainable
-from molora.train.recipe import Recipe, skipped_errors
-from molora.train.resume import Position
+from molora.train.recipe import Position, Recipe, skipped_errors
+from molora.train.step import check_start, set_trainable
 
 # Rows of a source that are tried, spread over it; more of them if none of these can be used.
 TRIED_ROWS = 4
@@ -89,15 +88,10 @@ class Trial:
             check_length(processor.encode(example["messages"], id), max_tokens)
 
 
-def _spread(length: int, few: int, many: int) -> Iterator[int]:
+def _spread(length: int, few: int, many: int) -> list[int]:
     """Rows from the first to the last: a few, and then others up to many, none twice."""
-    seen: set[int] = set()
-    for count in (few, many):
-        for index in range(count):
-            row = round(index * (length - 1) / (count - 1))
-            if row not in seen and len(seen) < many:
-                seen.add(row)
-                yield row
+    rows = (round(index * (length - 1) / (count - 1)) for count in (few, many) for index in range(count))
+    return list(dict.fromkeys(rows))[:many]
 
 
 def open_trials(recipe: Recipe, position: Position) -> dict[str, Trial]:
@@ -132,13 +126,11 @@ def _check_names(recipe: Recipe, model: MoLoRA) -> None:
     """Raises ConfigError for modalities that the recipe's rules name and that are not there."""
     known = sorted(model.modalities)
     for name in sorted(getattr(model.router, "named", frozenset()) - set(known)) if recipe.router.path is None else ():
-        raise ConfigError(
-            f"router.options: a rule names modality {name!r}; {did_you_mean(name, known)}there is {known}"
-        )
+        near = did_you_mean(name, known)
+        raise ConfigError(f"router.options: a rule names modality {name!r}; {near}there is {known}")
     for owner, modality in model.modalities.items():
         others = [other for other in known if other != owner]
         for name in getattr(modality.config, "beside", None) or ():
             if name not in others and (near := did_you_mean(name, others)):
-                raise ConfigError(
-                    f"modalities.{owner}.options.beside: names modality {name!r}; {near}there is {others}"
-                )
+                where = f"modalities.{owner}.options.beside"
+                raise ConfigError(f"{where}: names modality {name!r}; {near}there is {others}")
