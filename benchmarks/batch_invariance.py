@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from train_step import NUM_PICTURES, NUM_TEXTS, VOCAB_SIZE, Molora, make_backbone, make_samples
 
 from molora.inference.generate import GenerationConfig, generate
-from molora.model.attention import PackedCache
 from molora.model.backbone import Backbone
+from molora.model.cache import PackedCache
 from molora.model.identity import Identity
 from molora.model.molora import MoLoRA
 from molora.pack import Sample

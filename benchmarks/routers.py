@@ -26,7 +26,8 @@ from molora.model.molora import MoLoRA
 from molora.pack import Item, Sample
 from molora.plugins import resolve
 from molora.testing import byte_tokenizer
-from molora.train.step import PartConfig, set_trainable, train_step
+from molora.train.optim import PartConfig, set_trainable
+from molora.train.step import train_step
 
 NAMES = ("first", "second", "third", "fourth")
 # Precomputed frames again, under four names.

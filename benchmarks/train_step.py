@@ -42,7 +42,8 @@ from molora.model.molora import MoLoRA
 from molora.pack import Item, Sample
 from molora.routers.table import TableConfig, TableRouter
 from molora.testing import byte_tokenizer
-from molora.train.step import PartConfig, count, set_trainable, train_step
+from molora.train.optim import PartConfig, count, set_trainable
+from molora.train.step import train_step
 
 NUM_PICTURES, PICTURE_TOKENS, PICTURE_TEXT_TOKENS = 2, 545, 48
 NUM_TEXTS, TEXT_TOKENS = 6, 64

@@ -247,7 +247,7 @@ def test_no_model_or_tokenizer_brings_code_of_its_own(path: Path) -> None:
             assert said.get("trust_remote_code", "False") == "False", f"{where} runs code of a model"
 
 
-@pytest.mark.parametrize("name", ["data/processor", "model/lora", "model/molora", "pack", "routing"])
+@pytest.mark.parametrize("name", ["data/processor", "model/lora", "model/molora", "model/projector", "pack", "routing"])
 def test_the_model_knows_no_modality_by_name(name: str) -> None:
     source = tree(ROOT / "molora" / f"{name}.py")
     docstrings = {

@@ -13,8 +13,8 @@ from molora.doctor.dry_run import Alive, DryRun
 from molora.doctor.needs import MemoryNeeds, Moment, Need, logits_of, size_of, weights
 from molora.doctor.samples import copies, largest_sample, modality_sets, stand_in_processor
 from molora.inference.generate import GenerationConfig, generate
-from molora.model.attention import PackedCache
 from molora.model.backbone import Backbone
+from molora.model.cache import PackedCache
 from molora.model.molora import MoLoRA
 from molora.routing import Flow, flowing, name_of
 

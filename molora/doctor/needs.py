@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from molora.model.molora import MoLoRA
-from molora.train.step import count
+from molora.train.optim import count
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from molora.model.molora import MoLoRA
 from molora.pack import Sample
 from molora.routing import name_of
 from molora.seeding import seed_of
+from molora.train.optim import PartOptimizer, set_trainable
 from molora.train.recipe import Recipe, StageConfig
-from molora.train.step import PartOptimizer, set_trainable, train_step
+from molora.train.step import train_step
 
 # Rows of a stage's data from which its packs are known.
 _SAMPLED_ROWS = 64

@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from molora.model.attention import PackedCache
+from molora.model.cache import PackedCache
 from molora.model.molora import MoLoRA
 from molora.pack import Pack, Sample, collate
 from molora.seeding import seed_of

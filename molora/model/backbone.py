@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
 
 from molora.model import attention
-from molora.model.attention import PackedCache
+from molora.model.cache import PackedCache
 from molora.model.identity import Identity
 from molora.model.probe import compare, decoder, decoder_layers, run_stock
 from molora.model.rotary import wrap_rotary

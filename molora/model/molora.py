@@ -5,61 +5,24 @@ Letters: T tokens in a pack, N samples, S frames, C encoder width, D backbone wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from molora.modality import Encoder, Frames, Modality
 from molora.model import lora
-from molora.model.attention import PackedCache
 from molora.model.backbone import Backbone
+from molora.model.cache import PackedCache
+from molora.model.loss import target_losses
+from molora.model.projector import Projector
 from molora.pack import Item, Media, Pack
 from molora.routing import Flow, Router, Routing
 from molora.seeding import seeded
-
-# Logits held at once: 2**24 fp32 values are 64 MiB, twice that while softmax runs.
-LOGITS_PER_CHUNK = 2**24
-
-
-class Projector(nn.Module):
-    """Two linear layers with an exact GELU between them; one token per frame.
-
-    Source: Phi-4-Multimodal (arXiv 2503.01743, section 2.2), vision and speech projectors alike.
-    """
-
-    def __init__(self, frame_width: int, backbone_width: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(frame_width, backbone_width)
-        self.activation = nn.GELU()
-        self.down = nn.Linear(backbone_width, backbone_width)
-
-    def forward(self, frames_SC: Tensor) -> Tensor:
-        return self.down(self.activation(self.up(frames_SC)))
-
-
-def target_losses(head: Callable[[Tensor], Tensor], hidden_KD: Tensor, targets_K: Tensor, vocab_size: int) -> Tensor:
-    """Negative log-likelihood of each target, (K,) in fp32.
-
-    More positions than fit into one chunk are computed chunk by chunk, and again in backward, so that memory stays
-    bounded by the chunk whatever K and V are.
-    """
-
-    def chunk_losses(hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(head(hidden).float(), targets, reduction="none")
-
-    rows = max(1, LOGITS_PER_CHUNK // vocab_size)
-    if len(targets_K) <= rows:
-        return chunk_losses(hidden_KD, targets_K)
-    chunks = zip(hidden_KD.split(rows), targets_K.split(rows), strict=True)
-    losses = [checkpoint(chunk_losses, hidden, targets, use_reentrant=False) for hidden, targets in chunks]
-    return torch.cat(losses)  # pyright: ignore[reportArgumentType]
 
 
 @dataclass(frozen=True)

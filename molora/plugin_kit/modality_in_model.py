@@ -14,7 +14,8 @@ from molora.model.molora import MoLoRA
 from molora.plugin_kit.clauses import Fault, clause, some, words_of
 from molora.plugin_kit.under_test import MAX_TOKENS, OTHER, OWN, SEED, ModalityUnderTest, is_own, logits, tiny_molora
 from molora.plugins import find
-from molora.train.step import PartConfig, set_trainable, train_step
+from molora.train.optim import PartConfig, set_trainable
+from molora.train.step import train_step
 
 _RATE = 1e-2
 

@@ -29,7 +29,7 @@ from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM, PreTrain
 from molora.checkpoint.format import FORMAT_VERSION, check_format
 from molora.config import ConfigError
 from molora.interrupt import Interrupt, Stopped
-from molora.model.molora import target_losses
+from molora.model.loss import target_losses
 from molora.pretrain.config import PretrainConfig
 from molora.pretrain.text import Piece, contents, cut, hash_files, hold_out, read_documents
 from molora.pretrain.tokenizer import END_OF_TEXT, END_OF_TURN, train_tokenizer
@@ -37,8 +37,8 @@ from molora.pretrain.windows import Batch, batches, collate, pack
 from molora.received import read_json, read_tensors
 from molora.seeding import seeded
 from molora.storage import hold, settle, sync, write_json, write_tensors
-from molora.train.recipe import differences, environment
-from molora.train.step import PartConfig, learning_rate
+from molora.train.optim import PartConfig, learning_rate
+from molora.train.resume import differences, environment
 
 _ROTATED_SHARE = 0.75
 _BETAS = (0.9, 0.95)

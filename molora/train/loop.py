@@ -34,18 +34,11 @@ from molora.storage import hold, write_json, write_text
 from molora.terminal import progress, say, warn
 from molora.train.frame_cache import FeatureCache
 from molora.train.log import MetricsLog
+from molora.train.optim import PartOptimizer, copy_parts, count, matches, set_trainable
 from molora.train.preflight import Trial, open_trials, try_model
-from molora.train.recipe import (
-    Position,
-    Recipe,
-    StageConfig,
-    environment,
-    plan_recipe,
-    remember_plugins,
-    resumed_position,
-    skipped_errors,
-)
-from molora.train.step import PartOptimizer, TrainingError, copy_parts, count, matches, set_trainable, train_step
+from molora.train.recipe import Recipe, StageConfig, plan_recipe, remember_plugins, skipped_errors
+from molora.train.resume import Position, environment, resumed_position
+from molora.train.step import TrainingError, train_step
 
 # What a full disk, a quota or a limit on the size of files says.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

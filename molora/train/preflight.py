@@ -10,8 +10,9 @@ from molora.data.sources import Source, SourceConfig, check_length, open_source
 from molora.evaluate.judge import EvaluationConfig, question
 from molora.evaluate.metrics import Judged, open_metrics, scores
 from molora.model.molora import MoLoRA
-from molora.train.recipe import Position, Recipe, skipped_errors
-from molora.train.step import check_start, set_trainable
+from molora.train.optim import check_start, set_trainable
+from molora.train.recipe import Recipe, skipped_errors
+from molora.train.resume import Position
 
 # Rows of a source that are tried, spread over it; more of them if none of these can be used.
 TRIED_ROWS = 4

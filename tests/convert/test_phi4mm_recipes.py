@@ -30,8 +30,8 @@ from molora.config import read
 from molora.data.sources import SourceConfig, open_source
 from molora.testing import assert_close, byte_tokenizer, tiny_model
 from molora.train import Recipe, train
+from molora.train.optim import PartConfig, set_trainable
 from molora.train.recipe import plan_recipe
-from molora.train.step import PartConfig, set_trainable
 
 soundfile = pytest.importorskip("soundfile")
 for library in ("torchaudio", "datasets", "sacrebleu"):

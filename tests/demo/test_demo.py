@@ -11,7 +11,8 @@ import pytest
 from molora.config import plain, read
 from molora.data.easy_vqa import COLOURS, SHAPES, EasyVQA, EasyVQAConfig, descriptions, read_split
 from molora.demo.run import demo_recipes, evaluations, run_demo
-from molora.train.recipe import Recipe, differences
+from molora.train.recipe import Recipe
+from molora.train.resume import differences
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = {"vision": "easy_vqa.yaml", "audio": "speech.yaml", "spoken questions": "vision_speech.yaml"}

@@ -37,14 +37,15 @@ from molora.evaluate.judge import EvaluationConfig
 from molora.inference.generate import GenerationConfig, generate
 from molora.inference.load import load
 from molora.modality import Encoder, Frames
-from molora.model.attention import PackedCache
+from molora.model.cache import PackedCache
 from molora.model.molora import MoLoRA
 from molora.pack import Sample
 from molora.seeding import seed_of
 from molora.terminal import console
 from molora.testing import ROPE_SWITCH, Numbers, byte_tokenizer, save_backbone
+from molora.train.optim import PartConfig, set_trainable
 from molora.train.recipe import Recipe, StageConfig, plan_recipe
-from molora.train.step import PartConfig, set_trainable, train_step
+from molora.train.step import train_step
 
 VISION: dict[str, Any] = {
     "crop_pixels": 32,

@@ -13,8 +13,9 @@ from molora.model import backbone as backbone_module
 from molora.model.backbone import Backbone
 from molora.model.identity import Identity
 from molora.model.lora import lora_config
-from molora.model.molora import MoLoRA, Projector
+from molora.model.molora import MoLoRA
 from molora.model.probe import BackboneRefused
+from molora.model.projector import Projector
 from molora.pack import Item, Sample, collate
 from molora.routers.table import TableConfig, TableRouter
 from molora.testing import ROPE_SWITCH, VOCAB_SIZE, WINDOW, Letters, Numbers, NumbersConfig, assert_close, tiny_model

@@ -28,7 +28,8 @@ from molora.model.molora import MoLoRA
 from molora.pack import Sample, collate
 from molora.routers.table import TableConfig, TableRouter
 from molora.testing import assert_close, byte_tokenizer, tiny_model
-from molora.train.step import PartConfig, set_trainable, train_step
+from molora.train.optim import PartConfig, set_trainable
+from molora.train.step import train_step
 
 pytest.importorskip("torchaudio")
 

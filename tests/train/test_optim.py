@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from molora.train.step import PartConfig, PartOptimizer, learning_rate, matches
+from molora.train.optim import PartConfig, PartOptimizer, learning_rate, matches
 
 
 def test_warm_up_is_linear_and_schedules_end_where_they_should() -> None:

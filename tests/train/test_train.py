@@ -34,8 +34,9 @@ from molora.received import read_json
 from molora.storage import hold
 from molora.testing import save_backbone
 from molora.train.loop import EvaluationFailed, _Run, train
+from molora.train.optim import PartConfig, set_trainable
 from molora.train.recipe import Recipe, plan_recipe
-from molora.train.step import PartConfig, TrainingError, set_trainable, train_step
+from molora.train.step import TrainingError, train_step
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["molora.cli.commands", "molora.train.loop", "molora.testing"])

@@ -19,8 +19,8 @@ from molora.checkpoint.opening import locate
 from molora.config import build
 from molora.inference.load import LoadedModel
 from molora.model import attention
-from molora.model.attention import PackedCache
 from molora.model.backbone import Backbone
+from molora.model.cache import PackedCache
 from molora.model.identity import Identity
 from molora.model.lora import RoutedLinear, adapter_parameters
 from molora.model.probe import decoder_layers
