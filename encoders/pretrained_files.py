@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -56,8 +56,7 @@ def locate(config: WeightSource, repository: str | None, wanted: Sequence[str]) 
 
 def from_scratch(config: Source, **changes: Any) -> Source:
     """The options that build the same encoder with random weights, from nothing outside themselves."""
-    nowhere: dict[str, Any] = {"name": None, "path": None, "revision": None, "pretrained": False}
-    return replace(config, **{**nowhere, **changes})
+    return replace(config, **{"name": None, "path": None, "revision": None, "pretrained": False, **changes})
 
 
 def to_save(config: Source, scratch: Source, origin: Origin | None, with_weights: bool) -> Source:
@@ -143,10 +142,8 @@ def check_source(config: WeightSource, layer: int | None) -> None:
 
 
 def num_kept(layer: int, depth: int, where: str) -> int:
-    """How many of `depth` blocks an encoder needs so that `layer`, counted from the end, is its last.
-
-    Raises: ValueError for more than it has.
-    """
+    """How many of `depth` blocks an encoder needs so that `layer`, counted from the end, is its last. Raises ValueError
+    for more than it has."""
     if not -depth <= layer:
         raise ValueError(f"{where}: layer {layer} asked for, but the encoder has {depth} blocks")
     return depth + layer + 1
@@ -168,16 +165,12 @@ def check_sizes(what: str, given: Mapping[str, Any]) -> None:
                 )
 
 
-def check_keys(what: str, owner: str, given: Iterable[str], known: Collection[str]) -> None:
-    """Raises ValueError, with the nearest name that there is, for a key that `owner` does not take."""
+def check_options(what: str, owner: str, given: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raises ValueError, with the nearest name that there is, for a key that `owner` does not take, and as
+    `check_sizes` does."""
     for key in given:
         if key not in known:
             raise ValueError(
                 f"{what}: {owner} takes no {key!r} here; {did_you_mean(key, known)}it has {', '.join(known)}"
             )
-
-
-def unknown_model(library: str, name: str, known: Iterable[str]) -> ValueError:
-    """The error for a model that a library does not have, with the nearest names that it has."""
-    near = did_you_mean(name, known, at_most=3)
-    return ValueError(f"{library} has no model {name!r}; {near}{library}.list_models() has their names")
+    check_sizes(what, given)

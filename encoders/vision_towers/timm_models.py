@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from molora.encoders.pretrained_files import (
-    check_keys,
-    check_sizes,
-    from_scratch,
-    num_kept,
-    read_json,
-    read_weights,
-    unknown_model,
-)
-from molora.encoders.vision_towers import open_clip_models
-from molora.encoders.vision_towers.tower import Built, FeatureTower, PatchTower, TowerConfig, colours
-from molora.encoders.vision_towers.tower_weights import find_source
+from molora.config import did_you_mean
+from molora.encoders.pretrained_files import check_options, from_scratch, num_kept, read_json, read_weights
+from molora.encoders.vision_towers.tower import Built, FeatureTower, PatchTower, TowerConfig, colours, find_source
 from molora.modality import Origin
 
 # What may be said of a timm model: its sizes and parts. timm.create_model takes more, such as a file to unpickle.
@@ -37,6 +29,14 @@ _TIMM_ARGUMENTS = (
 # What a folder of timm's says of its weights, for timm to read them by. What else it may say is where to get others.
 _TIMM_ABOUT = ("tag", "num_classes", "input_size", "fixed_input_size", "mean", "std", "first_conv", "classifier")
 
+_OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
+
+# What a vision transformer of open_clip may set. Patch drop-out, pooling and what follows it leave the frames alone.
+_OPEN_CLIP_KNOWN = {
+    *("image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio"),
+    *("patch_dropout", "pool_type", "final_ln_after_pool", "output_tokens"),
+}
+
 
 def build_timm(config: TowerConfig, crop_pixels: int) -> Built:
     import timm
@@ -45,25 +45,23 @@ def build_timm(config: TowerConfig, crop_pixels: int) -> Built:
     repository = name if "/" in name else None
     if name and repository is None:
         if not timm.is_model(name):
-            raise unknown_model("timm", name, timm.list_models())
+            raise _unknown_model("timm", name, timm.list_models())
         if config.pretrained and not config.path:
             repository = getattr(timm.models.get_pretrained_cfg(name), "hf_hub_id", None)
             if repository is None:
                 raise ValueError(f"tower {name}: timm knows no weights of that name on the hub; give a file in path")
     source, origin = find_source(config, repository)
-    if source is None or source.is_file():
-        state = read_weights(source) if source is not None and config.pretrained else None
-        arguments = {**_activation(name), **config.arguments}
-        return _timm_trunk(config, crop_pixels, name, arguments, {}, state, origin)
-    found = read_json(source / "config.json")
-    if "architecture" not in found:
-        raise ValueError(f"{source / 'config.json'}: names no timm 'architecture'; this is no folder that timm saved")
-    about = {key: value for key, value in {**found.get("pretrained_cfg", {}), **found}.items() if key in _TIMM_ABOUT}
-    architecture = found["architecture"]
-    tagged = f"{architecture}.{about.get('tag')}"
+    tagged, about, found = name, {}, {"architecture": name}
+    if source is not None and source.is_dir():
+        found = read_json(file := source / "config.json")
+        if "architecture" not in found:
+            raise ValueError(f"{file}: names no timm 'architecture'; this is no folder that timm saved")
+        said = {**found.get("pretrained_cfg", {}), **found}
+        about = {key: said[key] for key in _TIMM_ABOUT if key in said}
+        tagged = f"{found['architecture']}.{about.get('tag')}"
     arguments = {**_activation(tagged), **found.get("model_args", {}), **config.arguments}
-    state = read_weights(source) if config.pretrained else None
-    return _timm_trunk(config, crop_pixels, architecture, arguments, about, state, origin)
+    state = read_weights(source) if source is not None and config.pretrained else None
+    return _timm_trunk(config, crop_pixels, found["architecture"], arguments, about, state, origin)
 
 
 def _activation(architecture: str) -> dict[str, str]:
@@ -82,23 +80,94 @@ def build_open_clip(config: TowerConfig, crop_pixels: int) -> Built:
     repository = config.name
     if config.name and "/" not in config.name:
         wanted = config.pretrained and not config.path
-        repository = open_clip_models.repository(config.name) if wanted else None
-    source, origin = find_source(config, repository)
+        repository = _repository(config.name) if wanted else None
+    source, origin = find_source(config, repository, _OPEN_CLIP_WEIGHTS)
     about: dict[str, Any] = {}
     if source is not None and source.is_dir():
-        found = read_json(source / open_clip_models.CONFIG_FILE)
+        found = read_json(source / "open_clip_config.json")
         model = found["model_cfg"]
         about = {key: found["preprocess_cfg"][key] for key in ("mean", "std") if key in found.get("preprocess_cfg", {})}
     else:
-        model = open_clip_models.model_config(config.name or "")
-    architecture, arguments, prefix = open_clip_models.as_timm(model, str(source or config.name))
+        model = _model_config(config.name or "")
+    architecture, arguments, prefix = as_timm(model, str(source or config.name))
     state = None
     if source is not None and config.pretrained:
-        weights = read_weights(source, open_clip_models.WEIGHTS_FILE)
+        weights = read_weights(source, _OPEN_CLIP_WEIGHTS)
         state = {key: value for key, value in weights.items() if key.startswith(prefix)}
         if not state:
             raise ValueError(f"{source}: no weight starts with {prefix!r}: not the weights of this open_clip model")
     return _timm_trunk(config, crop_pixels, architecture, arguments, about, state, origin)
+
+
+def _model_config(name: str) -> dict[str, Any]:
+    """The config of one of open_clip's own models. Raises ValueError for a name that it does not have."""
+    library = _open_clip()
+    config = library.get_model_config(name)
+    if config is None:
+        raise _unknown_model("open_clip", name, library.list_models())
+    return config
+
+
+def _repository(name: str) -> str:
+    """The hub repository with the weights of one of open_clip's own models. Raises ValueError if not just one has."""
+    _model_config(name)
+    library = _open_clip()
+    tags = library.list_pretrained_tags_by_model(name)
+    repositories = [library.get_pretrained_cfg(name, tag).get("hf_hub", "").rstrip("/") for tag in tags]
+    if len(tags) != 1 or repositories[0].count("/") != 1:
+        raise ValueError(
+            f"open_clip model {name!r} has weights under the tags {', '.join(tags) or '(none)'}; "
+            "name one hub repository in name, or a file in path"
+        )
+    return repositories[0]
+
+
+def as_timm(model: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any], str]:
+    """The timm architecture of a model's vision side, its arguments, and what the names of its weights start with.
+
+    open_clip's own vision transformer is CLIP's: timm has it, and renames its weights as it reads them.
+
+    Raises: ValueError for a vision side that timm has not.
+    Source: defaults from open_clip's CLIPVisionCfg (open_clip/model.py).
+    """
+    vision = model["vision_cfg"]
+    if vision.get("timm_model_name"):
+        pool = {"global_pool": vision["timm_pool"]} if vision.get("timm_pool") else {}
+        return vision["timm_model_name"], {"num_classes": 0, **pool}, "visual.trunk."
+    foreign = sorted(key for key, value in vision.items() if key not in _OPEN_CLIP_KNOWN and value)
+    if not isinstance(vision.get("layers", 12), int):
+        foreign.append("layers")
+    if foreign:
+        given = ", ".join(f"{key} {vision[key]!r}" for key in foreign)
+        raise ValueError(
+            f"tower {where}: its vision side is neither a timm model nor a plain vision transformer ({given}); "
+            "take a CLIP ViT or a SigLIP of open_clip"
+        )
+    width = vision.get("width", 768)
+    arguments = {
+        "patch_size": vision.get("patch_size", 16),
+        "embed_dim": width,
+        "depth": vision.get("layers", 12),
+        "num_heads": width // vision.get("head_width", 64),
+        "mlp_ratio": vision.get("mlp_ratio", 4.0),
+        "act_layer": "quick_gelu" if model.get("quick_gelu") else "gelu",
+        "num_classes": model["embed_dim"],
+    }
+    return "vit_large_patch14_clip_336.openai", arguments, "visual."
+
+
+def _open_clip() -> Any:
+    try:
+        import open_clip
+    except ImportError as error:
+        raise ImportError("a model named by open_clip needs open_clip: pip install 'molora[open_clip]'") from error
+    return open_clip
+
+
+def _unknown_model(library: str, name: str, known: Iterable[str]) -> ValueError:
+    """The error for a model that a library does not have, with the nearest names that it has."""
+    near = did_you_mean(name, known, at_most=3)
+    return ValueError(f"{library} has no model {name!r}; {near}{library}.list_models() has their names")
 
 
 def _timm_trunk(
@@ -116,8 +185,7 @@ def _timm_trunk(
     name = config.path or config.name or architecture
     if not isinstance(architecture, str) or not timm.is_model(architecture):
         raise ValueError(f"tower {name}: timm has no architecture {architecture!r:.80}; take another model")
-    check_keys(f"tower {name}: arguments", "timm", arguments, _TIMM_ARGUMENTS)
-    check_sizes(f"tower {name}: arguments", arguments)
+    check_options(f"tower {name}: arguments", "timm", arguments, _TIMM_ARGUMENTS)
     # timm stops checking keys when the number of classes differs from the weights', so we never let it differ.
     classes = {"num_classes": arguments["num_classes"]} if "num_classes" in arguments else {}
     overlay = {**about, **classes, **({} if state is None else {"state_dict": state})}

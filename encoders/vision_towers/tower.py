@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from molora.encoders.pretrained_files import check_sizes, check_source, num_kept
+from molora.encoders.pretrained_files import check_sizes, check_source, locate, num_kept
 from molora.modality import Origin, WeightSource
 
 Colour = tuple[float, float, float]
@@ -199,3 +200,18 @@ def colours(about: dict[str, Any]) -> tuple[Colour, Colour]:
     if len(mean) != 3 or len(std) != 3:
         raise ValueError(f"a tower for pictures takes 3 colour channels, this one is normalised by {mean} and {std}")
     return mean, std
+
+
+def find_source(
+    config: TowerConfig, repository: str | None, weights: str = "model*.safetensors"
+) -> tuple[Path | None, Origin | None]:
+    """The local folder or file to build from: `path`, or the repository's snapshot, fetched if need be. Some
+    repositories hold the same model once per library, in files named for the library, as `weights` are."""
+    found, origin = locate(config, repository, ["*.json", weights] if config.pretrained else ["*config.json"])
+    if config.path is None or found is None:
+        return found, origin
+    if found.is_file() and config.name is None and config.kind != "transformers":
+        raise ValueError(f"tower path {found} is a file of weights: name says their architecture, give it too")
+    if found.is_dir() and config.name is not None:
+        raise ValueError(f"tower path {found} is a folder, which says what it holds: leave out name {config.name!r}")
+    return found, origin
