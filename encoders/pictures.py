@@ -20,11 +20,8 @@ MAX_FILE_BYTES = 100 * 2**20
 # PIL opens no larger picture.
 MAX_PIXELS = 178_956_970
 
-PICTURES = Sources(
-    part_type="image",
-    keys=("path", "url", "base64", "bytes", "image", "array"),
-    max_file_bytes=MAX_FILE_BYTES,
-)
+_SOURCES = ("path", "url", "base64", "bytes", "image", "array")
+PICTURES = Sources(part_type="image", keys=_SOURCES, max_file_bytes=MAX_FILE_BYTES)
 
 _ROWS_AT_ONCE = 256
 _ONE_AT_A_TIME = threading.Lock()
@@ -117,9 +114,7 @@ def _rgb(image: Image.Image, file_format: str | None) -> Image.Image:
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")  # pyright: ignore[reportReturnType]
     if image.has_transparency_data:
-        if image.mode == "La":
-            image = image.convert("LA")
-        image = image.convert("RGBA")
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         on_white = Image.new("RGB", image.size, "white")
         on_white.paste(image, mask=image.getchannel("A"))
         return on_white

@@ -11,8 +11,10 @@ Source: arXiv 2503.01743 §2.2.1; processing_phi4mm.py and modeling_phi4mm.py of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -99,10 +101,8 @@ class Layout:
 
 
 def lay_out(width: int, height: int, config: VisionConfig) -> Layout:
-    """Chooses the grid of crops for a picture of `width` x `height` pixels.
-
-    Raises: MediaError for a picture so long and thin that its short side would vanish.
-    """
+    """Chooses the grid of crops for a picture of `width` x `height` pixels. Raises MediaError for one so long and thin
+    that its short side would vanish."""
     crop, stride, grid = config.crop_pixels, config.tower.stride, config.grid
     rows, columns = _crops(width, height, crop, max(config.max_crops, 1))
     target_height, target_width = rows * crop, columns * crop
@@ -128,11 +128,9 @@ def _crops(width: int, height: int, crop: int, limit: int) -> tuple[int, int]:
     rows, columns = -(-height // crop), -(-width // crop)
     if rows * columns <= limit:
         return rows, columns
-    grids = sorted(
-        ((i, j) for i in range(1, limit + 1) for j in range(1, limit // i + 1)),
-        key=lambda grid: (grid[0] * grid[1], grid),
-    )
-    best, nearest = (1, 1), float("inf")
+    # By how many crops they have, and then by width, as they come.
+    grids = sorted(((i, j) for i in range(1, limit + 1) for j in range(1, limit // i + 1)), key=math.prod)
+    best, nearest = (1, 1), math.inf
     for i, j in grids:
         difference = abs(width / height - i / j)
         if difference < nearest or (difference == nearest and width * height > 0.5 * crop * crop * i * j):
@@ -140,9 +138,13 @@ def _crops(width: int, height: int, crop: int, limit: int) -> tuple[int, int]:
     return best
 
 
-def _useful(valid: int, crops: int, config: VisionConfig) -> int:
-    """Rows (or columns) of pooled frames that hold picture, over a row (or column) of crops."""
-    return (crops - 1) * config.side + -(-(valid - (crops - 1) * config.grid) // config.pool)
+def _useful(layout: tuple[int, ...], config: VisionConfig) -> tuple[int, int]:
+    """Rows and columns of pooled frames that hold picture, of a picture's `layout_4`."""
+    rows, columns = (
+        (crops - 1) * config.side + -(-(valid - (crops - 1) * config.grid) // config.pool)
+        for crops, valid in zip(layout[:2], layout[2:], strict=True)
+    )
+    return rows, columns
 
 
 class Vision:
@@ -172,26 +174,21 @@ class Vision:
     def prepare(self, item: Image.Image, generator: torch.Generator | None = None) -> Prepared:
         """Cuts a picture into `crops_BCHW` (uint8) and `layout_4`: rows and columns of crops, then of valid patches.
 
-        The encoder makes the global view, from the same pixels. No augmentation, so `generator` is not used.
-
-        Raises: MediaError for a picture that is too long and thin.
+        The encoder makes the global view, from the same pixels. No augmentation, so `generator` is not used. Raises
+        MediaError for a picture that is too long and thin.
         """
         crop, layout = self.config.crop_pixels, lay_out(*item.size, self.config)
         picture = Image.new("RGB", (layout.columns * crop, layout.rows * crop), "white")
         picture.paste(item.resize((layout.width, layout.height), Image.Resampling.BILINEAR))
         pixels_HWC = torch.from_numpy(np.array(picture))
         crops = pixels_HWC.view(layout.rows, crop, layout.columns, crop, 3).permute(0, 2, 4, 1, 3)
-        side = self.config.side
-        num_tokens = side * (side + 1)
+        layout_4 = (layout.rows, layout.columns, layout.valid_rows, layout.valid_columns)
+        num_tokens = self.config.side * (self.config.side + 1)
         if self.config.max_crops:
-            useful_rows = _useful(layout.valid_rows, layout.rows, self.config)
-            useful_columns = _useful(layout.valid_columns, layout.columns, self.config)
-            num_tokens += 1 + useful_rows * (useful_columns + 1)
-        tensors = {
-            "crops_BCHW": crops.reshape(-1, 3, crop, crop),
-            "layout_4": torch.tensor([layout.rows, layout.columns, layout.valid_rows, layout.valid_columns]),
-        }
-        return Prepared(tensors, num_tokens)
+            rows, columns = _useful(layout_4, self.config)
+            num_tokens += 1 + rows * (columns + 1)
+        crops_BCHW = crops.reshape(-1, 3, crop, crop)
+        return Prepared({"crops_BCHW": crops_BCHW, "layout_4": torch.tensor(layout_4)}, num_tokens)
 
     def collate(self, prepared: Sequence[Prepared]) -> dict[str, Tensor]:
         """All crops in reading order, and a row of layout for each picture."""
@@ -201,10 +198,8 @@ class Vision:
         }
 
     def build_encoder(self) -> VisionEncoder:
-        """Makes the tower, pretrained if the config says so, with new separators.
-
-        Raises: ValueError for weights that cannot be found or do not fit the config.
-        """
+        """Makes the tower, pretrained if the config says so, with new separators. Raises ValueError for weights that
+        cannot be found or do not fit the config."""
         tower = self.config.tower
         if tower.kind == "convit":
             built = Built(Convit(tower.convit, self.config.crop_pixels), None, tower)
@@ -267,19 +262,18 @@ class VisionEncoder(Encoder):
         else:
             valid = [whole] * len(pixels_BCHW)
 
-        starts, views, view_ids, start = [], [], [], 0
-        for rows, columns, _, _ in layouts:
-            starts.append(start)
-            if rows * columns == 1 and valid[start] == whole:
+        starts = [0, *accumulate(rows * columns for rows, columns, _, _ in layouts)]
+        views, view_ids = [], []
+        for (rows, columns, _, _), (start, stop) in zip(layouts, pairwise(starts), strict=True):
+            if stop - start == 1 and valid[start] == whole:
                 view_ids.append(start)  # the only crop is the global view: one run serves both
             else:
                 view_ids.append(len(pixels_BCHW) + len(views))
-                views.append(self._view(pixels_BCHW[start : start + rows * columns], rows, columns))
-            start += rows * columns
+                views.append(self._view(pixels_BCHW[start:stop], rows, columns))
 
         frames_BHWC = self._encode(torch.cat([pixels_BCHW, *views]), valid + [whole] * len(views))
         items = []
-        for layout, start, view in zip(layouts, starts, view_ids, strict=True):
+        for layout, start, view in zip(layouts, starts, view_ids, strict=False):
             pieces = [self._read_rows(frames_BHWC[view])]
             if self.config.max_crops:
                 separator_1C = self.view_separator_C.to(frames_BHWC.dtype)[None]
@@ -324,11 +318,9 @@ class VisionEncoder(Encoder):
 
     def _join(self, frames_BHWC: Tensor, layout: tuple[int, ...]) -> Tensor:
         """The frames of a picture's crops as one map, cut to the rows and columns that hold picture."""
-        rows, columns, valid_rows, valid_columns = layout
-        frames = frames_BHWC[: rows * columns].unflatten(0, (rows, columns)).permute(0, 2, 1, 3, 4)
-        useful_rows = _useful(valid_rows, rows, self.config)
-        useful_columns = _useful(valid_columns, columns, self.config)
-        return frames.flatten(2, 3).flatten(0, 1)[:useful_rows, :useful_columns]
+        frames = frames_BHWC[: layout[0] * layout[1]].unflatten(0, layout[:2]).permute(0, 2, 1, 3, 4)
+        rows, columns = _useful(layout, self.config)
+        return frames.flatten(2, 3).flatten(0, 1)[:rows, :columns]
 
     def _read_rows(self, frames_HWC: Tensor) -> Tensor:
         """A map read row by row, with a separator after each."""

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from molora.encoders.logmel import NUM_MEL_BINS
 from molora.encoders.pretrained_files import check_sizes
@@ -46,13 +48,8 @@ class ConformerConfig:
 
     def __post_init__(self) -> None:
         check_sizes("conformer", vars(self))
-        if min(self.width, self.blocks, self.heads, self.mlp_width, self.kernel_size, self.subsampling_channels) < 1:
-            raise ValueError(f"conformer: every size is at least 1, got {self}")
-        if self.width % self.heads or self.max_distance < 1:
-            raise ValueError(
-                f"conformer: width is a multiple of heads and max_distance at least 1; got width {self.width}, "
-                f"heads {self.heads}, max_distance {self.max_distance}"
-            )
+        if min(vars(self).values()) < 1 or self.width % self.heads:
+            raise ValueError(f"conformer: every size is at least 1, and width is a multiple of heads; got {self}")
 
 
 def num_encoded(num_frames: int) -> int:
@@ -82,11 +79,7 @@ class Conformer(nn.Module):
 
     def forward(self, features_SM: Tensor, lengths: Sequence[int]) -> Frames:
         """`lengths` are the frames of features of each clip."""
-        windows = [
-            window
-            for clip, clip_SM in enumerate(features_SM.split(list(lengths)))
-            for window in _cut(clip_SM, num_encoded(lengths[clip]))
-        ]
+        windows = [window for clip_SM in features_SM.split(list(lengths)) for window in _cut(clip_SM)]
         order = sorted(range(len(windows)), key=lambda index: len(windows[index].features_SM))
         frames: list[Tensor] = [features_SM] * len(windows)
         while order:
@@ -99,16 +92,14 @@ class Conformer(nn.Module):
 
     def _encode(self, windows: Sequence[_Window]) -> list[Tensor]:
         """Windows to their frames, each without what fills it up."""
-        features_NSM = nn.utils.rnn.pad_sequence([window.features_SM for window in windows], batch_first=True)
+        features_NSM = pad_sequence([window.features_SM for window in windows], batch_first=True)
         lengths_N = torch.tensor([len(window.features_SM) for window in windows], device=features_NSM.device)
         frames_NSC = self.embed(self.encoder_embedding(features_NSM), lengths_N)
         pieces = [frames_SC[w.skip : w.skip + w.num_frames] for w, frames_SC in zip(windows, frames_NSC, strict=True)]
-        filled = [w.num_filled for w in windows]
-        frames_NSC = nn.utils.rnn.pad_sequence(
-            [F.pad(piece, (0, 0, 0, n - len(piece))) for piece, n in zip(pieces, filled, strict=True)], batch_first=True
-        )
+        filled = [F.pad(piece, (0, 0, 0, w.num_filled - len(piece))) for w, piece in zip(windows, pieces, strict=True)]
+        frames_NSC = pad_sequence(filled, batch_first=True)
         steps = torch.arange(frames_NSC.shape[1], device=frames_NSC.device)
-        padding_NS = steps >= torch.tensor(filled, device=frames_NSC.device)[:, None]
+        padding_NS = steps >= torch.tensor([w.num_filled for w in windows], device=frames_NSC.device)[:, None]
         frames_NSC = self._blocks(frames_NSC, padding_NS)
         return [frames_SC[: w.num_frames] for w, frames_SC in zip(windows, frames_NSC, strict=True)]
 
@@ -120,8 +111,7 @@ class Conformer(nn.Module):
         return frames_NSC
 
 
-@dataclass(frozen=True)
-class _Window:
+class _Window(NamedTuple):
     """Features of one window, which give `num_frames` after the first `skip`; `num_filled` with zeros after them."""
 
     features_SM: Tensor
@@ -130,8 +120,9 @@ class _Window:
     num_filled: int
 
 
-def _cut(clip_SM: Tensor, num_frames: int) -> list[_Window]:
+def _cut(clip_SM: Tensor) -> list[_Window]:
     """A clip's windows. All but the first begin one encoder frame early: the subsampling reads across the cut."""
+    num_frames = num_encoded(len(clip_SM))
     if num_frames <= WINDOW_FRAMES:
         return [_Window(clip_SM, 0, num_frames, num_frames)]
     windows = []
@@ -165,8 +156,8 @@ class Subsampling(nn.Module):
         channels = config.subsampling_channels
         layers: list[nn.Module] = [nn.Conv2d(1, channels, 3, stride=2, padding=1), nn.ReLU()]
         for _ in range(2):
-            layers.append(nn.Conv2d(channels, channels, 3, stride=2, padding=1, groups=channels))
-            layers += [nn.Conv2d(channels, channels, 1), nn.ReLU()]
+            depthwise = nn.Conv2d(channels, channels, 3, stride=2, padding=1, groups=channels)
+            layers += [depthwise, nn.Conv2d(channels, channels, 1), nn.ReLU()]
         self.conv = nn.Sequential(*layers)
         self.out = nn.Linear(channels * NUM_MEL_BINS // REDUCTION, config.width)
 
@@ -258,12 +249,9 @@ class Convolution(nn.Module):
         super().__init__()
         self.layer_norm = nn.LayerNorm(config.width)
         self.glu = GatedPointwise(config.width)
-        self.dw_sep_conv_1d = nn.ModuleDict(
-            {
-                "dw_conv": nn.Conv1d(config.width, config.width, config.kernel_size, groups=config.width),
-                "pw_conv": nn.Conv1d(config.width, config.width, 1),
-            }
-        )
+        depthwise = nn.Conv1d(config.width, config.width, config.kernel_size, groups=config.width)
+        pointwise = nn.Conv1d(config.width, config.width, 1)
+        self.dw_sep_conv_1d = nn.ModuleDict({"dw_conv": depthwise, "pw_conv": pointwise})
         self.ext_pw_conv_1d = nn.Conv1d(config.width, config.width, 1)
         self.past = config.kernel_size - 1
 

@@ -28,14 +28,8 @@ class TorchaudioConformer(Conformer):
             raise ImportError("tower kind torchaudio needs it: pip install 'molora[audio]'") from error
         if config.kernel_size % 2 == 0:
             raise ValueError(f"conformer: torchaudio's kernel_size is odd, got {config.kernel_size}")
-        self.blocks = Blocks(
-            config.width,
-            config.heads,
-            config.mlp_width,
-            config.blocks,
-            config.kernel_size,
-            use_group_norm=True,
-        )
+        sizes = (config.width, config.heads, config.mlp_width, config.blocks, config.kernel_size)
+        self.blocks = Blocks(*sizes, use_group_norm=True)
 
     def _blocks(self, frames_NSC: Tensor, padding_NS: Tensor) -> Tensor:
         layer: Any

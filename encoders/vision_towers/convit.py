@@ -25,16 +25,11 @@ class Convit(Tower):
 
     def __init__(self, config: ConvitConfig, crop_pixels: int):
         super().__init__()
-        sizes = min(config.width, config.heads, config.depth)
-        if sizes < 1 or config.width % 4 or config.width % config.heads:
-            raise ValueError(
-                f"convit: every size is at least 1, and width a multiple of 4 and of heads; got width {config.width}, "
-                f"heads {config.heads}, depth {config.depth}"
-            )
+        if min(vars(config).values()) < 1 or config.width % 4 or config.width % config.heads:
+            raise ValueError(f"convit: every size is at least 1, and width a multiple of 4 and of heads; got {config}")
         self.width, self.grid = config.width, crop_pixels // 8
         stem: list[nn.Module] = []
-        channels = (3, self.width // 4, self.width // 2, self.width)
-        for before, after in pairwise(channels):
+        for before, after in pairwise((3, self.width // 4, self.width // 2, self.width)):
             stem += [nn.Conv2d(before, after, 3, padding=1), nn.MaxPool2d(2), nn.GroupNorm(1, after), nn.GELU()]
         self.stem = nn.Sequential(*stem)
         self.table_NC = nn.Parameter(0.02 * torch.randn(self.grid**2, self.width))

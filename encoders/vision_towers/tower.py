@@ -139,13 +139,10 @@ class PatchTower(Tower):
     def forward(self, crops_BCHW: Tensor, valid_BHW: Tensor | None = None) -> Tensor:
         patches_BCHW = self.patch(crops_BCHW)
         frames_BNC = patches_BCHW.flatten(2).transpose(1, 2)
+        mask_B11N = None if valid_BHW is None else valid_BHW.flatten(1)[:, None, None, :]
         if valid_BHW is None:
-            ids_BN = position_ids(patches_BCHW.new_ones((1, self.grid, self.grid), dtype=torch.bool), self.side)
-            mask_B11N = None
-        else:
-            ids_BN = position_ids(valid_BHW, self.side)
-            mask_B11N = valid_BHW.flatten(1)[:, None, None, :]
-        frames_BNC = self.enter(frames_BNC + self.table_NC[ids_BN])
+            valid_BHW = patches_BCHW.new_ones((1, self.grid, self.grid), dtype=torch.bool)
+        frames_BNC = self.enter(frames_BNC + self.table_NC[position_ids(valid_BHW, self.side)])
         for block in self.blocks:
             frames_BNC = block(frames_BNC, mask_B11N)
         return frames_BNC.unflatten(1, (self.grid, self.grid))
