@@ -14,7 +14,6 @@ from torch import Tensor
 from molora import received
 from molora.config import did_you_mean
 from molora.modality import Origin, WeightSource
-from molora.received import shard_names
 
 Source = TypeVar("Source", bound=WeightSource)
 
@@ -24,9 +23,7 @@ MAX_SIZE, MAX_LAYERS, MAX_LIST = 2**16, 1000, 16
 
 def fetch(repository: str, revision: str | None, wanted: Sequence[str]) -> tuple[Path, Origin]:
     """The files of a repository whose names match a pattern in `wanted`, as a folder, and the commit they are of.
-
-    Raises: ValueError if the hub has no such repository or cannot be reached and the files were not fetched before.
-    """
+    Raises ValueError if the hub has no such repository or cannot be reached and the files were not fetched before."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -43,9 +40,7 @@ def fetch(repository: str, revision: str | None, wanted: Sequence[str]) -> tuple
 
 def locate(config: WeightSource, repository: str | None, wanted: Sequence[str]) -> tuple[Path | None, Origin | None]:
     """The file or folder to read: `path`, or the repository's files that `wanted` names, with the commit they are of.
-
-    Raises: ValueError for a path where nothing is, and as `fetch` does.
-    """
+    Raises ValueError for a path where nothing is, and as `fetch` does."""
     if config.path is None:
         return (None, None) if repository is None else fetch(repository, config.revision, wanted)
     path = Path(config.path)
@@ -73,14 +68,11 @@ def shapes_only() -> bool:
 
 
 def weight_files(folder: Path, name: str = "model.safetensors") -> list[Path]:
-    """The safetensors files of a folder: those in the index of `name`, or `name` itself.
-
-    Raises: ValueError if one is missing, and for an index that names no files of its folder.
-    """
-    files = [folder / file for file in sorted(shard_names(folder, name))]
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"{folder}: no {file.name} in this folder; weights are read from safetensors files")
+    """The safetensors files of a folder: those in the index of `name`, or `name` itself. Raises ValueError if one is
+    missing, and for an index that names no files of its folder."""
+    files = [folder / file for file in sorted(received.shard_names(folder, name))]
+    if missing := next((file for file in files if not file.is_file()), None):
+        raise ValueError(f"{folder}: no {missing.name} in this folder; weights are read from safetensors files")
     return files
 
 
@@ -108,14 +100,9 @@ def read_weights(
 
 def load_transformers(model_type: Any, sizes: Any, state: dict[str, Tensor], where: str) -> Any:
     """A model of transformers with these weights, in fp32. Raises ValueError if some are missing or do not fit."""
+    reporting = {"ignore_mismatched_sizes": True, "output_loading_info": True}  # so that the report names all
     model, report = model_type.from_pretrained(
-        None,
-        config=sizes,
-        state_dict=state,
-        dtype=torch.float32,
-        ignore_mismatched_sizes=True,  # so that the report names them
-        output_loading_info=True,
-        trust_remote_code=False,
+        None, config=sizes, state_dict=state, dtype=torch.float32, trust_remote_code=False, **reporting
     )
     kinds = {"missing": "missing_keys", "unexpected": "unexpected_keys", "of another shape": "mismatched_keys"}
     found = {kind: sorted(report[keys]) for kind, keys in kinds.items()}

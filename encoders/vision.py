@@ -14,8 +14,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, pairwise
-from typing import Any, ClassVar
+from itertools import accumulate, pairwise, product
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -27,8 +27,8 @@ from molora.encoders.pictures import MAX_PIXELS, PICTURES, decode_picture
 from molora.encoders.pretrained_files import to_save
 from molora.encoders.vision_towers.convit import Convit
 from molora.encoders.vision_towers.library import build_library_tower
-from molora.encoders.vision_towers.tower import Built, Tower, TowerConfig
-from molora.modality import Encoder, Frames, MediaError, Origin, Prepared
+from molora.encoders.vision_towers.tower import Built, TowerConfig
+from molora.modality import Encoder, Frames, MediaError, Prepared
 
 # Source: processing_phi4mm.py refuses a picture whose resized side is shorter.
 MIN_SIDE_PIXELS = 10
@@ -58,22 +58,21 @@ class VisionConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.crop_pixels > MAX_CROP_PIXELS or self.max_crops > MAX_CROPS:
+        crop, most = self.crop_pixels, self.max_crops
+        if crop > MAX_CROP_PIXELS or most > MAX_CROPS:
             raise ValueError(
-                f"crop_pixels is at most {MAX_CROP_PIXELS} and max_crops {MAX_CROPS}, got {self.crop_pixels} and "
-                f"{self.max_crops}"
+                f"crop_pixels is at most {MAX_CROP_PIXELS} and max_crops {MAX_CROPS}, got {crop} and {most}"
             )
         if self.pool < 1 or self.grid < self.pool:
             raise ValueError(
-                f"a crop of {self.crop_pixels} pixels holds {self.grid} patches of {self.tower.stride} a side, "
+                f"a crop of {crop} pixels holds {self.grid} patches of {self.tower.stride} a side, "
                 f"which cannot be pooled by {self.pool}: raise crop_pixels or lower pool"
             )
-        if self.tower.kind == "convit" and self.crop_pixels % self.tower.stride:
-            raise ValueError(f"crop_pixels is a multiple of 8 for a convit tower, got {self.crop_pixels}")
-        if self.max_crops < 0 or not 1 <= self.max_pixels <= MAX_PIXELS:
+        if self.tower.kind == "convit" and crop % self.tower.stride:
+            raise ValueError(f"crop_pixels is a multiple of 8 for a convit tower, got {crop}")
+        if most < 0 or not 1 <= self.max_pixels <= MAX_PIXELS:
             raise ValueError(
-                f"max_crops is at least 0 and max_pixels from 1 to {MAX_PIXELS}, got {self.max_crops} and "
-                f"{self.max_pixels}"
+                f"max_crops is at least 0 and max_pixels from 1 to {MAX_PIXELS}, got {most} and {self.max_pixels}"
             )
 
     @property
@@ -87,17 +86,16 @@ class VisionConfig:
         return -(-self.grid // self.pool)
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """How one picture lies on its crops: `rows` x `columns` of them, filled from the top left by `height` x `width`
     pixels, of which `valid_rows` x `valid_columns` patches count as picture and the rest as padding."""
 
     rows: int
     columns: int
-    height: int
-    width: int
     valid_rows: int
     valid_columns: int
+    height: int
+    width: int
 
 
 def lay_out(width: int, height: int, config: VisionConfig) -> Layout:
@@ -119,7 +117,7 @@ def lay_out(width: int, height: int, config: VisionConfig) -> Layout:
     # Where patches do not fill the crop, a sliver of picture could leave a crop without a single valid patch.
     hidden_rows = min((target_height - new_height) // stride, grid - 1)
     hidden_columns = min((target_width - new_width) // stride, grid - 1)
-    return Layout(rows, columns, new_height, new_width, rows * grid - hidden_rows, columns * grid - hidden_columns)
+    return Layout(rows, columns, rows * grid - hidden_rows, columns * grid - hidden_columns, new_height, new_width)
 
 
 def _crops(width: int, height: int, crop: int, limit: int) -> tuple[int, int]:
@@ -182,13 +180,12 @@ class Vision:
         picture.paste(item.resize((layout.width, layout.height), Image.Resampling.BILINEAR))
         pixels_HWC = torch.from_numpy(np.array(picture))
         crops = pixels_HWC.view(layout.rows, crop, layout.columns, crop, 3).permute(0, 2, 4, 1, 3)
-        layout_4 = (layout.rows, layout.columns, layout.valid_rows, layout.valid_columns)
         num_tokens = self.config.side * (self.config.side + 1)
         if self.config.max_crops:
-            rows, columns = _useful(layout_4, self.config)
+            rows, columns = _useful(layout[:4], self.config)
             num_tokens += 1 + rows * (columns + 1)
         crops_BCHW = crops.reshape(-1, 3, crop, crop)
-        return Prepared({"crops_BCHW": crops_BCHW, "layout_4": torch.tensor(layout_4)}, num_tokens)
+        return Prepared({"crops_BCHW": crops_BCHW, "layout_4": torch.tensor(layout[:4])}, num_tokens)
 
     def collate(self, prepared: Sequence[Prepared]) -> dict[str, Tensor]:
         """All crops in reading order, and a row of layout for each picture."""
@@ -232,11 +229,8 @@ class VisionEncoder(Encoder):
 
     def __init__(self, config: VisionConfig, built: Built):
         super().__init__()
-        self.config = config
-        self.origin: Origin | None = built.origin
-        self._scratch = built.scratch
-        self.tower: Tower = built.tower
-        self.width = self.tower.width
+        self.config, self._scratch = config, built.scratch
+        self.tower, self.origin, self.width = built.tower, built.origin, built.tower.width
         # The same whatever the seed: a pretrained encoder that stayed frozen is not saved, but fetched and built again.
         draw = torch.Generator().manual_seed(0)
         self.row_separator_C = nn.Parameter(0.02 * torch.randn(self.width, generator=draw, device="cpu"))
@@ -331,8 +325,5 @@ class VisionEncoder(Encoder):
 def _valid_patches(layout: tuple[int, ...], grid: int) -> list[tuple[int, int]]:
     """Rows and columns of valid patches of each crop, in reading order."""
     rows, columns, valid_rows, valid_columns = layout
-    return [
-        (min(grid, valid_rows - row * grid), min(grid, valid_columns - column * grid))
-        for row in range(rows)
-        for column in range(columns)
-    ]
+    heights = [min(grid, valid_rows - row * grid) for row in range(rows)]
+    return list(product(heights, [min(grid, valid_columns - column * grid) for column in range(columns)]))

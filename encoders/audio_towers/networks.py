@@ -98,10 +98,8 @@ class Network:
                 f"{folder}: its features are made by {made_by} at {features.get('sampling_rate')} Hz, "
                 f"expected {extractor} at {SAMPLE_RATE_HZ} Hz"
             )
-        return (
-            {key: found[key] for key in cls.size_keys if key in found},
-            {key: features[key] for key in cls.feature_keys if key in features},
-        )
+        arguments = {key: found[key] for key in cls.size_keys if key in found}
+        return arguments, {key: features[key] for key in cls.feature_keys if key in features}
 
     def _check(self) -> None:
         """Raises ValueError if sizes and features do not go together."""
@@ -177,8 +175,7 @@ class Whisper(Network):
 
     def features(self, wave_L: Tensor, augment: Callable[[Tensor], Tensor]) -> Tensor:
         """Every window is padded with silence, as the network expects."""
-        windows = [self._extract(window_L).T for window_L in wave_L.split(self.extractor.n_samples)]
-        features_SM = torch.cat(windows)
+        features_SM = torch.cat([self._extract(window_L).T for window_L in wave_L.split(self.extractor.n_samples)])
         valid = -(-len(wave_L) // self.extractor.hop_length)
         return torch.cat([augment(features_SM[:valid]), features_SM[valid:]])
 
@@ -216,9 +213,6 @@ class Wav2Vec2Bert(Network):
     blocks = "encoder.layers."
     unused = ("masked_spec_embed", "adapter.", "intermediate_ffn.")
 
-    # The learned distances take width x frames^2 numbers a block.
-    WINDOW_SECONDS: ClassVar[int] = 20
-
     @classmethod
     def types(cls) -> tuple[Any, Any, Any]:
         from transformers import SeamlessM4TFeatureExtractor, Wav2Vec2BertConfig, Wav2Vec2BertModel
@@ -228,7 +222,8 @@ class Wav2Vec2Bert(Network):
     def _check(self) -> None:
         stride = self.extractor.stride
         check_bins(self.sizes.feature_projection_input_dim, self.extractor.num_mel_bins * stride)
-        self.window_steps = self.WINDOW_SECONDS * SAMPLE_RATE_HZ // (HOP_SAMPLES * stride)
+        # No longer windows: the learned distances take width x frames^2 numbers a block.
+        self.window_steps = 20 * SAMPLE_RATE_HZ // (HOP_SAMPLES * stride)
         # A clip is normalised by its deviation, which takes two frames of bins.
         self._least = max(2, stride)
 
@@ -255,8 +250,6 @@ class Parakeet(Network):
     feature_keys = ("feature_size", "hop_length", "n_fft", "win_length", "preemphasis")
     prefixes = ("encoder.", "")
 
-    WINDOW_SECONDS: ClassVar[int] = 40
-
     @classmethod
     def types(cls) -> tuple[Any, Any, Any]:
         from transformers import ParakeetEncoder, ParakeetEncoderConfig, ParakeetFeatureExtractor
@@ -270,7 +263,7 @@ class Parakeet(Network):
             raise ValueError(
                 f"arguments: subsampling_factor is a power of 2 that divides the {bins} mel bins, got {factor}"
             )
-        self.window_steps = self.WINDOW_SECONDS * SAMPLE_RATE_HZ // (self.extractor.hop_length * factor) * factor
+        self.window_steps = 40 * SAMPLE_RATE_HZ // (self.extractor.hop_length * factor) * factor
 
     def num_frames(self, num_samples: int) -> int:
         return -(-(num_samples // self.extractor.hop_length) // self.sizes.subsampling_factor)

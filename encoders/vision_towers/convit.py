@@ -26,7 +26,10 @@ class Convit(Tower):
     def __init__(self, config: ConvitConfig, crop_pixels: int):
         super().__init__()
         if min(vars(config).values()) < 1 or config.width % 4 or config.width % config.heads:
-            raise ValueError(f"convit: every size is at least 1, and width a multiple of 4 and of heads; got {config}")
+            raise ValueError(
+                f"convit: every size is at least 1, and width a multiple of 4 and of heads; got width {config.width}, "
+                f"heads {config.heads}, depth {config.depth}"
+            )
         self.width, self.grid = config.width, crop_pixels // 8
         stem: list[nn.Module] = []
         for before, after in pairwise((3, self.width // 4, self.width // 2, self.width)):

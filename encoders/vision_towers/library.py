@@ -29,10 +29,8 @@ _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden
 
 
 def build_library_tower(config: TowerConfig, crop_pixels: int) -> Built:
-    """Builds the tower of kind `transformers`, `timm` or `open_clip`, with its weights if the config says so.
-
-    Raises: ValueError for weights that cannot be found, do not fit, or give another grid than `patch_pixels` promises.
-    """
+    """Builds the tower of kind `transformers`, `timm` or `open_clip`, with its weights if the config says so. Raises
+    ValueError for weights that cannot be found, do not fit, or give another grid than `patch_pixels` promises."""
     if shapes_only():
         config = replace(config, pretrained=False)
     build = {"transformers": _build_siglip, "timm": build_timm, "open_clip": build_open_clip}[config.kind]

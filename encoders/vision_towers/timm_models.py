@@ -82,14 +82,12 @@ def build_open_clip(config: TowerConfig, crop_pixels: int) -> Built:
         wanted = config.pretrained and not config.path
         repository = _repository(config.name) if wanted else None
     source, origin = find_source(config, repository, _OPEN_CLIP_WEIGHTS)
-    about: dict[str, Any] = {}
     if source is not None and source.is_dir():
         found = read_json(source / "open_clip_config.json")
-        model = found["model_cfg"]
-        about = {key: found["preprocess_cfg"][key] for key in ("mean", "std") if key in found.get("preprocess_cfg", {})}
     else:
-        model = _model_config(config.name or "")
-    architecture, arguments, prefix = as_timm(model, str(source or config.name))
+        found = {"model_cfg": _model_config(config.name or "")}
+    about = {key: value for key, value in found.get("preprocess_cfg", {}).items() if key in ("mean", "std")}
+    architecture, arguments, prefix = as_timm(found["model_cfg"], str(source or config.name))
     state = None
     if source is not None and config.pretrained:
         weights = read_weights(source, _OPEN_CLIP_WEIGHTS)

@@ -150,15 +150,13 @@ class PatchTower(Tower):
 
 def position_ids(valid_BHW: Tensor, side: int) -> Tensor:
     """Which of the `side` x `side` positions each patch takes, as ids_BN; see PatchTower."""
-    rows_B, columns_B = valid_BHW.any(2).sum(1), valid_BHW.any(1).sum(1)
-    ids_BHW = _spread(rows_B, valid_BHW.shape[1], side)[:, :, None] * side
-    ids_BHW = ids_BHW + _spread(columns_B, valid_BHW.shape[2], side)[:, None, :]
-    return ids_BHW.where(valid_BHW, 0).flatten(1)
+    rows_BH, columns_BW = _spread(valid_BHW.any(2), side), _spread(valid_BHW.any(1), side)
+    return (rows_BH[:, :, None] * side + columns_BW[:, None, :]).where(valid_BHW, 0).flatten(1)
 
 
-def _spread(count_B: Tensor, length: int, side: int) -> Tensor:
-    steps = torch.arange(length, device=count_B.device)
-    return (steps * side // count_B[:, None]).clamp(max=side - 1)
+def _spread(valid_BN: Tensor, side: int) -> Tensor:
+    steps = torch.arange(valid_BN.shape[1], device=valid_BN.device)
+    return (steps * side // valid_BN.sum(1, keepdim=True)).clamp(max=side - 1)
 
 
 class FeatureTower(Tower):
