@@ -100,7 +100,7 @@ def load_sound(part: Mapping[str, Any], *, max_seconds: float = 1800.0) -> Tenso
         if key == "array":
             if given_hz is None:
                 raise MediaError("is an array without its sampling_rate; give the rate in hertz beside it")
-            wave_LC, rate_hz = _from_array(value), int(given_hz)
+            wave_LC, rate_hz = _from_array(value), int(float(given_hz))
             _check_limits(rate_hz, wave_LC.shape[1], len(wave_LC), max_seconds)
             mixer = _Mixer()
             for start in range(0, len(wave_LC), _SAMPLES_AT_ONCE):

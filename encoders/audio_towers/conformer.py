@@ -122,14 +122,11 @@ class _Window(NamedTuple):
 
 def _cut(clip_SM: Tensor) -> list[_Window]:
     """A clip's windows. All but the first begin one encoder frame early: the subsampling reads across the cut."""
-    num_frames = num_encoded(len(clip_SM))
-    if num_frames <= WINDOW_FRAMES:
-        return [_Window(clip_SM, 0, num_frames, num_frames)]
-    windows = []
+    num_frames, windows = num_encoded(len(clip_SM)), []
     for start in range(0, num_frames, WINDOW_FRAMES):
         stop, skip = min(start + WINDOW_FRAMES, num_frames), int(start > 0)
         features_SM = clip_SM[(start - skip) * REDUCTION : stop * REDUCTION]
-        windows.append(_Window(features_SM, skip, stop - start, WINDOW_FRAMES))
+        windows.append(_Window(features_SM, skip, stop - start, min(num_frames, WINDOW_FRAMES)))
     return windows
 
 

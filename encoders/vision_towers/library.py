@@ -78,9 +78,10 @@ def _build_siglip(config: TowerConfig, crop_pixels: int) -> Built:
     grid = crop_pixels // model.config.patch_size
     table_NC = model.embeddings.position_embedding.weight
     if len(table_NC) != grid * grid:  # resampled as timm does it: bicubic, antialiased
-        from timm.layers import resample_abs_pos_embed
+        from timm.layers import pos_embed
 
-        table_NC = resample_abs_pos_embed(table_NC[None], [grid, grid], num_prefix_tokens=0)[0]
+        resample: Any = pos_embed.resample_abs_pos_embed
+        table_NC = resample(table_NC[None], new_size=[grid, grid], num_prefix_tokens=0)[0]
     tower = PatchTower(model.embeddings.patch_embedding, table_NC, nn.Identity(), model.encoder.layers, grid)
     if folder is not None and (folder / "preprocessor_config.json").is_file():
         about = read_json(folder / "preprocessor_config.json")

@@ -51,7 +51,8 @@ def build_timm(config: TowerConfig, crop_pixels: int) -> Built:
             if repository is None:
                 raise ValueError(f"tower {name}: timm knows no weights of that name on the hub; give a file in path")
     source, origin = find_source(config, repository)
-    tagged, about, found = name, {}, {"architecture": name}
+    found: dict[str, Any] = {"architecture": name}
+    tagged, about = name, {}
     if source is not None and source.is_dir():
         found = read_json(file := source / "config.json")
         if "architecture" not in found:

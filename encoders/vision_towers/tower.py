@@ -128,21 +128,18 @@ class PatchTower(Tower):
 
     def __init__(self, patch: nn.Conv2d, table_NC: Tensor, enter: nn.Module, blocks: Iterable[nn.Module], grid: int):
         super().__init__()
-        self.patch = patch
+        self.patch, self.enter, self.blocks = patch, enter, nn.ModuleList(blocks)
         self.table_NC = nn.Parameter(table_NC.detach().clone())
-        self.enter = enter
-        self.blocks = nn.ModuleList(blocks)
-        self.width = table_NC.shape[1]
+        self.width, self.grid = table_NC.shape[1], grid
         self.side = round(len(table_NC) ** 0.5)
-        self.grid = grid
 
     def forward(self, crops_BCHW: Tensor, valid_BHW: Tensor | None = None) -> Tensor:
         patches_BCHW = self.patch(crops_BCHW)
         frames_BNC = patches_BCHW.flatten(2).transpose(1, 2)
         mask_B11N = None if valid_BHW is None else valid_BHW.flatten(1)[:, None, None, :]
-        if valid_BHW is None:
-            valid_BHW = patches_BCHW.new_ones((1, self.grid, self.grid), dtype=torch.bool)
-        frames_BNC = self.enter(frames_BNC + self.table_NC[position_ids(valid_BHW, self.side)])
+        all_1HW = patches_BCHW.new_ones((1, self.grid, self.grid), dtype=torch.bool)
+        ids_BN = position_ids(all_1HW if valid_BHW is None else valid_BHW, self.side)
+        frames_BNC = self.enter(frames_BNC + self.table_NC[ids_BN])
         for block in self.blocks:
             frames_BNC = block(frames_BNC, mask_B11N)
         return frames_BNC.unflatten(1, (self.grid, self.grid))
