@@ -98,8 +98,8 @@ class Audio:
         config = self.config.augment
         if generator is not None and config.speeds:
             speed = config.speeds[int(torch.randint(len(config.speeds), (), generator=generator))]
-            faster = resample(item, round(SAMPLE_RATE_HZ * speed))
-            item = faster if len(faster) >= MIN_SAMPLES else item
+            if len(faster := resample(item, round(SAMPLE_RATE_HZ * speed))) >= MIN_SAMPLES:
+                item = faster
 
         def augment(features_SM: Tensor) -> Tensor:
             return features_SM if generator is None else spec_augment(features_SM, config, generator)

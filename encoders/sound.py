@@ -36,7 +36,7 @@ MAX_FILE_BYTES = 2**30
 _SOURCES = ("path", "url", "base64", "bytes", "audio", "array")
 _CLIPS = Sources(part_type="audio", keys=_SOURCES, max_file_bytes=MAX_FILE_BYTES)
 
-_LOWEST_HZ, _HIGHEST_HZ = 1_000, 768_000
+_MIN_HZ, _MAX_HZ = 1_000, 768_000
 _MAX_CHANNELS = 64
 
 # Clipped: more than this share of the samples lie in runs at full scale, a run being three or more. The peaks of a sine
@@ -293,7 +293,7 @@ def _share_in_runs(full_LC: np.ndarray) -> float:
 
 
 def _check_limits(rate_hz: int, channels: int, num_samples: int, max_seconds: float) -> None:
-    if not _LOWEST_HZ <= rate_hz <= _HIGHEST_HZ:
+    if not _MIN_HZ <= rate_hz <= _MAX_HZ:
         raise _wrong_rate(rate_hz)
     if channels > _MAX_CHANNELS:
         raise MediaError(f"has {channels} channels, {_MAX_CHANNELS} is the most; mix it down")
@@ -309,6 +309,4 @@ def _check_limits(rate_hz: int, channels: int, num_samples: int, max_seconds: fl
 
 
 def _wrong_rate(rate_hz: Any) -> MediaError:
-    return MediaError(
-        f"has sampling_rate {rate_hz!r}; it is a whole number of hertz from {_LOWEST_HZ} to {_HIGHEST_HZ}"
-    )
+    return MediaError(f"has sampling_rate {rate_hz!r}; it is a whole number of hertz from {_MIN_HZ} to {_MAX_HZ}")

@@ -25,9 +25,8 @@ from torch.nn import functional as F
 
 from molora.encoders.pictures import MAX_PIXELS, PICTURES, decode_picture
 from molora.encoders.pretrained_files import to_save
-from molora.encoders.vision_towers.convit import Convit
 from molora.encoders.vision_towers.library import build_library_tower
-from molora.encoders.vision_towers.tower import Built, TowerConfig
+from molora.encoders.vision_towers.tower import Built, Convit, TowerConfig
 from molora.modality import Encoder, Frames, MediaError, Prepared
 
 # Source: processing_phi4mm.py refuses a picture whose resized side is shorter.
@@ -249,12 +248,10 @@ class VisionEncoder(Encoder):
     def forward(self, crops_BCHW: Tensor, layout_I4: Tensor) -> Frames:  # type: ignore[override]
         layouts = [tuple(row) for row in layout_I4.tolist()]
         pixels_BCHW = (crops_BCHW.float() / 255 - self.mean_C11) / self.std_C11
-        grid = self.config.grid
-        whole = (grid, grid)
+        whole = (self.config.grid, self.config.grid)
+        valid = [whole] * len(pixels_BCHW)
         if self.tower.masks and self.config.max_crops:
-            valid = [size for layout in layouts for size in _valid_patches(layout, grid)]
-        else:
-            valid = [whole] * len(pixels_BCHW)
+            valid = [size for layout in layouts for size in _valid_patches(layout, self.config.grid)]
 
         starts = [0, *accumulate(rows * columns for rows, columns, _, _ in layouts)]
         views, view_ids = [], []
@@ -286,10 +283,9 @@ class VisionEncoder(Encoder):
 
     def _encode(self, inputs_BCHW: Tensor, valid: Sequence[tuple[int, int]]) -> Tensor:
         """Crops to pooled frames. Padded crops run apart: whether attention is masked depends on no neighbour."""
-        grid = self.config.grid
+        grid, frames = self.config.grid, []
         padded = [i for i, size in enumerate(valid) if size != (grid, grid)]
         full = [i for i, size in enumerate(valid) if size == (grid, grid)]
-        frames = []
         for ids in (full, padded):
             for start in range(0, len(ids), CROPS_PER_CALL):
                 chunk = ids[start : start + CROPS_PER_CALL]
@@ -304,9 +300,8 @@ class VisionEncoder(Encoder):
         return torch.cat(frames)[back]
 
     def _pool(self, frames_BHWC: Tensor) -> Tensor:
-        missing = -frames_BHWC.shape[1] % self.config.pool
         frames_BCHW = frames_BHWC.permute(0, 3, 1, 2)
-        if missing:
+        if missing := -frames_BHWC.shape[1] % self.config.pool:
             frames_BCHW = F.pad(frames_BCHW, (0, missing, 0, missing), mode="reflect")
         return F.avg_pool2d(frames_BCHW, self.config.pool).permute(0, 2, 3, 1)
 
