@@ -85,8 +85,7 @@ class Audio:
     part_type: ClassVar[str] = "audio"
 
     def __init__(self, name: str, config: AudioConfig) -> None:
-        self.name = name
-        self.config = config
+        self.name, self.config = name, config
         self.pretrained = None if config.tower.pretrained is None else PretrainedFeatures(config.tower.pretrained)
 
     def load(self, part: Mapping[str, Any]) -> Tensor:

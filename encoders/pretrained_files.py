@@ -157,7 +157,6 @@ def check_options(what: str, owner: str, given: Mapping[str, Any], known: Collec
     `check_sizes` does."""
     for key in given:
         if key not in known:
-            raise ValueError(
-                f"{what}: {owner} takes no {key!r} here; {did_you_mean(key, known)}it has {', '.join(known)}"
-            )
+            near = did_you_mean(key, known)
+            raise ValueError(f"{what}: {owner} takes no {key!r} here; {near}it has {', '.join(known)}")
     check_sizes(what, given)

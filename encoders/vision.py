@@ -32,8 +32,8 @@ from molora.modality import Encoder, Frames, MediaError, Prepared
 # Source: processing_phi4mm.py refuses a picture whose resized side is shorter.
 MIN_SIDE_PIXELS = 10
 
-# Beyond any tower.
-MAX_CROP_PIXELS, MAX_CROPS = 8192, 1024
+# Beyond any tower; the side in pixels.
+MAX_CROP_SIDE, MAX_CROPS = 8192, 1024
 
 # Bounds the memory of one tower call; results do not depend on it.
 CROPS_PER_CALL = 64
@@ -58,10 +58,8 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         crop, most = self.crop_pixels, self.max_crops
-        if crop > MAX_CROP_PIXELS or most > MAX_CROPS:
-            raise ValueError(
-                f"crop_pixels is at most {MAX_CROP_PIXELS} and max_crops {MAX_CROPS}, got {crop} and {most}"
-            )
+        if crop > MAX_CROP_SIDE or most > MAX_CROPS:
+            raise ValueError(f"crop_pixels is at most {MAX_CROP_SIDE} and max_crops {MAX_CROPS}, got {crop} and {most}")
         if self.pool < 1 or self.grid < self.pool:
             raise ValueError(
                 f"a crop of {crop} pixels holds {self.grid} patches of {self.tower.stride} a side, "
@@ -151,8 +149,7 @@ class Vision:
     part_type: ClassVar[str] = "image"
 
     def __init__(self, name: str, config: VisionConfig):
-        self.name = name
-        self.config = config
+        self.name, self.config = name, config
 
     def load(self, part: Mapping[str, Any]) -> Image.Image:
         """Decodes the picture of a content part to upright 8-bit RGB on white; see `decode_picture`.

@@ -87,10 +87,9 @@ class LearnedRouter(nn.Module):
 
     def _candidates(self, modalities: frozenset[str]) -> tuple[str, ...]:
         """The adapters that such a sample chooses among. Raises RoutingError for modalities it was not made for."""
-        if unknown := modalities - set(self.config.modalities):
-            raise RoutingError(
-                f"the learned router was made for {sorted(self.config.modalities)}, not for {sorted(unknown)}"
-            )
+        made_for = set(self.config.modalities)
+        if unknown := modalities - made_for:
+            raise RoutingError(f"the learned router was made for {sorted(made_for)}, not for {sorted(unknown)}")
         takes_all = self.config.candidates == "all" and bool(modalities)
         return tuple(name for name in self.known if takes_all or name in modalities)
 
@@ -139,12 +138,10 @@ class LearnedRouter(nn.Module):
         counts_P = media_TD.new_zeros(len(lengths)).index_add(0, samples_T, is_media_T)
         return sums_PD / counts_P[:, None], [1] * len(lengths)
 
-    def _decide(
-        self, modalities: frozenset[str], candidates: tuple[str, ...], places_PD: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """How much of each candidate each place takes, as weights_PE, and losses_P."""
+    def _decide(self, modalities: frozenset[str], names: tuple[str, ...], places_PD: Tensor) -> tuple[Tensor, Tensor]:
+        """How much of each of the adapters `names` each place takes, as weights_PE, and losses_P."""
         config = self.config
-        names = candidates if config.confidence is None else (*candidates, _BARE)
+        names = names if config.confidence is None else (*names, _BARE)
         gates: list[Any] = [self.gates[name] for name in names]
         normed_PD = F.rms_norm(places_PD.float(), places_PD.shape[1:])
         weight_ED, bias_E = torch.cat([gate.weight for gate in gates]), torch.cat([gate.bias for gate in gates])

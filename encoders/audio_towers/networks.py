@@ -117,16 +117,16 @@ class Network:
         """Runs windows of one length; returns frames_NSC."""
         return model(features_NSM).last_hidden_state
 
-    def build(self) -> nn.Module:
-        """The network with random weights."""
-        return self._finish(self.types()[2](self.sizes))
-
-    def load(self, folder: Path) -> nn.Module:
-        """The network with the weights of a folder, in fp32. Raises ValueError if some are missing or do not fit."""
+    def build(self, folder: Path | None) -> nn.Module:
+        """The network with the weights of a folder, in fp32, or without one with random ones. Raises ValueError if some
+        are missing or do not fit."""
+        *_, model_type = self.types()
+        if folder is None:
+            return self._finish(model_type(self.sizes))
         kept = getattr(self.sizes, self.depth_key)
         unused = (*self.unused, *(f"{self.blocks}{index}." for index in range(kept, self.depth)))
         state = read_weights(folder, prefixes=self.prefixes, unused=unused)
-        return self._finish(load_transformers(self.types()[2], self.sizes, state, str(folder)))
+        return self._finish(load_transformers(model_type, self.sizes, state, str(folder)))
 
     def _finish(self, model: Any) -> nn.Module:
         return model

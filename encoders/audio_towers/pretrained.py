@@ -109,8 +109,7 @@ class PretrainedFeatures:
             # The commit that the sizes came from, even if the branch has moved since.
             pinned = config if origin is None else replace(config, revision=origin.revision)
             folder, _ = locate(pinned, config.name, [*_DESCRIPTIONS, *_WEIGHTS])
-        model = network.build() if folder is None else network.load(folder)
-        return PretrainedEncoder(config, network, model, origin)
+        return PretrainedEncoder(config, network, network.build(folder), origin)
 
     @cached_property
     def _network(self) -> tuple[Network, Origin | None]:

@@ -225,7 +225,8 @@ def as_timm(model: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any], 
         pool = {"global_pool": vision["timm_pool"]} if vision.get("timm_pool") else {}
         return vision["timm_model_name"], {"num_classes": 0, **pool}, "visual.trunk."
     foreign = sorted(key for key, value in vision.items() if key not in _OPEN_CLIP_KNOWN and value)
-    foreign += [] if isinstance(vision.get("layers", 12), int) else ["layers"]
+    if not isinstance(vision.get("layers", 12), int):
+        foreign.append("layers")
     if foreign:
         given = ", ".join(f"{key} {vision[key]!r}" for key in foreign)
         raise ValueError(
@@ -315,9 +316,7 @@ def _check_filled(architecture: str, arguments: dict[str, Any], state: dict[str,
             raise ValueError(f"tower {name}: timm cannot build {architecture!r}: {error}") from error
     count, held = (sum(tensor.numel() for tensor in side.values()) for side in (model.state_dict(), state))
     if count > 4 * held + 2**24:
-        raise ValueError(
-            f"tower {name}: its description asks for {count} numbers and its weights hold {held}; take another"
-        )
+        raise ValueError(f"tower {name}: its config asks for {count} numbers and its weights hold {held}; take another")
 
 
 def _is_patch_transformer(model: Any) -> bool:
