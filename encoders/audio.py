@@ -12,9 +12,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from molora.encoders.audio_towers.conformer import Conformer, ConformerConfig, num_encoded
+from molora.encoders.audio_towers.conformer import Conformer, ConformerConfig, TorchaudioConformer, num_encoded
 from molora.encoders.audio_towers.pretrained import PretrainedConfig, PretrainedFeatures
-from molora.encoders.audio_towers.torchaudio_conformer import TorchaudioConformer
 from molora.encoders.logmel import log_mel, num_frames
 from molora.encoders.sound import MIN_SAMPLES, SAMPLE_RATE_HZ, load_sound, resample
 from molora.modality import Encoder, Frames, Prepared
@@ -86,8 +85,7 @@ class Audio:
     part_type: ClassVar[str] = "audio"
 
     def __init__(self, name: str, config: AudioConfig) -> None:
-        self.name = name
-        self.config = config
+        self.name, self.config = name, config
         self.pretrained = None if config.tower.pretrained is None else PretrainedFeatures(config.tower.pretrained)
 
     def load(self, part: Mapping[str, Any]) -> Tensor:
@@ -99,8 +97,8 @@ class Audio:
         config = self.config.augment
         if generator is not None and config.speeds:
             speed = config.speeds[int(torch.randint(len(config.speeds), (), generator=generator))]
-            faster = resample(item, round(SAMPLE_RATE_HZ * speed))
-            item = faster if len(faster) >= MIN_SAMPLES else item
+            if len(faster := resample(item, round(SAMPLE_RATE_HZ * speed))) >= MIN_SAMPLES:
+                item = faster
 
         def augment(features_SM: Tensor) -> Tensor:
             return features_SM if generator is None else spec_augment(features_SM, config, generator)
@@ -133,19 +131,15 @@ class Audio:
         seconds = [torch.arange(int(n * SAMPLE_RATE_HZ)) / SAMPLE_RATE_HZ for n in (0.3, 1.37)]
         hum, rise = (0.3 * torch.sin(2 * torch.pi * 220 * s * (1 + k * s)) for k, s in enumerate(seconds))
         hiss = 0.1 * torch.randn(int(2.5 * SAMPLE_RATE_HZ), generator=torch.Generator().manual_seed(0))
-        return [
-            {"type": self.part_type, "array": wave.numpy(), "sampling_rate": SAMPLE_RATE_HZ}
-            for wave in (hum, rise, hiss)
-        ]
+        about = {"type": self.part_type, "sampling_rate": SAMPLE_RATE_HZ}
+        return [{**about, "array": wave.numpy()} for wave in (hum, rise, hiss)]
 
 
 def spec_augment(features_SM: Tensor, config: AugmentConfig, generator: torch.Generator) -> Tensor:
     """Hides stretches of time and bands of bins behind the clip's mean."""
     features_SM, mean = features_SM.clone(), features_SM.mean()
-    for masks, widest, axis in (
-        (config.time_masks, config.time_mask_frames, 0),
-        (config.bin_masks, config.bin_mask_bins, 1),
-    ):
+    kinds = ((config.time_masks, config.time_mask_frames), (config.bin_masks, config.bin_mask_bins))
+    for axis, (masks, widest) in enumerate(kinds):
         length = features_SM.shape[axis]
         for _ in range(masks):
             width = int(torch.randint(min(widest, length) + 1, (), generator=generator))

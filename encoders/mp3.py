@@ -42,6 +42,9 @@ class _Frame:
         self.is_mpeg1, self.layer = version == 3, layer
         self.rate_hz = (44_100, 48_000, 32_000)[rate] >> {3: 0, 2: 1, 0: 2}[version]
         self.is_mono = data[at + 3] >> 6 == 3
+        self.kind = self.is_mpeg1, layer, self.rate_hz, self.is_mono
+        # Of layer III, between the header and the sound; nothing but zeros before a count of frames.
+        self.side_bytes = (17 if self.is_mono else 32) if self.is_mpeg1 else (9 if self.is_mono else 17)
         self.num_samples = 384 if layer == 1 else 1152 if layer == 2 or self.is_mpeg1 else 576
         padding, bits = data[at + 2] >> 1 & 1, 1000 * _KBPS[self.is_mpeg1, layer][kbps - 1]
         if layer == 1:
@@ -49,22 +52,11 @@ class _Frame:
         else:
             self.num_bytes = self.num_samples // 8 * bits // self.rate_hz + padding
 
-    @property
-    def kind(self) -> tuple[object, ...]:
-        return self.is_mpeg1, self.layer, self.rate_hz, self.is_mono
-
-    @property
-    def side_bytes(self) -> int:
-        """Of layer III, between the header and the sound; nothing but zeros before a count of frames."""
-        return {(True, False): 32, (True, True): 17, (False, False): 17, (False, True): 9}[self.is_mpeg1, self.is_mono]
-
 
 def _tag(data: bytes, at: int) -> int:
     """The length of a tag in an MP3 file, 0 where there is none."""
     if data[at : at + 3] == b"ID3" and at + 10 <= len(data):  # 7 bits to a byte
-        return 10 + sum(
-            (byte & 127) << shift for byte, shift in zip(data[at + 6 : at + 10], (21, 14, 7, 0), strict=True)
-        )
+        return 10 + sum((byte & 127) << n for byte, n in zip(data[at + 6 : at + 10], (21, 14, 7, 0), strict=True))
     if data[at : at + 3] == b"TAG":
         return 227 if data[at + 3 : at + 4] == b"+" else 128
     if data[at : at + 8] == b"APETAGEX":
@@ -85,8 +77,7 @@ def mp3_start(data: bytes, at: int = 0) -> int | None:
 
 
 def _after_zeros(data: bytes, at: int) -> int:
-    match = _ZEROS.match(data, at)
-    return match.end() if match else at
+    return match.end() if (match := _ZEROS.match(data, at)) else at
 
 
 def mp3_sounds(data: bytes, max_seconds: float) -> Iterator[bytes]:
@@ -100,8 +91,7 @@ def mp3_sounds(data: bytes, max_seconds: float) -> Iterator[bytes]:
             yield _counting(data[begins:at], first, count, promised)
             first, count, promised = None, 0, None
         if not frame.num_bytes:
-            after = mp3_start(data, at)
-            if after is not None:
+            if (after := mp3_start(data, at)) is not None:
                 at = after
                 continue
             rest = len(data) - _after_zeros(data, at)

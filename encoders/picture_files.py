@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from PIL import Image
+from PIL.Image import Transpose
 
 from molora.modality import MediaError
 
@@ -35,14 +36,10 @@ _XMP_OF_JPEG = b"http://ns.adobe.com/xap/1.0/\0"
 _XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:=[\"']|>)([1-8])")
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1", b"mif2")
 
+# By EXIF's orientation.
 _UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+    **{2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE},
+    **{6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90},
 }
 
 
@@ -188,21 +185,16 @@ def _entries(tags: bytes, order: Any, begin: int = 0) -> Iterator[tuple[int, int
     they are few."""
     start = begin + int.from_bytes(tags[begin + 4 : begin + 8], order)
     for at in range(start + 2, start + 2 + 12 * int.from_bytes(tags[start : start + 2], order), 12):
-        if at + 12 <= len(tags):
-            yield (
-                int.from_bytes(tags[at : at + 2], order),
-                int.from_bytes(tags[at + 4 : at + 8], order),
-                tags[at + 8 : at + 12],
-            )
+        if len(entry := tags[at : at + 12]) == 12:
+            yield int.from_bytes(entry[:2], order), int.from_bytes(entry[4:8], order), entry[8:]
 
 
 def _turned(image: Image.Image, exif: bytes, xmp: Any) -> Image.Image:
     """A picture upright, as its tags say; PIL's own way reads all of them."""
     exif = exif.removeprefix(b"Exif\0\0")
     order: Any = {b"II*\0": "little", b"MM\0*": "big"}.get(exif[:4])
-    named = (
-        [int.from_bytes(value[:2], order) for tag, _, value in _entries(exif, order) if tag == 0x0112] if order else []
-    )
+    entries = _entries(exif, order) if order else ()
+    named = [int.from_bytes(value[:2], order) for tag, _, value in entries if tag == 0x0112]
     if not named and (found := _XMP_ORIENTATION.search(xmp.encode() if isinstance(xmp, str) else xmp)):
         named = [int(found[1])]
     return image.transpose(_UPRIGHT[named[0]]) if named and named[0] in _UPRIGHT else image
@@ -248,9 +240,8 @@ def _check_work(image: Any, scans: int, max_pixels: int) -> None:
     decoder = 4 * pixels
     if image.format == "TIFF":  # a tile or strip at once, with all its depth
         tags = image.tag_v2
-        bits = tags.get(258, (1,))
-        bits = max(sum(bits), bits[0] * tags.get(277, 1))
-        rows = min(tags.get(278, image.height), image.height)
+        depths, rows = tags.get(258, (1,)), min(tags.get(278, image.height), image.height)
+        bits = max(sum(depths), depths[0] * tags.get(277, 1))
         decoder = max(tags.get(322, 0) * tags.get(323, 0), image.width * rows) * bits // 8
     elif image.format == "JPEG2000":  # 32 bits for a value of any depth
         decoder = 4 * len(image.getbands()) * pixels

@@ -20,11 +20,8 @@ MAX_FILE_BYTES = 100 * 2**20
 # PIL opens no larger picture.
 MAX_PIXELS = 178_956_970
 
-PICTURES = Sources(
-    part_type="image",
-    keys=("path", "url", "base64", "bytes", "image", "array"),
-    max_file_bytes=MAX_FILE_BYTES,
-)
+_SOURCES = ("path", "url", "base64", "bytes", "image", "array")
+PICTURES = Sources(part_type="image", keys=_SOURCES, max_file_bytes=MAX_FILE_BYTES)
 
 _ROWS_AT_ONCE = 256
 _ONE_AT_A_TIME = threading.Lock()
@@ -43,22 +40,18 @@ def decode_picture(key: str, value: Any, max_pixels: int) -> Image.Image:
     try:
         data = PICTURES.read(key, value) if key not in ("array", "image") else b""
         with _refusing_cut_files():
-            if key == "array":
-                image = _from_array(value)
-                check_pixels(image.size, max_pixels)
-                return _rgb(image, None)
-            if key == "image":
-                if not isinstance(value, Image.Image):
-                    raise MediaError("give a PIL image, an array, bytes, a path or a URL")
-                check_pixels(value.size, max_pixels)
-                return _rgb(ImageOps.exif_transpose(value), value.format)
-            return _rgb(*open_picture(data, max_pixels))
+            if key not in ("array", "image"):
+                return _rgb(*open_picture(data, max_pixels))
+            image = _from_array(value) if key == "array" else value
+            if not isinstance(image, Image.Image):
+                raise MediaError("give a PIL image, an array, bytes, a path or a URL")
+            check_pixels(image.size, max_pixels)
+            return _rgb(ImageOps.exif_transpose(image) if key == "image" else image, image.format)
     except MediaError:
         raise
     except Exception as error:  # PIL's decoders raise anything on damaged data
-        reason = f"{type(error).__name__}: {error}"
-        if isinstance(error, Image.UnidentifiedImageError):
-            reason = f"none of {', '.join(FORMATS)}"
+        is_unknown = isinstance(error, Image.UnidentifiedImageError)
+        reason = f"none of {', '.join(FORMATS)}" if is_unknown else f"{type(error).__name__}: {error}"
         raise MediaError(
             f"cannot be decoded, it is damaged or no picture ({without_addresses(reason)}); check that it opens in an "
             "image viewer"
@@ -117,9 +110,7 @@ def _rgb(image: Image.Image, file_format: str | None) -> Image.Image:
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")  # pyright: ignore[reportReturnType]
     if image.has_transparency_data:
-        if image.mode == "La":
-            image = image.convert("LA")
-        image = image.convert("RGBA")
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         on_white = Image.new("RGB", image.size, "white")
         on_white.paste(image, mask=image.getchannel("A"))
         return on_white

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +14,6 @@ from torch import Tensor
 from molora import received
 from molora.config import did_you_mean
 from molora.modality import Origin, WeightSource
-from molora.received import shard_names
 
 Source = TypeVar("Source", bound=WeightSource)
 
@@ -24,9 +23,7 @@ MAX_SIZE, MAX_LAYERS, MAX_LIST = 2**16, 1000, 16
 
 def fetch(repository: str, revision: str | None, wanted: Sequence[str]) -> tuple[Path, Origin]:
     """The files of a repository whose names match a pattern in `wanted`, as a folder, and the commit they are of.
-
-    Raises: ValueError if the hub has no such repository or cannot be reached and the files were not fetched before.
-    """
+    Raises ValueError if the hub has no such repository or cannot be reached and the files were not fetched before."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -43,9 +40,7 @@ def fetch(repository: str, revision: str | None, wanted: Sequence[str]) -> tuple
 
 def locate(config: WeightSource, repository: str | None, wanted: Sequence[str]) -> tuple[Path | None, Origin | None]:
     """The file or folder to read: `path`, or the repository's files that `wanted` names, with the commit they are of.
-
-    Raises: ValueError for a path where nothing is, and as `fetch` does.
-    """
+    Raises ValueError for a path where nothing is, and as `fetch` does."""
     if config.path is None:
         return (None, None) if repository is None else fetch(repository, config.revision, wanted)
     path = Path(config.path)
@@ -56,8 +51,7 @@ def locate(config: WeightSource, repository: str | None, wanted: Sequence[str]) 
 
 def from_scratch(config: Source, **changes: Any) -> Source:
     """The options that build the same encoder with random weights, from nothing outside themselves."""
-    nowhere: dict[str, Any] = {"name": None, "path": None, "revision": None, "pretrained": False}
-    return replace(config, **{**nowhere, **changes})
+    return replace(config, **{"name": None, "path": None, "revision": None, "pretrained": False, **changes})
 
 
 def to_save(config: Source, scratch: Source, origin: Origin | None, with_weights: bool) -> Source:
@@ -74,14 +68,11 @@ def shapes_only() -> bool:
 
 
 def weight_files(folder: Path, name: str = "model.safetensors") -> list[Path]:
-    """The safetensors files of a folder: those in the index of `name`, or `name` itself.
-
-    Raises: ValueError if one is missing, and for an index that names no files of its folder.
-    """
-    files = [folder / file for file in sorted(shard_names(folder, name))]
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"{folder}: no {file.name} in this folder; weights are read from safetensors files")
+    """The safetensors files of a folder: those in the index of `name`, or `name` itself. Raises ValueError if one is
+    missing, and for an index that names no files of its folder."""
+    files = [folder / file for file in sorted(received.shard_names(folder, name))]
+    if missing := next((file for file in files if not file.is_file()), None):
+        raise ValueError(f"{folder}: no {missing.name} in this folder; weights are read from safetensors files")
     return files
 
 
@@ -109,14 +100,9 @@ def read_weights(
 
 def load_transformers(model_type: Any, sizes: Any, state: dict[str, Tensor], where: str) -> Any:
     """A model of transformers with these weights, in fp32. Raises ValueError if some are missing or do not fit."""
+    reporting = {"ignore_mismatched_sizes": True, "output_loading_info": True}  # so that the report names all
     model, report = model_type.from_pretrained(
-        None,
-        config=sizes,
-        state_dict=state,
-        dtype=torch.float32,
-        ignore_mismatched_sizes=True,  # so that the report names them
-        output_loading_info=True,
-        trust_remote_code=False,
+        None, config=sizes, state_dict=state, dtype=torch.float32, trust_remote_code=False, **reporting
     )
     kinds = {"missing": "missing_keys", "unexpected": "unexpected_keys", "of another shape": "mismatched_keys"}
     found = {kind: sorted(report[keys]) for kind, keys in kinds.items()}
@@ -143,10 +129,8 @@ def check_source(config: WeightSource, layer: int | None) -> None:
 
 
 def num_kept(layer: int, depth: int, where: str) -> int:
-    """How many of `depth` blocks an encoder needs so that `layer`, counted from the end, is its last.
-
-    Raises: ValueError for more than it has.
-    """
+    """How many of `depth` blocks an encoder needs so that `layer`, counted from the end, is its last. Raises ValueError
+    for more than it has."""
     if not -depth <= layer:
         raise ValueError(f"{where}: layer {layer} asked for, but the encoder has {depth} blocks")
     return depth + layer + 1
@@ -168,16 +152,11 @@ def check_sizes(what: str, given: Mapping[str, Any]) -> None:
                 )
 
 
-def check_keys(what: str, owner: str, given: Iterable[str], known: Collection[str]) -> None:
-    """Raises ValueError, with the nearest name that there is, for a key that `owner` does not take."""
+def check_options(what: str, owner: str, given: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raises ValueError, with the nearest name that there is, for a key that `owner` does not take, and as
+    `check_sizes` does."""
     for key in given:
         if key not in known:
-            raise ValueError(
-                f"{what}: {owner} takes no {key!r} here; {did_you_mean(key, known)}it has {', '.join(known)}"
-            )
-
-
-def unknown_model(library: str, name: str, known: Iterable[str]) -> ValueError:
-    """The error for a model that a library does not have, with the nearest names that it has."""
-    near = did_you_mean(name, known, at_most=3)
-    return ValueError(f"{library} has no model {name!r}; {near}{library}.list_models() has their names")
+            near = did_you_mean(key, known)
+            raise ValueError(f"{what}: {owner} takes no {key!r} here; {near}it has {', '.join(known)}")
+    check_sizes(what, given)

@@ -31,11 +31,12 @@ HOP_SAMPLES = 160
 # From less than a frame there is nothing to hear.
 MIN_SAMPLES = FRAME_SAMPLES
 
-SOURCES = ("path", "url", "base64", "bytes", "audio", "array")
-
 # Half an hour of 24-bit stereo at 48 kHz is half of it.
 MAX_FILE_BYTES = 2**30
-_RATES_HZ = (1_000, 768_000)
+_SOURCES = ("path", "url", "base64", "bytes", "audio", "array")
+_CLIPS = Sources(part_type="audio", keys=_SOURCES, max_file_bytes=MAX_FILE_BYTES)
+
+_MIN_HZ, _MAX_HZ = 1_000, 768_000
 _MAX_CHANNELS = 64
 
 # Clipped: more than this share of the samples lie in runs at full scale, a run being three or more. The peaks of a sine
@@ -49,9 +50,7 @@ _MAX_OVERSHOOT = 2.0
 
 # Kaiser-windowed sinc: flat to the highest mel filter's end at 7.69 kHz (-0.1 dB there), and -89 dB from 8 kHz. From
 # lower rates, the same shares of half their rate.
-_FILTER_ZERO_CROSSINGS = 128
-_FILTER_ROLLOFF = 0.978
-_FILTER_BETA = 8.96
+_FILTER: dict[str, Any] = {"lowpass_filter_width": 128, "rolloff": 0.978, "beta": 8.96}  # width: zero crossings
 
 # A rate that is no small ratio to 16 kHz needs a table of filters that would fill the memory.
 _MAX_FILTER_WEIGHTS = 2**24
@@ -91,24 +90,24 @@ def load_sound(part: Mapping[str, Any], *, max_seconds: float = 1800.0) -> Tenso
     Raises: MediaError that says which part, what is wrong with it, and what to do; ImportError without the `audio`
     extra.
     """
-    sources = Sources(part_type="audio", keys=SOURCES, max_file_bytes=MAX_FILE_BYTES)
-    part = sources.flat(part)
-    key, value = sources.choose(part)
-    with sources.named(key, value):
+    key, value = _CLIPS.choose(part := _CLIPS.flat(part))
+    with _CLIPS.named(key, value):
         if key == "audio":
             raise MediaError("give a path, a URL, bytes, an array, or a mapping of array and sampling_rate")
-        given_hz = _whole(part.get("sampling_rate"))
+        given_hz = part.get("sampling_rate")
+        if given_hz is not None and not (isinstance(given_hz, numbers.Real) and float(given_hz).is_integer()):
+            raise _wrong_rate(given_hz)
         if key == "array":
             if given_hz is None:
                 raise MediaError("is an array without its sampling_rate; give the rate in hertz beside it")
-            wave_LC, rate_hz = _from_array(value), given_hz
+            wave_LC, rate_hz = _from_array(value), int(float(given_hz))
             _check_limits(rate_hz, wave_LC.shape[1], len(wave_LC), max_seconds)
             mixer = _Mixer()
             for start in range(0, len(wave_LC), _SAMPLES_AT_ONCE):
                 mixer.add(_scaled(wave_LC[start : start + _SAMPLES_AT_ONCE]))
             wave_L = mixer.wave_L()
         else:
-            wave_L, rate_hz = _decode(sources.read(key, value), max_seconds)
+            wave_L, rate_hz = _decode(_CLIPS.read(key, value), max_seconds)
             if given_hz not in (None, rate_hz):
                 raise MediaError(f"is a file at {rate_hz} Hz beside a sampling_rate of {given_hz}; leave that out")
         wave_L = resample(torch.from_numpy(wave_L), rate_hz)
@@ -120,10 +119,8 @@ def load_sound(part: Mapping[str, Any], *, max_seconds: float = 1800.0) -> Tenso
 
 
 def resample(wave_L: Tensor, rate_hz: int) -> Tensor:
-    """A waveform of n samples at `rate_hz` to ceil(16000 n / rate_hz) at 16 kHz.
-
-    Raises: MediaError for a rate that is no small ratio to 16 kHz; ImportError without the `audio` extra.
-    """
+    """A waveform of n samples at `rate_hz` to ceil(16000 n / rate_hz) at 16 kHz. Raises MediaError for a rate that is
+    no small ratio to 16 kHz, and ImportError without the `audio` extra."""
     if rate_hz == SAMPLE_RATE_HZ:
         return wave_L
     filters_OK, stride, before = _filters(rate_hz)
@@ -152,15 +149,7 @@ def _filters(rate_hz: int) -> tuple[Tensor, int, int]:
     make, take = SAMPLE_RATE_HZ // common, rate_hz // common
     if make * take > _MAX_FILTER_WEIGHTS:
         raise MediaError(f"{rate_hz} Hz is no small ratio to 16000 Hz ({take} : {make}); resample it to a common rate")
-    sinc = Resample(
-        rate_hz,
-        SAMPLE_RATE_HZ,
-        "sinc_interp_kaiser",
-        lowpass_filter_width=_FILTER_ZERO_CROSSINGS,
-        rolloff=_FILTER_ROLLOFF,
-        beta=_FILTER_BETA,
-        dtype=torch.float64,
-    )
+    sinc = Resample(rate_hz, SAMPLE_RATE_HZ, "sinc_interp_kaiser", **_FILTER, dtype=torch.float64)
     kernel: Any = sinc.kernel
     filters_OK = kernel.squeeze(1).float()
     repeats = -(-_SAMPLES_PER_STEP // make)
@@ -170,10 +159,8 @@ def _filters(rate_hz: int) -> tuple[Tensor, int, int]:
 
 def _decode(data: bytes, max_seconds: float) -> tuple[np.ndarray, int]:
     """The samples of a file, its channels averaged, and their rate in hertz."""
-    found = pieces(data, max_seconds)
-    clips: list[np.ndarray] = []
-    rate_hz, num_samples = 0, 0
-    for piece in found:
+    clips, rate_hz, num_samples = [], 0, 0
+    for piece in (found := pieces(data, max_seconds)):
         wave_L, piece_hz = _decode_piece(piece, num_samples, max_seconds)
         if rate_hz not in (0, piece_hz):
             raise MediaError(f"is {len(found)} sounds joined, at {rate_hz} and {piece_hz} Hz; convert it to one rate")
@@ -201,11 +188,8 @@ def _decode_piece(data: bytes, before: int, max_seconds: float) -> tuple[np.ndar
             rate_hz, channels, promised = file.samplerate, file.channels, file.frames
             is_mp3, knows = file.format == "MP3", file.frames != _UNKNOWN_FRAMES
             _check_limits(rate_hz, channels, before + (promised if knows else 0), max_seconds)
-            while num < promised:
-                block_LC = file.read(min(_SAMPLES_AT_ONCE, promised - num), dtype="float32", always_2d=True)
+            while len(block_LC := file.read(min(_SAMPLES_AT_ONCE, promised - num), dtype="float32", always_2d=True)):
                 num += len(block_LC)
-                if not len(block_LC):
-                    break
                 mixer.add(block_LC)
                 _check_limits(rate_hz, channels, before + num, max_seconds)
             cut_off = _CUT_OFF.search(file.extra_info)
@@ -268,7 +252,6 @@ class _Mixer:
 
     def __init__(self) -> None:
         self.blocks: list[np.ndarray] = []
-        self.low, self.high = 0.0, 0.0
         self.num_samples, self.num_clipped = 0, 0.0
 
     def add(self, wave_LC: np.ndarray) -> None:
@@ -277,11 +260,10 @@ class _Mixer:
         low, high = float(wave_LC.min()), float(wave_LC.max())
         if not np.isfinite((low, high)).all():
             raise MediaError("holds samples that are not finite (NaN or infinity); repair it")
-        self.low, self.high = min(low, self.low), max(high, self.high)
-        if max(-self.low, self.high) > _MAX_OVERSHOOT:
+        if (peak := max(-low, high)) > _MAX_OVERSHOOT:
             raise MediaError(
-                f"has samples up to {max(-self.low, self.high):.4g}, but floats lie in [-1, 1]; 16-bit integers stored "
-                "as floats probably need division by 32768"
+                f"has samples up to {peak:.4g}, but floats lie in [-1, 1]; 16-bit integers stored as floats probably "
+                "need division by 32768"
             )
         full_LC = (wave_LC >= _FULL_SCALE) | (wave_LC <= -_FULL_SCALE)
         if full_LC.any():
@@ -311,9 +293,8 @@ def _share_in_runs(full_LC: np.ndarray) -> float:
 
 
 def _check_limits(rate_hz: int, channels: int, num_samples: int, max_seconds: float) -> None:
-    low, high = _RATES_HZ
-    if not low <= rate_hz <= high:
-        raise MediaError(f"has sampling_rate {rate_hz}; it is a whole number of hertz from {low} to {high}")
+    if not _MIN_HZ <= rate_hz <= _MAX_HZ:
+        raise _wrong_rate(rate_hz)
     if channels > _MAX_CHANNELS:
         raise MediaError(f"has {channels} channels, {_MAX_CHANNELS} is the most; mix it down")
     if num_samples > max_seconds * rate_hz:
@@ -327,10 +308,5 @@ def _check_limits(rate_hz: int, channels: int, num_samples: int, max_seconds: fl
         )
 
 
-def _whole(rate_hz: Any) -> int | None:
-    if rate_hz is None:
-        return None
-    if isinstance(rate_hz, numbers.Real) and float(rate_hz).is_integer():
-        return int(float(rate_hz))
-    low, high = _RATES_HZ
-    raise MediaError(f"has sampling_rate {rate_hz!r}; it is a whole number of hertz from {low} to {high}")
+def _wrong_rate(rate_hz: Any) -> MediaError:
+    return MediaError(f"has sampling_rate {rate_hz!r}; it is a whole number of hertz from {_MIN_HZ} to {_MAX_HZ}")

@@ -24,10 +24,8 @@ _W64 = b"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb\x04\xc1\0\0"
 
 
 def pieces(data: bytes, max_seconds: float) -> list[bytes]:
-    """The sounds of a file that was made of several, each as a file of its own; mostly the file as it is.
-
-    Raises: MediaError for a file of too many, and for an MP3 that is cut off, damaged or longer than `max_seconds`.
-    """
+    """The sounds of a file that was made of several, each as a file of its own; mostly the file as it is. Raises
+    MediaError for a file of too many, and for an MP3 that is cut off, damaged or longer than `max_seconds`."""
     if data.startswith(b"OggS"):
         found = _between(data, _ogg_starts(data))
     elif mp3_start(data) is not None:
@@ -110,8 +108,10 @@ def _filled_in(data: bytes) -> bytes:
                 break
             at += 8 + int.from_bytes(data[at + 4 : at + 8], "little")
             at += at & 1
-        rest = len(data) - at - 8
-        if data[at : at + 8] == b"data\0\0\0\0" and rest > 0 and not _is_chunk(data, at + 8):
+        rest, name = len(data) - at - 8, data[at + 8 : at + 12]
+        # Another chunk that fits is no sound.
+        fits = len(name) == 4 and name.isalnum() and 8 + int.from_bytes(data[at + 12 : at + 16], "little") <= rest
+        if data[at : at + 8] == b"data\0\0\0\0" and rest > 0 and not fits:
             riff, size = (len(data) - 8).to_bytes(4, "little"), rest.to_bytes(4, "little")
             return b"".join([data[:4], riff, data[8 : at + 4], size, data[at + 8 :]])
     elif data[:4] == b".snd" and data[8:12] == bytes(4):
@@ -119,9 +119,3 @@ def _filled_in(data: bytes) -> bytes:
     elif data[:4] == b"caff" and (at := data.find(b"data" + b"\xff" * 8)) > 0:
         return data[: at + 4] + (len(data) - at - 12).to_bytes(8, "big") + data[at + 12 :]
     return data
-
-
-def _is_chunk(data: bytes, at: int) -> bool:
-    """Whether a chunk of RIFF that fits is here, and so no sound."""
-    name, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
-    return len(name) == 4 and name.isalnum() and at + 8 + size <= len(data)

@@ -11,9 +11,11 @@ Source: arXiv 2503.01743 §2.2.1; processing_phi4mm.py and modeling_phi4mm.py of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from itertools import accumulate, pairwise, product
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -23,16 +25,15 @@ from torch.nn import functional as F
 
 from molora.encoders.pictures import MAX_PIXELS, PICTURES, decode_picture
 from molora.encoders.pretrained_files import to_save
-from molora.encoders.vision_towers.convit import Convit
 from molora.encoders.vision_towers.library import build_library_tower
-from molora.encoders.vision_towers.tower import Built, Tower, TowerConfig
-from molora.modality import Encoder, Frames, MediaError, Origin, Prepared
+from molora.encoders.vision_towers.tower import Built, Convit, TowerConfig
+from molora.modality import Encoder, Frames, MediaError, Prepared
 
 # Source: processing_phi4mm.py refuses a picture whose resized side is shorter.
 MIN_SIDE_PIXELS = 10
 
-# Beyond any tower.
-MAX_CROP_PIXELS, MAX_CROPS = 8192, 1024
+# Beyond any tower; the side in pixels.
+MAX_CROP_SIDE, MAX_CROPS = 8192, 1024
 
 # Bounds the memory of one tower call; results do not depend on it.
 CROPS_PER_CALL = 64
@@ -56,22 +57,19 @@ class VisionConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.crop_pixels > MAX_CROP_PIXELS or self.max_crops > MAX_CROPS:
-            raise ValueError(
-                f"crop_pixels is at most {MAX_CROP_PIXELS} and max_crops {MAX_CROPS}, got {self.crop_pixels} and "
-                f"{self.max_crops}"
-            )
+        crop, most = self.crop_pixels, self.max_crops
+        if crop > MAX_CROP_SIDE or most > MAX_CROPS:
+            raise ValueError(f"crop_pixels is at most {MAX_CROP_SIDE} and max_crops {MAX_CROPS}, got {crop} and {most}")
         if self.pool < 1 or self.grid < self.pool:
             raise ValueError(
-                f"a crop of {self.crop_pixels} pixels holds {self.grid} patches of {self.tower.stride} a side, "
+                f"a crop of {crop} pixels holds {self.grid} patches of {self.tower.stride} a side, "
                 f"which cannot be pooled by {self.pool}: raise crop_pixels or lower pool"
             )
-        if self.tower.kind == "convit" and self.crop_pixels % self.tower.stride:
-            raise ValueError(f"crop_pixels is a multiple of 8 for a convit tower, got {self.crop_pixels}")
-        if self.max_crops < 0 or not 1 <= self.max_pixels <= MAX_PIXELS:
+        if self.tower.kind == "convit" and crop % self.tower.stride:
+            raise ValueError(f"crop_pixels is a multiple of 8 for a convit tower, got {crop}")
+        if most < 0 or not 1 <= self.max_pixels <= MAX_PIXELS:
             raise ValueError(
-                f"max_crops is at least 0 and max_pixels from 1 to {MAX_PIXELS}, got {self.max_crops} and "
-                f"{self.max_pixels}"
+                f"max_crops is at least 0 and max_pixels from 1 to {MAX_PIXELS}, got {most} and {self.max_pixels}"
             )
 
     @property
@@ -85,24 +83,21 @@ class VisionConfig:
         return -(-self.grid // self.pool)
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """How one picture lies on its crops: `rows` x `columns` of them, filled from the top left by `height` x `width`
     pixels, of which `valid_rows` x `valid_columns` patches count as picture and the rest as padding."""
 
     rows: int
     columns: int
-    height: int
-    width: int
     valid_rows: int
     valid_columns: int
+    height: int
+    width: int
 
 
 def lay_out(width: int, height: int, config: VisionConfig) -> Layout:
-    """Chooses the grid of crops for a picture of `width` x `height` pixels.
-
-    Raises: MediaError for a picture so long and thin that its short side would vanish.
-    """
+    """Chooses the grid of crops for a picture of `width` x `height` pixels. Raises MediaError for one so long and thin
+    that its short side would vanish."""
     crop, stride, grid = config.crop_pixels, config.tower.stride, config.grid
     rows, columns = _crops(width, height, crop, max(config.max_crops, 1))
     target_height, target_width = rows * crop, columns * crop
@@ -119,7 +114,7 @@ def lay_out(width: int, height: int, config: VisionConfig) -> Layout:
     # Where patches do not fill the crop, a sliver of picture could leave a crop without a single valid patch.
     hidden_rows = min((target_height - new_height) // stride, grid - 1)
     hidden_columns = min((target_width - new_width) // stride, grid - 1)
-    return Layout(rows, columns, new_height, new_width, rows * grid - hidden_rows, columns * grid - hidden_columns)
+    return Layout(rows, columns, rows * grid - hidden_rows, columns * grid - hidden_columns, new_height, new_width)
 
 
 def _crops(width: int, height: int, crop: int, limit: int) -> tuple[int, int]:
@@ -128,11 +123,9 @@ def _crops(width: int, height: int, crop: int, limit: int) -> tuple[int, int]:
     rows, columns = -(-height // crop), -(-width // crop)
     if rows * columns <= limit:
         return rows, columns
-    grids = sorted(
-        ((i, j) for i in range(1, limit + 1) for j in range(1, limit // i + 1)),
-        key=lambda grid: (grid[0] * grid[1], grid),
-    )
-    best, nearest = (1, 1), float("inf")
+    # By how many crops they have, and then by width, as they come.
+    grids = sorted(((i, j) for i in range(1, limit + 1) for j in range(1, limit // i + 1)), key=math.prod)
+    best, nearest = (1, 1), math.inf
     for i, j in grids:
         difference = abs(width / height - i / j)
         if difference < nearest or (difference == nearest and width * height > 0.5 * crop * crop * i * j):
@@ -140,9 +133,13 @@ def _crops(width: int, height: int, crop: int, limit: int) -> tuple[int, int]:
     return best
 
 
-def _useful(valid: int, crops: int, config: VisionConfig) -> int:
-    """Rows (or columns) of pooled frames that hold picture, over a row (or column) of crops."""
-    return (crops - 1) * config.side + -(-(valid - (crops - 1) * config.grid) // config.pool)
+def _useful(layout: tuple[int, ...], config: VisionConfig) -> tuple[int, int]:
+    """Rows and columns of pooled frames that hold picture, of a picture's `layout_4`."""
+    rows, columns = (
+        (crops - 1) * config.side + -(-(valid - (crops - 1) * config.grid) // config.pool)
+        for crops, valid in zip(layout[:2], layout[2:], strict=True)
+    )
+    return rows, columns
 
 
 class Vision:
@@ -152,8 +149,7 @@ class Vision:
     part_type: ClassVar[str] = "image"
 
     def __init__(self, name: str, config: VisionConfig):
-        self.name = name
-        self.config = config
+        self.name, self.config = name, config
 
     def load(self, part: Mapping[str, Any]) -> Image.Image:
         """Decodes the picture of a content part to upright 8-bit RGB on white; see `decode_picture`.
@@ -172,26 +168,20 @@ class Vision:
     def prepare(self, item: Image.Image, generator: torch.Generator | None = None) -> Prepared:
         """Cuts a picture into `crops_BCHW` (uint8) and `layout_4`: rows and columns of crops, then of valid patches.
 
-        The encoder makes the global view, from the same pixels. No augmentation, so `generator` is not used.
-
-        Raises: MediaError for a picture that is too long and thin.
+        The encoder makes the global view, from the same pixels. No augmentation, so `generator` is not used. Raises
+        MediaError for a picture that is too long and thin.
         """
         crop, layout = self.config.crop_pixels, lay_out(*item.size, self.config)
         picture = Image.new("RGB", (layout.columns * crop, layout.rows * crop), "white")
         picture.paste(item.resize((layout.width, layout.height), Image.Resampling.BILINEAR))
         pixels_HWC = torch.from_numpy(np.array(picture))
         crops = pixels_HWC.view(layout.rows, crop, layout.columns, crop, 3).permute(0, 2, 4, 1, 3)
-        side = self.config.side
-        num_tokens = side * (side + 1)
+        num_tokens = self.config.side * (self.config.side + 1)
         if self.config.max_crops:
-            useful_rows = _useful(layout.valid_rows, layout.rows, self.config)
-            useful_columns = _useful(layout.valid_columns, layout.columns, self.config)
-            num_tokens += 1 + useful_rows * (useful_columns + 1)
-        tensors = {
-            "crops_BCHW": crops.reshape(-1, 3, crop, crop),
-            "layout_4": torch.tensor([layout.rows, layout.columns, layout.valid_rows, layout.valid_columns]),
-        }
-        return Prepared(tensors, num_tokens)
+            rows, columns = _useful(layout[:4], self.config)
+            num_tokens += 1 + rows * (columns + 1)
+        crops_BCHW = crops.reshape(-1, 3, crop, crop)
+        return Prepared({"crops_BCHW": crops_BCHW, "layout_4": torch.tensor(layout[:4])}, num_tokens)
 
     def collate(self, prepared: Sequence[Prepared]) -> dict[str, Tensor]:
         """All crops in reading order, and a row of layout for each picture."""
@@ -201,10 +191,8 @@ class Vision:
         }
 
     def build_encoder(self) -> VisionEncoder:
-        """Makes the tower, pretrained if the config says so, with new separators.
-
-        Raises: ValueError for weights that cannot be found or do not fit the config.
-        """
+        """Makes the tower, pretrained if the config says so, with new separators. Raises ValueError for weights that
+        cannot be found or do not fit the config."""
         tower = self.config.tower
         if tower.kind == "convit":
             built = Built(Convit(tower.convit, self.config.crop_pixels), None, tower)
@@ -237,11 +225,8 @@ class VisionEncoder(Encoder):
 
     def __init__(self, config: VisionConfig, built: Built):
         super().__init__()
-        self.config = config
-        self.origin: Origin | None = built.origin
-        self._scratch = built.scratch
-        self.tower: Tower = built.tower
-        self.width = self.tower.width
+        self.config, self._scratch = config, built.scratch
+        self.tower, self.origin, self.width = built.tower, built.origin, built.tower.width
         # The same whatever the seed: a pretrained encoder that stayed frozen is not saved, but fetched and built again.
         draw = torch.Generator().manual_seed(0)
         self.row_separator_C = nn.Parameter(0.02 * torch.randn(self.width, generator=draw, device="cpu"))
@@ -260,26 +245,23 @@ class VisionEncoder(Encoder):
     def forward(self, crops_BCHW: Tensor, layout_I4: Tensor) -> Frames:  # type: ignore[override]
         layouts = [tuple(row) for row in layout_I4.tolist()]
         pixels_BCHW = (crops_BCHW.float() / 255 - self.mean_C11) / self.std_C11
-        grid = self.config.grid
-        whole = (grid, grid)
+        whole = (self.config.grid, self.config.grid)
+        valid = [whole] * len(pixels_BCHW)
         if self.tower.masks and self.config.max_crops:
-            valid = [size for layout in layouts for size in _valid_patches(layout, grid)]
-        else:
-            valid = [whole] * len(pixels_BCHW)
+            valid = [size for layout in layouts for size in _valid_patches(layout, self.config.grid)]
 
-        starts, views, view_ids, start = [], [], [], 0
-        for rows, columns, _, _ in layouts:
-            starts.append(start)
-            if rows * columns == 1 and valid[start] == whole:
+        starts = [0, *accumulate(rows * columns for rows, columns, _, _ in layouts)]
+        views, view_ids = [], []
+        for (rows, columns, _, _), (start, stop) in zip(layouts, pairwise(starts), strict=True):
+            if stop - start == 1 and valid[start] == whole:
                 view_ids.append(start)  # the only crop is the global view: one run serves both
             else:
                 view_ids.append(len(pixels_BCHW) + len(views))
-                views.append(self._view(pixels_BCHW[start : start + rows * columns], rows, columns))
-            start += rows * columns
+                views.append(self._view(pixels_BCHW[start:stop], rows, columns))
 
         frames_BHWC = self._encode(torch.cat([pixels_BCHW, *views]), valid + [whole] * len(views))
         items = []
-        for layout, start, view in zip(layouts, starts, view_ids, strict=True):
+        for layout, start, view in zip(layouts, starts, view_ids, strict=False):
             pieces = [self._read_rows(frames_BHWC[view])]
             if self.config.max_crops:
                 separator_1C = self.view_separator_C.to(frames_BHWC.dtype)[None]
@@ -298,10 +280,9 @@ class VisionEncoder(Encoder):
 
     def _encode(self, inputs_BCHW: Tensor, valid: Sequence[tuple[int, int]]) -> Tensor:
         """Crops to pooled frames. Padded crops run apart: whether attention is masked depends on no neighbour."""
-        grid = self.config.grid
+        grid, frames = self.config.grid, []
         padded = [i for i, size in enumerate(valid) if size != (grid, grid)]
         full = [i for i, size in enumerate(valid) if size == (grid, grid)]
-        frames = []
         for ids in (full, padded):
             for start in range(0, len(ids), CROPS_PER_CALL):
                 chunk = ids[start : start + CROPS_PER_CALL]
@@ -316,19 +297,16 @@ class VisionEncoder(Encoder):
         return torch.cat(frames)[back]
 
     def _pool(self, frames_BHWC: Tensor) -> Tensor:
-        missing = -frames_BHWC.shape[1] % self.config.pool
         frames_BCHW = frames_BHWC.permute(0, 3, 1, 2)
-        if missing:
+        if missing := -frames_BHWC.shape[1] % self.config.pool:
             frames_BCHW = F.pad(frames_BCHW, (0, missing, 0, missing), mode="reflect")
         return F.avg_pool2d(frames_BCHW, self.config.pool).permute(0, 2, 3, 1)
 
     def _join(self, frames_BHWC: Tensor, layout: tuple[int, ...]) -> Tensor:
         """The frames of a picture's crops as one map, cut to the rows and columns that hold picture."""
-        rows, columns, valid_rows, valid_columns = layout
-        frames = frames_BHWC[: rows * columns].unflatten(0, (rows, columns)).permute(0, 2, 1, 3, 4)
-        useful_rows = _useful(valid_rows, rows, self.config)
-        useful_columns = _useful(valid_columns, columns, self.config)
-        return frames.flatten(2, 3).flatten(0, 1)[:useful_rows, :useful_columns]
+        frames = frames_BHWC[: layout[0] * layout[1]].unflatten(0, layout[:2]).permute(0, 2, 1, 3, 4)
+        rows, columns = _useful(layout, self.config)
+        return frames.flatten(2, 3).flatten(0, 1)[:rows, :columns]
 
     def _read_rows(self, frames_HWC: Tensor) -> Tensor:
         """A map read row by row, with a separator after each."""
@@ -339,8 +317,5 @@ class VisionEncoder(Encoder):
 def _valid_patches(layout: tuple[int, ...], grid: int) -> list[tuple[int, int]]:
     """Rows and columns of valid patches of each crop, in reading order."""
     rows, columns, valid_rows, valid_columns = layout
-    return [
-        (min(grid, valid_rows - row * grid), min(grid, valid_columns - column * grid))
-        for row in range(rows)
-        for column in range(columns)
-    ]
+    heights = [min(grid, valid_rows - row * grid) for row in range(rows)]
+    return list(product(heights, [min(grid, valid_columns - column * grid) for column in range(columns)]))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -59,11 +59,6 @@ class LearnedConfig:
             raise ValueError(f"balance and z are at least 0, got {self.balance} and {self.z}")
 
 
-class _Decision(NamedTuple):
-    weights_PE: Tensor
-    losses_P: Tensor
-
-
 class LearnedRouter(nn.Module):
     """Gates from embeddings, with a prior from the modalities. Before training it decides by the prior alone."""
 
@@ -87,19 +82,16 @@ class LearnedRouter(nn.Module):
         names = [*config.modalities, *([] if config.confidence is None else [_BARE])]
         # Keyed by name, so that a model with fewer modalities can take the same parameters.
         self.gates = nn.ModuleDict({name: nn.Linear(width, 1) for name in sorted(names)})
-        for gate in self.gates.values():
-            nn.init.zeros_(gate.get_parameter("weight"))
-            nn.init.zeros_(gate.get_parameter("bias"))
+        for parameter in self.gates.parameters():
+            nn.init.zeros_(parameter)
 
     def _candidates(self, modalities: frozenset[str]) -> tuple[str, ...]:
         """The adapters that such a sample chooses among. Raises RoutingError for modalities it was not made for."""
-        if unknown := modalities - set(self.config.modalities):
-            raise RoutingError(
-                f"the learned router was made for {sorted(self.config.modalities)}, not for {sorted(unknown)}"
-            )
-        if not modalities or self.config.candidates == "all":
-            return self.known if modalities else ()
-        return tuple(name for name in self.known if name in modalities)
+        made_for = set(self.config.modalities)
+        if unknown := modalities - made_for:
+            raise RoutingError(f"the learned router was made for {sorted(made_for)}, not for {sorted(unknown)}")
+        takes_all = self.config.candidates == "all" and bool(modalities)
+        return tuple(name for name in self.known if takes_all or name in modalities)
 
     def order(self, modalities: frozenset[str]) -> str:
         return "+".join(sorted(modalities)) if self._candidates(modalities) else ""
@@ -126,13 +118,12 @@ class LearnedRouter(nn.Module):
                 weights_TE = torch.stack(pack.gates[members]).repeat_interleave(lengths, 0)
             else:
                 places_PD, sizes = self._places(pack.modality_ids_T[start:stop], embeds_TD[start:stop], lengths)
-                decided = self._decide(modalities, candidates, places_PD)
-                losses[members] = [losses_P.mean() for losses_P in decided.losses_P.split(sizes)]
-                weights_TE = decided.weights_PE
+                weights_TE, losses_P = self._decide(modalities, candidates, places_PD)
+                losses[members] = [sample_P.mean() for sample_P in losses_P.split(sizes)]
                 if self.config.scope == "sample":
                     gates[members] = weights_TE.unbind()
                     weights_TE = weights_TE.repeat_interleave(lengths, 0)
-            used = [index for index in range(len(candidates)) if bool((weights_TE[:, index] != 0).any())]
+            used = (weights_TE != 0).any(0).nonzero().flatten().tolist()
             slices.append(Slice(tuple(candidates[index] for index in used), start, stop, weights_TE[:, used]))
         return Routing(tuple(slices), tuple(gates), torch.stack(losses))
 
@@ -142,20 +133,19 @@ class LearnedRouter(nn.Module):
             return embeds_TD, lengths.tolist()
         is_media_T = (modality_ids_T > 0).float()
         samples_T = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-        sums_PD = torch.zeros(len(lengths), embeds_TD.shape[1], device=embeds_TD.device).index_add(
-            0, samples_T, embeds_TD.float() * is_media_T[:, None]
-        )
-        counts_P = torch.zeros(len(lengths), device=embeds_TD.device).index_add(0, samples_T, is_media_T)
+        media_TD = embeds_TD.float() * is_media_T[:, None]
+        sums_PD = media_TD.new_zeros(len(lengths), media_TD.shape[1]).index_add(0, samples_T, media_TD)
+        counts_P = media_TD.new_zeros(len(lengths)).index_add(0, samples_T, is_media_T)
         return sums_PD / counts_P[:, None], [1] * len(lengths)
 
-    def _decide(self, modalities: frozenset[str], candidates: tuple[str, ...], places_PD: Tensor) -> _Decision:
+    def _decide(self, modalities: frozenset[str], names: tuple[str, ...], places_PD: Tensor) -> tuple[Tensor, Tensor]:
+        """How much of each of the adapters `names` each place takes, as weights_PE, and losses_P."""
         config = self.config
-        names = candidates if config.confidence is None else (*candidates, _BARE)
+        names = names if config.confidence is None else (*names, _BARE)
         gates: list[Any] = [self.gates[name] for name in names]
         normed_PD = F.rms_norm(places_PD.float(), places_PD.shape[1:])
-        logits_PE = F.linear(
-            normed_PD, torch.cat([gate.weight for gate in gates]), torch.cat([gate.bias for gate in gates])
-        )
+        weight_ED, bias_E = torch.cat([gate.weight for gate in gates]), torch.cat([gate.bias for gate in gates])
+        logits_PE = F.linear(normed_PD, weight_ED, bias_E)
         prior = [config.prior * (name == self.rules.get(modalities)) for name in names]
         logits_PE = logits_PE + torch.tensor(prior, device=logits_PE.device)
         strongest = logits_PE.topk(min(config.top_k, len(names)), dim=1).indices
@@ -170,4 +160,4 @@ class LearnedRouter(nn.Module):
         if config.confidence is not None:
             weights_PE = weights_PE[:, :-1]
             weights_PE = weights_PE * (weights_PE.sum(1, keepdim=True) >= config.confidence)
-        return _Decision(weights_PE, losses_P)
+        return weights_PE, losses_P

@@ -41,12 +41,10 @@ class SumRouter(nn.Module):
     def weights(self, modalities: frozenset[str]) -> Mapping[str, float]:
         """Adapter to weight, without those that weigh nothing. Raises RoutingError for modalities without any adapter
         and without an entry."""
-        found = self.rules.get(modalities)
-        if found is None:
-            found = dict.fromkeys(sorted(modalities & self.known), 1.0)
-            if modalities and not found:
-                name = name_of(modalities)
-                raise RoutingError(f"no adapter for a sample with modalities {name!r}; add 'router.weights.{name}'")
+        if modalities not in self.rules and modalities and not modalities & self.known:
+            name = name_of(modalities)
+            raise RoutingError(f"no adapter for a sample with modalities {name!r}; add 'router.weights.{name}'")
+        found = self.rules.get(modalities, dict.fromkeys(modalities & self.known, 1.0))
         return {name: weight for name, weight in sorted(found.items()) if weight}
 
     def order(self, modalities: frozenset[str]) -> str:
@@ -62,9 +60,8 @@ class SumRouter(nn.Module):
         slices = []
         for modalities, start, stop, _ in runs(pack.modalities, pack.lengths):
             weights = self.weights(modalities)
-            whole = all(weight == 1 for weight in weights.values())
-            weights_E = None if whole else torch.tensor(list(weights.values()), device=embeds_TD.device)
-            slices.append(
-                Slice(tuple(weights), start, stop, None if weights_E is None else weights_E.expand(stop - start, -1))
-            )
+            weights_TE = None
+            if any(weight != 1 for weight in weights.values()):
+                weights_TE = torch.tensor([*weights.values()], device=embeds_TD.device).expand(stop - start, -1)
+            slices.append(Slice(tuple(weights), start, stop, weights_TE))
         return Routing(tuple(slices))

@@ -32,13 +32,12 @@ class TableRouter(nn.Module):
         super().__init__()
         self.table: dict[frozenset[str], str | None] = {frozenset({name}): name for name in adapters}
         for key, adapter in config.rules.items():
-            modalities = modality_set(key, "rules")
             if adapter is not None and adapter not in adapters:
                 raise RoutingError(
                     f"rule {key!r} names adapter {adapter!r}; the adapters here are {sorted(adapters)}; load "
                     "that modality too, or change the rule"
                 )
-            self.table[modalities] = adapter
+            self.table[modality_set(key, "rules")] = adapter
         self.table[frozenset()] = None
         self.named = frozenset().union(*self.table)
 

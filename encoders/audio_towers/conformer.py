@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from molora.encoders.logmel import NUM_MEL_BINS
 from molora.encoders.pretrained_files import check_sizes
@@ -46,13 +48,8 @@ class ConformerConfig:
 
     def __post_init__(self) -> None:
         check_sizes("conformer", vars(self))
-        if min(self.width, self.blocks, self.heads, self.mlp_width, self.kernel_size, self.subsampling_channels) < 1:
-            raise ValueError(f"conformer: every size is at least 1, got {self}")
-        if self.width % self.heads or self.max_distance < 1:
-            raise ValueError(
-                f"conformer: width is a multiple of heads and max_distance at least 1; got width {self.width}, "
-                f"heads {self.heads}, max_distance {self.max_distance}"
-            )
+        if min(vars(self).values()) < 1 or self.width % self.heads:
+            raise ValueError(f"conformer: every size is at least 1, and width is a multiple of heads; got {self}")
 
 
 def num_encoded(num_frames: int) -> int:
@@ -82,11 +79,7 @@ class Conformer(nn.Module):
 
     def forward(self, features_SM: Tensor, lengths: Sequence[int]) -> Frames:
         """`lengths` are the frames of features of each clip."""
-        windows = [
-            window
-            for clip, clip_SM in enumerate(features_SM.split(list(lengths)))
-            for window in _cut(clip_SM, num_encoded(lengths[clip]))
-        ]
+        windows = [window for clip_SM in features_SM.split(list(lengths)) for window in _cut(clip_SM)]
         order = sorted(range(len(windows)), key=lambda index: len(windows[index].features_SM))
         frames: list[Tensor] = [features_SM] * len(windows)
         while order:
@@ -99,16 +92,14 @@ class Conformer(nn.Module):
 
     def _encode(self, windows: Sequence[_Window]) -> list[Tensor]:
         """Windows to their frames, each without what fills it up."""
-        features_NSM = nn.utils.rnn.pad_sequence([window.features_SM for window in windows], batch_first=True)
+        features_NSM = pad_sequence([window.features_SM for window in windows], batch_first=True)
         lengths_N = torch.tensor([len(window.features_SM) for window in windows], device=features_NSM.device)
         frames_NSC = self.embed(self.encoder_embedding(features_NSM), lengths_N)
         pieces = [frames_SC[w.skip : w.skip + w.num_frames] for w, frames_SC in zip(windows, frames_NSC, strict=True)]
-        filled = [w.num_filled for w in windows]
-        frames_NSC = nn.utils.rnn.pad_sequence(
-            [F.pad(piece, (0, 0, 0, n - len(piece))) for piece, n in zip(pieces, filled, strict=True)], batch_first=True
-        )
+        filled = [F.pad(piece, (0, 0, 0, w.num_filled - len(piece))) for w, piece in zip(windows, pieces, strict=True)]
+        frames_NSC = pad_sequence(filled, batch_first=True)
         steps = torch.arange(frames_NSC.shape[1], device=frames_NSC.device)
-        padding_NS = steps >= torch.tensor(filled, device=frames_NSC.device)[:, None]
+        padding_NS = steps >= torch.tensor([w.num_filled for w in windows], device=frames_NSC.device)[:, None]
         frames_NSC = self._blocks(frames_NSC, padding_NS)
         return [frames_SC[: w.num_frames] for w, frames_SC in zip(windows, frames_NSC, strict=True)]
 
@@ -120,8 +111,7 @@ class Conformer(nn.Module):
         return frames_NSC
 
 
-@dataclass(frozen=True)
-class _Window:
+class _Window(NamedTuple):
     """Features of one window, which give `num_frames` after the first `skip`; `num_filled` with zeros after them."""
 
     features_SM: Tensor
@@ -130,15 +120,13 @@ class _Window:
     num_filled: int
 
 
-def _cut(clip_SM: Tensor, num_frames: int) -> list[_Window]:
+def _cut(clip_SM: Tensor) -> list[_Window]:
     """A clip's windows. All but the first begin one encoder frame early: the subsampling reads across the cut."""
-    if num_frames <= WINDOW_FRAMES:
-        return [_Window(clip_SM, 0, num_frames, num_frames)]
-    windows = []
+    num_frames, windows = num_encoded(len(clip_SM)), []
     for start in range(0, num_frames, WINDOW_FRAMES):
         stop, skip = min(start + WINDOW_FRAMES, num_frames), int(start > 0)
         features_SM = clip_SM[(start - skip) * REDUCTION : stop * REDUCTION]
-        windows.append(_Window(features_SM, skip, stop - start, WINDOW_FRAMES))
+        windows.append(_Window(features_SM, skip, stop - start, min(num_frames, WINDOW_FRAMES)))
     return windows
 
 
@@ -165,8 +153,8 @@ class Subsampling(nn.Module):
         channels = config.subsampling_channels
         layers: list[nn.Module] = [nn.Conv2d(1, channels, 3, stride=2, padding=1), nn.ReLU()]
         for _ in range(2):
-            layers.append(nn.Conv2d(channels, channels, 3, stride=2, padding=1, groups=channels))
-            layers += [nn.Conv2d(channels, channels, 1), nn.ReLU()]
+            depthwise = nn.Conv2d(channels, channels, 3, stride=2, padding=1, groups=channels)
+            layers += [depthwise, nn.Conv2d(channels, channels, 1), nn.ReLU()]
         self.conv = nn.Sequential(*layers)
         self.out = nn.Linear(channels * NUM_MEL_BINS // REDUCTION, config.width)
 
@@ -258,12 +246,9 @@ class Convolution(nn.Module):
         super().__init__()
         self.layer_norm = nn.LayerNorm(config.width)
         self.glu = GatedPointwise(config.width)
-        self.dw_sep_conv_1d = nn.ModuleDict(
-            {
-                "dw_conv": nn.Conv1d(config.width, config.width, config.kernel_size, groups=config.width),
-                "pw_conv": nn.Conv1d(config.width, config.width, 1),
-            }
-        )
+        depthwise = nn.Conv1d(config.width, config.width, config.kernel_size, groups=config.width)
+        pointwise = nn.Conv1d(config.width, config.width, 1)
+        self.dw_sep_conv_1d = nn.ModuleDict({"dw_conv": depthwise, "pw_conv": pointwise})
         self.ext_pw_conv_1d = nn.Conv1d(config.width, config.width, 1)
         self.past = config.kernel_size - 1
 
@@ -291,3 +276,50 @@ def _pointwise(convolution: nn.Module, frames_NSC: Tensor) -> Tensor:
     """A convolution of one step is a linear layer; as such it needs no transposition."""
     assert isinstance(convolution, nn.Conv1d)
     return F.linear(frames_NSC, convolution.weight.squeeze(2), convolution.bias)
+
+
+class TorchaudioConformer(Conformer):
+    """The same subsampling and windows around `torchaudio.models.Conformer` with GroupNorm, with the leak of its
+    padding closed. Its attention hides padding, its convolution module does not: the depthwise convolution reads across
+    a clip's end, and GroupNorm takes its statistics over padding too. Here both see a clip as if it were alone.
+
+    Raises: ImportError without torchaudio, ValueError for an even kernel size.
+    """
+
+    def _add_blocks(self, config: ConformerConfig) -> None:
+        try:
+            from torchaudio.models import Conformer as Blocks
+        except ImportError as error:
+            raise ImportError("tower kind torchaudio needs it: pip install 'molora[audio]'") from error
+        if config.kernel_size % 2 == 0:
+            raise ValueError(f"conformer: torchaudio's kernel_size is odd, got {config.kernel_size}")
+        sizes = (config.width, config.heads, config.mlp_width, config.blocks, config.kernel_size)
+        self.blocks = Blocks(*sizes, use_group_norm=True)
+
+    def _blocks(self, frames_NSC: Tensor, padding_NS: Tensor) -> Tensor:
+        layer: Any
+        for layer in self.blocks.conformer_layers:
+            frames_NSC = frames_NSC + 0.5 * layer.ffn1(frames_NSC)
+            normed_NSC = layer.self_attn_layer_norm(frames_NSC)
+            seen_NSC, _ = layer.self_attn(*3 * (normed_NSC.transpose(0, 1),), padding_NS, need_weights=False)
+            frames_NSC = frames_NSC + seen_NSC.transpose(0, 1)
+            frames_NSC = frames_NSC + _convolve(layer.conv_module, frames_NSC, padding_NS)
+            frames_NSC = layer.final_layer_norm(frames_NSC + 0.5 * layer.ffn2(frames_NSC))
+        return frames_NSC
+
+
+def _convolve(module: Any, frames_NSC: Tensor, padding_NS: Tensor) -> Tensor:
+    pointwise, gate, depthwise, norm, activation, out, _ = module.sequential
+    padding_N1S = padding_NS[:, None]
+    frames_NCS = gate(pointwise(module.layer_norm(frames_NSC).transpose(1, 2)))
+    frames_NCS = depthwise(frames_NCS.masked_fill(padding_N1S, 0.0))
+    return out(activation(_normed(norm, frames_NCS, padding_N1S))).transpose(1, 2)
+
+
+def _normed(norm: nn.GroupNorm, frames_NCS: Tensor, padding_N1S: Tensor) -> Tensor:
+    """GroupNorm of one group, over the frames that are not padding."""
+    counts_N11 = (~padding_N1S).sum((1, 2), keepdim=True) * frames_NCS.shape[1]
+    mean_N11 = frames_NCS.masked_fill(padding_N1S, 0.0).sum((1, 2), keepdim=True) / counts_N11
+    centred_NCS = (frames_NCS - mean_N11).masked_fill(padding_N1S, 0.0)
+    variance_N11 = centred_NCS.square().sum((1, 2), keepdim=True) / counts_N11
+    return centred_NCS * (variance_N11 + norm.eps).rsqrt() * norm.weight[:, None] + norm.bias[:, None]

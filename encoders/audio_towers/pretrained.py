@@ -19,10 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from molora.encoders.audio_towers.network import Network
-from molora.encoders.audio_towers.parakeet import Parakeet
-from molora.encoders.audio_towers.wav2vec2_bert import Wav2Vec2Bert
-from molora.encoders.audio_towers.whisper import Whisper
+from molora.encoders.audio_towers.networks import Network, Parakeet, Wav2Vec2Bert, Whisper
 from molora.encoders.pretrained_files import check_source, from_scratch, locate, shapes_only, to_save
 from molora.modality import Encoder, Frames, Origin, Prepared, WeightSource
 
@@ -104,18 +101,15 @@ class PretrainedFeatures:
         }
 
     def build_encoder(self) -> PretrainedEncoder:
-        """Makes the network, with its weights if it is pretrained.
-
-        Raises: ValueError for weights that cannot be found or do not fit.
-        """
+        """Makes the network, with its weights if it is pretrained. Raises ValueError for weights that cannot be found
+        or do not fit."""
         config, (network, origin) = self.config, self._network
         folder = None
         if config.pretrained and not shapes_only():
             # The commit that the sizes came from, even if the branch has moved since.
             pinned = config if origin is None else replace(config, revision=origin.revision)
             folder, _ = locate(pinned, config.name, [*_DESCRIPTIONS, *_WEIGHTS])
-        model = network.build() if folder is None else network.load(folder)
-        return PretrainedEncoder(config, network, model, origin)
+        return PretrainedEncoder(config, network, network.build(folder), origin)
 
     @cached_property
     def _network(self) -> tuple[Network, Origin | None]:
@@ -137,11 +131,9 @@ class PretrainedEncoder(Encoder):
 
     def __init__(self, config: PretrainedConfig, network: Network, model: nn.Module, origin: Origin | None) -> None:
         super().__init__()
-        self.config = config
-        self.origin = origin
+        self.config, self.origin, self._network = config, origin, network
         self.width = network.sizes.hidden_size
         self.model: Any = model
-        self._network = network
         self.train(self.training)
 
     def train(self, mode: bool = True) -> PretrainedEncoder:
@@ -152,9 +144,11 @@ class PretrainedEncoder(Encoder):
     def forward(self, features_SM: Tensor, lengths_I: Tensor, frames_I: Tensor) -> Frames:  # type: ignore[override]
         cuts = [clip_SM.split(self._network.window_steps) for clip_SM in features_SM.split(lengths_I.tolist())]
         frames = iter(self._encode([window_SM for cut in cuts for window_SM in cut]))
-        clips = [torch.cat([next(frames) for _ in cut]) for cut in cuts]
-        # Whisper's last window is padded: what the padding gave comes last and is left out.
-        clips = [self._pool(clip_SC[:length]) for clip_SC, length in zip(clips, frames_I.tolist(), strict=True)]
+        clips = []
+        for cut, length in zip(cuts, frames_I.tolist(), strict=True):
+            # Whisper's last window is padded: what the padding gave comes last and is left out.
+            clip_SC = torch.cat([next(frames) for _ in cut])[:length]
+            clips.append(F.avg_pool1d(clip_SC.T[None], self.config.pool, ceil_mode=True)[0].T)
         return Frames(torch.cat(clips), tuple(len(clip_SC) for clip_SC in clips))
 
     def saved_config(self, with_weights: bool) -> PretrainedConfig:
@@ -176,6 +170,3 @@ class PretrainedEncoder(Encoder):
                 for index, frames_SC in zip(chunk, self._network.frames(self.model, features_NSM), strict=True):
                     frames[index] = frames_SC
         return frames
-
-    def _pool(self, frames_SC: Tensor) -> Tensor:
-        return F.avg_pool1d(frames_SC.T[None], self.config.pool, ceil_mode=True)[0].T

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from molora.encoders.pretrained_files import check_sizes, check_source, num_kept
 from molora.modality import Origin, WeightSource
@@ -127,23 +129,17 @@ class PatchTower(Tower):
 
     def __init__(self, patch: nn.Conv2d, table_NC: Tensor, enter: nn.Module, blocks: Iterable[nn.Module], grid: int):
         super().__init__()
-        self.patch = patch
+        self.patch, self.enter, self.blocks = patch, enter, nn.ModuleList(blocks)
         self.table_NC = nn.Parameter(table_NC.detach().clone())
-        self.enter = enter
-        self.blocks = nn.ModuleList(blocks)
-        self.width = table_NC.shape[1]
+        self.width, self.grid = table_NC.shape[1], grid
         self.side = round(len(table_NC) ** 0.5)
-        self.grid = grid
 
     def forward(self, crops_BCHW: Tensor, valid_BHW: Tensor | None = None) -> Tensor:
         patches_BCHW = self.patch(crops_BCHW)
         frames_BNC = patches_BCHW.flatten(2).transpose(1, 2)
-        if valid_BHW is None:
-            ids_BN = position_ids(patches_BCHW.new_ones((1, self.grid, self.grid), dtype=torch.bool), self.side)
-            mask_B11N = None
-        else:
-            ids_BN = position_ids(valid_BHW, self.side)
-            mask_B11N = valid_BHW.flatten(1)[:, None, None, :]
+        mask_B11N = None if valid_BHW is None else valid_BHW.flatten(1)[:, None, None, :]
+        all_1HW = patches_BCHW.new_ones((1, self.grid, self.grid), dtype=torch.bool)
+        ids_BN = position_ids(all_1HW if valid_BHW is None else valid_BHW, self.side)
         frames_BNC = self.enter(frames_BNC + self.table_NC[ids_BN])
         for block in self.blocks:
             frames_BNC = block(frames_BNC, mask_B11N)
@@ -152,15 +148,13 @@ class PatchTower(Tower):
 
 def position_ids(valid_BHW: Tensor, side: int) -> Tensor:
     """Which of the `side` x `side` positions each patch takes, as ids_BN; see PatchTower."""
-    rows_B, columns_B = valid_BHW.any(2).sum(1), valid_BHW.any(1).sum(1)
-    ids_BHW = _spread(rows_B, valid_BHW.shape[1], side)[:, :, None] * side
-    ids_BHW = ids_BHW + _spread(columns_B, valid_BHW.shape[2], side)[:, None, :]
-    return ids_BHW.where(valid_BHW, 0).flatten(1)
+    rows_BH, columns_BW = _spread(valid_BHW.any(2), side), _spread(valid_BHW.any(1), side)
+    return (rows_BH[:, :, None] * side + columns_BW[:, None, :]).where(valid_BHW, 0).flatten(1)
 
 
-def _spread(count_B: Tensor, length: int, side: int) -> Tensor:
-    steps = torch.arange(length, device=count_B.device)
-    return (steps * side // count_B[:, None]).clamp(max=side - 1)
+def _spread(valid_BN: Tensor, side: int) -> Tensor:
+    steps = torch.arange(valid_BN.shape[1], device=valid_BN.device)
+    return (steps * side // valid_BN.sum(1, keepdim=True)).clamp(max=side - 1)
 
 
 class FeatureTower(Tower):
@@ -187,10 +181,57 @@ class FeatureTower(Tower):
         self.grid = rows
 
     def forward(self, crops_BCHW: Tensor, valid_BHW: Tensor | None = None) -> Tensor:
-        (frames_BCHW,) = self.model.forward_intermediates(
-            crops_BCHW, indices=[self.index], stop_early=True, intermediates_only=True
-        )
-        return frames_BCHW.permute(0, 2, 3, 1)
+        maps = self.model.forward_intermediates(crops_BCHW, [self.index], stop_early=True, intermediates_only=True)
+        return maps[0].permute(0, 2, 3, 1)
+
+
+class Convit(Tower):
+    """The small tower that learns from scratch: three times convolution, 2x2 max-pooling, GroupNorm and GELU, then
+    pre-norm transformer layers: 8 pixels a frame.
+
+    A plain ViT does not learn shapes from a few thousand pictures; the convolutions give it edges to start from.
+    Pooling comes before the norm, which quarters the cost of both norm and GELU. Frames see their whole crop, padding
+    included.
+    """
+
+    def __init__(self, config: ConvitConfig, crop_pixels: int):
+        super().__init__()
+        if min(vars(config).values()) < 1 or config.width % 4 or config.width % config.heads:
+            raise ValueError(
+                f"convit: every size is at least 1, and width a multiple of 4 and of heads; got width {config.width}, "
+                f"heads {config.heads}, depth {config.depth}"
+            )
+        self.width, self.grid = config.width, crop_pixels // 8
+        stem: list[nn.Module] = []
+        for before, after in pairwise((3, self.width // 4, self.width // 2, self.width)):
+            stem += [nn.Conv2d(before, after, 3, padding=1), nn.MaxPool2d(2), nn.GroupNorm(1, after), nn.GELU()]
+        self.stem = nn.Sequential(*stem)
+        self.table_NC = nn.Parameter(0.02 * torch.randn(self.grid**2, self.width))
+        self.blocks = nn.Sequential(*(Block(self.width, config.heads) for _ in range(config.depth)))
+        self.norm = nn.LayerNorm(self.width)
+
+    def forward(self, crops_BCHW: Tensor, valid_BHW: Tensor | None = None) -> Tensor:
+        edges_BCHW = self.stem(crops_BCHW.contiguous(memory_format=torch.channels_last))  # the faster layout on a CPU
+        frames_BNC = edges_BCHW.flatten(2).transpose(1, 2) + self.table_NC
+        return self.norm(self.blocks(frames_BNC)).unflatten(1, (self.grid, self.grid))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, frames_BNC: Tensor) -> Tensor:
+        heads = self.qkv(self.norm1(frames_BNC)).unflatten(2, (3, self.heads, -1))
+        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        seen = F.scaled_dot_product_attention(query, key, value)
+        frames_BNC = frames_BNC + self.out(seen.transpose(1, 2).flatten(2))
+        return frames_BNC + self.mlp(self.norm2(frames_BNC))
 
 
 def colours(about: dict[str, Any]) -> tuple[Colour, Colour]:

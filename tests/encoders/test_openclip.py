@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import _hub, vision_transformer
 from torch import Tensor
 
-from molora.encoders.vision_towers import open_clip_models
-from molora.encoders.vision_towers.library import build_library_tower
+from molora.encoders.vision_towers.library import as_timm, build_library_tower
 from molora.encoders.vision_towers.tower import Tower, TowerConfig
 
 open_clip: Any = pytest.importorskip("open_clip")
@@ -239,4 +238,4 @@ def test_no_pickle_of_a_folder_is_read(clip, folder, tmp_path):
 )
 def test_a_vision_side_that_is_no_clip_is_refused_by_name(name, message):
     with pytest.raises(ValueError, match=message):
-        open_clip_models.as_timm(open_clip.get_model_config(name), name)
+        as_timm(open_clip.get_model_config(name), name)
