@@ -12,8 +12,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from molora.encoders.audio_towers.conformer import Conformer, ConformerConfig, TorchaudioConformer, num_encoded
+from molora.encoders.audio_towers.conformer import Conformer, ConformerConfig, num_encoded
 from molora.encoders.audio_towers.pretrained import PretrainedConfig, PretrainedFeatures
+from molora.encoders.audio_towers.torchaudio_conformer import TorchaudioConformer
 from molora.encoders.logmel import log_mel, num_frames
 from molora.encoders.sound import MIN_SAMPLES, SAMPLE_RATE_HZ, load_sound, resample
 from molora.modality import Encoder, Frames, Prepared

@@ -25,8 +25,9 @@ from torch.nn import functional as F
 
 from molora.encoders.pictures import MAX_PIXELS, PICTURES, decode_picture
 from molora.encoders.pretrained_files import to_save
+from molora.encoders.vision_towers.convit import Convit
 from molora.encoders.vision_towers.library import build_library_tower
-from molora.encoders.vision_towers.tower import Built, Convit, TowerConfig
+from molora.encoders.vision_towers.tower import Built, TowerConfig
 from molora.modality import Encoder, Frames, MediaError, Prepared
 
 # Source: processing_phi4mm.py refuses a picture whose resized side is shorter.

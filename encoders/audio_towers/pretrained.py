@@ -19,7 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from molora.encoders.audio_towers.networks import Network, Parakeet, Wav2Vec2Bert, Whisper
+from molora.encoders.audio_towers.network import Network
+from molora.encoders.audio_towers.parakeet import Parakeet
+from molora.encoders.audio_towers.wav2vec2_bert import Wav2Vec2Bert
+from molora.encoders.audio_towers.whisper import Whisper
 from molora.encoders.pretrained_files import check_source, from_scratch, locate, shapes_only, to_save
 from molora.modality import Encoder, Frames, Origin, Prepared, WeightSource
 

@@ -8,7 +8,8 @@ from PIL import Image, ImageDraw
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as tv
 
-from molora.encoders.vision_towers.tower import Convit, ConvitConfig
+from molora.encoders.vision_towers.convit import Convit
+from molora.encoders.vision_towers.tower import ConvitConfig
 
 
 def test_crops_become_grids_and_do_not_see_each_other():

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from timm.models import _hub, vision_transformer
 from torch import Tensor
 
-from molora.encoders.vision_towers.library import as_timm, build_library_tower
+from molora.encoders.vision_towers.library import build_library_tower
+from molora.encoders.vision_towers.open_clip_models import as_timm
 from molora.encoders.vision_towers.tower import Tower, TowerConfig
 
 open_clip: Any = pytest.importorskip("open_clip")

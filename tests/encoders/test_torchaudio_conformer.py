@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from molora.encoders.audio_towers.conformer import ConformerConfig, TorchaudioConformer
+from molora.encoders.audio_towers.conformer import ConformerConfig
+from molora.encoders.audio_towers.torchaudio_conformer import TorchaudioConformer
 from molora.testing import assert_close
 
 CONFIG = ConformerConfig(width=32, blocks=2, heads=4, mlp_width=48, subsampling_channels=8, kernel_size=7)
