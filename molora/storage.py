@@ -27,7 +27,7 @@ from molora.received import read_json
 
 _MAX_NAMED = 8
 # A kill can leave files of such names; `hold` removes them from a run folder.
-_TEMPORARY = re.compile(r"\.molora-[0-9a-f]{16}\.tmp")
+_TEMPORARY = re.compile(r"\.molora-[0-9a-f]{16}\.tmp|\.tmp\w{6}")  # ours, and those of safetensors' save_file
 _ASIDE = re.compile(r"\.molora-[0-9a-f]{16}\.aside")
 _HOLDER = re.compile(r"process \d{1,10} on [\w.-]{1,80}")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)

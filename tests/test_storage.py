@@ -181,7 +181,7 @@ def test_only_the_first_rank_takes_the_lock(tmp_path: Path, monkeypatch: pytest.
 
 def test_holding_removes_what_a_kill_left_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "state").mkdir()
-    for name in (".molora-0123456789abcdef.tmp", ".mine.tmp", "a.json"):
+    for name in (".molora-0123456789abcdef.tmp", ".tmpKWxSpu", ".mine.tmp", "a.json"):
         (tmp_path / "state" / name).write_text("")
     with hold(tmp_path):
         pass
