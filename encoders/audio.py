@@ -47,7 +47,7 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TowerConfig:
-    """Which encoder: `conformer` is the reference's, `torchaudio` has torchaudio's blocks after the same subsampling;
+    """`kind`: `conformer` is the reference's, `torchaudio` has torchaudio's blocks after the same subsampling;
     both start from scratch, with the sizes in `conformer`. `pretrained` is described in its own section."""
 
     kind: Literal["conformer", "torchaudio", "pretrained"] = "conformer"

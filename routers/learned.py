@@ -24,10 +24,10 @@ class LearnedConfig:
     """`modalities` are those it is trained for; a model with others is refused, because nothing was learned of them.
 
     `scope` is what one decision covers: a `sample` (decided from its media tokens) or a `token` (from itself). A place
-    chooses among the adapters of its sample's modalities (`present`) or among `all`; only the former leaves the results
-    of other modalities as they were when one is trained. `rules` name the adapter that a set of modalities prefers
-    before anything is learned, as in the table router, and `prior` says by how much (in logits). The `top_k` strongest
-    share a weight of 1.
+    chooses among `candidates`, the adapters of its sample's modalities (`present`) or `all`; only the former leaves the
+    results of other modalities as they were when one is trained. `rules` name the adapter that a set of modalities
+    prefers before anything is learned, as in the table router, and `prior` says by how much (in logits). The `top_k`
+    strongest share a weight of 1.
 
     With a `confidence` the bare backbone is a candidate too, and takes over where it leaves the adapters together less
     than that. `balance` and `z` weigh the losses that keep gates even and small; both are means over the places of one

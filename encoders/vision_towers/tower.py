@@ -47,8 +47,9 @@ class TowerConfig(WeightSource):
     `layer` counts from the end: -1 is the output of the last block of the tower (of a convolutional net: stage), -2 of
     the one before; no norm is applied to it. `patch_pixels`: pixels per frame along a side before pooling, 14 unless
     given, 8 for convit. `arguments` are sizes and parts of an architecture:
-    those of SiglipVisionConfig, or of timm's models as `_TIMM_ARGUMENTS` lists them. Weights that timm's notes say want
-    QuickGELU, as OpenAI's CLIP, get it under timm's plain names too, unless `arguments` name another `act_layer`.
+    those of SiglipVisionConfig, or of timm's models (`patch_size`, `embed_dim`, `depth`, `num_heads`, …; one that timm
+    does not have is refused with the nearest name). Weights that timm's notes say want QuickGELU, as OpenAI's CLIP, get
+    it under timm's plain names too, unless `arguments` name another `act_layer`.
 
     Source of layer -2: Phi-4-multimodal's `hidden_states[-2]`.
     """

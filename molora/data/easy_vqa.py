@@ -20,7 +20,8 @@ TRANSCRIPT_QUESTION = "transcribe the audio."
 
 @dataclass(kw_only=True)
 class EasyVQAConfig:
-    """`questions` are the dataset's; `captions` are made from the answers: "a red triangle"."""
+    """`task`: `questions` are the dataset's, `captions` are made from the answers: "a red triangle". `split`: the
+    dataset's own."""
 
     split: Literal["train", "test"]
     task: Literal["questions", "captions"] = "questions"
@@ -56,7 +57,7 @@ class EasyVQA:
 
 @dataclass(kw_only=True)
 class SpokenEasyVQAConfig:
-    """`transcripts`: a clip and the question that it says; `questions`: a picture and a clip, and the answer.
+    """`task`: `transcripts` are a clip and the question that it says; `questions` a picture and a clip, and the answer.
 
     Every question of the dataset is spoken `takes` times, each in a voice, speed and pitch of its own, and with
     `acoustics` in noise and rooms. The test split has voices that the train split never uses. `folder` keeps the clips.

@@ -21,8 +21,8 @@ from molora.routing import Flow, flowing, name_of
 
 @dataclass(kw_only=True)
 class AnsweringConfig:
-    """How a model will answer: that many conversations at a time, each with a prompt of `prompt_tokens`, media
-    included. `dtype` casts the backbone."""
+    """How a model will answer: `max_running_samples` conversations at a time, each with a prompt of `prompt_tokens`,
+    media included, and `max_new_tokens` of answer. `dtype` casts the backbone."""
 
     prompt_tokens: int = 1024
     max_new_tokens: int = 128

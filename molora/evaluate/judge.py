@@ -27,7 +27,8 @@ _OLD_KEYS = {"word_errors": "word_error_rate", "character_errors": "character_er
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
-    """Questions to answer. `without_media` leaves the media parts out, to see what the text alone gives away;
+    """Questions to answer, `max_running_samples` at a time, each in `max_new_tokens` at most; an answer that is cut off
+    there is counted and said. `without_media` leaves the media parts out, to see what the text alone gives away.
     `metrics` are what the answers are scored by: exact_match, word_error_rate, character_error_rate, macro_f1, bleu, or
     a plugin's, each by its name or, with options, as `{bleu: {tokeniser: zh}}`."""
 

@@ -16,6 +16,8 @@ class PretrainConfig:
     `text` are .txt files (one document each) or .jsonl files whose rows have `text` or `messages`; `output` a folder.
     `vocab_size` includes the special tokens. `precision` is that of matrix products; weights and optimiser are fp32.
     The two position limits are LongRoPE's: the length up to which frequencies are plain, and the promised length.
+    A step takes `windows_per_step` windows of `window_tokens`. `held_out_share` of the documents is not trained on, and
+    gives the loss at the end. A state to resume from is saved every `checkpoint_every_steps`.
     """
 
     output: str

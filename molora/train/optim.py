@@ -17,8 +17,9 @@ from molora.model.molora import MoLoRA
 
 @dataclass(kw_only=True)
 class PartConfig:
-    """How the parameters of a pattern train. Warm-up is linear; the schedule then runs to the end of the stage. Steps
-    are the part's own: one without a sample in a step does not move, nor does its schedule."""
+    """How the parameters of a pattern train, by AdamW. Warm-up is linear; the schedule then runs to the end of the
+    stage. Steps are the part's own: one without a sample in a step does not move, nor does its schedule. A part's
+    gradients are clipped together to `max_gradient_norm`."""
 
     learning_rate: float
     schedule: Literal["constant", "linear", "cosine"] = "cosine"

@@ -26,10 +26,11 @@ from molora.train.optim import PartConfig
 
 @dataclass(kw_only=True)
 class StageConfig:
-    """What trains (name pattern to how), on what, for how long. Samples of a step are packed up to `tokens_per_pack`;
-    several packs are accumulated. A sample longer than a pack is `too_long`, one whose media cannot be used is
-    `unusable`: either stops the run, or is left out and counted. `start_from` maps a part that trains to the part whose
-    weights it begins with."""
+    """What trains (name pattern to how), on what, for how long. Every step takes `samples_per_step` samples, over all
+    processes, packed up to `tokens_per_pack`; several packs are accumulated. Evaluations run at the end of the last
+    stage, and after every `evaluate_every_steps` steps if that is above 0. A sample longer than a pack is `too_long`,
+    one whose media cannot be used is `unusable`: either stops the run, or is left out and counted. `start_from` maps a
+    part that trains to the part whose weights it begins with."""
 
     name: str
     train: dict[str, PartConfig]
@@ -51,8 +52,10 @@ class StageConfig:
 class Recipe:
     """Everything a run is made of.
 
-    `run` is the folder it writes; `data_root` is for the recipe's own paths: `${data_root}/…`. `data_workers` processes
-    prepare data beside each that trains. `feature_cache` is a folder that keeps the frames of frozen encoders, for
+    `run` is the folder it writes; `data_root` is for the recipe's own paths: `${data_root}/…`. `seed` decides how new
+    weights start, the order of samples and what is drawn for them. The state to resume from is saved every
+    `save_every_steps`, a row of metrics.jsonl written every `log_every_steps`. `data_workers` processes prepare data
+    beside each that trains. `feature_cache` is a folder that keeps the frames of frozen encoders, for
     later epochs and other runs. With `activation_checkpointing` layers are computed again in the backward pass, which
     takes less memory. `device` is torch's name for one, by default the GPU if there is one. `allow_urls`: whether media
     may be fetched over HTTP; `allow_private_addresses`: from inside a network too. `allow_changed_environment`: whether
