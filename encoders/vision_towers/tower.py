@@ -181,8 +181,10 @@ class FeatureTower(Tower):
         self.grid = rows
 
     def forward(self, crops_BCHW: Tensor, valid_BHW: Tensor | None = None) -> Tensor:
-        maps = self.model.forward_intermediates(crops_BCHW, [self.index], stop_early=True, intermediates_only=True)
-        return maps[0].permute(0, 2, 3, 1)
+        (frames_BCHW,) = self.model.forward_intermediates(
+            crops_BCHW, indices=[self.index], stop_early=True, intermediates_only=True
+        )
+        return frames_BCHW.permute(0, 2, 3, 1)
 
 
 def colours(about: dict[str, Any]) -> tuple[Colour, Colour]:
