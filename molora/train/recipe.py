@@ -27,7 +27,7 @@ from molora.train.optim import PartConfig
 @dataclass(kw_only=True)
 class StageConfig:
     """What trains (name pattern to how), on what, for how long. Every step takes `samples_per_step` samples, over all
-    processes, packed up to `tokens_per_pack`; several packs are accumulated. Evaluations run at the end of the last
+    processes, packed up to `tokens_per_pack`; several packs are accumulated. Evaluations run at the end of every
     stage, and after every `evaluate_every_steps` steps if that is above 0. A sample longer than a pack is `too_long`,
     one whose media cannot be used is `unusable`: either stops the run, or is left out and counted. `start_from` maps a
     part that trains to the part whose weights it begins with."""
