@@ -54,12 +54,10 @@ def generate(
     if messages is None and not prompt and not parts:
         raise ConfigError("nothing to answer: give a PROMPT, a picture, or --messages with --output")
     config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    opened = options.opener(
-        model, modality, rule, allow_urls, allow_private_addresses, trust_plugin, deterministic_batch
-    )
+    load = options.opener(model, modality, rule, allow_urls, allow_private_addresses, trust_plugin, deterministic_batch)
     if messages is not None and output is not None:
-        raise typer.Exit(0 if answer_rows(opened, messages, output, config, strict=strict) else options.FAILED_ROWS)
-    loaded = opened()
+        raise typer.Exit(0 if answer_rows(load, messages, output, config, strict=strict) else options.FAILED_ROWS)
+    loaded = load()
     content = parts + ([{"type": "text", "text": prompt}] if prompt else [])
     for piece in loaded.stream([{"role": "user", "content": content}], config):
         print(visible(piece), end="", flush=True)
@@ -86,8 +84,6 @@ def evaluate(
     from molora.evaluate.results import evaluate_model
 
     evaluations = read(Evaluations, config, overrides or (), in_part=True).evaluations
-    opened = options.opener(
-        model, modality, rule, allow_urls, allow_private_addresses, trust_plugin, deterministic_batch
-    )
-    if not evaluate_model(opened, Path(model), evaluations, rules=sorted(rule or ()), strict=strict):
+    load = options.opener(model, modality, rule, allow_urls, allow_private_addresses, trust_plugin, deterministic_batch)
+    if not evaluate_model(load, Path(model), evaluations, rules=sorted(rule or ()), strict=strict):
         raise typer.Exit(options.FAILED_ROWS)

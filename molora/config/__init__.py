@@ -1,17 +1,7 @@
 """Recipes and options: YAML files read into plain dataclasses."""
 
 from molora.config.interpolation import ALLOWED_VARIABLES
-from molora.config.nearest import did_you_mean
-from molora.config.reading import (
-    ConfigError,
-    build,
-    dump,
-    environment_in,
-    options,
-    plain,
-    read,
-    require,
-)
+from molora.config.reading import ConfigError, build, did_you_mean, dump, environment_in, options, plain, read, require
 
 __all__ = [
     "ALLOWED_VARIABLES",

@@ -48,10 +48,8 @@ class Resolver:
         if isinstance(value, (dict, list)):
             self.level += 1
             if self.level > MAX_DEPTH:
-                raise Problem(
-                    ".".join(path),
-                    f"lies more than {MAX_DEPTH} deep: an interpolation leads back to itself, or to more",
-                )
+                told = f"lies more than {MAX_DEPTH} deep: an interpolation leads back to itself, or to more"
+                raise Problem(".".join(path), told)
             if isinstance(value, dict):
                 self._take(sum(len(str(key)) for key in value) if depth else 0, path)
                 made = {key: self._value(item, (*path, str(key)), depth) for key, item in value.items()}

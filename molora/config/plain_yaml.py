@@ -71,10 +71,8 @@ class _Dumper(yaml.SafeDumper):
 
 
 def parse(text: str) -> Any:
-    """Values of YAML text: mappings, lists, texts, numbers, booleans and null.
-
-    Raises: yaml.YAMLError for what is not YAML, makes other things (tags), or is too much, counting aliases.
-    """
+    """Values of YAML text: mappings, lists, texts, numbers, booleans and null. Raises yaml.YAMLError for what is not
+    YAML, makes other things (tags), or is too much, counting aliases."""
     _measure(text)
     return yaml.load(text, Loader=_Loader)
 

@@ -11,6 +11,7 @@ interpolation that it was.
 
 from __future__ import annotations
 
+import difflib
 import math
 import types
 import typing
@@ -23,7 +24,6 @@ import yaml
 
 from molora.config import plain_yaml
 from molora.config.interpolation import INTERPOLATION, FromEnvironment, Problem, Resolver, is_index, steps_to, words_of
-from molora.config.nearest import did_you_mean
 
 T = TypeVar("T")
 
@@ -36,9 +36,8 @@ class ConfigError(ValueError):
 
 
 def read(cls: type[T], path: str | Path, overrides: Iterable[str] = (), *, in_part: bool = False) -> T:
-    """Reads a YAML file, its `base:` parents and `key=value` overrides into the dataclass `cls`.
-
-    With `in_part` the file may have other keys at its top, which are left to others.
+    """Reads a YAML file, its `base:` parents and `key=value` overrides into the dataclass `cls`. With `in_part` the
+    file may have other keys at its top, which are left to others.
 
     Raises: ConfigError for an unreadable file, a typo, a wrong type, a missing key or a cycle of bases.
     """
@@ -61,10 +60,8 @@ def read(cls: type[T], path: str | Path, overrides: Iterable[str] = (), *, in_pa
 
 
 def build(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
-    """Reads a mapping already in hand into the dataclass `cls`; `where` starts the message of every error.
-
-    Raises: ConfigError for a typo, a wrong type or a missing key.
-    """
+    """Reads a mapping already in hand into the dataclass `cls`. Raises ConfigError for a typo, a wrong type or a
+    missing key; `where` starts the message."""
     try:
         return _build(cls, mapping, "")
     except Problem as problem:
@@ -107,6 +104,12 @@ def require(config: Any, least: float, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and not least <= value < math.inf:
             raise ConfigError(f"{name} is {value}; give a number of at least {least}")
+
+
+def did_you_mean(name: object, names: Iterable[str], at_most: int = 1) -> str:
+    """A question that names the nearest of `names`, with a blank after it; nothing where none is near."""
+    near = difflib.get_close_matches(str(name), list(names), n=at_most)
+    return f"did you mean {' or '.join(map(repr, near))}? " if near else ""
 
 
 def _overridden(values: Any, override: str, where: str) -> tuple[Any, list[str]]:
@@ -205,12 +208,11 @@ def _keys(values: Any, above: str = "") -> Iterator[str]:
 
 def _build(kind: Any, value: Any, key: str) -> Any:
     """Turns plain YAML values into the annotated type `kind`, without converting anything but int to float."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any and isinstance(value, (Mapping, list)):
-        kind = dict if isinstance(value, Mapping) else list
-        origin, arguments = kind, ()
     if kind is Any:
-        return value
+        if not isinstance(value, (Mapping, list)):
+            return value
+        kind = dict if isinstance(value, Mapping) else list
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if is_dataclass(kind):
         return _build_dataclass(kind, value, key)
     if origin in (Union, types.UnionType):
@@ -237,9 +239,8 @@ def _build(kind: Any, value: Any, key: str) -> Any:
         try:
             return float(value)
         except OverflowError as error:
-            raise Problem(
-                key, f"a whole number of {value.bit_length()} bits is beyond a float; give a smaller one"
-            ) from error
+            told = f"a whole number of {value.bit_length()} bits is beyond a float; give a smaller one"
+            raise Problem(key, told) from error
     if (kind in (bool, int, float, type(None)) and type(value) is kind) or (kind is str and isinstance(value, str)):
         return value
     quote = "; quote it to make it text" if kind is str and isinstance(value, (bool, int, float)) else ""

@@ -40,10 +40,8 @@ class EasyVQA:
         if config.task == "questions":
             self.rows = [(q, a, image, "yes/no" if a in ("yes", "no") else "open") for q, a, image in questions]
         else:
-            self.rows = [
-                (CAPTION_QUESTION, caption(*about), image, "caption")
-                for image, about in sorted(descriptions(questions).items())
-            ]
+            told = sorted(descriptions(questions).items())
+            self.rows = [(CAPTION_QUESTION, caption(*about), image, "caption") for image, about in told]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -131,22 +129,19 @@ def read_split(split: str) -> tuple[list[tuple[str, str, int]], dict[int, str]]:
         import easy_vqa
     except ImportError as error:
         raise ImportError("easy-VQA is not installed: pip install 'molora[demo]'") from error
-    train = split == "train"
-    questions = easy_vqa.get_train_questions() if train else easy_vqa.get_test_questions()
-    paths = easy_vqa.get_train_image_paths() if train else easy_vqa.get_test_image_paths()
+    questions = getattr(easy_vqa, f"get_{split}_questions")()
+    paths = getattr(easy_vqa, f"get_{split}_image_paths")()
     return list(zip(*questions, strict=True)), {int(image): str(path) for image, path in paths.items()}
 
 
 def descriptions(questions: list[tuple[str, str, int]]) -> dict[int, tuple[str, str]]:
-    """(colour, shape) of every image whose questions and answers tell both.
-
-    "what is the red shape?" answered "triangle" tells both, as does a question with a yes.
-    """
+    """(colour, shape) of every image whose questions and answers tell both. "what is the red shape?" answered
+    "triangle" tells both, as does a question with a yes."""
     told: dict[int, set[str]] = {}
     for question, answer, image in questions:
         words = set(question.rstrip("?").split())
-        positive = (answer == "yes" and not words & {"not", "no"}) or (answer == "no" and words & {"not", "no"})
-        if answer not in ("yes", "no") or positive:
+        negated = bool(words & {"not", "no"})
+        if answer not in ("yes", "no") or negated == (answer == "no"):
             told.setdefault(image, set()).update(words | {answer})
     found = {}
     for image, words in told.items():

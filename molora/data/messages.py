@@ -252,7 +252,8 @@ def _check_unread(given: Mapping[str, Any], has_media: bool, where: str) -> None
     for key, value in given.items():
         if key in ("messages", "conversations", "system", *_MEDIA_COLUMNS) or not value:
             continue
-        if key in _UNREAD or (isinstance(value, list) and isinstance(value[0], Mapping) and _is_turn(value[0])):
+        first = value[0].keys() if isinstance(value, list) and isinstance(value[0], Mapping) else ()
+        if key in _UNREAD or {"role", "content"}.issubset(first) or {"from", "value"}.issubset(first):
             raise ValueError(
                 f"{where}: the column {key!r} would change what is told or learned, and is not read; take it out, or "
                 "put what it says into the messages"
@@ -262,10 +263,6 @@ def _check_unread(given: Mapping[str, Any], has_media: bool, where: str) -> None
                 f"{where}: the column {key!r} is not read, and the conversation has no media; call it image, audio or "
                 "video, and write a place for it into the messages"
             )
-
-
-def _is_turn(value: Mapping[str, Any]) -> bool:
-    return {"role", "content"} <= value.keys() or {"from", "value"} <= value.keys()
 
 
 def media_list(kind: str, value: Any) -> list[dict[str, Any]]:
@@ -308,18 +305,12 @@ def rooted(messages: list[dict[str, Any]], folder: Path | None, bound: Path | No
 
     Raises: MediaError for a path that leads out of `bound`, links followed, and for a relative one without a folder.
     """
-    for i, message in enumerate(messages):
-        if isinstance(message["content"], list):
-            message["content"] = [
-                part
-                if part["type"] == "text"
-                else _rooted(part, folder, bound, f"{where}: message {i}, part {j} ({part['type']})")
-                for j, part in enumerate(message["content"])
-            ]
+    for place, part in media_parts(messages):
+        _root(part, folder, bound, f"{where}: {place}")
     return messages
 
 
-def _rooted(part: dict[str, Any], folder: Path | None, bound: Path | None, where: str) -> dict[str, Any]:
+def _root(part: Any, folder: Path | None, bound: Path | None, where: str) -> None:
     own = [part["type"]] if part["type"] in _MARKED_TYPES else []  # what a plugin's parts hold is no path to us
     keys = [key for key in ("path", "url", *own) if part.get(key) is not None]
     if len(keys) > 1:
@@ -332,12 +323,11 @@ def _rooted(part: dict[str, Any], folder: Path | None, bound: Path | None, where
             continue
         found = media(part["type"], value)
         if "path" in found:
-            place = part["type"] if key == part["type"] else "path"
-            part = {name: item for name, item in part.items() if name != key}
-            part[place] = _local(found["path"], folder, bound, where)
+            del part[key]
+            part[part["type"] if key == part["type"] else "path"] = _local(found["path"], folder, bound, where)
         elif key == "path":
-            part = {**{name: item for name, item in part.items() if name != key}, **found}
-    return part
+            del part[key]
+            part |= found
 
 
 def _local(path: str, folder: Path | None, bound: Path | None, where: str) -> str:

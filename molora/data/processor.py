@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from molora.data.messages import Message, check, media_parts, parts
+from molora.data.messages import Message, Part, check, media_parts, parts
 from molora.data.prompt import ChatTemplate
 from molora.media import MediaPolicy
 from molora.modality import MediaError, Modality, Prepared
@@ -100,17 +100,17 @@ class Processor:
                 f"{where}: holds the token {token!r}, number {highest}, and the backbone has {self.num_embeddings} "
                 "embeddings; save the backbone again after resize_token_embeddings, or with the tokenizer it came with"
             )
-        modality_ids_T = torch.zeros(len(prompt.token_ids), dtype=torch.long)
-        for item, (start, stop) in zip(items, prompt.media, strict=True):
-            modality_ids_T[start:stop] = self._ids[item.modality]
         # A template may move a message, and media are read in the order in which the tokens stand.
-        in_order = sorted(range(len(items)), key=lambda index: prompt.media[index])
+        placed = sorted(zip(prompt.media, items, strict=True), key=lambda pair: pair[0])
+        modality_ids_T = torch.zeros(len(prompt.token_ids), dtype=torch.long)
+        for (start, stop), item in placed:
+            modality_ids_T[start:stop] = self._ids[item.modality]
         return Sample(
             id=id,
             token_ids_T=torch.tensor(prompt.token_ids, dtype=torch.long),
             modality_ids_T=modality_ids_T,
             targets_T=torch.tensor(prompt.targets, dtype=torch.bool),
-            items=tuple(items[index] for index in in_order),
+            items=tuple(item for _, item in placed),
         )
 
     def collate(self, samples: Sequence[Sample]) -> Pack:
@@ -118,10 +118,8 @@ class Processor:
         return collate(samples, self.modalities, self.order)
 
     def packs(self, samples: Iterable[Sample], max_tokens_per_pack: int) -> list[Pack]:
-        """Joins samples into packs of at most `max_tokens_per_pack`, filled in the router's order.
-
-        Raises: SampleTooLong for a sample that is longer than a pack may be.
-        """
+        """Joins samples into packs of at most `max_tokens_per_pack`, filled in the router's order. Raises SampleTooLong
+        for a sample that is longer than a pack may be."""
         packs: list[list[Sample]] = []
         num_tokens = 0
         for sample in sorted(samples, key=lambda sample: self.order(sample.modalities)):
@@ -176,12 +174,7 @@ class Processor:
         return max(map(len, self.tokenizer.get_vocab()))
 
     def _prepare(
-        self,
-        modality: Modality,
-        part: Mapping[str, Any],
-        company: frozenset[str],
-        generator: torch.Generator | None,
-        where: str,
+        self, modality: Modality, part: Part, company: frozenset[str], generator: torch.Generator | None, where: str
     ) -> Item:
         """Whatever a plugin raises is this part's fault, and so this sample's."""
         try:

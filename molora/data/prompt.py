@@ -28,6 +28,9 @@ _FIRST_HOLE = 0x100000
 _HOLE = re.compile("([\U00100000-\U0010fffd])")
 _SHOWN_ROLES = 8
 
+# Messages whose content is text.
+_Texts = Sequence[Mapping[str, str]]
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -74,10 +77,8 @@ class _Layout:
 
 
 class ChatTemplate:
-    """A tokenizer's chat template as a function from messages to `Prompt`.
-
-    Raises: ValueError for a tokenizer without a chat template or without character offsets.
-    """
+    """A tokenizer's chat template as a function from messages to `Prompt`. Raises ValueError for a tokenizer without a
+    chat template or without character offsets."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         name = tokenizer.name_or_path or type(tokenizer).__name__
@@ -111,29 +112,41 @@ class ChatTemplate:
         Raises: ValueError if the template refuses the messages, loses or repeats content, ends turns without a special
         token, or starts them otherwise than its generation prompt says.
         """
+        try:
+            return self._encode(messages, media_lengths, generate)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
+    def _encode(self, messages: Sequence[Message], media_lengths: Sequence[int], generate: bool) -> Prompt:
         roles = tuple(message["role"] for message in messages)
         if generate and roles[-1] == "assistant":
-            raise ValueError(f"{where}: ends with an assistant turn, which leaves nothing to generate; take it away")
+            raise ValueError("ends with an assistant turn, which leaves nothing to generate; take it away")
         media = [_hole(index) for index in range(len(media_lengths))]
         fills = {hole: [0] * length for hole, length in zip(media, media_lengths, strict=True)}
-        contents = self._contents(messages, media, fills, where)
-        rendered = self._tokenise(self._render(roles, contents, generate, where), fills)
-        layout = self._layout(roles, generate, where)
-        self._same_specials(rendered, layout, roles, where)
+        texts = self._with_holes(messages, media, fills)
+        rendered = self._tokenise(self._render(texts, generate), fills)
+        layout = self._layout(roles, generate)
+        found = [rendered.ids[index] for index in rendered.specials]
+        if found != layout.special_ids:
+            here, there = (self.tokenizer.convert_ids_to_tokens(ids) for ids in (found, layout.special_ids))
+            raise ValueError(
+                f"the chat template writes {' '.join(here)} here, but {' '.join(there)} for other contents of the same"
+                f" roles ({', '.join(roles)}), so its turns cannot be told apart"
+            )
         spans = {hole: (start, stop) for hole, start, stop in rendered.holes if hole in media}
         if sorted(hole for hole, _, _ in rendered.holes if hole in spans) != media:
-            raise ValueError(f"{where}: the chat template drops or repeats some of the {len(media)} media parts")
+            raise ValueError(f"the chat template drops or repeats some of the {len(media)} media parts")
         targets = [False] * len(rendered.ids)
         for index, message in enumerate(messages):
             if generate or message["role"] != "assistant" or message.get("train") is False:
                 continue
             if index == 0:
                 raise ValueError(
-                    f"{where}: starts with an assistant turn, which nothing asks for, so it cannot be learned; take it"
-                    " away, put a user turn before it, or, in a row of `messages`, give it `train: false`"
+                    "starts with an assistant turn, which nothing asks for, so it cannot be learned; take it away, put "
+                    "a user turn before it, or, in a row of `messages`, give it `train: false`"
                 )
             turn = layout.turns[index]
-            start = self._start(turn, index, roles, contents, rendered, where)
+            start = self._start(turn, index, texts, rendered)
             stop = rendered.specials[-1 if index == len(messages) - 1 else turn.end] + 1
             targets[start:stop] = [True] * (stop - start)
         for start, stop in spans.values():
@@ -150,7 +163,7 @@ class ChatTemplate:
         roles = ("user", "assistant", "user", "assistant")
         for asked in (roles, roles[:2]):
             try:
-                layout = self._layout(asked, False, "chat template")
+                layout = self._layout(asked, False)
             except ValueError:  # no conversation that this template can train
                 continue
             last = layout.turns[len(asked) - 1]
@@ -158,21 +171,19 @@ class ChatTemplate:
             return frozenset(layout.special_ids[turn.end] for turn in turns)
         return frozenset()
 
-    def _contents(
-        self, messages: Sequence[Message], media: Sequence[str], fills: dict[str, list[int]], where: str
-    ) -> list[str]:
-        """Contents as text with holes; what fills the holes of spelled special tokens is added to `fills`."""
+    def _with_holes(self, messages: Sequence[Message], media: Sequence[str], fills: dict[str, list[int]]) -> _Texts:
+        """Messages of text with holes; what fills the holes of spelled special tokens is added to `fills`."""
         holes: dict[str, str] = {}
 
         def protect(match: re.Match[str]) -> str:
             spelling = match[0]
             if spelling not in holes:
                 holes[spelling] = _hole(len(fills))
-                fills[holes[spelling]] = self._text_ids(spelling, where)
+                fills[holes[spelling]] = self._text_ids(spelling)
             return holes[spelling]
 
         waiting = iter(media)
-        contents = []
+        texts = []
         for message in messages:
             pieces: list[str] = []
             for is_text, run in groupby(parts(message), key=lambda part: part["type"] == "text"):
@@ -180,22 +191,21 @@ class ChatTemplate:
                     pieces.append(self._spellings.sub(protect, "".join(part["text"] for part in run)))
                 else:
                     pieces.extend(next(waiting) for _ in run)
-            contents.append("".join(pieces))
-        return contents
+            texts.append({"role": message["role"], "content": "".join(pieces)})
+        return texts
 
-    def _text_ids(self, spelling: str, where: str) -> list[int]:
+    def _text_ids(self, spelling: str) -> list[int]:
         ids = self.tokenizer(spelling, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         if spelling in map(self._special.get, ids):
-            raise ValueError(f"{where}: the tokenizer cannot write {spelling!r} as text, only as the special token")
+            raise ValueError(f"the tokenizer cannot write {spelling!r} as text, only as the special token")
         return ids
 
-    def _render(self, roles: Sequence[str], contents: Sequence[str], generate: bool, where: str) -> str:
-        messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+    def _render(self, texts: _Texts, generate: bool) -> str:
         try:
-            return render(self._source, messages, generate, self._names)
+            return render(self._source, texts, generate, self._names)
         except ValueError as error:
-            shown = ", ".join(roles[:_SHOWN_ROLES]) + (", …" if len(roles) > _SHOWN_ROLES else "")
-            raise ValueError(f"{where}: the chat template refuses roles {shown}: {error}") from error
+            shown = [text["role"] for text in texts[:_SHOWN_ROLES]] + ["…"] * (len(texts) > _SHOWN_ROLES)
+            raise ValueError(f"the chat template refuses roles {', '.join(shown)}: {error}") from error
 
     def _tokenise(self, text: str, fills: Mapping[str, list[int]]) -> _Rendered:
         """Rendered text to tokens: what lies between holes by the tokenizer, holes by their fills."""
@@ -231,35 +241,33 @@ class ChatTemplate:
                 place += 1
         return rendered
 
-    def _layout(self, roles: tuple[str, ...], generate: bool, where: str) -> _Layout:
+    def _layout(self, roles: tuple[str, ...], generate: bool) -> _Layout:
         """Renders `roles` with a hole as every content. Templates decide by roles, so it is kept for the next time."""
         if (roles, generate) not in self._layouts:
-            contents = [_hole(index) for index in range(len(roles))]
-            text = self._render(roles, contents, generate, where)
-            for index, content in enumerate(contents):
-                if text.count(content) != 1:
-                    what = "repeats" if content in text else "drops"
-                    raise ValueError(f"{where}: the chat template {what} message {index} ({roles[index]})")
-            rendered = self._tokenise(text, {hole: [] for hole in contents})
+            texts = [{"role": role, "content": _hole(index)} for index, role in enumerate(roles)]
+            text = self._render(texts, generate)
+            for index, role in enumerate(roles):
+                if text.count(_hole(index)) != 1:
+                    what = "repeats" if _hole(index) in text else "drops"
+                    raise ValueError(f"the chat template {what} message {index} ({role})")
+            rendered = self._tokenise(text, {_hole(index): [] for index in range(len(roles))})
             asked = () if generate else [i for i, role in enumerate(roles) if role == "assistant" and i > 0]
-            turns = {index: self._turn(index, roles, contents, rendered, where) for index in asked}
+            turns = {index: self._turn(index, texts, rendered) for index in asked}
             self._layouts[roles, generate] = _Layout([rendered.ids[index] for index in rendered.specials], turns)
         return self._layouts[roles, generate]
 
-    def _turn(
-        self, index: int, roles: tuple[str, ...], contents: Sequence[str], rendered: _Rendered, where: str
-    ) -> _Turn:
+    def _turn(self, index: int, texts: _Texts, rendered: _Rendered) -> _Turn:
         text = rendered.text
-        content = text.index(contents[index])
+        content = text.index(texts[index]["content"])
         previous = max((match.end() for match in _HOLE.finditer(text, 0, content)), default=0)
         header = text[previous:content]
-        cue = _HOLE.split(self._render(roles[:index], contents[:index], True, where))[-1]
+        cue = _HOLE.split(self._render(texts[:index], generate=True))[-1]
         # A header may go on behind the cue (the model is to write the rest), or stop short of it (a template that
         # asks for thoughts and leaves them out of past turns); anything else was never asked of the model.
         if not (header.startswith(cue) or cue.startswith(header)):
             raise ValueError(
-                f"{where}: the chat template starts message {index} (assistant) with {header!r}, but its generation"
-                f" prompt there is {cue!r}; training needs a template in which they agree"
+                f"the chat template starts message {index} (assistant) with {header!r}, but its generation prompt there"
+                f" is {cue!r}; training needs a template in which they agree"
             )
         start = previous + min(len(header), len(cue))
         starts = [rendered.offsets[special][0] for special in rendered.specials]
@@ -267,46 +275,29 @@ class ChatTemplate:
         end = sum(place < content for place in starts)
         if end == len(starts):
             raise ValueError(
-                f"{where}: the chat template ends message {index} (assistant) without a special token, so the model"
-                " cannot learn to stop; training needs a template that ends assistant turns with one"
+                f"the chat template ends message {index} (assistant) without a special token, so the model cannot learn"
+                " to stop; training needs a template that ends assistant turns with one"
             )
         if after is not None:
             header = text[rendered.offsets[rendered.specials[after]][1] : start]
         return _Turn(after, header, previous + len(cue) - start, end, any(start <= place < content for place in starts))
 
-    def _start(
-        self,
-        turn: _Turn,
-        index: int,
-        roles: tuple[str, ...],
-        contents: Sequence[str],
-        rendered: _Rendered,
-        where: str,
-    ) -> int:
+    def _start(self, turn: _Turn, index: int, texts: _Texts, rendered: _Rendered) -> int:
         """The first token that the model must produce of an assistant turn."""
         if turn.after is None:
-            prompt = self._render(roles[:index], contents[:index], True, where)
+            prompt = self._render(texts[:index], generate=True)
             header, begin, first = prompt[: len(prompt) - turn.surplus], 0, 0
         else:
             special = rendered.specials[turn.after]
             header, begin, first = turn.header, rendered.offsets[special][1], special + 1
         if not rendered.text.startswith(header, begin):
             raise ValueError(
-                f"{where}: the chat template starts message {index} (assistant) with"
+                f"the chat template starts message {index} (assistant) with"
                 f" {rendered.text[begin : begin + len(header)]!r}, but its generation prompt says {header!r}"
             )
         # A token that spans the border belongs to the turn. Without a header the turn starts right behind the special
         # token, also when the next token stands for no character (a trimmed space).
         return bisect_right(rendered.offsets, begin + len(header), first, key=lambda o: o[1]) if header else first
-
-    def _same_specials(self, rendered: _Rendered, layout: _Layout, roles: Sequence[str], where: str) -> None:
-        found = [rendered.ids[index] for index in rendered.specials]
-        if found != layout.special_ids:
-            raise ValueError(
-                f"{where}: the chat template writes {' '.join(self.tokenizer.convert_ids_to_tokens(found))} here, but"
-                f" {' '.join(self.tokenizer.convert_ids_to_tokens(layout.special_ids))} for other contents of the same"
-                f" roles ({', '.join(roles)}), so its turns cannot be told apart"
-            )
 
 
 def _hole(index: int) -> str:

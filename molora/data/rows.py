@@ -51,8 +51,8 @@ def check_file(path: Path) -> None:
         raise ConfigError(f"data source {path}: {why}")
 
 
-class _Bytes:
-    """What is read of one file, which may not change meanwhile, as the offsets of its rows would be wrong."""
+class _Rows:
+    """Rows of one file by their offsets; so the file may not change meanwhile."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.expanduser()
@@ -68,6 +68,17 @@ class _Bytes:
             self.unpacked = self._from_utf16()
             head = b""
         self.start = len(_UTF8_MARK) if head == _UTF8_MARK else 0
+        self.starts, self.ends = array("Q"), array("Q")
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def where(self, row: int) -> str:
+        return f"{self.path}, row {row + 1}"
+
+    def next_row(self) -> str:
+        """The row that is looked for, for errors."""
+        return self.where(len(self.starts))
 
     def open(self) -> BinaryIO:
         if self.unpacked is not None:
@@ -83,13 +94,13 @@ class _Bytes:
             file.seek(start)
             return file.read(end - start)
 
-    def lines(self, row: Callable[[], str]) -> Iterator[tuple[int, bytes]]:
-        """Every line with its offset; it ends in LF, CR or both. `row` names the row that is read, for errors."""
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        """Every line from `start` on, with its offset; it ends in LF, CR or both."""
         with self.open() as file:
             offset = file.seek(self.start)
             while block := file.readline(MAX_ROW_BYTES + 1):
                 if len(block) > MAX_ROW_BYTES:
-                    raise ConfigError(f"{row()}: a line of over {MAX_ROW_BYTES} bytes, the most that is read")
+                    raise ConfigError(f"{self.next_row()}: a line of over {MAX_ROW_BYTES} bytes, the most that is read")
                 for line in block.splitlines(keepends=True):
                     yield offset, line
                     offset += len(line)
@@ -126,38 +137,30 @@ class _Bytes:
         return status.st_size, status.st_mtime_ns
 
 
-class JsonRows:
+class JsonRows(_Rows):
     """Objects, one a line or in one list, with numbers as the text that stands in the file if `numbers_as_text`."""
 
     def __init__(self, path: Path, *, numbers_as_text: bool) -> None:
-        self.bytes = _Bytes(path)
-        self.path = self.bytes.path
+        super().__init__(path)
         self.numbers_as_text = numbers_as_text
-        self.starts, self.ends = array("Q"), array("Q")
-        with self.bytes.open() as file:
-            file.seek(self.bytes.start)
+        with self.open() as file:
+            file.seek(self.start)
             is_list = file.read(4096).lstrip().startswith(b"[")
         for start, end in self._in_list() if is_list else self._in_lines():
             if end - start > MAX_ROW_BYTES:
-                raise ConfigError(f"{self._next()}: {end - start} bytes; a row has at most {MAX_ROW_BYTES}")
+                raise ConfigError(f"{self.next_row()}: {end - start} bytes; a row has at most {MAX_ROW_BYTES}")
             self.starts.append(start)
             self.ends.append(end)
         if not self.starts:
             raise ConfigError(f"data source {path}: no rows")
 
-    def __len__(self) -> int:
-        return len(self.starts)
-
     def __getitem__(self, row: int) -> Mapping[str, Any]:
-        value = parse(self.bytes.read(self.starts[row], self.ends[row]), self.where(row), self.numbers_as_text)
+        value = parse(self.read(self.starts[row], self.ends[row]), self.where(row), self.numbers_as_text)
         if not isinstance(value, Mapping):
             raise ValueError(f"{self.where(row)}: expected an object, found {type(value).__name__}")
         return value
 
-    def where(self, row: int) -> str:
-        return f"{self.path}, row {row + 1}"
-
-    def columns(self, wanted: Callable[[Iterable[str]], bool]) -> list[str]:
+    def columns(self, wanted: Callable[[Iterable[str]], object]) -> list[str]:
         """The keys of the rows, up to the row that completes what is wanted. A row that is faulty says so when it is
         read."""
         names: dict[str, None] = {}
@@ -165,36 +168,31 @@ class JsonRows:
         for row in range(len(self)):
             try:
                 names.update(dict.fromkeys(self[row]))
+                if wanted(names):
+                    break
             except ValueError as error:
                 fault = fault or error
-                continue
-            if wanted(names):
-                break
         if fault is not None and not names:
             raise ConfigError(f"no row can be read: {fault}") from fault
         return list(names)
 
-    def _next(self) -> str:
-        return self.where(len(self.starts))
-
     def _in_lines(self) -> Iterator[tuple[int, int]]:
-        for offset, line in self.bytes.lines(self._next):
+        for offset, line in self.lines():
             if line.strip():
                 yield offset, offset + len(line)
 
     def _in_list(self) -> Iterator[tuple[int, int]]:
         """The items of the list that is the whole file. Its brackets are counted here, and `parse` reads the items."""
-        with self.bytes.open() as file:
-            unpacked = self.bytes.unpacked
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if unpacked is None else unpacked
-            depth, begin, end, position = 0, 0, self.bytes.start, self.bytes.start
+        with self.open() as file:
+            data = self.unpacked or mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            depth, begin, end, position = 0, 0, self.start, self.start
             while token := _TOKENS.search(data, position, stop := position + MAX_ROW_BYTES + 1):
                 bracket = data[token.start()]
                 after = token.end()
                 if bracket in b'"' and after == token.start() + 1:
                     after = _after_string(data, after, stop)
                 if after - position > MAX_ROW_BYTES:
-                    raise ConfigError(f"{self._next()}: a text of over {MAX_ROW_BYTES} bytes, the most that is read")
+                    raise ConfigError(f"{self.next_row()}: a text of over {MAX_ROW_BYTES} bytes, the most that is read")
                 position = after
                 if bracket in b"[{":
                     if depth < 2:
@@ -203,7 +201,7 @@ class JsonRows:
                         end = token.end()
                     depth += 1
                     if depth > MAX_DEPTH:
-                        raise ConfigError(f"{self._next()}: nested over {MAX_DEPTH} levels deep")
+                        raise ConfigError(f"{self.next_row()}: nested over {MAX_DEPTH} levels deep")
                 elif bracket in b"]}":
                     depth -= 1
                     if depth == 1:
@@ -212,7 +210,7 @@ class JsonRows:
                     elif depth == 0:
                         break
             if not token:
-                raise ConfigError(f"{self._next()}: the file ends inside its list; it has been cut off")
+                raise ConfigError(f"{self.next_row()}: the file ends inside its list; it has been cut off")
             self._check_between(data, end, token.start(), b"")
             self._check_between(data, token.end(), len(data), b"")
 
@@ -220,7 +218,7 @@ class JsonRows:
         text = data[start : min(end, start + 4096)].strip()
         if text != expected or end - start > 4096:
             found = text[:40].decode(errors="replace")
-            raise ConfigError(f"{self._next()}: expected objects with commas between them, found {found!r}")
+            raise ConfigError(f"{self.next_row()}: expected objects with commas between them, found {found!r}")
 
 
 def _after_string(data: mmap.mmap | bytes, position: int, stop: int) -> int:
@@ -234,7 +232,7 @@ def _after_string(data: mmap.mmap | bytes, position: int, stop: int) -> int:
     return stop
 
 
-class CellRows:
+class CellRows(_Rows):
     """Lines of cells under a line of column names.
 
     CSV: a cell in quotes may hold separators and line breaks, and doubles its quotes. The separator is a comma, or a
@@ -246,10 +244,9 @@ class CellRows:
     """
 
     def __init__(self, path: Path, *, tabs: bool) -> None:
-        self.bytes = _Bytes(path)
-        self.path = self.bytes.path
-        self.start = self.bytes.start
-        lines = ((offset, line) for offset, line in self.bytes.lines(self._header) if line.strip())
+        super().__init__(path)
+        self.names: list[str] = []
+        lines = ((offset, line) for offset, line in self.lines() if line.strip())
         offset, line = next(lines, (0, b""))
         named = re.fullmatch('sep=([^"]) *', line.decode(errors="replace").rstrip("\r\n"), re.IGNORECASE)
         if named:  # as Excel writes and reads
@@ -261,56 +258,42 @@ class CellRows:
         dialects: list[_Dialect] = [partial(_in_quotes, separator=separator)]
         if tabs and separator == "\t" and not first.startswith('"'):
             dialects = [partial(_in_lines, border=re.compile(border)) for border in (r"\t", r"(?<!\\)\t")] + dialects
-        for self.dialect in dialects[:-1]:
+        for self.dialect in dialects:
             try:
                 self._scan()
                 break
             except _Ragged:
-                continue
-        else:
-            self.dialect = dialects[-1]
-            self._scan()
+                if self.dialect is dialects[-1]:
+                    raise
         if not self.starts:
             raise ConfigError(f"data source {path}: no rows{' under the column names' if self.names else ''}")
 
-    def __len__(self) -> int:
-        return len(self.starts)
-
     def __getitem__(self, row: int) -> Mapping[str, Any]:
-        text = _decoded(self.bytes.read(self.starts[row], self.ends[row]), self.starts[row], self.where(row))
+        text = _decoded(self.read(self.starts[row], self.ends[row]), self.starts[row], self.where(row))
         cells = next(self.dialect(io.StringIO(text, newline="")))
         return dict(zip(self.names, cells, strict=False))  # both may end in empty cells
 
-    def where(self, row: int) -> str:
-        return f"{self.path}, row {row + 1}"
-
-    def columns(self, wanted: Callable[[Iterable[str]], bool]) -> list[str]:
+    def columns(self, wanted: Callable[[Iterable[str]], object]) -> list[str]:
         """The column names."""
         return self.names
 
-    def _header(self) -> str:
-        return f"{self.path}, the line of column names"
-
-    def _next(self) -> str:
-        return self.where(len(self.starts)) if self.names else self._header()
+    def next_row(self) -> str:
+        return super().next_row() if self.names else f"{self.path}, the line of column names"
 
     def _scan(self) -> None:
         """Finds where each row is. Raises ConfigError for one that cannot be read."""
-        self.names: list[str] = []
-        self.starts, self.ends = array("Q"), array("Q")
+        self.names, self.starts, self.ends = [], array("Q"), array("Q")
         position = begin = self.start
 
         def lines() -> Iterator[str]:
             nonlocal position
-            for offset, line in self.bytes.lines(self._next):
-                if offset < self.start:
-                    continue
+            for offset, line in self.lines():
                 position = offset + len(line)
                 if position - begin > MAX_ROW_BYTES:
                     raise ConfigError(
-                        f"{self._next()}: over {MAX_ROW_BYTES} bytes; is a quote not closed, or not doubled?"
+                        f"{self.next_row()}: over {MAX_ROW_BYTES} bytes; is a quote not closed, or not doubled?"
                     )
-                yield _decoded(line, offset, self._next())
+                yield _decoded(line, offset, self.next_row())
 
         rows = self.dialect(lines())
         while True:
@@ -321,11 +304,11 @@ class CellRows:
                 return
             except csv.Error as error:
                 raise ConfigError(
-                    f"{self._next()}: {error}; a cell that holds a separator, a quote or a line break stands in "
+                    f"{self.next_row()}: {error}; a cell that holds a separator, a quote or a line break stands in "
                     "quotes, and quotes inside it are doubled"
                 ) from error
             empty = len(cells) < 2 and not "".join(cells).strip()
-            if empty and not self.bytes.read(begin, position).strip():
+            if empty and not self.read(begin, position).strip():
                 continue  # a line of nothing; an empty cell of one column stands in quotes
             if not self.names:
                 self.names = cells
@@ -333,7 +316,7 @@ class CellRows:
             width = len(self.names)
             if any(cells[width:]) or (len(cells) < width and any(self.names[len(cells) :])):
                 raise _Ragged(
-                    f"{self._next()}: has {len(cells)} cells, but there are {width} column names: {self.names}"
+                    f"{self.next_row()}: has {len(cells)} cells, but there are {width} column names: {self.names}"
                 )
             self.starts.append(begin)
             self.ends.append(position)
@@ -344,21 +327,16 @@ class _Ragged(ConfigError):
 
 
 def parse(data: bytes, where: str, numbers_as_text: bool = False) -> Any:
-    """The value of a JSON text. Half a surrogate pair becomes U+FFFD.
-
-    Raises: ValueError, beginning with `where`, for what is no JSON, for a key that stands twice, and for nesting over
-    `MAX_DEPTH`.
-    """
+    """The value of a JSON text. Half a surrogate pair becomes U+FFFD. Raises ValueError, beginning with `where`, for
+    what is no JSON, for a key that stands twice, and for nesting over `MAX_DEPTH`."""
     text = _decoded(data, 0, where)
     if text.count("[") + text.count("{") > MAX_DEPTH:
         brackets = _NO_BRACKETS.sub("", text.replace("\\\\", "").replace('\\"', ""))
         if max(accumulate(map(_STEPS.__getitem__, brackets)), default=0) > MAX_DEPTH:
             raise ValueError(f"{where}: nested over {MAX_DEPTH} levels deep")
-    whole, fraction = (str, str) if numbers_as_text else (int, float)
+    numbers: dict[str, Any] = {"parse_int": str, "parse_float": str} if numbers_as_text else {}
     try:
-        value = json.loads(
-            text, object_pairs_hook=once, parse_constant=_no_constant, parse_int=whole, parse_float=fraction
-        )
+        value = json.loads(text, object_pairs_hook=once, parse_constant=_no_constant, **numbers)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{where}: not valid JSON ({error.msg} at character {error.pos + 1}); a line holds one object, or the file "

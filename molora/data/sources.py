@@ -6,12 +6,12 @@ Because the order needs no state, training resumes anywhere and any rank or work
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from molora.config import ConfigError, build, require
 from molora.data.messages import conversation, media_parts, rooted
@@ -36,7 +36,7 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, row: int) -> dict[str, Any]: ...
+    def __getitem__(self, row: int, /) -> dict[str, Any]: ...
 
 
 @dataclass(kw_only=True)
@@ -107,8 +107,8 @@ def open_source(config: SourceConfig, where: str, find: Finder = find) -> Source
         source_class: Any = find("source", config.kind).plugin
     except ConfigError as error:
         raise type(error)(f"{where}.kind: {error}") from error
-    source: Source = source_class(build(source_class.config_type, config.options, f"{where}.options"))
-    return source if config.limit is None else _First(source, config.limit)
+    source: Any = source_class(build(source_class.config_type, config.options, f"{where}.options"))
+    return source if config.limit is None else Subset(source, range(min(config.limit, len(source))))
 
 
 def first_rows(configs: Iterable[SourceConfig], count: int, find: Finder = find) -> list[dict[str, Any]]:
@@ -128,18 +128,6 @@ def parts_for(modality: str, path: Path) -> list[Any]:
         there = ", ".join(sorted({part["type"] for part in parts})) or "no media"
         raise ConfigError(f"{path}: no parts of type {part_type!r}, which {modality} answers to; there are {there}")
     return chosen
-
-
-class _First:
-    def __init__(self, source: Source, limit: int) -> None:
-        self.source = source
-        self.limit = min(limit, len(source))
-
-    def __len__(self) -> int:
-        return self.limit
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        return self.source[row]
 
 
 class Order:
@@ -185,6 +173,7 @@ class Skipped:
     reason: str
 
 
+@dataclass(eq=False)
 class EncodedSamples(Dataset[Sample | Skipped]):
     """Sample number k, encoded. Safe in data workers.
 
@@ -192,25 +181,20 @@ class EncodedSamples(Dataset[Sample | Skipped]):
     `skips` leave the sample out; any other stops.
     """
 
-    def __init__(
-        self,
-        configs: Mapping[str, SourceConfig],
-        processor: Processor,
-        *,
-        seed: int,
-        max_tokens: int,
-        skips: tuple[type[ValueError], ...],
-        where: str,
-    ) -> None:
-        if not configs:
-            raise ConfigError(f"{where}: no data source")
-        self.names = list(configs)
-        self.sources = [open_source(config, f"{where}.{name}") for name, config in configs.items()]
-        self.order = Order([len(s) for s in self.sources], [c.weight for c in configs.values()], seed)
-        self.processor = processor
-        self.seed = seed
-        self.max_tokens = max_tokens
-        self.skips = skips
+    configs: Mapping[str, SourceConfig]
+    processor: Processor
+    _: KW_ONLY
+    seed: int
+    max_tokens: int
+    skips: tuple[type[ValueError], ...]
+    where: str
+
+    def __post_init__(self) -> None:
+        if not self.configs:
+            raise ConfigError(f"{self.where}: no data source")
+        self.names = list(self.configs)
+        self.sources = [open_source(config, f"{self.where}.{name}") for name, config in self.configs.items()]
+        self.order = Order([len(s) for s in self.sources], [c.weight for c in self.configs.values()], self.seed)
 
     def __getitem__(self, k: int) -> Sample | Skipped:
         source, row, epoch = self.order[k]
@@ -244,26 +228,11 @@ def check_length(sample: Sample, max_tokens: int) -> None:
         )
 
 
-class _Steps:
-    """The sample numbers of this rank, step by step."""
-
-    def __init__(self, first_step: int, steps: int, samples_per_step: int, rank: int, ranks: int) -> None:
-        self.first_step, self.steps, self.samples_per_step = first_step, steps, samples_per_step
-        self.rank, self.ranks = rank, ranks
-
-    def __iter__(self):
-        for step in range(self.first_step, self.steps):
-            yield list(range(step * self.samples_per_step + self.rank, (step + 1) * self.samples_per_step, self.ranks))
-
-    def __len__(self) -> int:
-        return self.steps - self.first_step
-
-
+@dataclass
 class _Caught(Dataset[Any]):
     """Samples, and errors in the place of those that cannot be had: a worker that raises one adds its traceback."""
 
-    def __init__(self, samples: EncodedSamples) -> None:
-        self.samples = samples
+    samples: EncodedSamples
 
     def __getitem__(self, k: int) -> Sample | Skipped | ValueError:
         try:
@@ -276,9 +245,10 @@ def step_loader(
     dataset: EncodedSamples, *, first_step: int, steps: int, samples_per_step: int, rank: int, ranks: int, workers: int
 ) -> Iterator[list[Sample | Skipped]]:
     """Yields this rank's samples of each step from `first_step` on. Raises ValueError."""
+    starts = range(first_step * samples_per_step, steps * samples_per_step, samples_per_step)
     loader = DataLoader(
         _Caught(dataset),
-        batch_sampler=_Steps(first_step, steps, samples_per_step, rank, ranks),
+        batch_sampler=(list(range(start + rank, start + samples_per_step, ranks)) for start in starts),
         collate_fn=list,
         num_workers=workers,
         worker_init_fn=leave_interrupts_to_parent,

@@ -16,6 +16,7 @@ import os
 import random
 import threading
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
@@ -49,6 +50,9 @@ _ACOUSTICS_VERSION = 2
 _WORDS_PER_MINUTE = (80, 450)
 _PITCHES = (0, 99)
 
+# espeak-ng is one for the whole process, so threads speak one after the other.
+_TURN = threading.Lock()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Utterance:
@@ -66,8 +70,7 @@ class Utterance:
     def __post_init__(self) -> None:
         if not self.text.strip():
             raise ValueError("an utterance needs a text to speak, this one is empty")
-        limited = {"words_per_minute": _WORDS_PER_MINUTE, "pitch": _PITCHES}
-        for name, (least, most) in limited.items():
+        for name, (least, most) in {"words_per_minute": _WORDS_PER_MINUTE, "pitch": _PITCHES}.items():
             if not least <= (value := getattr(self, name)) <= most:
                 raise ValueError(f"{name} lies between {least} and {most}, got {value}")
 
@@ -89,13 +92,9 @@ def draw_utterance(text: str, voices: Sequence[str], acoustics: bool, *key: int 
 
 def clip(utterance: Utterance, folder: Path) -> Path:
     """The utterance as a FLAC file in `folder`, made unless it is there; any number of workers may ask for it at once.
-
-    Raises: ImportError without the extra; ValueError as `speak` does.
-    """
-    about = json.dumps(
-        {**asdict(utterance), "espeak": _espeak_version(), "acoustics": _ACOUSTICS_VERSION}, sort_keys=True
-    )
-    path = folder / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.flac"
+    Raises ImportError without the extra, and what `speak` does."""
+    about = {**asdict(utterance), "espeak": _espeak_version(), "acoustics": _ACOUSTICS_VERSION}
+    path = folder / f"{hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]}.flac"
     if not path.is_file():
         try:
             import soundfile
@@ -107,17 +106,11 @@ def clip(utterance: Utterance, folder: Path) -> Path:
 
 
 def speak(utterance: Utterance) -> tuple[np.ndarray, int]:
-    """The utterance as a mono waveform (L,) in fp32 with a peak of 0.7, and its sample rate in hertz.
-
-    Raises: ImportError without the extra; ValueError for a voice that espeak does not have and for a text of which
-    nothing can be heard; OSError if espeak cannot start.
-    """
-    with _turn():
-        espeak = _Espeak()
-        try:
-            wave_L = espeak.speak(utterance.text, utterance.voice, utterance.words_per_minute, utterance.pitch)
-        finally:
-            espeak.close()
+    """The utterance as a mono waveform (L,) in fp32 with a peak of 0.7, and its sample rate in hertz. Raises
+    ImportError without the extra, ValueError for a voice that espeak does not have and for a text of which nothing can
+    be heard, OSError if espeak cannot start."""
+    with _TURN, closing(_Espeak()) as espeak:
+        wave_L = espeak.speak(utterance.text, utterance.voice, utterance.words_per_minute, utterance.pitch)
     generator = np.random.default_rng(utterance.seed)
     if utterance.reverberation_seconds is not None:
         wave_L = _reverberate(wave_L, utterance.reverberation_seconds, espeak.rate_hz, generator)
@@ -129,12 +122,6 @@ def speak(utterance: Utterance) -> tuple[np.ndarray, int]:
 @cache
 def _espeak_version() -> str:
     return version("espeakng-loader")  # which parses a file: too slow to be asked for every clip
-
-
-@cache
-def _turn() -> threading.Lock:
-    """espeak-ng is one for the whole process, so threads speak one after the other."""
-    return threading.Lock()
 
 
 def _reverberate(wave_L: np.ndarray, seconds: float, rate_hz: int, generator: np.random.Generator) -> np.ndarray:

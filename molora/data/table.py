@@ -13,13 +13,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from molora.config import ConfigError, did_you_mean
 from molora.data.messages import media_list, rooted
 from molora.data.rows import CellRows, JsonRows, check_file
+
+# The columns to read, of those that there are; none if one is missing.
+_Needed = Callable[[Iterable[str]], list[str]]
 
 
 @dataclass(kw_only=True)
@@ -55,9 +58,8 @@ class Table:
         self.answer = _Template(config.answer, f"{self.where}: answer")
         self.media = config.media
         self.media_root = Path(config.media_root).expanduser() if config.media_root else None
-        self.rows, (first, last) = _open(config, self._wanted)
-        self.range = range(first, last)
-        names = self.rows.columns(self._wanted)
+        self.rows, self.range = _open(config, self._needed)
+        names = self.rows.columns(self._needed)
         for key, template in (("prompt", self.prompt), ("answer", self.answer)):
             if template.text in names:
                 raise ConfigError(
@@ -90,10 +92,14 @@ class Table:
         messages = rooted(messages, self.rows.folder(row), self.media_root, where)
         return {"id": row_id(values.get("id"), row, where), "messages": messages, "tags": []}
 
-    def _wanted(self, names: Iterable[str]) -> bool:
-        """Whether every column that the recipe names is among these."""
-        names = set(names)
-        return names.issuperset(self.media.values()) and self.prompt.fits(names) and self.answer.fits(names)
+    def _needed(self, names: Iterable[str]) -> list[str]:
+        """The columns to read, of these: those that the recipe names, and the id. None at all if one is missing."""
+        names = list(names)
+        places = [_place(field, names) for field in (*self.prompt.fields, *self.answer.fields)]
+        named = {*self.media.values(), *(place.column for place in places if place)}
+        if None in places or not named.issubset(names):
+            return []
+        return [name for name in names if name in named or name == "id"] or names[:1]
 
 
 def row_id(value: Any, row: int, where: str) -> str:
@@ -106,11 +112,11 @@ def row_id(value: Any, row: int, where: str) -> str:
 
 
 class _Place(NamedTuple):
-    """A place in a template: the name in its braces, and the steps to take from the column on."""
+    """A place in a template: what stands in its braces, the column, and the steps to take from there on."""
 
     name: str
-    column: str = ""
-    steps: tuple[str, ...] = ()
+    column: str
+    steps: Sequence[str]
 
 
 class _Template:
@@ -120,7 +126,8 @@ class _Template:
         self.text = text
         self.where = where
         self.literals = [""]
-        self.fields: list[_Place] = []
+        self.fields: list[str] = []
+        self.places: list[_Place] = []
         try:
             pieces = list(string.Formatter().parse(text))
         except ValueError as error:
@@ -129,29 +136,27 @@ class _Template:
             self.literals[-1] += literal
             if name is not None:
                 name += f"!{conversion}" if conversion else ""
-                self.fields.append(_Place(name + (f":{form}" if form else "")))
+                self.fields.append(name + (f":{form}" if form else ""))
                 self.literals.append("")
-
-    def fits(self, names: set[str]) -> bool:
-        return all(_bound(place, names) for place in self.fields)
 
     def bind(self, names: Sequence[str]) -> None:
         """Finds the column of each field. Raises ConfigError if there is none."""
-        for place in self.fields:
-            if not place.name:
+        for name in self.fields:
+            if not name:
                 raise ConfigError(f"{self.where}: {{}} names no column; columns are {names}")
-            if not _bound(place, names):
-                _check_column(re.sub(r"[.\[!:].*", "", place.name, flags=re.DOTALL) or place.name, names, self.where)
+            place = _place(name, names)
+            if not place:
+                _check_column(re.sub(r"[.\[!:].*", "", name, flags=re.DOTALL) or name, names, self.where)
                 raise ConfigError(
-                    f"{self.where}: {{{place.name}}} is no column, nor an item of one, such as {{answers[0]}} or "
+                    f"{self.where}: {{{name}}} is no column, nor an item of one, such as {{answers[0]}} or "
                     f"{{translation[en]}}; columns are {names}"
                 )
-            _check_column((_bound(place, names) or place).column, names, self.where)
-        self.fields = [_bound(place, names) or place for place in self.fields]
+            _check_column(place.column, names, self.where)
+            self.places.append(place)
 
     def fill(self, values: Mapping[str, Any], where: str) -> str:
         """The text for a row. Raises ValueError for a column that holds no text."""
-        filled = [_text(self._value(place, values, where), place.name, where) for place in self.fields]
+        filled = [_text(self._value(place, values, where), place.name, where) for place in self.places]
         return "".join(piece for pair in zip(self.literals, [*filled, ""], strict=True) for piece in pair)
 
     def _value(self, place: _Place, values: Mapping[str, Any], where: str) -> Any:
@@ -166,15 +171,15 @@ class _Template:
         return value
 
 
-def _bound(place: _Place, names: Iterable[str]) -> _Place | None:
-    """The place with its column, if that is among the names."""
-    if place.name in names:
-        return _Place(place.name, place.name)
+def _place(name: str, names: Sequence[str]) -> _Place | None:
+    """The place of a field, if its column is among the names."""
+    if name in names:
+        return _Place(name, name, ())
     # From the end, as otherwise each bracket would be tried as the first.
-    steps = re.match(r"(?:\][^\[\]]+\[)*", place.name[::-1])
-    start = len(place.name) - (steps.end() if steps else 0)
-    if start < len(place.name) and place.name[:start] in names:
-        return _Place(place.name, place.name[:start], tuple(re.findall(r"\[([^\[\]]+)\]", place.name[start:])))
+    steps = re.match(r"(?:\][^\[\]]+\[)*", name[::-1])
+    start = len(name) - (steps.end() if steps else 0)
+    if start < len(name) and name[:start] in names:
+        return _Place(name, name[:start], re.findall(r"\[([^\[\]]+)\]", name[start:]))
     return None
 
 
@@ -192,9 +197,8 @@ def _text(value: Any, name: str, where: str) -> str:
         return value
     if isinstance(value, bool):
         return "true" if value else "false"  # as in JSON
-    if isinstance(value, (int, decimal.Decimal, datetime.date, datetime.time)):
-        return str(value)
-    if isinstance(value, float) and not math.isnan(value):
+    is_nan = isinstance(value, float) and math.isnan(value)
+    if isinstance(value, (int, float, decimal.Decimal, datetime.date, datetime.time)) and not is_nan:
         return str(value)
     advice = ""
     if isinstance(value, (list, tuple)):
@@ -214,60 +218,45 @@ def _described(value: Any) -> str:
     return f"text ({value[:40]!r})" if isinstance(value, str) else f"of type {type(value).__name__}"
 
 
-class _Rows(Protocol):
-    """Rows by number, with the place of each for errors, and the folder that its paths start from."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, row: int) -> Mapping[str, Any]: ...
-
-    def where(self, row: int) -> str: ...
-
-    def folder(self, row: int) -> Path | None: ...
-
-    def columns(self, wanted: Callable[[Iterable[str]], bool]) -> list[str]: ...
-
-
 class _TextFiles:
-    """Text files, one after the other."""
+    """Rows of text files, one after the other, with the place of each for errors, and the folder that its paths start
+    from."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.files = [_text_file(path) for path in paths]
         self.ends = list(accumulate(map(len, self.files)))
-        self.folders = [Path(path).absolute().parent for path in paths]
 
     def __len__(self) -> int:
         return self.ends[-1]
 
     def __getitem__(self, row: int) -> Mapping[str, Any]:
         file, row = self._find(row)
-        return self.files[file][row]
+        return file[row]
 
     def where(self, row: int) -> str:
         file, row = self._find(row)
-        return self.files[file].where(row)
+        return file.where(row)
 
     def folder(self, row: int) -> Path | None:
-        return self.folders[self._find(row)[0]]
+        return self._find(row)[0].path.absolute().parent
 
-    def columns(self, wanted: Callable[[Iterable[str]], bool]) -> list[str]:
-        """Those of the first file. Raises ConfigError for another file that lacks one of them that is wanted."""
-        names = self.files[0].columns(wanted)
-        if wanted(names):
-            kept = _kept(names, wanted)
-            for file in self.files[1:]:
-                other = file.columns(lambda there: set(kept) <= set(there))
-                for column in kept:
-                    _check_column(column, other, f"data source {file.path}")
+    def columns(self, needed: _Needed) -> list[str]:
+        """Those of the first file. Raises ConfigError for another file that lacks one of them that is needed."""
+        names = self.files[0].columns(needed)
+        read = needed(names)
+        for file in self.files[1:] if read else ():
+            other = file.columns(set(read).issubset)
+            for column in read:
+                _check_column(column, other, f"data source {file.path}")
         return names
 
-    def _find(self, row: int) -> tuple[int, int]:
-        file = bisect_right(self.ends, row)
-        return file, row - (self.ends[file - 1] if file else 0)
+    def _find(self, row: int) -> tuple[CellRows | JsonRows, int]:
+        index = bisect_right(self.ends, row)
+        return self.files[index], row - (self.ends[index - 1] if index else 0)
 
 
 class _Arrow:
-    """A dataset of `datasets`. Only the columns that are asked for are read, and no medium is decoded."""
+    """A dataset of `datasets`. Only the columns that are needed are read, or one, and no medium is decoded."""
 
     def __init__(self, rows: Any, names: list[str], path: str, folder: Path | None) -> None:
         self.rows = rows.with_format("arrow")
@@ -289,15 +278,8 @@ class _Arrow:
     def folder(self, row: int) -> Path | None:
         return self.root
 
-    def columns(self, wanted: Callable[[Iterable[str]], bool]) -> list[str]:
+    def columns(self, needed: _Needed) -> list[str]:
         return self.names
-
-
-def _kept(names: list[str], wanted: Callable[[Iterable[str]], bool]) -> list[str]:
-    """The columns that are wanted: those whose absence would be felt."""
-    if not wanted(names):
-        return names[:1]  # enough to say what is missing
-    return [name for name in names if name == "id" or not wanted(set(names) - {name})] or names[:1]
 
 
 def _named(value: Any, feature: Any) -> Any:
@@ -316,15 +298,15 @@ def _named(value: Any, feature: Any) -> Any:
     return value
 
 
-def _open(config: TableConfig, wanted: Callable[[Iterable[str]], bool]) -> tuple[_Rows, tuple[int, int]]:
-    """The rows of a table, and from which to which the recipe asks for."""
+def _open(config: TableConfig, needed: _Needed) -> tuple[_TextFiles | _Arrow, range]:
+    """The rows of a table, and which of them the recipe asks for."""
     if not config.path:
         raise ConfigError("data source: path is empty; name a file, a folder or a dataset of the hub")
     path = Path(config.path).expanduser()
     where = f"data source {config.path}"
-    split, start, stop = _slice(config.split, where)
+    split, *edges = _slice(config.split, where)
     if path.is_dir() or not (path.exists() or _suffix(path) in _TEXT | _PARQUET):
-        rows = _dataset(config, path, split, wanted)
+        rows = _dataset(config, path, split, needed)
     else:
         for key, given in (("subset", config.subset), ("revision", config.revision), ("split", split != "train")):
             if given:
@@ -335,23 +317,21 @@ def _open(config: TableConfig, wanted: Callable[[Iterable[str]], bool]) -> tuple
         if _suffix(path) in _TEXT:
             rows = _TextFiles([path])
         elif _suffix(path) in _PARQUET:
-            rows = _parquet(path, wanted)
+            rows = _parquet(path, needed)
         else:
             formats = ", ".join(sorted(_TEXT | _PARQUET))
             raise ConfigError(f"{where}: its name does not say its format, which is one of {formats}")
     if not len(rows):
         raise ConfigError(f"{where}: no rows")
-    first, last = (_bound_of(edge, len(rows)) for edge in (start or "0", stop or str(len(rows))))
+    first, last = (_bound_of(edge, len(rows)) for edge in edges)
     if first >= last:
         raise ConfigError(f"{where}: split {config.split} leaves none of its {len(rows)} rows")
-    return rows, (first, last)
+    return rows, range(first, last)
 
 
 def _text_file(path: Path) -> CellRows | JsonRows:
     suffix = _suffix(path)
-    if suffix in _JSON:
-        return JsonRows(path, numbers_as_text=True)
-    return CellRows(path, tabs=suffix != ".csv")
+    return JsonRows(path, numbers_as_text=True) if suffix in _JSON else CellRows(path, tabs=suffix != ".csv")
 
 
 _JSON = {".json", ".jsonl", ".ndjson"}
@@ -369,7 +349,7 @@ def _slice(split: str, where: str) -> tuple[str, str, str]:
     found = re.fullmatch(r"([^\[\]+]+)(?:\[(-?\d{1,15}%?)?:(-?\d{1,15}%?)?\])?", split)
     if not found:
         raise ConfigError(f"{where}: split {split!r}: write a name, or a slice such as train[:1000] or train[90%:]")
-    return found[1], found[2] or "", found[3] or ""
+    return found[1], found[2] or "0", found[3] or "100%"
 
 
 def _bound_of(edge: str, length: int) -> int:
@@ -378,7 +358,7 @@ def _bound_of(edge: str, length: int) -> int:
     return min(max(number + length if edge.startswith("-") else number, 0), length)
 
 
-def _parquet(path: Path, wanted: Callable[[Iterable[str]], bool]) -> _Rows:
+def _parquet(path: Path, needed: _Needed) -> _Arrow:
     datasets = _library()
     check_file(path)
     try:
@@ -389,7 +369,7 @@ def _parquet(path: Path, wanted: Callable[[Iterable[str]], bool]) -> _Rows:
             raise ConfigError(f"data source {path}: no rows")
         names = about.schema.to_arrow_schema().names
         files = {"train": glob.escape(str(path))}
-        rows = datasets.load_dataset("parquet", data_files=files, split="train", columns=_kept(names, wanted))
+        rows = datasets.load_dataset("parquet", data_files=files, split="train", columns=needed(names) or names[:1])
     except ConfigError:
         raise
     except Exception as error:  # pyarrow's and datasets' own, of many kinds
@@ -398,7 +378,7 @@ def _parquet(path: Path, wanted: Callable[[Iterable[str]], bool]) -> _Rows:
     return _Arrow(rows, names, str(path), path.absolute().parent)
 
 
-def _dataset(config: TableConfig, path: Path, split: str, wanted: Callable[[Iterable[str]], bool]) -> _Rows:
+def _dataset(config: TableConfig, path: Path, split: str, needed: _Needed) -> _TextFiles | _Arrow:
     """A folder or a dataset of the hub. Text files that declare no types are read here, as `datasets` would guess."""
     datasets = _library()
     where = f"data source {config.path}"
@@ -406,16 +386,12 @@ def _dataset(config: TableConfig, path: Path, split: str, wanted: Callable[[Iter
     if is_path and not path.exists():
         raise ConfigError(f"{where}: no such file or folder{'' if path.is_absolute() else f' in {Path.cwd()}'}")
     folder = path.absolute() if path.is_dir() else None
-    saved = folder is not None and next(
-        (n for n in ("dataset_dict.json", "state.json") if (folder / n).is_file()), None
-    )
+    saved = folder and next((n for n in ("dataset_dict.json", "state.json") if (folder / n).is_file()), None)
+    for key, given in (("subset", config.subset), ("revision", config.revision)) if saved else ():
+        if given is not None:
+            raise ConfigError(f"{where}: {key} is for datasets of the hub, and this one was saved; leave it out")
     try:
         if saved:
-            for key, given in (("subset", config.subset), ("revision", config.revision)):
-                if given is not None:
-                    raise ConfigError(
-                        f"{where}: {key} is for datasets of the hub, and this one was saved; leave it out"
-                    )
             rows = datasets.load_from_disk(str(folder))
             if saved == "dataset_dict.json":
                 rows = rows[split]
@@ -438,7 +414,7 @@ def _dataset(config: TableConfig, path: Path, split: str, wanted: Callable[[Iter
         reason = str(error.__cause__ or error).partition("\n")[0]
         raise ConfigError(f"{where}: cannot be opened by datasets ({type(error).__name__}: {reason})") from error
     names = rows.column_names
-    return _Arrow(rows.select_columns(_kept(names, wanted)), names, config.path, folder)
+    return _Arrow(rows.select_columns(needed(names) or names[:1]), names, config.path, folder)
 
 
 def _library() -> Any:

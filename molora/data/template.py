@@ -120,17 +120,13 @@ def _size(value: Any, most: int) -> int:
 
 
 def render(source: str, messages: Sequence[Mapping[str, str]], generate: bool, names: Mapping[str, Any]) -> str:
-    """A conversation as text by a template; `names` are what it knows beside the messages: special tokens.
-
-    Raises: ValueError for a template that is none, that refuses the messages, fails on them or takes too much.
-    """
+    """A conversation as text by a template; `names` are what it knows beside the messages: special tokens. Raises
+    ValueError for a template that is none, that refuses the messages, fails on them or takes too much."""
     template = compiled(source)
     given = sum(len(message["content"]) for message in messages)
     token = _SPENT.set(_Spent(MAX_CHARACTERS + 4 * given))
     try:
-        return template.render(
-            {**names, "messages": messages, "tools": None, "documents": None, "add_generation_prompt": generate}
-        )
+        return template.render(names, messages=messages, tools=None, documents=None, add_generation_prompt=generate)
     except Exception as error:  # a template is a program, and fails in every way that programs do
         raise ValueError(_shown(error)) from error
     finally:

@@ -11,6 +11,7 @@ import yaml
 from rich.progress import Progress
 
 from molora.config import require
+from molora.data.messages import parts
 from molora.data.sources import Source, SourceConfig, open_source, read_tags
 from molora.evaluate.metrics import Judged, Named, open_metrics, scores
 from molora.evaluate.normalise import exact_match
@@ -67,10 +68,8 @@ class Evaluations:
 
 
 class Evaluation:
-    """An evaluation that is ready: its questions are open, and what its metrics need is there.
-
-    Raises ConfigError for a source or a metric that cannot be opened, ImportError for what a metric needs.
-    """
+    """An evaluation that is ready: its questions are open, and what its metrics need is there. Raises ConfigError for a
+    source or a metric that cannot be opened, ImportError for what a metric needs."""
 
     def __init__(self, name: str, config: EvaluationConfig) -> None:
         self.name = name
@@ -101,17 +100,10 @@ class Evaluation:
         limits = {name: getattr(self.config, name) for name in ("max_new_tokens", "max_running_samples")}
         samples = self._samples(share, loaded, asked)
         for answer in loaded.answers(samples, GenerationConfig(**limits), keep_going=not strict):
-            row = asked[answer.id]
-            judged[answer.id] = Judged(
-                answer.id,
-                row["prompt"],
-                row["expected"],
-                answer.text,
-                answer.error is None and exact_match(answer.text, row["expected"]),
-                row["tags"],
-                cut_off=answer.finished == "length",
-                error=None if answer.error is None else str(answer.error),
-            )
+            prompt, expected, tags = (asked[answer.id][key] for key in ("prompt", "expected", "tags"))
+            correct = answer.error is None and exact_match(answer.text, expected)
+            cut_off, error = answer.finished == "length", None if answer.error is None else str(answer.error)
+            judged[answer.id] = Judged(answer.id, prompt, expected, answer.text, correct, tags, cut_off, error)
             before_each()
             bars.advance(bar)
         bars.remove_task(bar)
@@ -143,15 +135,10 @@ def question(source: Source, index: int, without_media: bool) -> dict[str, Any]:
     if last["role"] != "assistant" or not prompt:
         raise ValueError(f"evaluation row {index + 1}: must end with an assistant message, the expected answer")
     if without_media:
-        prompt = [
-            m if isinstance(m["content"], str) else {**m, "content": [p for p in m["content"] if p["type"] == "text"]}
-            for m in prompt
-        ]
-    expected = last["content"]
-    if not isinstance(expected, str):
-        if other := next((part["type"] for part in expected if part["type"] != "text"), None):
-            raise ValueError(f"evaluation row {index + 1}: the expected answer holds {other}; it can be text alone")
-        expected = "".join(part["text"] for part in expected)
+        prompt = [{**m, "content": [part for part in parts(m) if part["type"] == "text"]} for m in prompt]
+    if other := next((part["type"] for part in parts(last) if part["type"] != "text"), None):
+        raise ValueError(f"evaluation row {index + 1}: the expected answer holds {other}; it can be text alone")
+    expected = "".join(part["text"] for part in parts(last))
     tags = read_tags(row.get("tags"), f"evaluation row {index + 1}")
     return {"id": f"{index}:{row['id']}", "prompt": prompt, "expected": expected, "tags": tags}
 

@@ -62,25 +62,23 @@ class NoOptions:
     """The options of a metric that has none."""
 
 
+@dataclass
 class ExactMatch:
     """The share of answers that equal the expected one, but for case, spaces and a closing full stop."""
 
+    config: NoOptions
     config_type = NoOptions
-
-    def __init__(self, config: NoOptions) -> None:
-        pass
 
     def score(self, judged: Sequence[Judged]) -> dict[str, float]:
         return {"exact_match": sum(item.correct for item in judged) / len(judged)}
 
 
+@dataclass
 class MacroF1:
     """The mean F1 of the classes, which are the expected answers; an answer that is none of them is just a miss."""
 
+    config: NoOptions
     config_type = NoOptions
-
-    def __init__(self, config: NoOptions) -> None:
-        pass
 
     def score(self, judged: Sequence[Judged]) -> dict[str, float]:
         expected = Counter(normalise(item.expected) for item in judged)
@@ -164,10 +162,8 @@ def specs_of(named: Iterable[Named]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def open_metrics(named: Iterable[Named], where: str) -> list[Metric]:
-    """Builds the metrics that a recipe names in `where`.
-
-    Raises ConfigError for one that cannot be found or has wrong options, ImportError for what one needs.
-    """
+    """Builds the metrics that a recipe names in `where`. Raises ConfigError for one that cannot be found or has wrong
+    options, ImportError for what one needs."""
     metrics: list[Metric] = []
     for spec, options in specs_of(named):
         try:

@@ -43,11 +43,10 @@ def words(text: str) -> list[str]:
         kind = unicodedata.category(character)
         if kind == "Cf":  # joiners and marks of direction
             continue
-        alone = _WITHOUT_SPACES.match(character) is not None
         if kind[0] == "M":
             pieces.append(character)
         elif kind[0] in "LN":
-            border = alone or (pieces and _WITHOUT_SPACES.match(pieces[-1][-1]))
+            border = _WITHOUT_SPACES.match(character) or (pieces and _WITHOUT_SPACES.match(pieces[-1][-1]))
             pieces.append(f" {character}" if border else character)
         else:
             pieces.append(" ")

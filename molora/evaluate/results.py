@@ -44,11 +44,10 @@ def evaluate_model(
     with progress() as bars:
         for evaluation in ready:
             judged = evaluation.run(loaded, bars, strict=strict)
-            results[evaluation.name] = evaluation.scores(judged)
+            scored = {evaluation.name: evaluation.scores(judged)}
+            results |= scored
             told += complaints(evaluation.name, judged, evaluation.config)
-            if is_run and (
-                gone := record(source / "evaluation.json", about, {evaluation.name: results[evaluation.name]})
-            ):
+            if is_run and (gone := record(source / "evaluation.json", about, scored)):
                 told.append(f"evaluation.json: took out {', '.join(gone)}, which another state of the model gave")
     rows = [
         (name, metric, f"{value:.0f}" if metric.partition("/")[0] in COUNTS else f"{value:.4f}")

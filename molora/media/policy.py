@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -50,11 +50,8 @@ class MediaPolicy:
             _POLICY.reset(token)
 
     def check(self, part: Mapping[str, Any]) -> None:
-        """Refuses a part that no plugin may see: one that names a URL though none is allowed, or a path that is there
-        and no regular file.
-
-        Raises: MediaError.
-        """
+        """Raises MediaError for a part that no plugin may see: one that names a URL though none is allowed, or a path
+        that is there and no regular file."""
         kind = part.get("type")
         inner = part.get(kind) if isinstance(kind, str) else None
         given = [*part.items(), *(inner.items() if isinstance(inner, Mapping) else ())]
@@ -104,13 +101,9 @@ def label(key: str, value: Any) -> str:
 
 
 def no_file(mode: int) -> str:
-    kinds: dict[str, Callable[[int], bool]] = {
-        "a folder": stat.S_ISDIR,
-        "a pipe": stat.S_ISFIFO,
-        "a socket": stat.S_ISSOCK,
-        "a device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode),
-    }
-    kind = next((name for name, fits in kinds.items() if fits(mode)), "something else")
+    devices = dict.fromkeys((stat.S_IFCHR, stat.S_IFBLK), "a device")
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", **devices}
+    kind = kinds.get(stat.S_IFMT(mode), "something else")
     return f"is {kind}, and only regular files are opened; give the path of one"
 
 

@@ -25,11 +25,8 @@ _CHANGE = ("bbox", "box", "crop", "duration", "end", "offset", "resized_height",
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """What the parts of one medium may be given as.
-
-    `part_type` names the medium in messages and is itself a source, of anything. `max_file_bytes`: a larger file is
-    refused.
-    """
+    """What the parts of one medium may be given as. `part_type` names the medium in messages and is itself a source, of
+    anything. `max_file_bytes`: a larger file is refused."""
 
     part_type: str
     keys: tuple[str, ...]
@@ -66,18 +63,12 @@ class Sources:
             return key, value
         if isinstance(value, str) and (value[:5].lower() == "data:" or scheme(value) in SCHEMES):
             return "url", value
-        kinds: dict[str, tuple[type, ...]] = {
-            "path": FILE_TYPES["path"],
-            "bytes": FILE_TYPES["bytes"],
-            "array": (np.ndarray, Tensor, list, tuple),
-        }
+        kinds = {"path": FILE_TYPES["path"], "bytes": FILE_TYPES["bytes"], "array": (np.ndarray, Tensor, list, tuple)}
         return next((name for name, types in kinds.items() if isinstance(value, types)), key), value
 
     def read(self, key: str, value: Any) -> bytes:
-        """The bytes of the file that `path`, `url`, `base64` (or a data URI) or `bytes` gives.
-
-        Raises: MediaError for one that cannot be read, is not allowed, is empty or too large.
-        """
+        """The bytes of the file that `path`, `url`, `base64` (or a data URI) or `bytes` gives. Raises MediaError for
+        one that cannot be read, is not allowed, is empty or too large."""
         if not isinstance(value, FILE_TYPES[key]):
             wanted = " or ".join(kind.__name__ for kind in FILE_TYPES[key])
             raise MediaError(f"is given as {wanted}, not {type(value).__name__}")
@@ -114,7 +105,7 @@ def read_file(path: str | os.PathLike[str], max_bytes: int) -> bytes:
     Raises: MediaError for one that cannot be read, is no regular file, is empty or too large.
     """
     try:
-        with open(path, "rb", opener=_open_at_once) as file:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise MediaError(no_file(status.st_mode))
@@ -128,10 +119,6 @@ def read_file(path: str | os.PathLike[str], max_bytes: int) -> bytes:
     if len(data) < status.st_size:
         raise MediaError(f"ends after {len(data)} of its {status.st_size} bytes; is it being written? try again")
     return data
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 def _read_data_uri(value: str, max_bytes: int) -> bytes:

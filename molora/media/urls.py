@@ -5,13 +5,13 @@ from __future__ import annotations
 import http.client
 import io
 import ipaddress
-import queue
 import socket
 import ssl
 import threading
 import time
 import urllib.parse
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from molora.media.policy import SCHEMES, MediaPolicy, check_size, policy, scheme
@@ -115,15 +115,12 @@ def _answer(response: http.client.HTTPResponse, url: str, max_bytes: int) -> byt
 def _check_addresses(host: str, addresses: list[str]) -> None:
     for text in addresses:
         address = ipaddress.ip_address(text.partition("%")[0])
-        inside = [address]
+        meant = [address]
         if isinstance(address, ipaddress.IPv6Address):
-            inside += [found for found in (address.ipv4_mapped, address.sixtofour) if found is not None]
-            inside += address.teredo or ()
+            meant = [address.ipv4_mapped or address, address.sixtofour, *(address.teredo or ())]
             if address in ipaddress.ip_network(_NAT64):
-                inside.append(ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF))
-            if address.ipv4_mapped is not None:
-                inside.remove(address)
-        if any(_is_inside(one) for one in inside):
+                meant.append(ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF))
+        if any(_is_inside(one) for one in meant if one is not None):
             raise MediaError(
                 f"leads to {host} at {text}, an address inside a network, which a data set's rows could misuse; if you "
                 "trust them, say --allow-private-addresses too (allow_private_addresses=True of molora.load, "
@@ -133,13 +130,13 @@ def _check_addresses(host: str, addresses: list[str]) -> None:
 
 def _connect(addresses: list[str], port: int, deadline: float) -> socket.socket:
     """A connection to the first address that takes one."""
-    for index, address in enumerate(addresses):
+    fault = OSError("no address found")
+    for address in addresses:
         try:
             return socket.create_connection((address, port), timeout=_left(deadline))
-        except OSError:
-            if index == len(addresses) - 1:
-                raise
-    raise OSError("no address found")
+        except OSError as error:
+            fault = error
+    raise fault
 
 
 def _left(deadline: float) -> float:
@@ -153,26 +150,21 @@ def _left(deadline: float) -> float:
 def _within(deadline: float, work: Callable[[], T]) -> T:
     """What `work` returns or raises; TimeoutError if that takes too long. Looking up a name cannot be interrupted, so
     it goes on in a thread that ends with the process."""
-    results: queue.SimpleQueue[tuple[T | None, Exception | None]] = queue.SimpleQueue()
+    future: Future[T] = Future()
 
     def run() -> None:
         try:
-            results.put((work(), None))
+            future.set_result(work())
         except Exception as error:
-            results.put((None, error))
+            future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    try:
-        result, error = results.get(timeout=_left(deadline))
-    except queue.Empty:
-        raise TimeoutError from None
-    if error is not None:
-        raise error
-    return result  # pyright: ignore[reportReturnType]
+    return future.result(timeout=_left(deadline))
 
 
-class _Wire:
-    """A socket whose every read and write ends by the deadline, so that a server that drips does too."""
+class _Wire(io.RawIOBase):
+    """A socket, and the file of what it receives, whose every read and write ends by the deadline, so that a server
+    that drips does too."""
 
     def __init__(self, wire: socket.socket, deadline: float) -> None:
         self.wire, self.deadline = wire, deadline
@@ -182,15 +174,10 @@ class _Wire:
         self.wire.sendall(data)
 
     def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(_Reader(self.wire, self.deadline))
+        return io.BufferedReader(self)
 
     def close(self) -> None:
         pass  # who opened the socket closes it
-
-
-class _Reader(io.RawIOBase):
-    def __init__(self, wire: socket.socket, deadline: float) -> None:
-        self.wire, self.deadline = wire, deadline
 
     def readable(self) -> bool:
         return True

@@ -5,6 +5,8 @@ Letters: T tokens, D input width, O output width, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,24 +26,21 @@ _LETTER_SHARE = 0.007
 
 def pack_figure(pack: Pack, routing: Routing, modalities: list[str]) -> Figure:
     """The token axis of a pack in four bands: samples, modalities, adapters (a band of slices), and targets.
-
-    `modalities` are the model's, in their order.
-    """
+    `modalities` are the model's, in their order."""
     figure, axes = _axes(2.4)
-    colours = _colours(("text", *modalities))
+    names = ("text", *modalities)
+    colours = {"text": "0.95", **{name: f"C{index}" for index, name in enumerate(modalities)}}
     axes.set_xlim(0, sum(pack.lengths))
     start = 0
     for id, length in zip(pack.ids, pack.lengths, strict=True):
         _bar(axes, 3, start, length, "0.9", id)
         start += length
     for value, start, length in _stretches(pack.modality_ids_T.tolist()):
-        name = ("text", *modalities)[value]
-        _bar(axes, 2, start, length, colours[name], name)
+        _bar(axes, 2, start, length, colours[names[value]], names[value])
     for piece in routing.slices:
         name = " + ".join(piece.adapters) or "bare backbone"
-        _bar(
-            axes, 1, piece.start, piece.stop - piece.start, colours.get(name, "0.7" if piece.adapters else "0.95"), name
-        )
+        colour = colours.get(name, "0.7" if piece.adapters else "0.95")
+        _bar(axes, 1, piece.start, piece.stop - piece.start, colour, name)
     for value, start, length in _stretches(pack.targets_T.tolist()):
         if value:
             _bar(axes, 0, start, length, "black", "")
@@ -127,19 +126,13 @@ def _axes(height_inches: float) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _colours(names: tuple[str, ...]) -> dict[str, str]:
-    return {name: "0.95" if name == "text" else f"C{index - 1}" for index, name in enumerate(names)}
-
-
-def _stretches(values: list[Any]) -> list[tuple[Any, int, int]]:
+def _stretches(values: list[Any]) -> Iterator[tuple[Any, int, int]]:
     """Runs of equal values: the value, where it starts and how long it is."""
-    found: list[tuple[Any, int, int]] = []
-    for index, value in enumerate(values):
-        if found and found[-1][0] == value:
-            found[-1] = (value, found[-1][1], found[-1][2] + 1)
-        else:
-            found.append((value, index, 1))
-    return found
+    start = 0
+    for value, run in groupby(values):
+        length = len(list(run))
+        yield value, start, length
+        start += length
 
 
 def _bar(axes: Any, row: int, start: int, length: int, colour: str, label: str) -> None:

@@ -62,9 +62,7 @@ class Report:
 
 def read_history(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; a number that is not finite becomes None, which JSON can say and plots leave out.
-
-    Raises ValueError naming the file and line that is not a row.
-    """
+    Raises ValueError naming the file and line that is not a row."""
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
@@ -168,10 +166,8 @@ def _shown(medium: Media) -> dict[str, Any]:
 
 
 class _Kind(NamedTuple):
-    """A kind of plot and the metrics it shows, named by the groups of the pattern.
-
-    Noisy curves are smoothed, and logarithmic where they span a decade; shares go from 0 to 1.
-    """
+    """A kind of plot and the metrics it shows, named by the groups of the pattern. Noisy curves are smoothed, and
+    logarithmic where they span a decade; shares go from 0 to 1."""
 
     title: str
     pattern: str
@@ -250,16 +246,10 @@ def _draw(kind: _Kind, series: Mapping[str, Sequence[_Point]], stages: Sequence[
         "svg.hashsalt": "molora",
         "lines.scale_dashes": False,
         "font.size": 10,
-        "axes.edgecolor": _LINE,
-        "axes.labelcolor": _INK,
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "grid.color": _LINE,
-        "text.color": _INK,
-        "xtick.color": _LINE,
-        "xtick.labelcolor": _INK,
-        "ytick.color": _LINE,
-        "ytick.labelcolor": _INK,
+        **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), _LINE),
+        **dict.fromkeys(("axes.labelcolor", "text.color", "xtick.labelcolor", "ytick.labelcolor"), _INK),
     }
     with style.context(settings, after_reset=True):
         figure = Figure((_WIDTH / 72, _HEIGHT / 72), layout="constrained")
@@ -312,9 +302,8 @@ def _mark(axes: Any, stages: Sequence[tuple[str, int, int]]) -> None:
         # A name that is too long gives way to the number that it has in the page's list of stages.
         room = 0.85 * _WIDTH * (end - begin) / (last - first + 2 * margin)
         label = name if 6 * len(name) < room else str(number)
-        middle, above = (begin + end) / 2, 1.03
-        place = axes.get_xaxis_transform()
-        axes.text(middle, above, label, transform=place, ha="center", fontsize=9, parse_math=False)
+        above = {"transform": axes.get_xaxis_transform(), "ha": "center", "fontsize": 9, "parse_math": False}
+        axes.text((begin + end) / 2, 1.03, label, **above)
 
 
 def _smoothed(values: Sequence[float]) -> np.ndarray:
