@@ -46,27 +46,19 @@ class PretrainConfig:
         require(self, 0, "learning_rate", "warmup_steps", "weight_decay")
         self.precision = str(read_dtype(self.precision, "precision")).removeprefix("torch.")
         _require(self.precision in ("float32", "bfloat16"), f"precision {self.precision} is not float32 or bfloat16")
-        _require(
-            self.width % (8 * self.heads) == 0,
-            f"width {self.width} must be a multiple of 8 x heads ({8 * self.heads}), so that three quarters of a head "
-            "can be rotated in pairs",
-        )
-        _require(
-            self.heads % self.key_value_heads == 0,
-            f"heads {self.heads} must be a multiple of key_value_heads {self.key_value_heads}",
-        )
-        _require(
-            2 <= self.window_tokens <= self.original_max_position_embeddings <= self.max_position_embeddings,
-            f"window_tokens {self.window_tokens} (at least 2), original_max_position_embeddings "
-            f"{self.original_max_position_embeddings} and max_position_embeddings {self.max_position_embeddings} must "
-            "not decrease in this order",
-        )
+        multiple = f"width {self.width} must be a multiple of 8 x heads ({8 * self.heads})"
+        rotated = "so that three quarters of a head can be rotated in pairs"
+        _require(self.width % (8 * self.heads) == 0, f"{multiple}, {rotated}")
+        heads, shared = self.heads, self.key_value_heads
+        _require(heads % shared == 0, f"heads {heads} must be a multiple of key_value_heads {shared}")
+        window, plain, longest = self.window_tokens, self.original_max_position_embeddings, self.max_position_embeddings
+        limits = f"original_max_position_embeddings {plain} and max_position_embeddings {longest}"
+        told = f"window_tokens {window} (at least 2), {limits} must not decrease in this order"
+        _require(2 <= window <= plain <= longest, told)
         _require(0 < self.held_out_share < 1, f"held_out_share {self.held_out_share} must lie between 0 and 1")
         _require(self.learning_rate > 0, f"learning_rate {self.learning_rate} must be positive")
-        _require(
-            self.vocab_size >= FEWEST_TOKENS,
-            f"vocab_size {self.vocab_size} must be at least {FEWEST_TOKENS}: every byte and the special tokens",
-        )
+        least = f"must be at least {FEWEST_TOKENS}: every byte and the special tokens"
+        _require(self.vocab_size >= FEWEST_TOKENS, f"vocab_size {self.vocab_size} {least}")
 
 
 def _require(condition: bool, message: str) -> None:

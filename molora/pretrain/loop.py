@@ -31,9 +31,8 @@ from molora.config import ConfigError
 from molora.interrupt import Interrupt, Stopped
 from molora.model.loss import target_losses
 from molora.pretrain.config import PretrainConfig
-from molora.pretrain.text import Piece, contents, cut, hash_files, hold_out, read_documents
+from molora.pretrain.text import Batch, Piece, batches, contents, cut, hash_files, hold_out, in_order, read_documents
 from molora.pretrain.tokenizer import END_OF_TEXT, END_OF_TURN, train_tokenizer
-from molora.pretrain.windows import Batch, batches, collate, pack
 from molora.received import read_json, read_tensors
 from molora.seeding import seeded
 from molora.storage import hold, settle, sync, write_json, write_tensors
@@ -70,22 +69,18 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Path:
     made_from["environment"] = environment(tokenizers=tokenizers.__version__)
     if state.exists():
         _check_same(made_from, partial)
-
     documents = [document for path in config.text for document in read_documents(Path(path))]
     texts = itertools.chain.from_iterable(contents(document) for _, document in documents)
     tokenizer = train_tokenizer(texts, config.vocab_size, config.max_position_embeddings)
     bar = progress.add_task("tokenising", total=len(documents), note="")
     pieces = cut(progress.track(documents, task_id=bar), tokenizer, config.window_tokens)
     train_pieces, held_out_pieces = hold_out(pieces, config.held_out_share, config.seed)
-
     partial.mkdir(parents=True, exist_ok=True)
     with hold(partial):
         model = _build_model(config, tokenizer)
         write_json(partial / "pretrain.json", made_from)
-        with Interrupt() as interrupt:
-            losses = _train(model, train_pieces, config, state, progress, interrupt)
+        losses = _train(model, train_pieces, config, state, progress)
         held_out_loss = _evaluate(model, held_out_pieces, config)
-
         _save(model, tokenizer, partial / "backbone")
         record = {
             **made_from,
@@ -116,6 +111,7 @@ def _build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> 
     scale = config.max_position_embeddings / config.original_max_position_embeddings
     num_frequencies = int(config.width // config.heads * _ROTATED_SHARE) // 2
     end_of_turn, end_of_text = (tokenizer.vocab[token] for token in (END_OF_TURN, END_OF_TEXT))
+    ends = {"bos_token_id": end_of_text, "pad_token_id": end_of_text}
     phi = Phi3Config(
         vocab_size=config.vocab_size,
         hidden_size=config.width,
@@ -137,25 +133,17 @@ def _build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> 
         # Near Phi-4-mini's 0.02 at its width; a narrow model drawn with 0.02 attends too evenly to learn fast.
         initializer_range=config.width**-0.5,
         tie_word_embeddings=True,
-        bos_token_id=end_of_text,
         eos_token_id=end_of_text,
-        pad_token_id=end_of_text,
+        **ends,
     )
     with seeded(config.seed, "weights"):
         model = Phi3ForCausalLM(phi)
-    model.generation_config = GenerationConfig(
-        bos_token_id=end_of_text, eos_token_id=[end_of_turn, end_of_text], pad_token_id=end_of_text
-    )
+    model.generation_config = GenerationConfig(eos_token_id=[end_of_turn, end_of_text], **ends)
     return model
 
 
 def _train(
-    model: Phi3ForCausalLM,
-    pieces: Sequence[Piece],
-    config: PretrainConfig,
-    state_path: Path,
-    progress: Progress,
-    interrupt: Interrupt,
+    model: Phi3ForCausalLM, pieces: Sequence[Piece], config: PretrainConfig, state_path: Path, progress: Progress
 ) -> list[float]:
     """Trains `model` in place and returns the loss of every step; continues from `state_path` if it is there, and
     leaves it there when interrupted."""
@@ -166,29 +154,29 @@ def _train(
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=_BETAS, fused=True)
     schedule = PartConfig(learning_rate=config.learning_rate, warmup_steps=config.warmup_steps)
     losses = _load_state(state_path, parameters, optimizer) if state_path.exists() else []
-
     task = progress.add_task("pretraining", total=config.steps, completed=len(losses), note="")
     model.train()
     steps = itertools.islice(batches(pieces, config), len(losses), config.steps)
-    for step, batch in enumerate(steps, start=len(losses)):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(schedule, step, config.steps)
-        loss = _losses(model, batch, config.precision).mean()
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise ConfigError(f"the loss of step {step} is {losses[-1]}; lower learning_rate {config.learning_rate}")
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        stopping = interrupt.number
-        if stopping or (step + 1) % config.checkpoint_every_steps == 0:
-            _save_state(state_path, parameters, optimizer, losses)
-        progress.update(task, completed=step + 1, note=f"loss {losses[-1]:.3f}")
-        if stopping:
-            name = signal.Signals(stopping).name
-            told = f"stopped by {name} after step {step + 1} of {config.steps}, which is saved"
-            raise Stopped(f"{told}; run it again to go on", stopping)
+    with Interrupt() as interrupt:
+        for step, batch in enumerate(steps, start=len(losses)):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(schedule, step, config.steps)
+            loss = _losses(model, batch, config.precision).mean()
+            losses.append(value := loss.item())
+            if not math.isfinite(value):
+                raise ConfigError(f"the loss of step {step} is {value}; lower learning_rate {config.learning_rate}")
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            stopping = interrupt.number
+            if stopping or (step + 1) % config.checkpoint_every_steps == 0:
+                _save_state(state_path, parameters, optimizer, losses)
+            progress.update(task, completed=step + 1, note=f"loss {value:.3f}")
+            if stopping:
+                name = signal.Signals(stopping).name
+                told = f"stopped by {name} after step {step + 1} of {config.steps}, which is saved"
+                raise Stopped(f"{told}; run it again to go on", stopping)
     return losses
 
 
@@ -204,12 +192,7 @@ def _losses(model: Phi3ForCausalLM, batch: Batch, precision: str) -> Tensor:
 @torch.no_grad()
 def _evaluate(model: Phi3ForCausalLM, pieces: Sequence[Piece], config: PretrainConfig) -> float:
     model.eval()
-    windows = pack([len(piece) for piece in pieces], range(len(pieces)), config.window_tokens)
-    losses = []
-    for start in range(0, len(windows), config.windows_per_step):
-        batch = collate(pieces, windows[start : start + config.windows_per_step], config.window_tokens)
-        losses.append(_losses(model, batch, "float32"))
-    return float(torch.cat(losses).mean())
+    return float(torch.cat([_losses(model, batch, "float32") for batch in in_order(pieces, config)]).mean())
 
 
 def _save_state(
@@ -235,18 +218,16 @@ def _check_same(made_from: dict[str, Any], folder: Path) -> None:
     """Raises ConfigError saying in what `folder` differs from a backbone made from `made_from`."""
     path = folder / "pretrain.json"
     if not path.is_file():
-        raise ConfigError(
-            f"{folder} exists but was not made by `molora pretrain` (no pretrain.json); choose another output"
-        )
+        wrong = f"{folder} exists but was not made by `molora pretrain` (no pretrain.json)"
+        raise ConfigError(f"{wrong}; choose another output")
     found = read_json(path)
     check_format(found, path)
     then, now = {key: found.get(key) for key in made_from}, dict(made_from)
     if isinstance(recorded := then.get("environment"), dict):  # an older version recorded less
         now["environment"] = {key: value for key, value in now["environment"].items() if key in recorded}
     if changed := list(differences(then, now)):
-        raise ConfigError(
-            f"{folder} was made differently: {'; '.join(changed)}; remove the folder or choose another output"
-        )
+        wrong = f"{folder} was made differently: {'; '.join(changed)}"
+        raise ConfigError(f"{wrong}; remove the folder or choose another output")
 
 
 def _save(model: Phi3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
