@@ -17,10 +17,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3ForCausalLM, P
 from molora.config import ConfigError, build
 from molora.interrupt import Stopped
 from molora.pretrain import loop as module
-from molora.pretrain.config import PretrainConfig
-from molora.pretrain.loop import long_factors, pretrain
-from molora.pretrain.text import Document, Piece, collate, contents, cut, pack, read_documents
-from molora.pretrain.tokenizer import SPECIAL_TOKENS, train_tokenizer
+from molora.pretrain.loop import PretrainConfig, long_factors, pretrain
+from molora.pretrain.text import (
+    SPECIAL_TOKENS,
+    Document,
+    Piece,
+    collate,
+    contents,
+    cut,
+    pack,
+    read_documents,
+    train_tokenizer,
+)
 from molora.storage import hold
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "big", "red", "moon", "over", "1234", "hills"]

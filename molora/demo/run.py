@@ -24,8 +24,7 @@ from molora.evaluate.judge import Evaluation, EvaluationConfig, Evaluations
 from molora.evaluate.metrics import Judged, open_metrics, scores
 from molora.inference.generate import GenerationConfig
 from molora.inference.load import LoadedModel, load
-from molora.pretrain.config import PretrainConfig
-from molora.pretrain.loop import pretrain
+from molora.pretrain.loop import PretrainConfig, pretrain
 from molora.received import file_hash, read_json
 from molora.report.page import Example, Media, Report, read_history
 from molora.report.page import write as write_report
@@ -37,12 +36,7 @@ from molora.train.recipe import Recipe
 
 # How a picture is put into words for the backbone's reading practice; {0} is the colour, {1} the shape.
 _PHRASES = (
-    "{0} {1}",
-    "a {0} {1}.",
-    "the picture shows a {0} {1}.",
-    "there is a {0} {1}.",
-    "{1}, {0}.",
-    "this {1} is {0}.",
+    *("{0} {1}", "a {0} {1}.", "the picture shows a {0} {1}.", "there is a {0} {1}.", "{1}, {0}.", "this {1} is {0}."),
 )
 _ENGLISH_CHARACTERS = 60_000
 _CAPTIONS_READ = 2

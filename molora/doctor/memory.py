@@ -45,8 +45,7 @@ def show(needed: MemoryNeeds, there: Iterable[Device]) -> None:
 
     def add(title: str, needs: Iterable[Need], total: int, origin: str) -> None:
         rows.append((styled(title, "bold"),))
-        for need in needs:
-            rows.append((need.what, amount(need.num_bytes), need.origin))
+        rows.extend((need.what, amount(need.num_bytes), need.origin) for need in needs)
         rows.append(("total", styled(amount(total), "bold"), origin))
 
     constant = (*needed.weights, needed.process) if needed.process else needed.weights

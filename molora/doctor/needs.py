@@ -269,22 +269,16 @@ def _heaviest_step(model: MoLoRA, recipe: Recipe, index: int) -> tuple[list[Samp
     tokenizer = load_tokenizer(fetch(path, recipe.backbone.revision, weights=False))
     policy = MediaPolicy(allow_urls=recipe.allow_urls, allow_private_addresses=recipe.allow_private_addresses)
     processor = Processor(tokenizer, model.modalities, model.router.order, model.backbone.max_tokens, policy)
-    dataset = EncodedSamples(
-        stage.data,
-        processor,
-        seed=seed_of(recipe.seed, stage.name),
-        max_tokens=stage.tokens_per_pack,
-        skips=(SampleTooLong, MediaError),
-        where=f"stages.{index}.data",
-    )
-    size = stage.samples_per_step
+    seed, where, skips = seed_of(recipe.seed, stage.name), f"stages.{index}.data", (SampleTooLong, MediaError)
+    size, most = stage.samples_per_step, stage.tokens_per_pack
+    dataset = EncodedSamples(stage.data, processor, seed=seed, max_tokens=most, skips=skips, where=where)
     rows = size * min(stage.steps, max(1, _SAMPLED_ROWS // size))
     encoded = [dataset[k] for k in range(rows)]
     steps = [[each for each in encoded[k : k + size] if isinstance(each, Sample)] for k in range(0, rows, size)]
 
     def largest_pack(samples: list[Sample]) -> int:
         learning = [sample for sample in samples if model.trains(sample.modalities)]
-        return max((sum(pack.lengths) for pack in processor.packs(learning, stage.tokens_per_pack)), default=0)
+        return max((sum(pack.lengths) for pack in processor.packs(learning, most)), default=0)
 
     samples = max(steps, key=largest_pack)
     if not samples:

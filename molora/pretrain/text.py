@@ -1,4 +1,5 @@
-"""Documents of text files, the pieces that they are cut into, and windows of packed pieces, epoch by epoch.
+"""Text to learn from: its documents, a tokenizer learned from them, the pieces that they are cut into, and windows of
+packed pieces. The tokenizer is a byte-level BPE with Phi-4-mini's special tokens and chat template.
 
 Letters: B windows in a step, T tokens in a window.
 """
@@ -6,12 +7,12 @@ Letters: B windows in a step, T tokens in a window.
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -19,10 +20,60 @@ from molora.config import ConfigError
 from molora.data.messages import Message, check, parts
 from molora.data.prompt import ChatTemplate
 from molora.data.rows import JsonRows
-from molora.pretrain.config import PretrainConfig
 from molora.seeding import seeded
 
+END_OF_TEXT = "<|endoftext|>"
+END_OF_TURN = "<|end|>"
+# In the order of their ids in Phi-4-mini, behind the learned vocabulary. All but the first absorb following whitespace.
+SPECIAL_TOKENS = (
+    *(END_OF_TEXT, "<|assistant|>", END_OF_TURN, "<|user|>", "<|system|>"),
+    *("<|tool|>", "<|/tool|>", "<|tool_call|>", "<|/tool_call|>", "<|tool_response|>"),
+)
+# Phi-4-mini's format: turns back to back, no newlines; a system message may carry a `tools` string.
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{- '<|' ~ message.role ~ '|>' ~ message.content -}}"
+    "{%- if message.role == 'system' and message.tools -%}{{- '<|tool|>' ~ message.tools ~ '<|/tool|>' -}}{%- endif -%}"
+    "{{- '<|end|>' -}}"
+    "{%- endfor -%}"
+    "{{- '<|assistant|>' if add_generation_prompt else eos_token -}}"
+)
+# Words with the character before them, numbers of up to three digits, runs of punctuation, line ends, spaces.
+# Source: a simpler relative of o200k_base's pattern (openai/tiktoken, tiktoken_ext/openai_public.py).
+WORD_PATTERN = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Every byte and the special tokens.
+FEWEST_TOKENS = 256 + len(SPECIAL_TOKENS)
+# Windows that still take documents while packing; more of them waste fewer positions.
+_OPEN_WINDOWS = 16
+
 Document: TypeAlias = "str | list[Message]"
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
+    """Learns a byte-level BPE of exactly `vocab_size` tokens; special tokens and template are Phi-4-mini's.
+
+    Raises: ConfigError if the text does not support a vocabulary of that size.
+    """
+    backend = Tokenizer(models.BPE())
+    words = pre_tokenizers.Split(Regex(WORD_PATTERN), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])  # pyright: ignore[reportAttributeAccessIssue]
+    backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    learned, alphabet = vocab_size - len(SPECIAL_TOKENS), pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=learned, min_frequency=2, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(texts, trainer)
+    special = [AddedToken(token, rstrip=token != END_OF_TEXT, special=True) for token in SPECIAL_TOKENS]
+    backend.add_special_tokens(special)
+    if (size := backend.get_vocab_size()) != vocab_size:
+        wrong = f"vocab_size {vocab_size} is too large for the text: pairs that occur twice or more give {size} tokens"
+        raise ConfigError(f"{wrong}; lower vocab_size or add text")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT),
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 class Piece(NamedTuple):
@@ -111,43 +162,12 @@ def hash_files(paths: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-# Windows that still take documents while packing; more of them waste fewer positions.
-_OPEN_WINDOWS = 16
-
-
 class Batch(NamedTuple):
     """Windows of packed documents; `predicted_BT` is True where the next token is a target of the same document."""
 
     token_ids_BT: Tensor
     position_ids_BT: Tensor
     predicted_BT: Tensor
-
-
-def batches(pieces: Sequence[Piece], config: PretrainConfig) -> Iterator[Batch]:
-    """Steps without end; every epoch packs the pieces anew in another order and leaves out what does not fill a step.
-
-    Raises: ConfigError if the text does not fill one step.
-    """
-    lengths = [len(piece) for piece in pieces]
-    size, window_tokens = config.windows_per_step, config.window_tokens
-    for epoch in itertools.count():
-        with seeded(config.seed, "epoch", epoch):
-            order = torch.randperm(len(pieces)).tolist()
-        windows = pack(lengths, order, window_tokens)
-        if len(windows) < size:
-            wrong = f"{', '.join(config.text)}: the text fills {len(windows)} windows of {window_tokens} tokens"
-            raise ConfigError(f"{wrong}, a step takes {size}; add text or lower windows_per_step or window_tokens")
-        yield from _steps(pieces, windows[: len(windows) // size * size], config)
-
-
-def in_order(pieces: Sequence[Piece], config: PretrainConfig) -> Iterator[Batch]:
-    """All pieces once, packed in their own order; the last batch may be smaller than a step."""
-    return _steps(pieces, pack([len(piece) for piece in pieces], range(len(pieces)), config.window_tokens), config)
-
-
-def _steps(pieces: Sequence[Piece], windows: list[list[int]], config: PretrainConfig) -> Iterator[Batch]:
-    for start in range(0, len(windows), config.windows_per_step):
-        yield collate(pieces, windows[start : start + config.windows_per_step], config.window_tokens)
 
 
 def pack(lengths: Sequence[int], order: Iterable[int], window_tokens: int) -> list[list[int]]:
