@@ -19,9 +19,9 @@ from mkdocs.structure.files import File, Files
 from typer.main import get_command
 
 from molora.cli.commands import app
-from molora.doctor.answering import AnsweringConfig
+from molora.doctor.needs import AnsweringConfig
 from molora.plugins import Kind, available, find
-from molora.pretrain.config import PretrainConfig
+from molora.pretrain.loop import PretrainConfig
 from molora.train.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]

@@ -30,7 +30,7 @@ def train(config: options.Config, overrides: options.Overrides = None, trust_plu
 def pretrain(config: options.Config, overrides: options.Overrides = None) -> None:
     """Build a small backbone from text."""
     from molora.config import read
-    from molora.pretrain.config import PretrainConfig
+    from molora.pretrain.loop import PretrainConfig
     from molora.pretrain.loop import pretrain as run_pretraining
     from molora.terminal import progress, say
 

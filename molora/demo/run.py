@@ -24,8 +24,7 @@ from molora.evaluate.judge import Evaluation, EvaluationConfig, Evaluations
 from molora.evaluate.metrics import Judged, open_metrics, scores
 from molora.inference.generate import GenerationConfig
 from molora.inference.load import LoadedModel, load
-from molora.pretrain.config import PretrainConfig
-from molora.pretrain.loop import pretrain
+from molora.pretrain.loop import PretrainConfig, pretrain
 from molora.received import file_hash, read_json
 from molora.report.page import Example, Media, Report, read_history
 from molora.report.page import write as write_report
@@ -37,12 +36,7 @@ from molora.train.recipe import Recipe
 
 # How a picture is put into words for the backbone's reading practice; {0} is the colour, {1} the shape.
 _PHRASES = (
-    "{0} {1}",
-    "a {0} {1}.",
-    "the picture shows a {0} {1}.",
-    "there is a {0} {1}.",
-    "{1}, {0}.",
-    "this {1} is {0}.",
+    *("{0} {1}", "a {0} {1}.", "the picture shows a {0} {1}.", "there is a {0} {1}.", "{1}, {0}.", "this {1} is {0}."),
 )
 _ENGLISH_CHARACTERS = 60_000
 _CAPTIONS_READ = 2
@@ -54,33 +48,11 @@ _SHOWN_MISTAKES = 3
 
 # Where recipes are, in a checkout and where molora is installed.
 _CONFIGS = Path(__file__).parents[1] / "configs"
-# By the phase that trains by it: a recipe, and what makes it a matter of minutes.
+# By the phase that trains by it: a recipe, how many stages it has, what they read aloud, and its evaluation.
 _RECIPES = {
-    "vision": (
-        "easy_vqa.yaml",
-        (
-            *(f"stages.{index}.{change}" for index in (0, 1) for change in ("steps=5", "samples_per_step=8")),
-            "evaluations.test.data.limit=20",
-        ),
-    ),
-    "audio": (
-        "speech.yaml",
-        (
-            *(
-                f"stages.{index}.{change}"
-                for index in (0, 1)
-                for change in ("steps=5", "samples_per_step=8", "data.transcripts.options.takes=2")
-            ),
-            "evaluations.held out voices.data.limit=20",
-        ),
-    ),
-    "spoken questions": (
-        "vision_speech.yaml",
-        (
-            *(f"stages.0.{change}" for change in ("steps=5", "samples_per_step=8", "data.questions.options.takes=2")),
-            "evaluations.spoken.data.limit=20",
-        ),
-    ),
+    "vision": ("easy_vqa.yaml", 2, "", "test"),
+    "audio": ("speech.yaml", 2, "transcripts", "held out voices"),
+    "spoken questions": ("vision_speech.yaml", 1, "questions", "spoken"),
 }
 
 BEFORE = "written question, before audio"
@@ -117,10 +89,15 @@ def run_demo(run: Path, *, quick: bool = False) -> Path:
 def demo_recipes(run: Path, quick: bool) -> dict[str, Recipe]:
     """Vision, audio and what joins them: the recipes in `configs/`, in the demo's folder."""
     folders = {"vision": run / "vision", "audio": run / "audio", "spoken questions": run}
-    return {
-        name: read(Recipe, _CONFIGS / file, [*_set(run=folders[name], data_root=run), *(shortened if quick else ())])
-        for name, (file, shortened) in _RECIPES.items()
-    }
+    recipes = {}
+    for name, (file, stages, spoken, evaluation) in _RECIPES.items():
+        changes = _set(run=folders[name], data_root=run)
+        if quick:  # a matter of minutes
+            few = ["steps=5", "samples_per_step=8", *([f"data.{spoken}.options.takes=2"] if spoken else [])]
+            changes += [f"stages.{index}.{change}" for index in range(stages) for change in few]
+            changes.append(f"evaluations.{evaluation}.data.limit=20")
+        recipes[name] = read(Recipe, _CONFIGS / file, changes)
+    return recipes
 
 
 def backbone_config(run: Path, quick: bool) -> PretrainConfig:
@@ -177,9 +154,8 @@ def _untouched(run: Path) -> int:
     names = sorted(path.name for path in before.iterdir())
     changed = [name for name in names if file_hash(before / name) != file_hash(after / name)]
     if changed or names != sorted(path.name for path in after.iterdir()):
-        raise ValueError(
-            f"{after}: differs from {before} in {changed or 'its list of files'}; training audio changed vision"
-        )
+        wrong = f"{after}: differs from {before} in {changed or 'its list of files'}"
+        raise ValueError(f"{wrong}; training audio changed vision")
     return len(names)
 
 
@@ -219,6 +195,7 @@ def _report(
     run: Path, loaded: LoadedModel, judged: dict[str, list[Judged]], untouched: int, clock: _Clock, quick: bool
 ) -> Report:
     metrics: dict[str, dict[str, float]] = {}
+    rows = []
     for name, config in evaluations(run, quick).items():
         found = scores(judged[name], open_metrics(config.metrics, name))
         metrics[name] = {"exact match": found["exact_match"], "questions": int(found["questions"])}
@@ -226,15 +203,8 @@ def _report(
             metrics[name]["words right"] = 1 - found["word_error_rate"]
         else:
             metrics[name] |= {"not yes/no": found["exact_match/open"], "yes/no": found["exact_match/yes/no"]}
-    print_table(
-        ("evaluation", "metric", "value"),
-        [
-            (name, measure, f"{value:.4f}")
-            for name, measures in metrics.items()
-            for measure, value in measures.items()
-            if isinstance(value, float)
-        ],
-    )
+        rows += [(name, what, f"{value:.4f}") for what, value in metrics[name].items() if isinstance(value, float)]
+    print_table(("evaluation", "metric", "value"), rows)
     draw = random.Random(seed_of(0, "examples"))
     examples = []
     for name in (WRITTEN, SPOKEN, TRANSCRIPT):
@@ -283,19 +253,14 @@ def _history(run: Path) -> list[dict[str, Any]]:
 
 def _example(item: Judged, loaded: LoadedModel) -> Example:
     parts = item.messages[0]["content"]
-    media = [part for part in parts if part["type"] != "text"]
-    modalities = frozenset(loaded.processor.part_types[part["type"]] for part in media)
-    mimes = {"image": "image/png", "audio": "audio/flac"}
-    return Example(
-        question=" ".join(part["text"] for part in parts if part["type"] == "text"),
-        expected=item.expected,
-        answer=item.answer,
-        correct=item.correct,
-        adapters=tuple(sorted(loaded.model.router.adapters(modalities))),
-        media=tuple(
-            Media(Path(part["path"]).read_bytes(), mimes[part["type"]], part.get("transcript", "")) for part in media
-        ),
-    )
+    question = " ".join(part["text"] for part in parts if part["type"] == "text")
+    others = [part for part in parts if part["type"] != "text"]
+    modalities = frozenset(loaded.processor.part_types[part["type"]] for part in others)
+    adapters = tuple(sorted(loaded.model.router.adapters(modalities)))
+    mime = {"image": "image/png", "audio": "audio/flac"}
+    media = [Media(Path(p["path"]).read_bytes(), mime[p["type"]], p.get("transcript", "")) for p in others]
+    given: dict[str, Any] = {"expected": item.expected, "answer": item.answer, "correct": item.correct}
+    return Example(question=question, adapters=adapters, media=tuple(media), **given)
 
 
 class _Clock:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM
 
 from molora.checkpoint.assembly import BackboneConfig, assemble
-from molora.checkpoint.opening import ModelPlan, plan_model
+from molora.checkpoint.opening import plan_model
 from molora.checkpoint.pretrained import damage_named, fetch, read_config, read_dtype
 from molora.config import ConfigError
 from molora.convert.release import layout_of
@@ -54,7 +54,13 @@ def on_meta(
     else:
         plan = plan_model(source, modalities, trust=trust)
     with torch.device("meta"):
-        return _assembled(_backbone(plan.backbone, dtype or plan.backbone.dtype), plan)
+        backbone = _backbone(plan.backbone, dtype or plan.backbone.dtype)
+        try:
+            return assemble(backbone, byte_tokenizer(), plan.modalities, plan.router, where=plan.where)[0]
+        except (RuntimeError, NotImplementedError) as error:
+            wrong = f"an encoder of {', '.join(plan.modalities)} cannot be built without weights: {error}"
+            advice = "a build_encoder makes modules without reading weights or looking at values"
+            raise ValueError(f'{wrong}; under torch.device("meta"), {advice}') from error
 
 
 def _backbone(given: BackboneConfig, dtype: str | None) -> Backbone:
@@ -70,20 +76,6 @@ def _backbone(given: BackboneConfig, dtype: str | None) -> Backbone:
         )
     # What a probe finds is a factor, which takes no memory.
     return Backbone(model, Identity(source, "", "", "", ""), probe={"embed_scale": 1.0})
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
-
-
-def _assembled(backbone: Backbone, plan: ModelPlan) -> MoLoRA:
-    try:
-        return assemble(backbone, byte_tokenizer(), plan.modalities, plan.router, where=plan.where)[0]
-    except (RuntimeError, NotImplementedError) as error:
-        raise ValueError(
-            f"an encoder of {', '.join(plan.modalities)} cannot be built without weights: {error}; under "
-            'torch.device("meta"), a build_encoder makes modules without reading weights or looking at values'
-        ) from error
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import psutil
 from packaging.requirements import Requirement
 
 from molora.config import ConfigError
-from molora.plugins import Kind, Plugin, available, resolve
+from molora.plugins import Kind, available, resolve
 from molora.terminal import Finding, console, print_findings
 
 # For these the right version is not enough: their compiled parts must fit each other, or they import those that do.
@@ -110,11 +110,9 @@ def _other_build() -> str:
         release, _, its_build = _version(companion).partition("+")
         if torch and release and build != its_build:
             index = f" --index-url https://download.pytorch.org/whl/{build}" if build else ""
-            return (
-                f"{companion} {release} is the {its_build or 'registry'} build, but torch {torch} is not;"
-                f" pip install --force-reinstall --no-deps {companion}=={release}{index}"
-                + (", or do without it: pip uninstall torchaudio" if companion == "torchaudio" else "")
-            )
+            without = ", or do without it: pip uninstall torchaudio" if companion == "torchaudio" else ""
+            wrong = f"{companion} {release} is the {its_build or 'registry'} build, but torch {torch} is not"
+            return f"{wrong}; pip install --force-reinstall --no-deps {companion}=={release}{index}{without}"
     return ""
 
 
@@ -136,9 +134,8 @@ def _machine() -> Iterator[Finding]:
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         native = "native" if torch.cuda.is_bf16_supported(including_emulation=False) else "emulated"
-        yield Finding(
-            f"GPU {index}", f"{device.name}, {_gib(device.total_memory)}, CUDA {torch.version.cuda}; bf16 {native}"
-        )
+        found = f"{device.name}, {_gib(device.total_memory)}, CUDA {torch.version.cuda}; bf16 {native}"
+        yield Finding(f"GPU {index}", found)
 
 
 def _hub() -> Iterator[Finding]:
@@ -156,16 +153,13 @@ def _hub() -> Iterator[Finding]:
 
 def _plugins(kind: Kind) -> Iterator[Finding]:
     for plugin in available(kind):
-        yield _plugin(kind, plugin)
-
-
-def _plugin(kind: Kind, plugin: Plugin) -> Finding:
-    what, found = f"{kind} {plugin.name}", f"{plugin.spec} ({plugin.origin})"
-    try:
-        resolve(kind, plugin.name)
-    except ConfigError as error:
-        return Finding(what, found, False if plugin.origin == "built-in" else None, remedy=str(error))
-    return Finding(what, found)
+        what, found = f"{kind} {plugin.name}", f"{plugin.spec} ({plugin.origin})"
+        try:
+            resolve(kind, plugin.name)
+        except ConfigError as error:
+            yield Finding(what, found, False if plugin.origin == "built-in" else None, remedy=str(error))
+        else:
+            yield Finding(what, found)
 
 
 def _gib(count: int) -> str:

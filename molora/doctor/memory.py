@@ -12,10 +12,8 @@ import transformers
 from rich.text import Text
 
 from molora.config import ConfigError, build, options, read
-from molora.doctor.answering import AnsweringConfig, answering_needs
 from molora.doctor.dry_run import on_meta
-from molora.doctor.needs import MemoryNeeds, Need
-from molora.doctor.training import training_needs
+from molora.doctor.needs import AnsweringConfig, MemoryNeeds, Need, answering_needs, training_needs
 from molora.ranks import pick_device
 from molora.terminal import console, print_table, say, styled
 from molora.train.recipe import Recipe
@@ -47,8 +45,7 @@ def show(needed: MemoryNeeds, there: Iterable[Device]) -> None:
 
     def add(title: str, needs: Iterable[Need], total: int, origin: str) -> None:
         rows.append((styled(title, "bold"),))
-        for need in needs:
-            rows.append((need.what, amount(need.num_bytes), need.origin))
+        rows.extend((need.what, amount(need.num_bytes), need.origin) for need in needs)
         rows.append(("total", styled(amount(total), "bold"), origin))
 
     constant = (*needed.weights, needed.process) if needed.process else needed.weights

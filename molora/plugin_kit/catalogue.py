@@ -100,11 +100,8 @@ def _summary(plugin_class: type) -> str:
 
 def _learns(router_class: Any) -> bool:
     """Whether it has parameters, built with its defaults. It may require no option but `modalities`."""
-    required = {
-        field.name
-        for field in fields(router_class.config_type)
-        if field.default is MISSING and field.default_factory is MISSING
-    }
+    config_type = router_class.config_type
+    required = {field.name for field in fields(config_type) if field.default is field.default_factory is MISSING}
     options = {"modalities": _ADAPTERS} if "modalities" in required else {}
-    router = router_class(_ADAPTERS, build(router_class.config_type, options, "without options"), _WIDTH)
+    router = router_class(_ADAPTERS, build(config_type, options, "without options"), _WIDTH)
     return any(True for _ in router.parameters())

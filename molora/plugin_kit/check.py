@@ -7,20 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from molora.plugin_kit import (
-    modality_class,
-    modality_encoder,
-    modality_in_model,
-    modality_in_process,
-    modality_items,
-    router_clauses,
-)
+from molora.plugin_kit import encoder_clauses, modality_clauses, model_clauses, router_clauses
 from molora.plugin_kit.clauses import try_clauses
 from molora.plugin_kit.under_test import ModalityUnderTest, RouterUnderTest
 from molora.terminal import Finding
 
 # The files of a modality's clauses, in the order in which they are tried.
-MODALITY = (modality_class, modality_items, modality_encoder, modality_in_model, modality_in_process)
+MODALITY = (modality_clauses, encoder_clauses, model_clauses)
 
 
 def check_modality(

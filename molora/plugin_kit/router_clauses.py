@@ -40,10 +40,8 @@ def contract(tested: RouterUnderTest) -> str:
     tested.plugin = resolve("router", tested.spec)
     name, config_type = tested.plugin.__name__, tested.plugin.config_type
     if not (issubclass(tested.plugin, nn.Module) and isinstance(config_type, type) and is_dataclass(config_type)):
-        raise Fault(
-            f"{name} is to be an nn.Module, and its config_type, {config_type!r}, a dataclass that recipes read "
-            "`router.options` into"
-        )
+        wanted = f"{name} is to be an nn.Module, and its config_type, {config_type!r}, a dataclass"
+        raise Fault(f"{wanted} that recipes read `router.options` into")
     try:
         tested.config = build(config_type, tested.options, "router.options")
         tested.router()
@@ -68,10 +66,8 @@ def every_set(tested: RouterUnderTest) -> str:
             continue
         adapters, learns = router.adapters(modalities), router.learns(modalities)
         if not (isinstance(order, str) and isinstance(adapters, frozenset) and isinstance(learns, bool)):
-            raise Fault(
-                f"for {name}, order, adapters and learns are {order!r}, {adapters!r} and {learns!r}; return a str, a "
-                "frozenset of names and a bool"
-            )
+            wrong = f"for {name}, order, adapters and learns are {order!r}, {adapters!r} and {learns!r}"
+            raise Fault(f"{wrong}; return a str, a frozenset of names and a bool")
         again = router.order(modalities), router.adapters(modalities), router.learns(modalities)
         if (order, adapters, learns) != again:
             raise Fault(f"for {name}, order, adapters or learns answer otherwise when asked again")
@@ -107,10 +103,8 @@ def adapters_there_are(tested: RouterUnderTest) -> str:
             except RoutingError:
                 continue
             if unknown := named - {adapter}:
-                raise Fault(
-                    f"built with the adapter {adapter} alone, adapters({set(modalities)}) has {sorted(unknown)}; "
-                    "let __init__ raise RoutingError for options that name an adapter that is not there"
-                )
+                wrong = f"built with the adapter {adapter} alone, adapters({set(modalities)}) has {sorted(unknown)}"
+                raise Fault(f"{wrong}; let __init__ raise RoutingError for options that name one that is not there")
         outcomes.append(f"with {adapter} alone it keeps to that")
     return ", ".join(outcomes)
 
@@ -144,12 +138,10 @@ def _check_slices(routing: Routing, num_tokens: int) -> None:
         if len(set(piece.adapters)) < len(piece.adapters) or set(piece.adapters) - set(ROUTED):
             raise Fault(f"slice {number} has the adapters {piece.adapters!r}; name each of {ROUTED} once at most")
         if piece.weights_TE is not None:
-            expected = (piece.stop - piece.start, len(piece.adapters))
-            if piece.weights_TE.shape != expected or not piece.weights_TE.isfinite().all():
-                raise Fault(
-                    f"slice {number} has weights_TE of shape {tuple(piece.weights_TE.shape)}, expected finite ones of "
-                    f"{expected}: a row for each token, a column for each of {piece.adapters!r}"
-                )
+            shape, expected = tuple(piece.weights_TE.shape), (piece.stop - piece.start, len(piece.adapters))
+            if shape != expected or not piece.weights_TE.isfinite().all():
+                wrong = f"slice {number} has weights_TE of shape {shape}, expected finite ones of {expected}"
+                raise Fault(f"{wrong}: a row for each token, a column for each of {piece.adapters!r}")
         place = piece.stop
     if place != num_tokens:
         raise Fault(f"slices end at token {place}, but the pack has {num_tokens}")
@@ -161,10 +153,8 @@ def text_alone(tested: RouterUnderTest) -> str:
     router, nothing = tested.router(), frozenset()
     order, adapters, learns = router.order(nothing), router.adapters(nothing), router.learns(nothing)
     if not isinstance(order, str) or adapters or learns:
-        raise Fault(
-            f"for text alone, order, adapters and learns are {order!r}, {adapters!r} and {learns!r}; they are to be a "
-            "str, an empty frozenset and False"
-        )
+        wrong = f"for text alone, order, adapters and learns are {order!r}, {adapters!r} and {learns!r}"
+        raise Fault(f"{wrong}; they are to be a str, an empty frozenset and False")
     model = tested.model()
     pack = _packed(model, tested.samples(model))
     weights = _adapters_by_token(model, pack)
@@ -183,10 +173,8 @@ def adapters_covers(tested: RouterUnderTest) -> str:
     for id, modalities in zip(pack.ids, pack.modalities, strict=True):
         used = {name for name, taken in zip(ROUTED, weights[id].any(0).tolist(), strict=True) if taken}
         if surplus := used - model.router.adapters(modalities):
-            raise Fault(
-                f"sample {id} runs with {sorted(surplus)}, which adapters({set(modalities)}) leaves out: their "
-                "optimiser would not step"
-            )
+            wrong = f"sample {id} runs with {sorted(surplus)}, which adapters({set(modalities)}) leaves out"
+            raise Fault(f"{wrong}: their optimiser would not step")
     return "every adapter that a sample runs with is in adapters()"
 
 
@@ -201,10 +189,8 @@ def order(tested: RouterUnderTest) -> str:
     blocks = [adapters for adapters, _ in groupby(hard)]
     apart = next((adapters for adapters in blocks if blocks.count(adapters) > 1), None)
     if apart is not None:
-        raise Fault(
-            f"in a pack sorted by `order`, samples that run with {name_of(apart)} are not neighbours; let `order` be "
-            "the same text for sets that run with the same adapters"
-        )
+        wrong = f"in a pack sorted by `order`, samples that run with {name_of(apart)} are not neighbours"
+        raise Fault(f"{wrong}; let `order` be the same text for sets that run with the same adapters")
     return f"{len(pack)} samples make {len(routing.slices)} slices"
 
 
@@ -235,11 +221,9 @@ def _alone_and_together(model: MoLoRA, samples: Sequence[Sample]) -> float:
                 differs = difference(ours, reference)
                 worst = max(worst, differs)
                 if not differs <= TOLERANCE:  # true for NaN too
-                    mode = "training" if model.training else "evaluation"
-                    raise Fault(
-                        f"in {mode} mode, the {what} of sample {sample.id} alone and in a pack of {len(pack)} differ "
-                        f"by {differs:.1e}, allowed {TOLERANCE:.0e}; decide from the sample's own tokens"
-                    )
+                    told = f"in {'training' if model.training else 'evaluation'} mode, the {what} of sample {sample.id}"
+                    wrong = f"{told} alone and in a pack of {len(pack)} differ by {differs:.1e}"
+                    raise Fault(f"{wrong}, allowed {TOLERANCE:.0e}; decide from the sample's own tokens")
     return worst
 
 
@@ -256,10 +240,9 @@ def cache(tested: RouterUnderTest) -> str:
             while len(full) < len(cached):
                 full.append(int(model.logits(_packed(model, [sample.followed_by(full)]))[-1].argmax()))
         if cached != full:
-            raise Fault(
-                f"sample {sample.id} answers {cached} from the cache and {full} in full forwards; what was read from a "
-                "prompt goes into Routing.gates and is taken from pack.gates when that is not None"
-            )
+            wrong = f"sample {sample.id} answers {cached} from the cache and {full} in full forwards"
+            advice = "what is read from a prompt goes into Routing.gates and comes from pack.gates if that is not None"
+            raise Fault(f"{wrong}; {advice}")
     return f"{len(samples)} answers from the cache equal those of full forwards"
 
 
@@ -281,10 +264,8 @@ def learns(tested: RouterUnderTest) -> str:
     for modalities, found in moved.items():
         if bool(found) != (says := tested.router().learns(modalities)):
             which = f"reaches {', '.join(sorted(found))}" if found else "reaches none of the router's parameters"
-            raise Fault(
-                f"learns is {says} for {name_of(modalities)}, but the gradient of such a sample {which}; the router "
-                "takes an optimiser step exactly where learns is True"
-            )
+            wrong = f"learns is {says} for {name_of(modalities)}, but the gradient of such a sample {which}"
+            raise Fault(f"{wrong}; the router takes an optimiser step exactly where learns is True")
     learning = [name_of(modalities) for modalities, found in moved.items() if found]
     return f"gradients reach it from {', '.join(learning)} and nothing else" if learning else "no gradient reaches it"
 
@@ -299,10 +280,9 @@ def saving(tested: RouterUnderTest) -> str:
     first, second = (_decided(each, pack) for each in (model, other))
     for id in pack.ids:
         if not all(map(torch.equal, first[id], second[id])):
-            raise Fault(
-                f"saved and loaded into a new router, sample {id} is decided otherwise; keep what is learned in "
-                "parameters or buffers, and draw nothing at random in evaluation"
-            )
+            wrong = f"saved and loaded into a new router, sample {id} is decided otherwise"
+            advice = "keep what is learned in parameters or buffers, and draw nothing at random in evaluation"
+            raise Fault(f"{wrong}; {advice}")
     return f"{len(saved)} tensors" if saved else "has nothing to save"
 
 
@@ -312,11 +292,9 @@ def recomputing(tested: RouterUnderTest) -> str:
     for name, gradient in plain.items():
         differs = difference(again[name], gradient)
         if not differs <= RECOMPUTED_TOLERANCE:
-            raise Fault(
-                f"with activation checkpointing the gradient of {name} differs by {differs:.1e}, allowed "
-                f"{RECOMPUTED_TOLERANCE:.0e}; a Routing is not to change once it was returned: make new tensors in "
-                "every forward"
-            )
+            wrong = f"with activation checkpointing the gradient of {name} differs by {differs:.1e}"
+            advice = "a Routing is not to change once it was returned: make new tensors in every forward"
+            raise Fault(f"{wrong}, allowed {RECOMPUTED_TOLERANCE:.0e}; {advice}")
     return f"gradients of {len(plain)} tensors are the same"
 
 

@@ -29,17 +29,16 @@ def new_plugin(kind: Literal["modality", "router"], name: str, folder: Path | No
     is written.
     """
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) or len(name) > 64 or keyword.iskeyword(name):
-        raise ConfigError(
-            f"{name!r} cannot name a {kind}; use at most 64 lower-case letters, digits and _, such as heart_rate"
-        )
+        wrong = f"{name!r} cannot name a {kind}"
+        raise ConfigError(f"{wrong}; use at most 64 lower-case letters, digits and _, such as heart_rate")
     title = "".join(word.capitalize() for word in name.split("_"))
     plugin_class = title + kind.capitalize()
     package = f"molora_{name}"
     if folder is None:
-        module, spec = name, f"{name}.py:{plugin_class}"
+        module, spec, source = name, f"{name}.py:{plugin_class}", f"{name}.py"
         files = {f"{name}.py": f"{kind}.py", f"{name}.yaml": f"{kind}.yaml", f"test_{name}.py": "test.py"}
     else:
-        module, spec = package, name
+        module, spec, source = package, name, f"{package}.{name}"
         files = {file: file for file in ("README.md", "setup.cfg", "pyproject.toml")}
         files |= {f"{package}/__init__.py": "__init__.py", f"{package}/{name}.py": f"{kind}.py"}
         files |= {f"{name}.yaml": f"{kind}.yaml", f"tests/test_{name}.py": "test.py"}
@@ -47,19 +46,11 @@ def new_plugin(kind: Literal["modality", "router"], name: str, folder: Path | No
     if there := [str(path) for path in paths if path.exists()]:
         raise ConfigError(f"{', '.join(there)}: there already; nothing is overwritten, so move it or take another name")
     _check_free(kind, name, module)
-    values = {
-        "kind": kind,
-        "name": name,
-        "title": title,
-        "plugin": spec,
-        "plugin_class": plugin_class,
-        "source": f"{name}.py" if folder is None else f"{package}.{name}",
-        "package": None if folder is None else package,
-    }
-    templates = Environment(
-        loader=PackageLoader("molora.plugin_kit"), undefined=StrictUndefined, keep_trailing_newline=True
-    )
-    texts = {path: templates.get_template(f"{template}.j2").render(values) for path, template in paths.items()}
+    given = {"kind": kind, "name": name, "title": title, "plugin": spec, "plugin_class": plugin_class, "source": source}
+    given["package"] = package if folder is not None else ""
+    loader = PackageLoader("molora.plugin_kit")
+    templates = Environment(loader=loader, undefined=StrictUndefined, keep_trailing_newline=True)
+    texts = {path: templates.get_template(f"{template}.j2").render(given) for path, template in paths.items()}
     for path, text in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")

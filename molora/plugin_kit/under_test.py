@@ -25,8 +25,7 @@ from molora.model.molora import MoLoRA
 from molora.pack import Sample
 from molora.routing import name_of
 from molora.seeding import seeded
-from molora.testing.data_workers import prepare
-from molora.testing.side_effects import fingerprint
+from molora.testing.side_effects import fingerprint, prepare
 from molora.testing.tiny import Letters, Numbers, NumbersConfig, byte_tokenizer, tiny_model
 
 # The names under which a modality and its neighbour are tried.
@@ -149,10 +148,8 @@ class RouterUnderTest(UnderTest):
         It is Phi-4-mini's kind, whose rotary frequencies switch while it answers, so prompts are prefilled again.
         """
         modalities = {"audio": Numbers("audio", NumbersConfig()), "vision": Letters("vision", NumbersConfig())}
-        adapters = {
-            name: lora_config({**_RANDOM, "r": r, "target_modules": _TARGETS}, name)
-            for name, r in zip(ROUTED, (2, 3), strict=True)
-        }
+        sized = zip(ROUTED, (2, 3), strict=True)
+        adapters = {name: lora_config({**_RANDOM, "r": r, "target_modules": _TARGETS}, name) for name, r in sized}
         backbone = _backbone("phi4-mini", dtype)
         with seeded(seed, "router"), torch.no_grad():
             router = self.router(width=backbone.width)
@@ -186,8 +183,7 @@ def tiny_molora(plans: Mapping[str, Blueprint], seed: int = SEED) -> tuple[MoLoR
     """A tiny model with these modalities, and its processor."""
     rules = {f"{OWN}+{OTHER}": OWN} if plans.keys() >= {OWN, OTHER} else {}
     router = RouterConfig(options={"rules": rules})
-    backbone = _backbone("llama", max_tokens=MAX_TOKENS)
-    return assemble(backbone, byte_tokenizer(), plans, router, seed=seed)
+    return assemble(_backbone("llama", max_tokens=MAX_TOKENS), byte_tokenizer(), plans, router, seed=seed)
 
 
 @torch.no_grad()
@@ -195,18 +191,15 @@ def logits(model: MoLoRA, processor: Processor, samples: list[Sample]) -> Tensor
     return model.eval().logits(processor.collate(samples))
 
 
-def _backbone(family: str, dtype: torch.dtype = torch.float32, max_tokens: int = 256) -> Backbone:
-    """A tiny backbone, which is probed once."""
-    return _probed(family, dtype, max_tokens, _probe(family, dtype, max_tokens))
-
-
 @cache
 def _probe(family: str, dtype: torch.dtype, max_tokens: int) -> dict[str, Any]:
-    return _probed(family, dtype, max_tokens, None).probe
+    return _backbone(family, dtype, max_tokens, probed=False).probe
 
 
-def _probed(family: str, dtype: torch.dtype, max_tokens: int, probe: dict[str, Any] | None) -> Backbone:
+def _backbone(family: str, dtype: torch.dtype = torch.float32, max_tokens: int = 256, probed: bool = True) -> Backbone:
+    """A tiny backbone, which is probed once."""
     model: Any = tiny_model(family, max_tokens=max_tokens)
+    probe = _probe(family, dtype, max_tokens) if probed else None
     return Backbone(model.to(dtype), Identity("conformance", "", "", "", ""), probe=probe)
 
 

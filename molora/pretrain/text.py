@@ -1,4 +1,4 @@
-"""Documents of text files, and the pieces that they are cut into."""
+"""Text to learn from: its documents, and the pieces that they are cut into."""
 
 from __future__ import annotations
 
@@ -50,10 +50,8 @@ def cut(
 def hold_out(pieces: list[Piece], share: float, seed: int) -> tuple[list[Piece], list[Piece]]:
     """Splits off the pieces that training never sees; at least one on either side."""
     if len(pieces) < 2:
-        raise ConfigError(
-            f"text: {len(pieces)} piece(s) of up to a window cannot be split into training and held-out text; add text "
-            "or lower window_tokens"
-        )
+        wrong = f"text: {len(pieces)} piece(s) of up to a window cannot be split into training and held-out text"
+        raise ConfigError(f"{wrong}; add text or lower window_tokens")
     with seeded(seed, "held out"):
         order = torch.randperm(len(pieces)).tolist()
     count = min(len(pieces) - 1, max(1, round(share * len(pieces))))

@@ -13,16 +13,8 @@ END_OF_TEXT = "<|endoftext|>"
 END_OF_TURN = "<|end|>"
 # In the order of their ids in Phi-4-mini, behind the learned vocabulary. All but the first absorb following whitespace.
 SPECIAL_TOKENS = (
-    END_OF_TEXT,
-    "<|assistant|>",
-    END_OF_TURN,
-    "<|user|>",
-    "<|system|>",
-    "<|tool|>",
-    "<|/tool|>",
-    "<|tool_call|>",
-    "<|/tool_call|>",
-    "<|tool_response|>",
+    *(END_OF_TEXT, "<|assistant|>", END_OF_TURN, "<|user|>", "<|system|>"),
+    *("<|tool|>", "<|/tool|>", "<|tool_call|>", "<|/tool_call|>", "<|tool_response|>"),
 )
 # Phi-4-mini's format: turns back to back, no newlines; a system message may carry a `tools` string.
 CHAT_TEMPLATE = (
@@ -46,33 +38,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> P
     Raises: ConfigError if the text does not support a vocabulary of that size.
     """
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
-        [
-            pre_tokenizers.Split(Regex(WORD_PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(Regex(WORD_PATTERN), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])  # pyright: ignore[reportAttributeAccessIssue]
     backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL_TOKENS),
-        min_frequency=2,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    learned, alphabet = vocab_size - len(SPECIAL_TOKENS), pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=learned, min_frequency=2, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(texts, trainer)
-    backend.add_special_tokens(
-        [AddedToken(token, rstrip=token != END_OF_TEXT, special=True) for token in SPECIAL_TOKENS]
-    )
-    if backend.get_vocab_size() != vocab_size:
-        raise ConfigError(
-            f"vocab_size {vocab_size} is too large for the text: pairs that occur twice or more "
-            f"give {backend.get_vocab_size()} tokens; lower vocab_size or add text"
-        )
+    special = [AddedToken(token, rstrip=token != END_OF_TEXT, special=True) for token in SPECIAL_TOKENS]
+    backend.add_special_tokens(special)
+    if (size := backend.get_vocab_size()) != vocab_size:
+        wrong = f"vocab_size {vocab_size} is too large for the text: pairs that occur twice or more give {size} tokens"
+        raise ConfigError(f"{wrong}; lower vocab_size or add text")
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT),
         chat_template=CHAT_TEMPLATE,
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,

@@ -1,21 +1,17 @@
-"""Windows of packed documents, epoch by epoch.
+"""Windows of packed pieces.
 
 Letters: B windows in a step, T tokens in a window.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from molora.config import ConfigError
-from molora.pretrain.config import PretrainConfig
 from molora.pretrain.text import Piece
-from molora.seeding import seeded
 
 # Windows that still take documents while packing; more of them waste fewer positions.
 _OPEN_WINDOWS = 16
@@ -27,25 +23,6 @@ class Batch(NamedTuple):
     token_ids_BT: Tensor
     position_ids_BT: Tensor
     predicted_BT: Tensor
-
-
-def batches(pieces: Sequence[Piece], config: PretrainConfig) -> Iterator[Batch]:
-    """Steps without end; every epoch packs the pieces anew in another order and leaves out what does not fill a step.
-
-    Raises: ConfigError if the text does not fill one step.
-    """
-    lengths = [len(piece) for piece in pieces]
-    for epoch in itertools.count():
-        with seeded(config.seed, "epoch", epoch):
-            order = torch.randperm(len(pieces)).tolist()
-        windows = pack(lengths, order, config.window_tokens)
-        if len(windows) < config.windows_per_step:
-            raise ConfigError(
-                f"{', '.join(config.text)}: the text fills {len(windows)} windows of {config.window_tokens} tokens, a "
-                f"step takes {config.windows_per_step}; add text or lower windows_per_step or window_tokens"
-            )
-        for start in range(0, len(windows) - config.windows_per_step + 1, config.windows_per_step):
-            yield collate(pieces, windows[start : start + config.windows_per_step], config.window_tokens)
 
 
 def pack(lengths: Sequence[int], order: Iterable[int], window_tokens: int) -> list[list[int]]:

@@ -1,16 +1,35 @@
-"""What code changes beside what it should: fingerprints of values, and the state that a whole process shares."""
+"""What code does beside what it should: fingerprints of values, the state that a whole process shares, and a modality
+plugin at work in other processes, as data workers hold one.
+
+This file imports nothing that a plugin must not, so that it can tell what importing the plugin brings with it.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import pickle
 import random
-from collections.abc import Callable, Mapping
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, are_deterministic_algorithms_enabled, use_deterministic_algorithms
+from torch.backends import cudnn
+from torch.utils.data import DataLoader, Dataset
+
+from molora.modality import Modality, Prepared
+from molora.plugins import resolve
+
+# What only training and inference need; a data worker that loads it starts late and holds much.
+MODEL_FILES = ("molora.model.backbone", "molora.model.molora")
+
+_TIMEOUT_SECONDS = 180
 
 
 def fingerprint(value: Any) -> str:
@@ -57,29 +76,21 @@ GENERATORS: _State = {
     "the state of numpy's global generator": (np.random.get_state, np.random.set_state),
     "the state of Python's global generator": (random.getstate, random.setstate),
 }
-SETTINGS: _State = {
+_SHARED: _State = {
     "the default dtype": (torch.get_default_dtype, torch.set_default_dtype),
     "the number of threads": (torch.get_num_threads, torch.set_num_threads),
     "the grad mode": (torch.is_grad_enabled, torch.set_grad_enabled),
-    "the choice of deterministic algorithms": (
-        torch.are_deterministic_algorithms_enabled,
-        torch.use_deterministic_algorithms,
-    ),
+    "the choice of deterministic algorithms": (are_deterministic_algorithms_enabled, use_deterministic_algorithms),
     "the precision of matrix products": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
-    "cudnn.deterministic": (
-        lambda: torch.backends.cudnn.deterministic,
-        lambda value: setattr(torch.backends.cudnn, "deterministic", value),
-    ),
-    "cudnn.benchmark": (
-        lambda: torch.backends.cudnn.benchmark,
-        lambda value: setattr(torch.backends.cudnn, "benchmark", value),
-    ),
+    "cudnn.deterministic": (lambda: cudnn.deterministic, lambda value: setattr(cudnn, "deterministic", value)),
+    "cudnn.benchmark": (lambda: cudnn.benchmark, lambda value: setattr(cudnn, "benchmark", value)),
+    **GENERATORS,
 }
 
 
 def shared_state() -> dict[str, Any]:
     """The settings and generators that everything in this process shares, by what they are called in messages."""
-    return {name: read() for name, (read, _) in {**SETTINGS, **GENERATORS}.items()}
+    return {name: read() for name, (read, _) in _SHARED.items()}
 
 
 def put_back(before: Mapping[str, Any]) -> list[str]:
@@ -87,7 +98,7 @@ def put_back(before: Mapping[str, Any]) -> list[str]:
     now = shared_state()
     changed = [name for name in before if fingerprint(now[name]) != fingerprint(before[name])]
     for name in changed:
-        {**SETTINGS, **GENERATORS}[name][1](before[name])
+        _SHARED[name][1](before[name])
     return changed
 
 
@@ -96,3 +107,61 @@ def scramble(seed: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
+
+
+def prepare(modality: Modality, part: Mapping[str, Any], seed: int | None) -> Prepared:
+    """A part as a worker prepares it; `seed` drives augmentation, None means none."""
+    return modality.prepare(modality.load(part), None if seed is None else torch.Generator().manual_seed(seed))
+
+
+class Parts(Dataset[Prepared]):
+    """The parts of a worker, prepared without augmentation at even places and with it at odd ones."""
+
+    def __init__(self, modality: Modality, parts: Sequence[Mapping[str, Any]], seed: int) -> None:
+        self.modality, self.parts, self.seed = modality, parts, seed
+
+    def __len__(self) -> int:
+        return 2 * len(self.parts)
+
+    def __getitem__(self, index: int) -> Prepared:
+        return prepare(self.modality, self.parts[index // 2], self.seed if index % 2 else None)
+
+
+def forked(parts: Parts) -> list[Prepared]:
+    """Parts as a forked data worker prepares them. Raises what the plugin raises there."""
+    worker: dict[str, Any] = {"num_workers": 1, "multiprocessing_context": "fork", "timeout": _TIMEOUT_SECONDS}
+    (prepared,) = DataLoader(parts, batch_size=len(parts), collate_fn=list, **worker)
+    return prepared
+
+
+def spawned(parts: Parts, spec: str, folder: Path) -> tuple[list[Prepared], list[str]]:
+    """Parts as a worker prepares them that starts from nothing, as spawned ones do, and the model files that importing
+    the plugin brought with it. Raises RuntimeError with the error of the plugin.
+
+    It is a program of its own, and not multiprocessing's, which would run the caller's main module again.
+    """
+    order, result = folder / "order.pickle", folder / "result.pickle"
+    order.write_bytes(pickle.dumps((spec, pickle.dumps(parts))))
+    done = subprocess.run(
+        [sys.executable, "-m", __name__, str(order), str(result)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=_TIMEOUT_SECONDS,
+    )
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1])
+    return pickle.loads(result.read_bytes())
+
+
+def _work(order: Path, result: Path) -> None:
+    torch.set_num_threads(1)  # as in a data worker
+    spec, pickled = pickle.loads(order.read_bytes())
+    resolve("modality", spec)  # a class of a file unpickles only where that file has been imported
+    imported = [name for name in MODEL_FILES if name in sys.modules]
+    parts = pickle.loads(pickled)
+    result.write_bytes(pickle.dumps(([parts[index] for index in range(len(parts))], imported)))
+
+
+if __name__ == "__main__":
+    _work(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -50,6 +50,7 @@ def _family(name: str) -> tuple[str, dict[str, Any]]:
     windows = {**heads, "sliding_window": WINDOW}
     layers = {"layer_types": ["sliding_attention", "full_attention"]}
     experts = {"num_local_experts": 4}
+    plain = {"rope_type": "default", "rope_theta": 1e4}
     dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     mini = {"rope_parameters": _longrope(6, partial_rotary_factor=0.75), "tie_word_embeddings": True}
     moe = {"rope_parameters": _longrope(8, short_mscale=1.1, long_mscale=1.3), "num_experts_per_tok": 2}
@@ -64,10 +65,7 @@ def _family(name: str) -> tuple[str, dict[str, Any]]:
         "phi4-mini": ("Phi3", {**mini, "original_max_position_embeddings": ROPE_SWITCH}),
         "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0], "no_rope_layer_interval": 2}),
         "phimoe": ("Phimoe", {**experts, **moe}),
-        "gpt-oss": (
-            "GptOss",
-            {**windows, **layers, **experts, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
-        ),
+        "gpt-oss": ("GptOss", {**windows, **layers, **experts, "rope_parameters": plain}),
         "granite": ("Granite", {"embedding_multiplier": 12.0, "logits_scaling": 3.0}),
         "bloom": ("Bloom", {"n_layer": 2, "n_head": 4}),
         "falcon": ("Falcon", {}),
@@ -93,9 +91,7 @@ def tiny_model(family: str, seed: int = 0, max_tokens: int = MAX_TOKENS) -> PreT
         "max_position_embeddings": max_tokens,
         # Large enough for attention to matter: at 0.02 a broken mask would hide in the rounding.
         "initializer_range": 0.1,
-        "bos_token_id": 256,
-        "eos_token_id": 256,
-        "pad_token_id": 256,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 256),
     }
     if family in ("bloom", "falcon", "mamba"):
         shape = {key: shape[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
@@ -148,9 +144,8 @@ class Numbers:
     def load(self, part: Mapping[str, Any]) -> list[float]:
         numbers = _given(part, "numbers")
         if not (isinstance(numbers, list) and numbers and all(isinstance(n, (int, float)) for n in numbers)):
-            raise MediaError(
-                f"numbers part {dict(part)!r}: no numbers; give {{'type': 'numbers', 'numbers': [1.0, …]}}"
-            )
+            wrong = f"numbers part {dict(part)!r}: no numbers"
+            raise MediaError(f"{wrong}; give {{'type': 'numbers', 'numbers': [1.0, …]}}")
         return list(numbers)
 
     def prepare(self, item: list[float], generator: torch.Generator | None = None) -> Prepared:

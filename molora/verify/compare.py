@@ -22,8 +22,7 @@ from molora.pack import Sample, collate
 from molora.received import file_hash
 from molora.routing import name_of
 from molora.terminal import Finding
-from molora.verify.promises import show
-from molora.verify.samples import examples, routed
+from molora.verify.promises import examples, routed, show
 
 NUM_SAMPLES = 200
 _SAMPLES_PER_PACK = 8

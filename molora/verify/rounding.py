@@ -6,7 +6,7 @@ Letters: T tokens of a sample, D backbone width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,10 +31,8 @@ class Precision:
     reason: str
     fp32: bool = False
 
-    @contextmanager
-    def of(self, model: PreTrainedModel) -> Iterator[None]:
-        with in_fp32(model) if self.fp32 else nullcontext():
-            yield
+    def of(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        return in_fp32(model) if self.fp32 else nullcontext()
 
     def check(self, promise: str, found: str, difference: float) -> Finding:
         return Finding(promise, f"{found} by {difference:.1e}{self.told} ({self.reason})", difference <= self.tolerance)
@@ -106,18 +104,14 @@ def in_fp32(model: PreTrainedModel) -> Iterator[None]:
     layers = decoder_layers(model)
     hooks = [layer.register_forward_pre_hook(before) for layer in layers]
     hooks += [layer.register_forward_hook(after, always_call=True) for layer in layers]
-    undo_rest = _cast(_outside(model))
+    inside = {id(tensor) for layer in layers for tensor in _tensors(layer)}
+    undo_rest = _cast(tensor for tensor in _tensors(model) if id(tensor) not in inside)
     try:
         yield
     finally:
         undo_rest()
         for hook in hooks:
             hook.remove()
-
-
-def _outside(model: nn.Module) -> list[Tensor]:
-    inside = {id(tensor) for layer in decoder_layers(model) for tensor in _tensors(layer)}  # pyright: ignore[reportArgumentType]
-    return [tensor for tensor in _tensors(model) if id(tensor) not in inside]
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

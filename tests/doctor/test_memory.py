@@ -27,12 +27,18 @@ from molora.cli.commands import app
 from molora.config import dump
 from molora.data.processor import Processor
 from molora.data.sources import EncodedSamples, SourceConfig
-from molora.doctor.answering import AnsweringConfig, answering_needs, cached_positions
 from molora.doctor.dry_run import on_meta
 from molora.doctor.memory import Device, main, show
-from molora.doctor.needs import MemoryNeeds, Moment, Need
-from molora.doctor.samples import full_pack
-from molora.doctor.training import training_needs
+from molora.doctor.needs import (
+    AnsweringConfig,
+    MemoryNeeds,
+    Moment,
+    Need,
+    answering_needs,
+    cached_positions,
+    full_pack,
+    training_needs,
+)
 from molora.evaluate.judge import EvaluationConfig
 from molora.inference.generate import GenerationConfig, generate
 from molora.inference.load import load

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from accelerate.state import AcceleratorState
 
-from molora.plugin_kit import modality_items
+from molora.plugin_kit import modality_clauses
 from molora.plugin_kit.check import MODALITY, check_modality
 from molora.plugin_kit.clauses import clauses_of
 from molora.plugins import resolve
@@ -154,7 +154,7 @@ def test_a_broken_plugin_fails_the_check_meant_for_it(
     name: str, check: str, words: str, also: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if name == "LoadsForever":  # as long as anyone here wants to wait for it
-        monkeypatch.setattr(modality_items, "LOAD_SECONDS", 0.05)
+        monkeypatch.setattr(modality_clauses, "LOAD_SECONDS", 0.05)
     before = fingerprint(shared_state())
     findings = by_check(check_modality(spec(name)))
     assert {found.what for found in findings.values() if found.ok is False} == {check, *also}

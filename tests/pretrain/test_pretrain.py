@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3ForCausalLM, P
 from molora.config import ConfigError, build
 from molora.interrupt import Stopped
 from molora.pretrain import loop as module
-from molora.pretrain.config import PretrainConfig
-from molora.pretrain.loop import long_factors, pretrain
+from molora.pretrain.loop import PretrainConfig, long_factors, pretrain
 from molora.pretrain.text import Document, Piece, contents, cut, read_documents
 from molora.pretrain.tokenizer import SPECIAL_TOKENS, train_tokenizer
 from molora.pretrain.windows import collate, pack

@@ -31,7 +31,7 @@ from molora.testing import save_backbone
 from molora.train.loop import train
 from molora.train.recipe import Recipe
 from molora.verify.compare import NUM_SAMPLES, compare_files, compare_logits, compare_models
-from molora.verify.samples import examples, routed
+from molora.verify.promises import examples, routed
 
 pytest.importorskip("torchaudio")
 

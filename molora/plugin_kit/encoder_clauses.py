@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,10 +33,8 @@ def encoder(tested: ModalityUnderTest) -> str:
             raise Fault(f"{where} {type(frames).__name__}; return molora.modality.Frames")
         frames_SC = frames.frames_SC
         if frames_SC.ndim != 2 or frames_SC.shape[1] != width:
-            raise Fault(
-                f"{where} frames of shape {tuple(frames_SC.shape)}; they are 2-D, all items end to end, and the "
-                f"encoder's width {width} wide"
-            )
+            wrong = f"{where} frames of shape {tuple(frames_SC.shape)}"
+            raise Fault(f"{wrong}; they are 2-D, all items end to end, and the encoder's width {width} wide")
         if frames_SC.device != device:
             raise Fault(f"{where} frames on {frames_SC.device}, but its weights are on {device}; keep them there")
         if frames_SC.dtype != torch.float32:
@@ -49,22 +46,20 @@ def encoder(tested: ModalityUnderTest) -> str:
 
 @clause("tokens equal frames", "encoder")
 def tokens_equal_frames(tested: ModalityUnderTest) -> str:
-    batches = {f"part {index} alone": [index] for index in tested.every}
-    for name, order in {**batches, **tested.batches()}.items():
+    batches = {f"part {index} alone": [index] for index in tested.every} | tested.batches()
+    for name, order in batches.items():
         _check_lengths(tested, [tested.prepared[index] for index in order], name)
     drawn = [tested.prepare(tested.make(), index, SEED) for index in tested.every]
     _check_lengths(tested, drawn, "all parts, augmented")
     return "as many frames as tokens, alone and in batches, in order"
 
 
-def _check_lengths(tested: ModalityUnderTest, prepared: Sequence[Prepared], name: str) -> None:
+def _check_lengths(tested: ModalityUnderTest, prepared: list[Prepared], name: str) -> None:
     frames = tested.encode(tested.encoder, prepared)
     num_tokens = tuple(one.num_tokens for one in prepared)
     if frames.lengths != num_tokens:
-        raise Fault(
-            f"{name}: num_tokens of prepare is {num_tokens}, but lengths of forward's Frames is {frames.lengths!r}; "
-            "the two are equal tuples, item by item, for every batch"
-        )
+        wrong = f"{name}: num_tokens of prepare is {num_tokens}, but lengths of forward's Frames is {frames.lengths!r}"
+        raise Fault(f"{wrong}; the two are equal tuples, item by item, for every batch")
     if (rows := len(frames.frames_SC)) != sum(num_tokens):
         raise Fault(f"{name}: forward gives {rows} rows of frames, its lengths add up to {sum(num_tokens)}")
 
@@ -104,15 +99,11 @@ def batch_invariance_in_training(tested: ModalityUnderTest) -> str:
         with seeded(seed):
             runs.append(tested.encode(encoder, tested.prepared).frames_SC)
     if changed := [name for name, buffer in encoder.named_buffers() if fingerprint(buffer) != buffers[name]]:
-        raise Fault(
-            f"forward in train mode changes {some(changed)}: no statistics over batches; use LayerNorm or "
-            "GroupNorm, or hold BatchNorm in eval mode by overriding train"
-        )
+        wrong = f"forward in train mode changes {some(changed)}: no statistics over batches"
+        raise Fault(f"{wrong}; use LayerNorm or GroupNorm, or hold BatchNorm in eval mode by overriding train")
     if not torch.equal(*runs):
-        raise Undecided(
-            "cannot tell: forward in train mode draws numbers other than those of nn.Dropout modules; use nn.Dropout "
-            "modules to have this checked"
-        )
+        wrong = "cannot tell: forward in train mode draws numbers other than those of nn.Dropout modules"
+        raise Undecided(f"{wrong}; use nn.Dropout modules to have this checked")
     return _alone_and_in_batches(tested, encoder, "in train mode")
 
 

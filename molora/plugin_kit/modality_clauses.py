@@ -1,24 +1,98 @@
-"""Clauses about a modality's parts and items: load, prepare, collate, and the examples that it gives."""
+"""Clauses about a modality by itself: its class (members, options, name, projectors), its parts and its items."""
 
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import random
+import re
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from molora.modality import MediaError, Prepared
+from molora.checkpoint.assembly import Blueprint
+from molora.config import ConfigError, build
+from molora.modality import MediaError, Modality, Prepared
+from molora.plugin_kit.catalogue import modalities
 from molora.plugin_kit.clauses import Fault, clause, kept, some, words_of
-from molora.plugin_kit.under_test import SEED, ModalityUnderTest
+from molora.plugin_kit.under_test import OTHER, OWN, SEED, ModalityUnderTest, tiny_molora
+from molora.plugins import available, resolve
 from molora.testing.side_effects import GENERATORS, fingerprint, put_back, scramble, shared_state
 
 # Decoding a part should take a moment; a worker that takes this long starves every training.
 LOAD_SECONDS = 10.0
+
+
+@clause("members")
+def members(tested: ModalityUnderTest) -> str:
+    tested.plugin = resolve("modality", tested.spec)
+    return f"{tested.plugin.__name__} has every member of the contract"
+
+
+@clause("config", "members")
+def config(tested: ModalityUnderTest) -> str:
+    config_type = tested.plugin.config_type
+    name = getattr(config_type, "__name__", repr(config_type))
+    if not (isinstance(config_type, type) and is_dataclass(config_type)):
+        raise Fault(f"{name} is no dataclass; add @dataclass: recipes read `options` into the fields of config_type")
+    tested.config = build(config_type, tested.options, "options")
+    try:
+        again = build(config_type, json.loads(json.dumps(asdict(tested.config))), "modality.json")
+    except (ConfigError, TypeError) as error:
+        wrong = f"{name} does not survive being saved as JSON and read again ({error})"
+        advice = "give it fields of plain values, lists, mappings and dataclasses, all of them in __init__"
+        raise Fault(f"{wrong}; {advice}") from error
+    if fingerprint(again) != fingerprint(tested.config):
+        wrong = f"{name} saved as JSON and read again is {again!r}, was {tested.config!r}"
+        raise Fault(f"{wrong}; let __post_init__ leave the fields as they are, or do nothing the second time")
+    return f"{name} survives saving and reading, {len(fields(config_type))} fields"
+
+
+@clause("name and part type", "config")
+def name_and_part_type(tested: ModalityUnderTest) -> str:
+    modality = tested.make()
+    if not isinstance(modality, Modality):
+        raise Fault("an instance lacks name or config; __init__(self, name, config) keeps both")
+    if modality.name != OWN or fingerprint(modality.config) != fingerprint(tested.config):
+        wrong = f"built with name {OWN!r} and its config, an instance has name {modality.name!r}"
+        raise Fault(f"{wrong} and config {modality.config!r}; __init__(self, name, config) keeps both as they are")
+    part_type = modality.part_type
+    if not isinstance(part_type, str) or part_type in ("", "text"):
+        raise Fault(f"part_type is {part_type!r}; name a content part such as 'image', not 'text', the tokenizer's")
+    twin = Blueprint(tested.spec, tested.plugin("twin", tested.config), None)
+    try:
+        tiny_molora({OWN: tested.blueprint(), "twin": twin})
+    except ConfigError:
+        told = f"answers to parts of type {part_type!r}"
+        named = [entry.name for entry in modalities() if entry.columns[:1] == (part_type,)]
+        others = " and ".join(repr(name) for name in named if resolve("modality", name) is not tested.plugin)
+        return f"{told}, and so does {others}: the two cannot be used together" if others else told
+    wrong = f"two of it went into one model, under the part types {part_type!r} and {twin.modality.part_type!r}"
+    raise Fault(f"{wrong}; part_type is an attribute of the class, the same for every name")
+
+
+@clause("projectors", "name and part type")
+def projectors(tested: ModalityUnderTest) -> str:
+    modality = tested.make()
+    names = modality.projectors()
+    if not (isinstance(names, tuple) and names and all(isinstance(name, str) and name for name in names)):
+        raise Fault(f"projectors() is {names!r}; return a tuple of at least one name, such as ('default',)")
+    if len(set(names)) < len(names) or any("." in name for name in names):
+        raise Fault(f"projectors() is {names!r}; names are different from each other and hold no dot")
+    # Neighbours that the options mention are those that projector() can know.
+    mentioned = re.findall(r'"((?:[^"\\]|\\.)*)"', json.dumps(asdict(tested.config), ensure_ascii=False))
+    others = sorted({OTHER, *(plugin.name for plugin in available("modality")), *mentioned})
+    companies = [frozenset({OWN, *beside}) for beside in ((), others, *((name,) for name in others))]
+    for company in companies:
+        if (name := modality.projector(company)) not in names:
+            wrong = f"projector of {sorted(company)} is {name!r}, but projectors() has {names!r}"
+            raise Fault(f"{wrong}: name every projector there, and return one of them for every company")
+    return f"{', '.join(names)}; tried in {len(companies)} companies"
 
 
 @clause("examples", "name and part type")
@@ -59,10 +133,8 @@ def load(tested: ModalityUnderTest) -> str:
             raise Fault(f"load refuses part {index}, which it should take: {error}") from error
         slowest = max(slowest, time.monotonic() - started)
         if slowest > LOAD_SECONDS:
-            raise Fault(
-                f"load took {slowest:.1f} seconds for part {index}, and {LOAD_SECONDS:g} is the most; prepare the data "
-                "beforehand, or do less in load"
-            )
+            wrong = f"load took {slowest:.1f} seconds for part {index}, and {LOAD_SECONDS:g} is the most"
+            raise Fault(f"{wrong}; prepare the data beforehand, or do less in load")
     return f"{len(tested.parts)} parts, the slowest in {slowest:.3f} seconds"
 
 
@@ -151,16 +223,12 @@ def prepare(tested: ModalityUnderTest) -> str:
             if not isinstance(one, Prepared):
                 raise Fault(f"prepare gives {type(one).__name__} for part {index}; return molora.modality.Prepared")
             if type(one.num_tokens) is not int or one.num_tokens < 1:
-                raise Fault(
-                    f"num_tokens of prepare is {one.num_tokens!r} for part {index}; it is an int of at least 1, the "
-                    "number of frames that the encoder will give"
-                )
+                wrong = f"num_tokens of prepare is {one.num_tokens!r} for part {index}"
+                raise Fault(f"{wrong}; it is an int of at least 1, the number of frames that the encoder will give")
             for name, tensor in one.tensors.items():
                 if not isinstance(tensor, Tensor) or tensor.device.type != "cpu" or tensor.requires_grad:
-                    raise Fault(
-                        f"prepare gives {tensor!r:.60} as {name!r} for part {index}; give tensors on the CPU that "
-                        "require no gradient"
-                    )
+                    wrong = f"prepare gives {tensor!r:.60} as {name!r} for part {index}"
+                    raise Fault(f"{wrong}; give tensors on the CPU that require no gradient")
         tested.prepared.append(one)
     return f"{' + '.join(str(one.num_tokens) for one in tested.prepared)} tokens"
 
@@ -178,10 +246,8 @@ def randomness(tested: ModalityUnderTest) -> str:
                 if drawn := [name for name in put_back(before) if name in GENERATORS]:
                     raise Fault(f"prepare changes {some(drawn)}; draw from its argument `generator` alone")
             if len(results) > 1:
-                raise Fault(
-                    f"prepare gives different tensors for part {index} {how}; draw from its argument `generator` "
-                    "alone, and not at all if that is None"
-                )
+                wrong = f"prepare gives different tensors for part {index} {how}"
+                raise Fault(f"{wrong}; draw from its argument `generator` alone, and not at all if that is None")
     return "draws from the generator it is given, and from nothing else"
 
 
@@ -221,10 +287,8 @@ def order_of_calls(tested: ModalityUnderTest) -> str:
     modality = tested.make()
     for index in (*tested.every, *reversed(tested.every), *tested.every):
         if fingerprint(tested.prepare(modality, index)) != first[index]:
-            raise Fault(
-                f"load and prepare give other tensors for part {index} after other parts than in a new instance: "
-                "keep nothing from one call to the next, except caches that change no result"
-            )
+            wrong = f"load and prepare give other tensors for part {index} after other parts than in a new instance"
+            raise Fault(f"{wrong}: keep nothing from one call to the next, except caches that change no result")
     return "what load and prepare give does not depend on earlier calls"
 
 
@@ -249,13 +313,10 @@ def weightless(tested: ModalityUnderTest) -> str:
     try:
         pickler.dump(modality)
     except Exception as error:
-        raise Fault(
-            f"cannot be pickled ({words_of(error)}), but data workers get a copy: keep lambdas, locks and open files "
-            "out of the instance, and make them inside load or prepare"
-        ) from error
+        wrong = f"cannot be pickled ({words_of(error)}), but data workers get a copy"
+        advice = "keep lambdas, locks and open files out of the instance, and make them inside load or prepare"
+        raise Fault(f"{wrong}: {advice}") from error
     if pickler.weights:
-        raise Fault(
-            f"holds weights ({some(sorted(pickler.weights))}), which every data worker would copy: make networks in "
-            "build_encoder, and compute without them in load and prepare"
-        )
+        wrong = f"holds weights ({some(sorted(pickler.weights))}), which every data worker would copy"
+        raise Fault(f"{wrong}: make networks in build_encoder, and compute without them in load and prepare")
     return "pickles, and holds no weights"
