@@ -172,7 +172,6 @@ def _build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> 
     scale = config.max_position_embeddings / config.original_max_position_embeddings
     num_frequencies = int(config.width // config.heads * _ROTATED_SHARE) // 2
     end_of_turn, end_of_text = (tokenizer.vocab[token] for token in (END_OF_TURN, END_OF_TEXT))
-    ends = {"bos_token_id": end_of_text, "pad_token_id": end_of_text}
     phi = Phi3Config(
         vocab_size=config.vocab_size,
         hidden_size=config.width,
@@ -194,8 +193,9 @@ def _build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> 
         # Near Phi-4-mini's 0.02 at its width; a narrow model drawn with 0.02 attends too evenly to learn fast.
         initializer_range=config.width**-0.5,
         tie_word_embeddings=True,
+        bos_token_id=end_of_text,
         eos_token_id=end_of_text,
-        **ends,
+        pad_token_id=end_of_text,
     )
     with seeded(config.seed, "weights"):
         model = Phi3ForCausalLM(phi)
