@@ -5,8 +5,6 @@ Letters: L samples, S frames, W samples of a frame, K bins of the Fourier transf
 Source: the speech features of microsoft/Phi-4-multimodal-instruct (processing_phi4mm.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -55,10 +53,8 @@ def log_mel(waves: Sequence[Tensor], *, narrowband: bool = False) -> Tensor:
 
 
 def _features(row_L: Tensor, frame: int, hop: int, fft: int) -> Tensor:
-    """Pre-emphasis inside the frame, window, power spectrum, mel bins, logarithm; returns (S, M).
-
-    Window and full scale are one factor for each sample. A frame's first sample is its own predecessor.
-    """
+    """Pre-emphasis inside the frame, window, power spectrum, mel bins, logarithm; returns (S, M). Window and full scale
+    are one factor for each sample. A frame's first sample is its own predecessor."""
     frames_SW = row_L.unfold(0, frame, hop)
     window_W = _window_W(frame, row_L.device)
     emphasised_SW = frames_SW * window_W

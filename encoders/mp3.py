@@ -3,8 +3,6 @@
 libsndfile guesses the length of an MP3 that does not say it, and so cuts it or reads on. So frames are counted here.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 

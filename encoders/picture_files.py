@@ -5,8 +5,6 @@ profiles, tags), since PIL reads them in ways that a small file can make long or
 be raised for the sake of honest files either. Sizes are looked at before pixels are decoded.
 """
 
-from __future__ import annotations
-
 import io
 import re
 import struct

@@ -1,7 +1,5 @@
 """Pictures of content parts as upright 8-bit RGB."""
 
-from __future__ import annotations
-
 import threading
 import warnings
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Pretrained encoders: their options, and their files, fetched from the Hugging Face hub or read from a folder."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -79,11 +77,9 @@ def weight_files(folder: Path, name: str = "model.safetensors") -> list[Path]:
 def read_weights(
     source: Path, name: str = "model.safetensors", prefixes: Sequence[str] = ("",), unused: tuple[str, ...] = ()
 ) -> dict[str, Tensor]:
-    """The tensors of a weights file, or of the safetensors files of a folder. A pickle is read only if it is named.
-
-    Of `prefixes`, the first that names begin with is taken off, and what does not begin with it is left out, as is what
-    then begins with one of `unused`.
-    """
+    """The tensors of a weights file, or of the safetensors files of a folder. A pickle is read only if it is named. Of
+    `prefixes`, the first that names begin with is taken off, and what does not begin with it is left out, as is what
+    then begins with one of `unused`."""
     from safetensors.torch import load_file
 
     state: dict[str, Tensor] = {}

@@ -3,8 +3,6 @@
 Letters: L samples, C channels, O samples that one step of the resampler makes, K samples that each is made of.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import numbers

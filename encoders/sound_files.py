@@ -4,8 +4,6 @@ libsndfile decodes the first of several sounds that were joined end to end, and 
 in. So files are cut where another sound begins, and headers say what is there. Everything else stays as it is.
 """
 
-from __future__ import annotations
-
 import re
 from itertools import islice
 

@@ -168,10 +168,8 @@ class Vision:
 
     def prepare(self, item: Image.Image, generator: torch.Generator | None = None) -> Prepared:
         """Cuts a picture into `crops_BCHW` (uint8) and `layout_4`: rows and columns of crops, then of valid patches.
-
         The encoder makes the global view, from the same pixels. No augmentation, so `generator` is not used. Raises
-        MediaError for a picture that is too long and thin.
-        """
+        MediaError for a picture that is too long and thin."""
         crop, layout = self.config.crop_pixels, lay_out(*item.size, self.config)
         picture = Image.new("RGB", (layout.columns * crop, layout.rows * crop), "white")
         picture.paste(item.resize((layout.width, layout.height), Image.Resampling.BILINEAR))
@@ -216,10 +214,8 @@ class Vision:
 
 
 class VisionEncoder(Encoder):
-    """Crops of several pictures to packed frames, in the reference's order: crops, separator, global view.
-
-    The tower's BatchNorm, if it has any, never sees batch statistics.
-    """
+    """Crops of several pictures to packed frames, in the reference's order: crops, separator, global view. The tower's
+    BatchNorm, if it has any, never sees batch statistics."""
 
     mean_C11: Tensor
     std_C11: Tensor

@@ -1,7 +1,5 @@
 """Mixture-of-LoRAs multimodal models: a frozen language model gains senses."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

@@ -3,8 +3,6 @@
 Letters: S frames, C encoder width, I items.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -19,10 +17,8 @@ class MediaError(ValueError):
 
 @dataclass(frozen=True)
 class Prepared:
-    """One item, decoded and ready for its encoder.
-
-    `num_tokens` is exact: the number of backbone positions the prompt reserves for this item, known without weights.
-    """
+    """One item, decoded and ready for its encoder. `num_tokens` is exact: the number of backbone positions the prompt
+    reserves for this item, known without weights."""
 
     tensors: dict[str, Tensor]
     num_tokens: int
@@ -47,10 +43,8 @@ class Origin:
 @dataclass(frozen=True, kw_only=True)
 class WeightSource:
     """Options that say where pretrained weights come from: a hub id (`name`, at a `revision`) or a local `path`.
-
     Whoever opens a modality folder finds them among its options: a `path` is refused, and what is fetched from the hub
-    has to be named by its commit.
-    """
+    has to be named by its commit."""
 
     name: str | None = None
     path: str | None = None
@@ -64,12 +58,9 @@ class WeightSource:
 
 
 class Encoder(nn.Module):
-    """Items of one modality to packed frames.
-
-    An encoder is batch-invariant: an item's frames do not depend on the other items of the call, so it uses no batch
-    statistics in training. `width` is C. `origin` is set only when the weights are pretrained and can be fetched again
-    by revision.
-    """
+    """Items of one modality to packed frames. An encoder is batch-invariant: an item's frames do not depend on the
+    other items of the call, so it uses no batch statistics in training. `width` is C. `origin` is set only when the
+    weights are pretrained and can be fetched again by revision."""
 
     width: int
     origin: Origin | None = None
@@ -79,21 +70,17 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
     def saved_config(self, with_weights: bool) -> Any:
-        """The modality's config to save with this encoder; None for the one it was built from.
-
-        With its weights saved beside it, the config should build the same modules from nothing outside itself; without
-        them, it should name exactly the weights of `origin`.
-        """
+        """The modality's config to save with this encoder; None for the one it was built from. With its weights saved
+        beside it, the config should build the same modules from nothing outside itself; without them, it should name
+        exactly the weights of `origin`."""
         return None
 
 
 @runtime_checkable
 class Modality(Protocol):
-    """A kind of input that is not text. Weightless and picklable, so that data workers can hold one.
-
-    `config_type` is a dataclass; a recipe's `options` are read into it, and the plugin is built as
-    `Plugin(name, config)`. `part_type` is the content part it answers to, such as "image".
-    """
+    """A kind of input that is not text. Weightless and picklable, so that data workers can hold one. `config_type` is a
+    dataclass; a recipe's `options` are read into it, and the plugin is built as `Plugin(name, config)`. `part_type` is
+    the content part it answers to, such as "image"."""
 
     config_type: ClassVar[type]
     part_type: ClassVar[str]
@@ -113,10 +100,8 @@ class Modality(Protocol):
         ...
 
     def build_encoder(self) -> Encoder:
-        """Makes the encoder, with pretrained weights if the config names some.
-
-        Under `torch.device("meta")` it makes the same modules, and fetches and reads no weights.
-        """
+        """Makes the encoder, with pretrained weights if the config names some. Under `torch.device("meta")` it makes
+        the same modules, and fetches and reads no weights."""
         ...
 
     def projector(self, company: frozenset[str]) -> str:
@@ -129,7 +114,5 @@ class Modality(Protocol):
 
     def examples(self) -> list[dict[str, Any]]:
         """A few content parts that `load` takes, the same every time, of different sizes, without files or network.
-
-        With them `molora modality check` and `molora verify` can try the plugin.
-        """
+        With them `molora modality check` and `molora verify` can try the plugin."""
         ...

@@ -27,11 +27,8 @@ class Item:
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation as tensors.
-
-    `modality_ids_T` is 0 on text and 1 + the modality's index in the processor on media positions; `targets_T` is True
-    on tokens the model should learn to produce. Items are in reading order.
-    """
+    """One conversation as tensors. `modality_ids_T` is 0 on text and 1 + the modality's index in the processor on media
+    positions; `targets_T` is True on tokens the model should learn to produce. Items are in reading order."""
 
     id: str
     token_ids_T: Tensor

@@ -5,8 +5,6 @@ in the entry-point group `molora.modalities`, `molora.routers`, `molora.sources`
 user writes; what a received folder says goes through `molora.checkpoint.trust`, which decides whether its code may run.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import importlib.util

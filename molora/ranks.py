@@ -1,7 +1,5 @@
 """The processes that train together, and the device of each."""
 
-from __future__ import annotations
-
 import os
 from typing import Any, TypeVar
 

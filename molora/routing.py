@@ -54,11 +54,9 @@ class Slice(NamedTuple):
 
 @dataclass(frozen=True)
 class Routing:
-    """One decision for one pack: slices in order that cover every token once.
-
-    `gates` are, sample by sample, what a router of scope `sample` decided and wants to be told again when the sample
-    goes on from a cache. `losses_N` is what a router that learns adds to the mean loss of every sample.
-    """
+    """One decision for one pack: slices in order that cover every token once. `gates` are, sample by sample, what a
+    router of scope `sample` decided and wants to be told again when the sample goes on from a cache. `losses_N` is what
+    a router that learns adds to the mean loss of every sample."""
 
     slices: tuple[Slice, ...]
     gates: tuple[Tensor | None, ...] | None = None
@@ -84,12 +82,9 @@ def runs(keys: Sequence[K], lengths: Sequence[int]) -> Iterator[tuple[K, int, in
 
 
 class Router(Protocol):
-    """Decides adapters; an `nn.Module`, called once per forward.
-
-    `config_type` is a dataclass; a recipe's `router.options` are read into it, and the plugin is built as
-    `Plugin(adapters, config, width)` with the names of the adapters there are and the backbone's width D.
-    Text alone runs on the bare backbone, whatever the router.
-    """
+    """Decides adapters; an `nn.Module`, called once per forward. `config_type` is a dataclass; a recipe's
+    `router.options` are read into it, and the plugin is built as `Plugin(adapters, config, width)` with the names of
+    the adapters there are and the backbone's width D. Text alone runs on the bare backbone, whatever the router."""
 
     config_type: ClassVar[type]
 

@@ -1,7 +1,5 @@
 """Randomness keyed by names: the same in every process, and never dependent on what else happens."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Files that survive a kill, other people's folders and full disks; and locks, so that two runs do not write one."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl
@@ -34,11 +32,9 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write(temporary path)`, then makes the result appear at `path` in one step.
-
-    The temporary file is new, has a name that no one can know before, and lies in the same folder. A link at `path` is
-    replaced, not followed. The mode follows the umask, whatever `write` does. On an OSError, `path` is as it was.
-    """
+    """Calls `write(temporary path)`, then makes the result appear at `path` in one step. The temporary file is new, has
+    a name that no one can know before, and lies in the same folder. A link at `path` is replaced, not followed. The
+    mode follows the umask, whatever `write` does. On an OSError, `path` is as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, mode = _new_file(path.parent)
     try:

@@ -4,8 +4,6 @@ Data are shown as they are: no markup is read in them, and a control character, 
 or talk to the terminal, is shown as its escape.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -28,10 +26,8 @@ _errors = Console(highlight=False, stderr=True)
 @dataclass(frozen=True)
 class Finding:
     """What was examined, what was found there, and whether that is right. None: nobody can tell, or it does no harm.
-
     `needed` is what should be found, and `remedy` says how to get it. `cause` names the finding that kept this one from
-    being reached.
-    """
+    being reached."""
 
     what: str
     found: str

@@ -3,8 +3,6 @@
 Letters: T tokens, N samples, P places to decide for (samples or tokens), D backbone width, E candidates.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal

@@ -1,7 +1,5 @@
 """A sample runs with the adapters of all its modalities at once, each as much as its weight says."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """The default router: a table from a sample's set of modalities to the adapter it runs with."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar

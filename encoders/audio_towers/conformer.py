@@ -237,10 +237,8 @@ class Attention(nn.Module):
 
 
 class Convolution(nn.Module):
-    """Norm, a gated pointwise convolution, a causal depthwise-separable one, another pointwise one.
-
-    Only past frames are read, so that padding, which comes last, reaches no frame that counts.
-    """
+    """Norm, a gated pointwise convolution, a causal depthwise-separable one, another pointwise one. Only past frames
+    are read, so that padding, which comes last, reaches no frame that counts."""
 
     def __init__(self, config: ConformerConfig) -> None:
         super().__init__()

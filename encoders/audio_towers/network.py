@@ -4,8 +4,6 @@ Letters: L samples, S steps (of features in `features`, of the network elsewhere
 N windows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,11 +21,8 @@ _MOST_FEATURES = {
 
 
 class Network:
-    """A network without its weights: its sizes, how its features are made, and how its weights are stored.
-
-    `arguments` and `feature_options` are all that tells it from another of its kind; `sizes` has only the blocks that
-    are kept.
-    """
+    """A network without its weights: its sizes, how its features are made, and how its weights are stored. `arguments`
+    and `feature_options` are all that tells it from another of its kind; `sizes` has only the blocks that are kept."""
 
     model_types: ClassVar[tuple[str, ...]]
     size_keys: ClassVar[tuple[str, ...]]

@@ -75,20 +75,15 @@ class PretrainedConfig(WeightSource):
 
 
 class PretrainedFeatures:
-    """The weightless half of a pretrained encoder.
-
-    It reads the network's sizes when first used, from the hub or the folder if the config names one. Pickled after
-    that, it brings them along.
-    """
+    """The weightless half of a pretrained encoder. It reads the network's sizes when first used, from the hub or the
+    folder if the config names one. Pickled after that, it brings them along."""
 
     def __init__(self, config: PretrainedConfig) -> None:
         self.config = config
 
     def prepare(self, wave_L: Tensor, augment: Callable[[Tensor], Tensor]) -> Prepared:
-        """Makes features of a waveform in [-1, 1] at 16 kHz, of at least 400 samples.
-
-        `augment` gets the features of the clip as mel bins, (S, M), without what pads them.
-        """
+        """Makes features of a waveform in [-1, 1] at 16 kHz, of at least 400 samples. `augment` gets the features of
+        the clip as mel bins, (S, M), without what pads them."""
         network, _ = self._network
         num_frames = network.num_frames(len(wave_L))
         tensors = {"features_SM": network.features(wave_L, augment), "num_frames": torch.tensor(num_frames)}
@@ -126,11 +121,9 @@ class PretrainedFeatures:
 
 
 class PretrainedEncoder(Encoder):
-    """Features of clips to packed frames.
-
-    The network stays in eval mode: its dropout, layer dropout, time masks and batch statistics, all of which would make
-    a clip's frames random or dependent on others, are off in training too. Gradients flow as ever.
-    """
+    """Features of clips to packed frames. The network stays in eval mode: its dropout, layer dropout, time masks and
+    batch statistics, all of which would make a clip's frames random or dependent on others, are off in training too.
+    Gradients flow as ever."""
 
     def __init__(self, config: PretrainedConfig, network: Network, model: nn.Module, origin: Origin | None) -> None:
         super().__init__()

@@ -6,8 +6,6 @@ GroupNorm takes its statistics over padding too. Here both see a clip as if it w
 Letters: N windows, S frames, C width.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,10 +14,8 @@ from molora.encoders.audio_towers.conformer import Conformer, ConformerConfig
 
 
 class TorchaudioConformer(Conformer):
-    """The same subsampling and windows around `torchaudio.models.Conformer` with GroupNorm.
-
-    Raises: ImportError without torchaudio, ValueError for an even kernel size.
-    """
+    """The same subsampling and windows around `torchaudio.models.Conformer` with GroupNorm. Raises ImportError without
+    torchaudio, ValueError for an even kernel size."""
 
     def _add_blocks(self, config: ConformerConfig) -> None:
         try:

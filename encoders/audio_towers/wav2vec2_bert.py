@@ -5,8 +5,6 @@ Its extractor cuts a clip into the frames of Kaldi, as `log_mel` does (Source: S
 Letters: L samples, S steps, M features of a step, N windows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, ClassVar
 

@@ -3,8 +3,6 @@
 Letters: L samples, S steps, M features of a step, N windows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

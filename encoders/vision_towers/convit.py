@@ -5,8 +5,6 @@ A plain ViT does not learn shapes from a few thousand pictures; the convolutions
 Letters: B crops, C width, H and W rows and columns, N frames of a crop.
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import torch
@@ -18,10 +16,8 @@ from molora.encoders.vision_towers.tower import ConvitConfig, Tower
 
 class Convit(Tower):
     """Three times convolution, 2x2 max-pooling, GroupNorm and GELU, then pre-norm transformer layers: 8 pixels a frame.
-
     Pooling comes before the norm, which quarters the cost of both norm and GELU. Frames see their whole crop, padding
-    included.
-    """
+    included."""
 
     def __init__(self, config: ConvitConfig, crop_pixels: int):
         super().__init__()

@@ -4,8 +4,6 @@ The three SigLIP backends are taken apart into the same pieces (patch convolutio
 NaViT-style patch masks work for all of them and equal weights give equal frames, whoever published them.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from molora.encoders.pretrained_files import (

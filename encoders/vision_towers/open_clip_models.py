@@ -1,7 +1,5 @@
 """open_clip's models in timm's terms: where their weights are, and what their vision side is."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,11 +63,8 @@ def _repository(name: str) -> str:
 
 def as_timm(model: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any], str]:
     """The timm architecture of a model's vision side, its arguments, and what the names of its weights start with.
-    Raises ValueError for a vision side that timm has not.
-
-    open_clip's own vision transformer is CLIP's: timm has it, and renames its weights as it reads them.
-    Source: defaults from open_clip's CLIPVisionCfg (open_clip/model.py).
-    """
+    Raises ValueError for a vision side that timm has not. open_clip's own vision transformer is CLIP's: timm has it,
+    and renames its weights as it reads them. Source: defaults from open_clip's CLIPVisionCfg (open_clip/model.py)."""
     vision = model["vision_cfg"]
     if vision.get("timm_model_name"):
         pool = {"global_pool": vision["timm_pool"]} if vision.get("timm_pool") else {}

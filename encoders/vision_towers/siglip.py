@@ -1,7 +1,5 @@
 """SigLIP's tower from transformers, taken apart into the pieces of a PatchTower."""
 
-from __future__ import annotations
-
 from dataclasses import fields
 from typing import Any
 

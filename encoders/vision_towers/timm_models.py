@@ -1,7 +1,5 @@
 """Towers of timm's models, under timm's names and open_clip's."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

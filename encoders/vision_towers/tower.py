@@ -3,8 +3,6 @@
 Letters: B crops, C width, H and W rows and columns (of pixels in `crops`, of patches elsewhere), N patches, positions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,11 +89,8 @@ class TowerConfig(WeightSource):
 
 
 class Tower(nn.Module):
-    """Normalised crops of one size to a square grid of frames.
-
-    `width` is C, `grid` the frames along a side, `mean` and `std` what its pixels in [0, 1] are normalised with.
-    A tower that does not `mask` takes padding for picture.
-    """
+    """Normalised crops of one size to a square grid of frames. `width` is C, `grid` the frames along a side, `mean` and
+    `std` what its pixels in [0, 1] are normalised with. A tower that does not `mask` takes padding for picture."""
 
     width: int
     grid: int
@@ -158,10 +153,8 @@ def _spread(valid_BN: Tensor, side: int) -> Tensor:
 
 
 class FeatureTower(Tower):
-    """Any timm model through its feature API: a convolutional net's stage, or a block of a ViT with a class token.
-
-    It knows no patch masks: the white padding of a crop is picture to it.
-    """
+    """Any timm model through its feature API: a convolutional net's stage, or a block of a ViT with a class token. It
+    knows no patch masks: the white padding of a crop is picture to it."""
 
     def __init__(self, model: Any, layer: int, crop_pixels: int, name: str):
         super().__init__()

@@ -1,7 +1,5 @@
 """Putting a model together: from a recipe's description, from modality folders, or from a run."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """What the files of a checkpoint have in common: a format version, checked keys, tensors by name."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Modality folders, which stand alone: adapter, projector, encoder, and modality.json with their hashes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from functools import partial
@@ -134,11 +132,9 @@ def read_about(folder: Path) -> dict[str, Any]:
 def read_blueprint(
     folder: Path, identity: Identity, name: str, trusted: Sequence[str | Found] = ()
 ) -> tuple[Blueprint, list[str]]:
-    """Reads the description of a modality folder, to be called `name`, and checks it against the backbone.
-
-    `trusted` are plugins that the folder may name though they do not come by name; see `molora.checkpoint.trust`.
-    Returns its blueprint and warnings. Raises ConfigError or ValueError naming the file.
-    """
+    """Reads the description of a modality folder, to be called `name`, and checks it against the backbone. `trusted`
+    are plugins that the folder may name though they do not come by name; see `molora.checkpoint.trust`. Returns its
+    blueprint and warnings. Raises ConfigError or ValueError naming the file."""
     warnings = check_modality(folder, identity)
     plan = read_plan(folder, name, trusted)
     check_encoder(plan, folder)

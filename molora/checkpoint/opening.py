@@ -1,7 +1,5 @@
 """Opening models: what one is made of, read from folders before anything is loaded, and then the model itself."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,10 +35,8 @@ class Layout:
 @dataclass(frozen=True)
 class ModelPlan:
     """A model before its weights: its backbone, its modalities by name, and its router, which is written in `where`.
-
     `folders` hold the weights of modalities that were saved, `learned` is the run whose router has learned, and `run`
-    the one that recorded what its backbone was. What was not saved is drawn from `seed`.
-    """
+    the one that recorded what its backbone was. What was not saved is drawn from `seed`."""
 
     backbone: BackboneConfig
     modalities: dict[str, Blueprint]
@@ -90,10 +86,8 @@ def plan_model(
     trust: Sequence[str] = (),
 ) -> ModelPlan:
     """The plan of a run folder, or of a backbone with modality folders, with another `router` or `dtype` if given.
-
     Raises ConfigError or ValueError naming the file that is missing or wrong, Untrusted for code that `trust` does not
-    name.
-    """
+    name."""
     layout = locate(source, modalities)
     run = layout.run
     plans = {name: read_plan(folder, name, trust) for name, folder in layout.folders.items()}

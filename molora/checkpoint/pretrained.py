@@ -3,8 +3,6 @@
 Its config.json may name no code, no sizes beyond those of any model, and only values of the kinds read.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """What a run folder holds beside its modalities: molora.json, what the router learned, and states to resume from."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil
@@ -42,10 +40,9 @@ def write_run(
     revision: str | None = None,
     learned: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Writes molora.json, which makes a folder a run that `molora.load` opens, and what the router has learned.
-
-    A backbone folder is named by its path from the run, so that the two move together; one of the hub by id and commit.
-    """
+    """Writes molora.json, which makes a folder a run that `molora.load` opens, and what the router has learned. A
+    backbone folder is named by its path from the run, so that the two move together; one of the hub by id and
+    commit."""
     source = backbone.source
     folder = os.path.relpath(os.path.realpath(source), os.path.realpath(run)) if Path(source).is_dir() else None
     if learned:
@@ -76,11 +73,9 @@ class RunAbout:
     router_sha256: str | None = None
 
     def backbone_source(self) -> str:
-        """The folder or hub id of the backbone. Raises ConfigError for a folder that is not there.
-
-        The path may lead anywhere, as backbones lie beside runs, and begins where the run really is, links followed.
-        What it leads to is only read, runs no code, and has to have the hashes that are recorded here.
-        """
+        """The folder or hub id of the backbone. Raises ConfigError for a folder that is not there. The path may lead
+        anywhere, as backbones lie beside runs, and begins where the run really is, links followed. What it leads to is
+        only read, runs no code, and has to have the hashes that are recorded here."""
         if self.backbone["folder"] is None:
             return self.backbone["source"]
         path = os.path.realpath(self.folder / self.backbone["folder"])

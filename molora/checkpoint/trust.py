@@ -5,8 +5,6 @@ module is run only on the user's word (`--trust-plugin SPEC`, `load(…, trust=[
 The word is remembered by the code's SHA-256 in the cache folder, so that it holds anywhere, and for that very code.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

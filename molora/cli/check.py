@@ -1,7 +1,5 @@
 """Commands that check a model or this machine."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Annotated

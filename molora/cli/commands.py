@@ -1,7 +1,5 @@
 """The command line. Libraries are imported inside the commands, so that `--help` does not wait for them."""
 
-from __future__ import annotations
-
 import os
 import sys
 from typing import Annotated

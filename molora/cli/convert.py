@@ -1,7 +1,5 @@
 """Commands to and from the layouts of released models."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Literal
 

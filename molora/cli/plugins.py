@@ -1,7 +1,5 @@
 """Commands about plugins: list, new, check."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Literal
 

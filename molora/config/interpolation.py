@@ -1,7 +1,5 @@
 """Interpolations: `${key}`, `${.key}` and `${oc.env:NAME}` in the values of a config, and the steps of dotted keys."""
 
-from __future__ import annotations
-
 import os
 import re
 from typing import Any

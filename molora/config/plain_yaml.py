@@ -3,8 +3,6 @@
 Read as text, since YAML 1.1 would make another number of them: 010, 1:30, dates. Read as numbers: 1e-3, .5, 1_000.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

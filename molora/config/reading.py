@@ -9,8 +9,6 @@ wrote a recipe may not read the secrets of who runs it. Written again, a value t
 interpolation that it was.
 """
 
-from __future__ import annotations
-
 import difflib
 import math
 import types
@@ -37,10 +35,8 @@ class ConfigError(ValueError):
 
 def read(cls: type[T], path: str | Path, overrides: Iterable[str] = (), *, in_part: bool = False) -> T:
     """Reads a YAML file, its `base:` parents and `key=value` overrides into the dataclass `cls`. With `in_part` the
-    file may have other keys at its top, which are left to others.
-
-    Raises: ConfigError for an unreadable file, a typo, a wrong type, a missing key or a cycle of bases.
-    """
+    file may have other keys at its top, which are left to others. Raises ConfigError for an unreadable file, a typo, a
+    wrong type, a missing key or a cycle of bases."""
     layers = _layers(Path(path), children=())
     values: Any = {}
     for _, layer in layers:

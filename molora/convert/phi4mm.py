@@ -6,8 +6,6 @@ holds each in a folder of its own. Names of transformers' Phi4MultimodalForCausa
 Source: config.json, modeling_phi4mm.py and the weights' index of microsoft/Phi-4-multimodal-instruct.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -99,9 +97,8 @@ _NATIVE_TO_HUB = (
 @dataclass(frozen=True)
 class Place:
     """Where one tensor lies: its file in a run with its name and shape there, and its names and shape in the layouts.
-
-    `file` is a path in the run's folder, "backbone" for the shards there. An adapter's native name begins with its own.
-    """
+    `file` is a path in the run's folder, "backbone" for the shards there. An adapter's native name begins with its
+    own."""
 
     file: str
     name: str

@@ -4,8 +4,6 @@ What the model never runs (the tower's last layer, its norm and its pooling head
 are kept beside the backbone, so that a run can be written in either layout.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

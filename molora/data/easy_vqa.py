@@ -3,8 +3,6 @@
 Source: PyPI package `easy-vqa` 1.0 (github.com/vzhou842/easy-VQA, MIT), which carries the pictures.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -28,10 +26,8 @@ class EasyVQAConfig:
 
 
 class EasyVQA:
-    """Rows of one question each, or of one caption for each picture whose colour and shape its answers tell.
-
-    Questions are tagged "yes/no" or "open" by their answer. Needs the `demo` extra.
-    """
+    """Rows of one question each, or of one caption for each picture whose colour and shape its answers tell. Questions
+    are tagged "yes/no" or "open" by their answer. Needs the `demo` extra."""
 
     config_type = EasyVQAConfig
 
@@ -74,10 +70,8 @@ class SpokenEasyVQAConfig:
 
 class SpokenEasyVQA:
     """Rows of one clip each. As in Phi-4-Multimodal's training, vision-speech data are vision questions spoken.
-
-    Questions are tagged as those of `EasyVQA`. Clips are made when a row is first read. Needs the `demo` extra.
-    Source: arXiv 2503.01743 §4.
-    """
+    Questions are tagged as those of `EasyVQA`. Clips are made when a row is first read. Needs the `demo` extra. Source:
+    arXiv 2503.01743 §4."""
 
     config_type = SpokenEasyVQAConfig
 

@@ -4,8 +4,6 @@ A message is {"role", "content"}, and `train: false` where a turn is not to be l
 parts: {"type": "text", "text": ...} or media, such as {"type": "image", "path": ...}, whose type a modality answers to.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections import Counter
@@ -273,10 +271,8 @@ def media_list(kind: str, value: Any) -> list[dict[str, Any]]:
 
 def media(kind: str, value: Any) -> dict[str, Any]:
     """A content part from what a dataset column or a URL field holds: a path, a URL, a data URI, base64, bytes, a
-    mapping of these (as undecoded Hugging Face columns have), or an object such as a PIL image or an array.
-
-    Text is base64 if it begins as a picture or clip in base64 does, or is too long for a path, and has nothing else.
-    """
+    mapping of these (as undecoded Hugging Face columns have), or an object such as a PIL image or an array. Text is
+    base64 if it begins as a picture or clip in base64 does, or is too long for a path, and has nothing else."""
     if isinstance(value, Mapping):
         given = {key: item for key, item in value.items() if item is not None}
         if "bytes" in given or "array" in given:

@@ -1,7 +1,5 @@
 """The processor: messages to samples, samples to packs. Weightless and picklable, so that data workers can hold one."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any

@@ -10,8 +10,6 @@ shows between which special tokens the content of each turn lies; the generation
 ends. What the model must produce itself, after its generation prompt, is a target, up to the turn's end token.
 """
 
-from __future__ import annotations
-
 import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence

@@ -4,8 +4,6 @@ Rows are found once, by their offsets, so that a file need not fit in memory. Fi
 mark) and those that are gzipped are unpacked into memory.
 """
 
-from __future__ import annotations
-
 import csv
 import gzip
 import io

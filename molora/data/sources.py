@@ -3,8 +3,6 @@
 Because the order needs no state, training resumes anywhere and any rank or worker can compute its share.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
@@ -29,10 +27,8 @@ _MAX_WEIGHT = 1e9
 
 
 class Source(Protocol):
-    """Conversations by row; built as `Plugin(config)`, with a recipe's options read into its `config_type`.
-
-    A row is {"id", "messages"} and may have "tags", a list of names to report metrics by.
-    """
+    """Conversations by row; built as `Plugin(config)`, with a recipe's options read into its `config_type`. A row is
+    {"id", "messages"} and may have "tags", a list of names to report metrics by."""
 
     def __len__(self) -> int: ...
 
@@ -175,11 +171,8 @@ class Skipped:
 
 @dataclass(eq=False)
 class EncodedSamples(Dataset[Sample | Skipped]):
-    """Sample number k, encoded. Safe in data workers.
-
-    A sample longer than `max_tokens` is too long, and so is one that the processor says is. Errors of the kinds in
-    `skips` leave the sample out; any other stops.
-    """
+    """Sample number k, encoded. Safe in data workers. A sample longer than `max_tokens` is too long, and so is one that
+    the processor says is. Errors of the kinds in `skips` leave the sample out; any other stops."""
 
     configs: Mapping[str, SourceConfig]
     processor: Processor

@@ -6,8 +6,6 @@ shipped; the clips that it makes are ours.
 Letters: L samples, K bins of the Fourier transform.
 """
 
-from __future__ import annotations
-
 import _ctypes
 import ctypes
 import hashlib
@@ -145,11 +143,9 @@ def _noise_like(wave_L: np.ndarray, decibels: float, rate_hz: int, generator: np
 
 
 class _Espeak:
-    """espeak-ng's C interface (speak_lib.h), as far as it is needed.
-
-    The library keeps the phases of its voice from one utterance to the next, through every way it has to start anew.
-    So it is opened for one utterance, and closed: what was said before leaves no trace.
-    """
+    """espeak-ng's C interface (speak_lib.h), as far as it is needed. The library keeps the phases of its voice from one
+    utterance to the next, through every way it has to start anew. So it is opened for one utterance, and closed: what
+    was said before leaves no trace."""
 
     _SYNCHRONOUS, _RATE, _PITCH, _UTF8, _CHARACTERS = 2, 1, 3, 1, 1
     _DO_NOT_EXIT = 0x8000  # else a failed start ends the whole process

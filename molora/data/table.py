@@ -1,7 +1,5 @@
 """Tables as conversations of one turn: files of rows, and datasets of the hub."""
 
-from __future__ import annotations
-
 import datetime
 import decimal
 import glob

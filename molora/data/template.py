@@ -5,8 +5,6 @@ processor time, which every loop, call and filter looks at, and a limit on the s
 before a text or a list is multiplied.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 import time

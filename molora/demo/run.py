@@ -64,10 +64,8 @@ TRANSCRIPT = "transcript"
 
 def run_demo(run: Path, *, quick: bool = False) -> Path:
     """Pretrains and freezes a backbone, trains vision and audio apart and then what joins them, evaluates, reports.
-
-    `quick` takes a few steps of everything. Returns the path of report.html.
-    Raises ValueError if a file of the vision modality changed while audio was trained.
-    """
+    `quick` takes a few steps of everything. Returns the path of report.html. Raises ValueError if a file of the vision
+    modality changed while audio was trained."""
     clock = _Clock(run / "seconds.json")
     with clock.phase("backbone"), progress() as bars:
         pretrain(backbone_config(run, quick), bars)

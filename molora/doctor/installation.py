@@ -3,8 +3,6 @@
 It is for broken installations, so it imports the libraries one by one, where it examines them, and reports what fails.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import platform
@@ -99,11 +97,9 @@ def _import(name: str) -> ModuleType | Exception:
 
 
 def _other_build() -> str:
-    """How to mend a companion of torch that was built for another torch, "" if there is none.
-
-    The package registry's torchaudio needs CUDA libraries that a CPU build of torch does not have, and the models
-    of transformers import torchaudio whenever it is installed; so one optional library breaks everything.
-    """
+    """How to mend a companion of torch that was built for another torch, "" if there is none. The package registry's
+    torchaudio needs CUDA libraries that a CPU build of torch does not have, and the models of transformers import
+    torchaudio whenever it is installed; so one optional library breaks everything."""
     torch = _version("torch")
     build = torch.partition("+")[2]
     for companion in ("torchvision", "torchaudio"):

@@ -1,7 +1,5 @@
 """The memory that a recipe or a model will need, printed beside what this machine has."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,10 +80,8 @@ def main(
     trust: Sequence[str] = (),
 ) -> int:
     """Prints what a recipe (a YAML file, with its overrides) or a model needs. Returns 1 if it does not fit, else 0.
-
     `overrides` of a model are fields of AnsweringConfig. The device is the one the run would take, or any that has
-    `device_memory_gib`.
-    """
+    `device_memory_gib`."""
     transformers.logging.set_verbosity_error()
     libraries = psutil.Process().memory_info().rss
     name = None

@@ -1,7 +1,5 @@
 """Evaluation by generation: the model answers, the answers are compared."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -87,11 +85,8 @@ class Evaluation:
         before_each: Callable[[], None] = lambda: None,
     ) -> list[Judged]:
         """Answers this rank's share of the questions, in order, with a bar. The last assistant message of a row is the
-        expected answer.
-
-        A question that cannot be read, asked or answered is judged with its `error`; `strict` raises the first one's.
-        `before_each` is called before an answer is counted.
-        """
+        expected answer. A question that cannot be read, asked or answered is judged with its `error`; `strict` raises
+        the first one's. `before_each` is called before an answer is counted."""
         share = range(len(self.source)) if ranks is None else range(ranks.index, len(self.source), ranks.count)
         bars = bars or progress(shown=False)
         bar = bars.add_task(self.name, total=len(share), note="")

@@ -4,8 +4,6 @@ A recipe names metrics as it names other plugins: by a built-in name, by `path/t
 `package.module:Class`, or by a name that an installed package declares in the entry-point group `molora.metrics`.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -44,11 +42,8 @@ class Judged:
 
 class Metric(Protocol):
     """Compares answers with the expected ones; built as `Plugin(config)`, with a recipe's options read into its
-    `config_type`.
-
-    Building it raises ImportError or ValueError for what the metric needs and does not find, so that this is told
-    before the model answers.
-    """
+    `config_type`. Building it raises ImportError or ValueError for what the metric needs and does not find, so that
+    this is told before the model answers."""
 
     config_type: type
 
@@ -176,11 +171,9 @@ def open_metrics(named: Iterable[Named], where: str) -> list[Metric]:
 
 
 def scores(judged: Sequence[Judged], metrics: Iterable[Metric]) -> dict[str, float]:
-    """The metrics over all questions that were answered and over those of each tag, with the counts.
-
-    `failed` counts the questions that no metric sees, because they could not be asked or answered; `cut_off` the
-    answers that a limit ended, which every metric sees. Raises ValueError for a metric that gives no numbers.
-    """
+    """The metrics over all questions that were answered and over those of each tag, with the counts. `failed` counts
+    the questions that no metric sees, because they could not be asked or answered; `cut_off` the answers that a limit
+    ended, which every metric sees. Raises ValueError for a metric that gives no numbers."""
     metrics = list(metrics)
     answered = [item for item in judged if item.error is None]
     by_tag: dict[str, list[Judged]] = {"": answered}

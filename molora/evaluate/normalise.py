@@ -1,7 +1,5 @@
 """What is compared when answers are: texts without what makes no difference, their words and characters."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 

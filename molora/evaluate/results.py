@@ -1,7 +1,5 @@
 """The evaluations of a model: run, shown as a table, and kept in the run's evaluation.json."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,10 +26,8 @@ def evaluate_model(
     strict: bool = False,
 ) -> bool:
     """Runs evaluations on the model that `load` opens, and prints their scores. Returns whether no question failed.
-
     Results of a run, the folder `source`, are recorded in its evaluation.json, with the `rules` that its router was
-    given. Those of another model are printed as JSON, alone on standard output.
-    """
+    given. Those of another model are printed as JSON, alone on standard output."""
     if not evaluations:
         raise ConfigError("evaluations: none given; name at least one")
     is_run = (source / "molora.json").is_file()

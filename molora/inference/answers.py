@@ -1,7 +1,5 @@
 """Answering the rows of a file into another: what is done stays done, and a row that fails does not stop the others."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -79,9 +77,8 @@ def answer_rows(
     load: Callable[[], LoadedModel], messages: Path, output: Path, config: GenerationConfig, *, strict: bool = False
 ) -> bool:
     """Answers the rows of a file that have no answer yet, with a bar, and tells which failed. Returns whether none did.
-
-    Raises what `answer_file` raises, before the model is loaded; with `strict` the error of the first row that fails.
-    """
+    Raises what `answer_file` raises, before the model is loaded; with `strict` the error of the first row that
+    fails."""
     with answer_file(messages, output) as rows, progress() as bars:
         loaded = load()
         bar = bars.add_task("generate", total=len(rows.ids), completed=len(rows.ids) - len(rows.left), note="")

@@ -3,8 +3,6 @@
 Letters: T tokens in a pack, N running samples, D backbone width, V vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Opening what was trained: a run, or a backbone with modality folders, as something that answers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial

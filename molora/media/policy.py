@@ -4,8 +4,6 @@ A data set's rows, and the folders that a model comes in, may be a stranger's. S
 caller's `MediaPolicy`: the processor holds it and puts it in force around every `load`, and no plugin can widen it.
 """
 
-from __future__ import annotations
-
 import os
 import stat
 from collections.abc import Iterator, Mapping

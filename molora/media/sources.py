@@ -1,7 +1,5 @@
 """What the parts of one medium may be given as, and their bytes."""
 
-from __future__ import annotations
-
 import base64
 import os
 import stat
@@ -45,10 +43,7 @@ class Sources:
 
     def choose(self, part: Mapping[str, Any]) -> tuple[str, Any]:
         """The one source that a part has and its value. Under `part_type`, the source that its value turns out to be;
-        that key again if it is none of the others.
-
-        Raises: MediaError for a part with no source or with several.
-        """
+        that key again if it is none of the others. Raises MediaError for a part with no source or with several."""
         if unread := sorted(key for key in _CHANGE if part.get(key) is not None):
             raise MediaError(
                 f"has {', '.join(unread)}, which nothing reads and would change what is seen or heard; change the file"

@@ -1,7 +1,5 @@
 """What URLs hold, as the policy in force allows."""
 
-from __future__ import annotations
-
 import http.client
 import io
 import ipaddress
@@ -31,10 +29,8 @@ _HOSTS_OF_MACHINES = ("168.63.129.16",)
 
 def fetch(url: str, max_bytes: int) -> bytes:
     """What a URL holds, as the policy in force allows: each hop's address is looked up once, checked, and connected to.
-
-    Raises: MediaError for a URL that is not allowed, leads to an address inside a network, to another scheme or too
-    far, does not answer in time, or holds more than `max_bytes`.
-    """
+    Raises MediaError for a URL that is not allowed, leads to an address inside a network, to another scheme or too far,
+    does not answer in time, or holds more than `max_bytes`."""
     rules = policy()
     deadline = time.monotonic() + rules.deadline_seconds
     if scheme(url) not in SCHEMES:

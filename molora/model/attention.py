@@ -6,8 +6,6 @@ flow, keys either packed like the queries (no cache) or as `Segments`, one tenso
 Letters: T query tokens in a pack, H query heads, G key/value heads, Q queries and K keys of one sample, d head width.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

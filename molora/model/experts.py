@@ -1,7 +1,5 @@
 """Mixtures of experts inside a backbone: where they are, and choices of theirs that are kept and made again."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -30,11 +28,9 @@ def untargetable(model: nn.Module) -> dict[str, str]:
 
 
 class Choices:
-    """Which experts were chosen for samples that ran one by one, to be chosen again when they run otherwise.
-
-    Experts are chosen by rank: where two are close, another order of summation rounds to the other, and what follows
-    is another computation. Two ways of running a model compare only with the choices held.
-    """
+    """Which experts were chosen for samples that ran one by one, to be chosen again when they run otherwise. Experts
+    are chosen by rank: where two are close, another order of summation rounds to the other, and what follows is another
+    computation. Two ways of running a model compare only with the choices held."""
 
     def __init__(self, model: nn.Module) -> None:
         self._routers = list(routers(model).values())

@@ -3,8 +3,6 @@
 Hashes of weights and results of the probe are remembered in the cache, by the files that gave them.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -35,11 +33,9 @@ _TICK_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class Identity:
-    """What a modality was trained on. Other weights, settings or another tokenizer are another backbone.
-
-    `settings` are those of config.json that logits depend on, with the defaults of those that it leaves out, by name;
-    those of inner configs have a dot. What only one of two versions of transformers knows is not compared.
-    """
+    """What a modality was trained on. Other weights, settings or another tokenizer are another backbone. `settings` are
+    those of config.json that logits depend on, with the defaults of those that it leaves out, by name; those of inner
+    configs have a dot. What only one of two versions of transformers knows is not compared."""
 
     source: str
     weights: str

@@ -5,8 +5,6 @@ PEFT injects, initialises, names, saves and loads; only the forward is ours.
 Letters: T tokens in a pack or slice, D input width, O output width, R rank, E adapters.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -3,8 +3,6 @@
 Letters: K target positions, D backbone width, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
@@ -17,11 +15,8 @@ LOGITS_PER_CHUNK = 2**24
 
 
 def target_losses(head: Callable[[Tensor], Tensor], hidden_KD: Tensor, targets_K: Tensor, vocab_size: int) -> Tensor:
-    """Negative log-likelihood of each target, (K,) in fp32.
-
-    More positions than fit into one chunk are computed chunk by chunk, and again in backward, so that memory stays
-    bounded by the chunk whatever K and V are.
-    """
+    """Negative log-likelihood of each target, (K,) in fp32. More positions than fit into one chunk are computed chunk
+    by chunk, and again in backward, so that memory stays bounded by the chunk whatever K and V are."""
 
     def chunk_losses(hidden: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(head(hidden).float(), targets, reduction="none")

@@ -37,10 +37,8 @@ class Losses:
 
 
 class MoLoRA(nn.Module):
-    """A mixture-of-LoRAs multimodal model. It knows no modality by name.
-
-    `modalities` order fixes the modality ids of this process (1 + index), as in the processor.
-    """
+    """A mixture-of-LoRAs multimodal model. It knows no modality by name. `modalities` order fixes the modality ids of
+    this process (1 + index), as in the processor."""
 
     def __init__(
         self,
@@ -89,11 +87,9 @@ class MoLoRA(nn.Module):
         return self
 
     def parts(self) -> dict[str, dict[str, nn.Parameter]]:
-        """The parameters of everything but the backbone, by part.
-
-        Parts are "encoders.<name>", "projectors.<name>.<projector>", "adapters.<name>" and "router"; those without
-        parameters are left out. A parameter's full name is the part's name, a dot, and its key.
-        """
+        """The parameters of everything but the backbone, by part. Parts are "encoders.<name>",
+        "projectors.<name>.<projector>", "adapters.<name>" and "router"; those without parameters are left out. A
+        parameter's full name is the part's name, a dot, and its key."""
         parts = {f"encoders.{name}": dict(encoder.named_parameters()) for name, encoder in self.encoders.items()}
         for name, projectors in self.projectors.items():
             for key, projector in projectors.named_children():
@@ -178,11 +174,9 @@ class MoLoRA(nn.Module):
         routing: Routing | None = None,
         cache: PackedCache | None = None,
     ) -> Tensor:
-        """Final hidden states (T, D): embed and splice, route, run the backbone.
-
-        `embeds_TD` and `position_ids_T` replace the pack's own when a sample goes on from a cache; `routing` is given
-        by callers that want to know it.
-        """
+        """Final hidden states (T, D): embed and splice, route, run the backbone. `embeds_TD` and `position_ids_T`
+        replace the pack's own when a sample goes on from a cache; `routing` is given by callers that want to know
+        it."""
         if embeds_TD is None:
             embeds_TD = self.embed(pack)
         if position_ids_T is None:

@@ -3,8 +3,6 @@
 Letters: T tokens of a sample, D backbone width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any

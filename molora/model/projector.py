@@ -3,16 +3,12 @@
 Letters: S frames, C encoder width, D backbone width.
 """
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 
 class Projector(nn.Module):
-    """Two linear layers with an exact GELU between them; one token per frame.
-
-    Source: Phi-4-Multimodal (arXiv 2503.01743, section 2.2), vision and speech projectors alike.
-    """
+    """Two linear layers with an exact GELU between them; one token per frame. Source: Phi-4-Multimodal (arXiv
+    2503.01743, section 2.2), vision and speech projectors alike."""
 
     def __init__(self, frame_width: int, backbone_width: int) -> None:
         super().__init__()

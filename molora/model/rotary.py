@@ -4,8 +4,6 @@ transformers picks the frequencies from the largest position of the whole row. I
 change its neighbours, so each sample's positions are handed to the stock module on their own.
 """
 
-from __future__ import annotations
-
 from itertools import groupby
 from typing import Any
 

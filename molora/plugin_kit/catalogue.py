@@ -1,7 +1,5 @@
 """What plugins there are, with where each comes from: what `molora modality list` and its like print."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields

@@ -1,7 +1,5 @@
 """Tries plugins against every clause of their contract: what `molora modality check` and `molora router check` do."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,10 +17,8 @@ MODALITY = (modality_clauses, encoder_clauses, model_clauses)
 def check_modality(
     spec: str, options: Mapping[str, Any] | None = None, parts: Sequence[Mapping[str, Any]] | None = None
 ) -> list[Finding]:
-    """Tries a modality plugin on the CPU, on its own examples or on `parts`: content parts that it should take.
-
-    It is tried by itself, in other processes, and in a tiny model with a second modality; no other files are needed.
-    """
+    """Tries a modality plugin on the CPU, on its own examples or on `parts`: content parts that it should take. It is
+    tried by itself, in other processes, and in a tiny model with a second modality; no other files are needed."""
     with tempfile.TemporaryDirectory() as folder:
         return try_clauses(MODALITY, ModalityUnderTest(spec, dict(options or {}), parts, Path(folder)))
 

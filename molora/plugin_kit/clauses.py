@@ -3,8 +3,6 @@
 Each is isolated: what a plugin raises is what the clause found, and clauses that build on it are not reached.
 """
 
-from __future__ import annotations
-
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Clauses about a modality's encoder: the frames that it gives, alone and in batches."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Clauses about a modality by itself: its class (members, options, name, projectors), its parts and its items."""
 
-from __future__ import annotations
-
 import io
 import json
 import pickle

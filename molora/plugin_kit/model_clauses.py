@@ -1,7 +1,5 @@
 """Clauses about a modality where it runs: in a model, in a process that it shares, and in those of data workers."""
 
-from __future__ import annotations
-
 import gc
 import tracemalloc
 from collections.abc import Callable

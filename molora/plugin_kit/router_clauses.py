@@ -3,8 +3,6 @@
 Letters: T tokens, N samples, D backbone width, E adapters, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
 from itertools import combinations, groupby

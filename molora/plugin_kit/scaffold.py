@@ -1,7 +1,5 @@
 """Plugins to start from: templates filled with a name and written as new files."""
 
-from __future__ import annotations
-
 import importlib.util
 import keyword
 import re
@@ -24,10 +22,8 @@ class Scaffold(NamedTuple):
 
 def new_plugin(kind: Literal["modality", "router"], name: str, folder: Path | None = None) -> Scaffold:
     """Writes a plugin that works, its recipe and its test: into the current folder, or as a package into `folder`.
-
-    Raises: ConfigError for a name that cannot be used or is taken, and for a file that is there already; then nothing
-    is written.
-    """
+    Raises ConfigError for a name that cannot be used or is taken, and for a file that is there already; then nothing is
+    written."""
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) or len(name) > 64 or keyword.iskeyword(name):
         wrong = f"{name!r} cannot name a {kind}"
         raise ConfigError(f"{wrong}; use at most 64 lower-case letters, digits and _, such as heart_rate")

@@ -3,8 +3,6 @@
 Letters: T tokens, V vocabulary.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -143,10 +141,8 @@ class RouterUnderTest(UnderTest):
         return self.plugin(list(adapters), self.config, width)
 
     def model(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> MoLoRA:
-        """A tiny model with the router as after some training: its parameters are not those it starts with.
-
-        It is Phi-4-mini's kind, whose rotary frequencies switch while it answers, so prompts are prefilled again.
-        """
+        """A tiny model with the router as after some training: its parameters are not those it starts with. It is
+        Phi-4-mini's kind, whose rotary frequencies switch while it answers, so prompts are prefilled again."""
         modalities = {"audio": Numbers("audio", NumbersConfig()), "vision": Letters("vision", NumbersConfig())}
         sized = zip(ROUTED, (2, 3), strict=True)
         adapters = {name: lora_config({**_RANDOM, "r": r, "target_modules": _TARGETS}, name) for name, r in sized}

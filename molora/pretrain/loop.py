@@ -199,7 +199,9 @@ def _build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> 
     )
     with seeded(config.seed, "weights"):
         model = Phi3ForCausalLM(phi)
-    model.generation_config = GenerationConfig(eos_token_id=[end_of_turn, end_of_text], **ends)
+    model.generation_config = GenerationConfig(
+        bos_token_id=end_of_text, eos_token_id=[end_of_turn, end_of_text], pad_token_id=end_of_text
+    )
     return model
 
 
@@ -243,9 +245,7 @@ def _train(
 
 def batches(pieces: Sequence[Piece], config: PretrainConfig) -> Iterator[Batch]:
     """Steps without end; every epoch packs the pieces anew in another order and leaves out what does not fill a step.
-
-    Raises: ConfigError if the text does not fill one step.
-    """
+    Raises ConfigError if the text does not fill one step."""
     lengths = [len(piece) for piece in pieces]
     size, window_tokens = config.windows_per_step, config.window_tokens
     for epoch in itertools.count():

@@ -1,7 +1,5 @@
 """Text to learn from: its documents, and the pieces that they are cut into."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A byte-level BPE tokenizer learned from text, with Phi-4-mini's special tokens and chat template."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -33,10 +31,8 @@ FEWEST_TOKENS = 256 + len(SPECIAL_TOKENS)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """Learns a byte-level BPE of exactly `vocab_size` tokens; special tokens and template are Phi-4-mini's.
-
-    Raises: ConfigError if the text does not support a vocabulary of that size.
-    """
+    """Learns a byte-level BPE of exactly `vocab_size` tokens; special tokens and template are Phi-4-mini's. Raises
+    ConfigError if the text does not support a vocabulary of that size."""
     backend = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(WORD_PATTERN), "isolated")
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

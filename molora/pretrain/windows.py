@@ -3,8 +3,6 @@
 Letters: B windows in a step, T tokens in a window.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 

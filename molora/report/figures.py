@@ -70,10 +70,8 @@ def weights_figure(pack: Pack, routing: Routing, adapters: list[str]) -> Figure:
 
 
 def adapter_similarity(model: MoLoRA, one: str, other: str) -> dict[str, float]:
-    """For each layer that both adapters change, the cosine between the changes that they make to its weights.
-
-    A change is the matrix B A (O, D); it is never formed: its products are those of matrices of size R.
-    """
+    """For each layer that both adapters change, the cosine between the changes that they make to its weights. A change
+    is the matrix B A (O, D); it is never formed: its products are those of matrices of size R."""
     cosines: dict[str, float] = {}
     for path, layer in model.backbone.model.named_modules():
         if isinstance(layer, RoutedLinear) and one in layer.lora_A and other in layer.lora_A:

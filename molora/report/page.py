@@ -1,7 +1,5 @@
 """The report of a run: `report.html`, one file that opens offline, and `report.json` with the same figures."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import io
@@ -45,11 +43,9 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a report says. A metric that is an int is shown as a count, a float as a measure.
-
-    `metrics` maps a condition ("with the picture") to its measures ("exact match") and their values; `goals` maps
-    (condition, measure) to the least value wanted; `history` are the rows of a run's metrics.jsonl.
-    """
+    """What a report says. A metric that is an int is shown as a count, a float as a measure. `metrics` maps a condition
+    ("with the picture") to its measures ("exact match") and their values; `goals` maps (condition, measure) to the
+    least value wanted; `history` are the rows of a run's metrics.jsonl."""
 
     title: str
     summary: str
@@ -76,11 +72,9 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
 
 def write(report: Report, folder: Path) -> Path:
-    """Writes report.json and report.html into `folder`; returns the path of the latter.
-
-    Raises ValueError for a goal without its metric, a metric that is not finite and media that cannot be shown, and
-    ImportError if there is a history but no matplotlib to plot it.
-    """
+    """Writes report.json and report.html into `folder`; returns the path of the latter. Raises ValueError for a goal
+    without its metric, a metric that is not finite and media that cannot be shown, and ImportError if there is a
+    history but no matplotlib to plot it."""
     figures = _figures(report)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = _number

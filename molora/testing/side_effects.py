@@ -4,8 +4,6 @@ plugin at work in other processes, as data workers hold one.
 This file imports nothing that a plugin must not, so that it can tell what importing the plugin brings with it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import pickle
@@ -136,10 +134,8 @@ def forked(parts: Parts) -> list[Prepared]:
 
 def spawned(parts: Parts, spec: str, folder: Path) -> tuple[list[Prepared], list[str]]:
     """Parts as a worker prepares them that starts from nothing, as spawned ones do, and the model files that importing
-    the plugin brought with it. Raises RuntimeError with the error of the plugin.
-
-    It is a program of its own, and not multiprocessing's, which would run the caller's main module again.
-    """
+    the plugin brought with it. Raises RuntimeError with the error of the plugin. It is a program of its own, and not
+    multiprocessing's, which would run the caller's main module again."""
     order, result = folder / "order.pickle", folder / "result.pickle"
     order.write_bytes(pickle.dumps((spec, pickle.dumps(parts))))
     done = subprocess.run(

@@ -3,8 +3,6 @@
 Letters: S frames, C encoder width.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

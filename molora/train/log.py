@@ -1,7 +1,5 @@
 """The metrics of a run, as JSON rows and TensorBoard events, which resuming cuts back to where a state was saved."""
 
-from __future__ import annotations
-
 import json
 import os
 import time

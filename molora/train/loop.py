@@ -1,7 +1,5 @@
 """Training: a recipe is a list of stages, a stage a list of what trains; every step is the same few lines."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import shutil

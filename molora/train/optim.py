@@ -1,7 +1,5 @@
 """Optimisation part by part: what trains is a list of name patterns, and no part's update depends on another's."""
 
-from __future__ import annotations
-
 import fnmatch
 import math
 from collections.abc import Iterable, Mapping
@@ -98,11 +96,9 @@ class PartOptimizer:
 def set_trainable(
     model: MoLoRA, patterns: Mapping[str, PartConfig], total_steps: int, where: str
 ) -> dict[str, PartOptimizer]:
-    """Makes exactly the parameters that a pattern matches trainable, and gives each part its optimiser.
-
-    A pattern is a shell pattern over full parameter names, or the beginning of one up to a dot (`adapters.vision`).
-    The first pattern that matches a parameter decides. Raises ConfigError for a pattern that matches nothing.
-    """
+    """Makes exactly the parameters that a pattern matches trainable, and gives each part its optimiser. A pattern is a
+    shell pattern over full parameter names, or the beginning of one up to a dot (`adapters.vision`). The first pattern
+    that matches a parameter decides. Raises ConfigError for a pattern that matches nothing."""
     used: set[str] = set()
     optimizers: dict[str, PartOptimizer] = {}
     for part, parameters in model.parts().items():

@@ -1,7 +1,5 @@
 """What a recipe names, opened and tried before training: a typo shows in seconds, and not after the last step."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from molora.config import ConfigError, did_you_mean

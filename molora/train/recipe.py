@@ -1,7 +1,5 @@
 """Recipes: everything a run is made of."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Where a run stands, and what may change before it goes on."""
 
-from __future__ import annotations
-
 import json
 import platform
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """One update, which every rank makes from its own samples."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections import Counter

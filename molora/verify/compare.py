@@ -3,8 +3,6 @@
 Letters: T tokens of a sample, D backbone width, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -33,10 +31,8 @@ def compare_models(
     old: str | Path, model: str | Path, modalities: Sequence[str | Path] = (), trust: Sequence[str] = ()
 ) -> bool:
     """Prints what of `old` is still as it was in `model`; each is a run, or a backbone, here with modality folders.
-
     First come the files of the backbone and of each modality, then the logits of samples that both can run. Returns
-    whether all that they share is equal to the bit. `trust` is for both, as in `load`. Raises what `load` raises.
-    """
+    whether all that they share is equal to the bit. `trust` is for both, as in `load`. Raises what `load` raises."""
     old, model = converted(old), converted(model)
     before, after = locate(old), locate(model, modalities)
     same_files = show("files", compare_files(before, after))
@@ -79,10 +75,8 @@ def _compare_folders(what: str, before: Path, after: Path) -> Finding:
 @torch.no_grad()
 def compare_logits(old: LoadedModel, new: LoadedModel, num_samples: int = NUM_SAMPLES) -> Iterator[Finding]:
     """Whether samples made from the modalities' examples have equal logits in equal packs, set by set of modalities.
-
     `num_samples` are spread evenly over the sets that the routers of both models take; a set that only OLD's takes is
-    named.
-    """
+    named."""
     shared = old.model.modalities.keys() & new.model.modalities.keys()
     taken = set(routed(new, shared))
     asked = list(routed(old, shared))

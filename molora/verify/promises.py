@@ -3,8 +3,6 @@
 Letters: T tokens, V vocabulary.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -300,11 +298,8 @@ def examples(
     models: Sequence[LoadedModel], sets: Sequence[frozenset[str]], count: int | None = None
 ) -> Iterator[tuple[frozenset[str], tuple[Sample, ...]]]:
     """Conversations of each of these sets of modalities in turn, `count` in all (by default one of each), as every
-    model encodes them.
-
-    They are made from what the first model's modalities bring as examples, so they are the same every time. One that
-    is longer than a model takes is left out.
-    """
+    model encodes them. They are made from what the first model's modalities bring as examples, so they are the same
+    every time. One that is longer than a model takes is left out."""
     parts = {name: _examples(models[0].model.modalities[name]) for name in sorted(frozenset().union(*sets))}
     for index, modalities in enumerate(islice(cycle(sets), len(sets) if count is None else count)):
         messages = _conversation([parts[name] for name in sorted(modalities)], turn=index // len(sets))

@@ -3,8 +3,6 @@
 Letters: T tokens of a sample, D backbone width, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -89,10 +87,8 @@ def _measure(stock: Any, embeds_TD: Tensor) -> Rounding:
 @contextmanager
 def in_fp32(model: PreTrainedModel) -> Iterator[None]:
     """Lets a half-precision causal LM compute in fp32: each decoder layer is cast while it runs, the rest throughout.
-
     So it takes the largest layer, embeddings and head in fp32, and no second model. Afterwards every tensor is the very
-    one that it was.
-    """
+    one that it was."""
     undo: dict[nn.Module, Callable[[], None]] = {}
 
     def before(layer: nn.Module, args: Any) -> None:
