@@ -121,8 +121,8 @@ class Audio:
             return PretrainedAudioEncoder(self.config, self.pretrained.build_encoder())
         return ConformerEncoder(self.config.tower)
 
-    def projector(self, company: frozenset[str]) -> str:
-        return next((name for modality, name in self.config.beside.items() if modality in company), "default")
+    def projector(self, modalities: frozenset[str]) -> str:
+        return next((name for modality, name in self.config.beside.items() if modality in modalities), "default")
 
     def projectors(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(("default", *self.config.beside.values())))

@@ -199,7 +199,7 @@ class Vision:
             built = build_library_tower(tower, self.config.crop_pixels)
         return VisionEncoder(self.config, built)
 
-    def projector(self, company: frozenset[str]) -> str:
+    def projector(self, modalities: frozenset[str]) -> str:
         return "default"
 
     def projectors(self) -> tuple[str, ...]:

@@ -104,8 +104,8 @@ class Modality(Protocol):
         the same modules, and fetches and reads no weights."""
         ...
 
-    def projector(self, company: frozenset[str]) -> str:
-        """Names the projector for an item of a sample whose set of modalities is `company` (its own included)."""
+    def projector(self, modalities: frozenset[str]) -> str:
+        """Names the projector for an item of a sample that has these modalities (its own included)."""
         ...
 
     def projectors(self) -> tuple[str, ...]:

@@ -68,16 +68,16 @@ class Processor:
         check(messages, self.part_types, where)
         self._check_texts(messages, where)
         media = [(place, self.part_types[part["type"]], part) for place, part in media_parts(messages)]
-        company = frozenset(modality for _, modality, _ in media)
+        modalities = frozenset(modality for _, modality, _ in media)
         try:
-            self.order(company)
+            self.order(modalities)
         except RoutingError as error:
             raise RoutingError(f"{where}: {error}") from error
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         items: list[Item] = []
         num_tokens = 0
         for place, name, part in media:
-            item = self._prepare(self.modalities[name], part, company, generator, f"{where}: {place}")
+            item = self._prepare(self.modalities[name], part, modalities, generator, f"{where}: {place}")
             num_tokens += item.prepared.num_tokens
             if num_tokens > self.max_tokens:  # before more is decoded, and before positions are laid out
                 raise SampleTooLong(
@@ -172,14 +172,14 @@ class Processor:
         return max(map(len, self.tokenizer.get_vocab()))
 
     def _prepare(
-        self, modality: Modality, part: Part, company: frozenset[str], generator: torch.Generator | None, where: str
+        self, modality: Modality, part: Part, modalities: frozenset[str], generator: torch.Generator | None, where: str
     ) -> Item:
         """Whatever a plugin raises is this part's fault, and so this sample's."""
         try:
             self.media_policy.check(part)
             with self.media_policy.in_force():
                 prepared = modality.prepare(modality.load(part), generator)
-            projector = modality.projector(company)
+            projector = modality.projector(modalities)
         except MediaError as error:
             raise MediaError(f"{where}: {error}") from error
         except ImportError:  # what is not installed here is no fault of the part

@@ -53,7 +53,7 @@ class _Rows:
     """Rows of one file by their offsets; so the file may not change meanwhile."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path.expanduser()
+        self.path = Path(os.path.expanduser(path))
         check_file(self.path)
         with open(self.path, "rb") as file:
             head = file.read(3)

@@ -3,6 +3,7 @@
 Because the order needs no state, training resumes anywhere and any rank or worker can compute its share.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
@@ -69,7 +70,7 @@ class Messages:
 
     def __init__(self, config: MessagesConfig) -> None:
         self.rows = JsonRows(Path(config.path), numbers_as_text=False)
-        self.media_root = Path(config.media_root).expanduser() if config.media_root else None
+        self.media_root = Path(os.path.expanduser(config.media_root)) if config.media_root else None
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -4,6 +4,7 @@ import datetime
 import decimal
 import glob
 import math
+import os
 import re
 import string
 from bisect import bisect_right
@@ -55,7 +56,7 @@ class Table:
         self.prompt = _Template(config.prompt, f"{self.where}: prompt")
         self.answer = _Template(config.answer, f"{self.where}: answer")
         self.media = config.media
-        self.media_root = Path(config.media_root).expanduser() if config.media_root else None
+        self.media_root = Path(os.path.expanduser(config.media_root)) if config.media_root else None
         self.rows, self.range = _open(config, self._needed)
         names = self.rows.columns(self._needed)
         for key, template in (("prompt", self.prompt), ("answer", self.answer)):
@@ -300,7 +301,7 @@ def _open(config: TableConfig, needed: _Needed) -> tuple[_TextFiles | _Arrow, ra
     """The rows of a table, and which of them the recipe asks for."""
     if not config.path:
         raise ConfigError("data source: path is empty; name a file, a folder or a dataset of the hub")
-    path = Path(config.path).expanduser()
+    path = Path(os.path.expanduser(config.path))
     where = f"data source {config.path}"
     split, *edges = _slice(config.split, where)
     if path.is_dir() or not (path.exists() or _suffix(path) in _TEXT | _PARQUET):

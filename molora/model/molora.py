@@ -68,7 +68,7 @@ class MoLoRA(nn.Module):
         for name, config in self.adapters.items():
             with seeded(seed, "adapter", name):
                 lora.inject(backbone.model, name, config, where=f"adapter {name!r}")
-        # Whether `generate` computes every sample by itself, so that its bits do not depend on its company.
+        # Whether `generate` computes every sample by itself, so that its bits do not depend on the others.
         self.deterministic_batch = False
         self._part_names = frozenset(self.parts())
         self.requires_grad_(False)

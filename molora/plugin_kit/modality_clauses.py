@@ -85,12 +85,12 @@ def projectors(tested: ModalityUnderTest) -> str:
     # Neighbours that the options mention are those that projector() can know.
     mentioned = re.findall(r'"((?:[^"\\]|\\.)*)"', json.dumps(asdict(tested.config), ensure_ascii=False))
     others = sorted({OTHER, *(plugin.name for plugin in available("modality")), *mentioned})
-    companies = [frozenset({OWN, *beside}) for beside in ((), others, *((name,) for name in others))]
-    for company in companies:
-        if (name := modality.projector(company)) not in names:
-            wrong = f"projector of {sorted(company)} is {name!r}, but projectors() has {names!r}"
-            raise Fault(f"{wrong}: name every projector there, and return one of them for every company")
-    return f"{', '.join(names)}; tried in {len(companies)} companies"
+    sets = [frozenset({OWN, *beside}) for beside in ((), others, *((name,) for name in others))]
+    for modalities in sets:
+        if (name := modality.projector(modalities)) not in names:
+            wrong = f"projector of {sorted(modalities)} is {name!r}, but projectors() has {names!r}"
+            raise Fault(f"{wrong}: name every projector there, and return one of them for every set of modalities")
+    return f"{', '.join(names)}; tried in {len(sets)} sets of modalities"
 
 
 @clause("examples", "name and part type")

@@ -208,12 +208,12 @@ def neighbours(tested: RouterUnderTest) -> str:
 
 
 def _alone_and_together(model: MoLoRA, samples: Sequence[Sample]) -> float:
-    """The largest difference in routing and in losses that company makes."""
+    """The largest difference in routing and in losses that other samples in the pack make."""
     worst = 0.0
-    for company in (samples, samples[::-1][:3]):
-        pack = _packed(model, company)
+    for chosen in (samples, samples[::-1][:3]):
+        pack = _packed(model, chosen)
         together = _decided(model, pack)
-        for sample in company:
+        for sample in chosen:
             alone = _decided(model, _packed(model, [sample]))[sample.id]
             for what, ours, reference in zip(_COMPARED, together[sample.id], alone, strict=True):
                 differs = difference(ours, reference)

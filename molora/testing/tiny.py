@@ -160,8 +160,8 @@ class Numbers:
     def build_encoder(self) -> Encoder:
         return _NumbersEncoder()
 
-    def projector(self, company: frozenset[str]) -> str:
-        return "beside" if company & set(self.config.projector_beside or ()) else "default"
+    def projector(self, modalities: frozenset[str]) -> str:
+        return "beside" if modalities & set(self.config.projector_beside or ()) else "default"
 
     def projectors(self) -> tuple[str, ...]:
         return ("beside", "default") if self.config.projector_beside else ("default",)

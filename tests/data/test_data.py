@@ -80,6 +80,8 @@ def test_a_row_that_is_no_conversation_is_named(tmp_path: Path) -> None:
 def test_unknown_kinds_and_empty_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data.kind: no source is called 'mesages'; did you mean 'messages'"):
         open_source(SourceConfig(kind="mesages"), "data")
+    with pytest.raises(ConfigError, match="~nobody-of-that-name/rows.jsonl"):
+        open_source(SourceConfig(kind="messages", options={"path": "~nobody-of-that-name/rows.jsonl"}), "data")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ConfigError, match="no rows"):
         open_source(SourceConfig(kind="messages", options={"path": str(tmp_path / "empty.jsonl")}), "data")

@@ -105,7 +105,7 @@ class Series:
     def build_encoder(self) -> Encoder:
         return SeriesEncoder(self.config)
 
-    def projector(self, company: frozenset[str]) -> str:
+    def projector(self, modalities: frozenset[str]) -> str:
         return "default"
 
     def projectors(self) -> tuple[str, ...]:

@@ -104,8 +104,8 @@ class Strokes:
     def build_encoder(self) -> Encoder:
         return StrokesEncoder(self.config)
 
-    def projector(self, company: frozenset[str]) -> str:
-        return next((name for modality, name in self.config.beside.items() if modality in company), "default")
+    def projector(self, modalities: frozenset[str]) -> str:
+        return next((name for modality, name in self.config.beside.items() if modality in modalities), "default")
 
     def projectors(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(("default", *self.config.beside.values())))
