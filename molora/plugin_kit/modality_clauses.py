@@ -86,9 +86,9 @@ def projectors(tested: ModalityUnderTest) -> str:
     mentioned = re.findall(r'"((?:[^"\\]|\\.)*)"', json.dumps(asdict(tested.config), ensure_ascii=False))
     others = sorted({OTHER, *(plugin.name for plugin in available("modality")), *mentioned})
     sets = [frozenset({OWN, *beside}) for beside in ((), others, *((name,) for name in others))]
-    for modalities in sets:
-        if (name := modality.projector(modalities)) not in names:
-            wrong = f"projector of {sorted(modalities)} is {name!r}, but projectors() has {names!r}"
+    for those in sets:
+        if (name := modality.projector(those)) not in names:
+            wrong = f"projector of {sorted(those)} is {name!r}, but projectors() has {names!r}"
             raise Fault(f"{wrong}: name every projector there, and return one of them for every set of modalities")
     return f"{', '.join(names)}; tried in {len(sets)} sets of modalities"
 
