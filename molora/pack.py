@@ -17,7 +17,7 @@ from molora.modality import Frames, Modality, Prepared
 
 @dataclass(frozen=True)
 class Item:
-    """One prepared item of a sample, with the projector that its sample calls for; and its frames, if they are known."""
+    """One prepared item of a sample, with the projector that its sample calls for; its frames, if they are known."""
 
     modality: str
     projector: str
