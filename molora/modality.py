@@ -104,7 +104,7 @@ class Modality(Protocol):
         the same modules, and fetches and reads no weights."""
         ...
 
-    def projector(self, modalities: frozenset[str]) -> str:
+    def projector(self, modalities: frozenset[str], /) -> str:
         """Names the projector for an item of a sample that has these modalities (its own included)."""
         ...
 
