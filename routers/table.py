@@ -45,9 +45,9 @@ class TableRouter(nn.Module):
             name = name_of(modalities)
             known = sorted(name_of(rule) for rule in self.table)
             raise RoutingError(
-                f"no routing rule for a sample with modalities {name!r} (rules: {', '.join(known)}); "
-                f"add 'router.options.rules.{name}: <adapter or null>' to the recipe, or say on the command line: "
-                f"--rule {name}=<adapter or none>"
+                f"no routing rule for a sample with modalities {name!r} (rules: {', '.join(known)}); train with "
+                f"router.options.rules.{name}=<adapter or null>, in the recipe below router, options, rules; or answer "
+                f"with --rule {name}=<adapter or none>"
             )
         return self.table[modalities]
 

@@ -82,7 +82,8 @@ def doctor(
     modality: options.Modalities = None,
     trust_plugin: options.Trust = None,
     device_memory: Annotated[
-        float | None, typer.Option(metavar="GIB", help="Ask about a device that has this much, instead of this one's.")
+        float | None,
+        typer.Option(metavar="GIB", min=0, help="Ask about a device that has this much, instead of this one's."),
     ] = None,
 ) -> None:
     """What is installed, what works, what is missing and how to get it."""

@@ -95,5 +95,9 @@ def _scaffold(kind: Literal["modality", "router"], name: str, folder: Path | Non
     for file in files:
         print(f"wrote {file}")
     steps = [] if folder is None else [f"cd {folder}", "pip install --editable ."]
-    steps += [f"molora {kind} check {spec}", f"molora train {name}.yaml", f"molora eval runs/{name} {name}.yaml"]
+    steps += [
+        f"molora {kind} check {spec}",
+        f"molora train {name}.yaml backbone.path=BACKBONE",
+        f"molora eval runs/{name} {name}.yaml",
+    ]
     print("next:", *steps, sep="\n  ")

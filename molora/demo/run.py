@@ -257,8 +257,14 @@ def _example(item: Judged, loaded: LoadedModel) -> Example:
     adapters = tuple(sorted(loaded.model.router.adapters(modalities)))
     mime = {"image": "image/png", "audio": "audio/flac"}
     media = [Media(Path(p["path"]).read_bytes(), mime[p["type"]], p.get("transcript", "")) for p in others]
-    given: dict[str, Any] = {"expected": item.expected, "answer": item.answer, "correct": item.correct}
-    return Example(question=question, adapters=adapters, media=tuple(media), **given)
+    return Example(
+        question=question,
+        expected=item.expected,
+        answer=item.answer,
+        correct=item.correct,
+        adapters=adapters,
+        media=tuple(media),
+    )
 
 
 class _Clock:

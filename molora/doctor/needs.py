@@ -201,10 +201,9 @@ def training_needs(recipe: Recipe, trust: Sequence[str] = ()) -> MemoryNeeds:
     Weights, gradients and the optimiser's state are exact. Activations are all else that a `train_step` holds at its
     fullest moment, kept for backward or just in use, if its pack is full: `tokens_per_pack` tokens of at most
     `samples_per_step` samples, each with the largest of its plugin's `examples` and text for the rest; of the sets of
-    modalities that train something, the one that needs the most. Larger items than the examples need more in an encoder
-    that trains, and shorter samples need less of everything. So a stage is counted twice: as above, and with the packs
-    that the recipe's own data give in its first steps (the heaviest of them, from `_SAMPLED_ROWS` rows or so). If data
-    cannot be opened here, `unknown` says why.
+    modalities that train something, the one that needs the most. Larger items need more in an encoder that trains,
+    shorter samples less of everything. So a stage is counted twice: as above, and with the heaviest pack that its own
+    data give in `_SAMPLED_ROWS` rows or so. If data cannot be opened here, `unknown` says why.
 
     On the CPU, activations were between 0.2 % below and 0.01 % above what the allocator gave out (tiny and small
     backbones, fp32 and bf16, with checkpointing and without). It is the CPU's path that is followed; the kernel that

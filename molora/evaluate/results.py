@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from molora.checkpoint.opening import model_hashes
-from molora.config import ConfigError
+from molora.config import ConfigError, plain
 from molora.evaluate.judge import Evaluation, EvaluationConfig, complaints
 from molora.evaluate.metrics import COUNTS
 from molora.inference.load import LoadedModel
@@ -43,8 +43,8 @@ def evaluate_model(
             scored = {evaluation.name: evaluation.scores(judged)}
             results |= scored
             told += complaints(evaluation.name, judged, evaluation.config)
-            if is_run and (gone := record(source / "evaluation.json", about, scored)):
-                told.append(f"evaluation.json: took out {', '.join(gone)}, which another state of the model gave")
+            if is_run:
+                told += record(source / "evaluation.json", about, scored, {evaluation.name: plain(evaluation.config)})
     rows = [
         (name, metric, f"{value:.0f}" if metric.partition("/")[0] in COUNTS else f"{value:.4f}")
         for name, metrics in results.items()
@@ -58,16 +58,24 @@ def evaluate_model(
     return not any(metrics["failed"] for metrics in results.values())
 
 
-def record(path: Path, model: Mapping[str, Any], results: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Adds results to those in a file. Returns the names of results that go, because another `model` gave them."""
+def record(
+    path: Path, model: Mapping[str, Any], results: Mapping[str, Mapping[str, float]], settings: Mapping[str, Any]
+) -> list[str]:
+    """Adds results to those in a file, with the settings of each evaluation. Returns what is to be told of results that
+    go, because another `model` or other settings gave them."""
     for again in reversed(range(_LOCK_TRIES)):
         try:
             with hold(path):
                 known = read_json(path) if path.is_file() else {}
-                old = known.get("evaluations", {})
-                kept = old if known.get("model") == model else {}
-                write_json(path, {"format_version": "1.0", "model": model, "evaluations": {**kept, **results}})
-                return sorted(old.keys() - kept.keys() - results.keys())
+                old, of_old = known.get("evaluations", {}), known.get("settings", {})
+                kept, of_kept = (old, of_old) if known.get("model") == model else ({}, {})
+                now = {"evaluations": {**kept, **results}, "settings": {**of_kept, **settings}}
+                write_json(path, {"format_version": "1.0", "model": model, **now})
+                gone = sorted(old.keys() - kept.keys() - results.keys())
+                told = [f"took out {', '.join(gone)}, which another state of the model gave"] if gone else []
+                other = [name for name in settings if of_kept.get(name, settings[name]) != settings[name]]
+                told += [f"{name} was of other settings before; another name keeps both" for name in other]
+                return [f"{path.name}: {each}" for each in told]
         except ConfigError:  # another evaluation of the run ends at the same moment
             if not again:
                 raise

@@ -304,11 +304,8 @@ def _gradients(tested: RouterUnderTest, checkpointing: bool) -> dict[str, Tensor
     if checkpointing:  # a forward in between, as accumulation has: recomputing is to see the routing of its own pack
         model.losses(_packed(model, samples[:4]))
     (losses.sums_N.sum() + losses.router_N.sum()).backward()
-    return {
-        f"{part}.{key}": torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        for part, parameters in model.parts().items()
-        for key, parameter in parameters.items()
-    }
+    named = {f"{part}.{key}": each for part, parameters in model.parts().items() for key, each in parameters.items()}
+    return {name: torch.zeros_like(each) if each.grad is None else each.grad for name, each in named.items()}
 
 
 @clause("half precision", "slices")

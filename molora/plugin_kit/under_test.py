@@ -164,10 +164,8 @@ class RouterUnderTest(UnderTest):
         for i, names in enumerate(_CONTENTS * 2):
             if names and frozenset(names) not in self.sets:
                 continue
-            part = {
-                "audio": {"type": "numbers", "numbers": [i / 4, 1.0, -i / 8][: 1 + i % 3]},
-                "vision": {"type": "letters", "letters": "abcxyz"[i % 4 :]},
-            }
+            numbers, letters = [i / 4, 1.0, -i / 8][: 1 + i % 3], "abcxyz"[i % 4 :]
+            part = {"audio": {"type": "numbers", "numbers": numbers}, "vision": {"type": "letters", "letters": letters}}
             text = {"type": "text", "text": "which" + "?" * (i % 3)}
             asked = {"role": "user", "content": [*(part[name] for name in names), text]}
             messages = [asked] if generate else [asked, {"role": "assistant", "content": f"{i} it is"}]

@@ -34,14 +34,8 @@ MAX_TOKENS = 256
 
 def _longrope(rotated_width: int, **more: Any) -> dict[str, Any]:
     half = rotated_width // 2
-    return {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "short_factor": [1.0] * half,
-        "long_factor": [1.5 + i for i in range(half)],
-        "original_max_position_embeddings": ROPE_SWITCH,
-        **more,
-    }
+    factors = {"short_factor": [1.0] * half, "long_factor": [1.5 + i for i in range(half)], **more}
+    return {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": ROPE_SWITCH, **factors}
 
 
 def _family(name: str) -> tuple[str, dict[str, Any]]:
@@ -81,23 +75,15 @@ def tiny_model(family: str, seed: int = 0, max_tokens: int = MAX_TOKENS) -> PreT
 
     name, settings = _family(family)
     model_class = getattr(transformers, f"{name}ForCausalLM")
-    shape = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": max_tokens,
+    shape: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "hidden_size": 32}
+    shape |= {"num_hidden_layers": 2, "num_attention_heads": 4}
+    if family not in ("bloom", "falcon", "mamba"):
+        shape |= {"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": max_tokens}
         # Large enough for attention to matter: at 0.02 a broken mask would hide in the rounding.
-        "initializer_range": 0.1,
-        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 256),
-    }
-    if family in ("bloom", "falcon", "mamba"):
-        shape = {key: shape[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
+        shape |= {"initializer_range": 0.1, **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 256)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = model_class(model_class.config_class(**{**shape, **settings})).eval()
+        model = model_class(model_class.config_class(**(shape | settings))).eval()
     model.generation_config.eos_token_id = [256, 260]
     return model
 
@@ -152,10 +138,8 @@ class Numbers:
         return Prepared({"values": torch.tensor(item) * self.config.scale}, num_tokens=len(item))
 
     def collate(self, prepared: Sequence[Prepared]) -> dict[str, Tensor]:
-        return {
-            "values": torch.cat([p.tensors["values"] for p in prepared]),
-            "lengths": torch.tensor([p.num_tokens for p in prepared]),
-        }
+        values = torch.cat([p.tensors["values"] for p in prepared])
+        return {"values": values, "lengths": torch.tensor([p.num_tokens for p in prepared])}
 
     def build_encoder(self) -> Encoder:
         return _NumbersEncoder()

@@ -138,12 +138,9 @@ def no_interference(checked: _Checked) -> Iterator[Finding]:
 @contextmanager
 def _negated(model: MoLoRA, name: str) -> Iterator[None]:
     """One modality with its tokens and its adapter turned around, which loses no bit."""
-    changed = [
-        parameter
-        for part, parameters in model.parts().items()
-        for key, parameter in parameters.items()
-        if part.startswith(f"projectors.{name}.") or (part == f"adapters.{name}" and ".lora_B." in key)
-    ]
+    prefix, adapter = f"projectors.{name}.", f"adapters.{name}"
+    named = [(part, key, each) for part, parameters in model.parts().items() for key, each in parameters.items()]
+    changed = [each for part, key, each in named if part.startswith(prefix) or (part == adapter and ".lora_B." in key)]
     for parameter in changed:
         parameter.neg_()
     try:

@@ -379,11 +379,16 @@ def test_a_tokeniser_that_cannot_be_used_is_told_when_the_recipe_is_read(
 
 def test_results_of_one_model_gather_and_those_of_another_go(tmp_path: Path) -> None:
     path, one, other = tmp_path / "evaluation.json", {"vision": "1"}, {"vision": "2"}
-    assert record(path, one, {"a": {"exact_match": 1.0}}) == []
-    assert record(path, one, {"b": {"exact_match": 0.5}}) == []
+    seeing, blind = {"without_media": False}, {"without_media": True}
+    assert record(path, one, {"a": {"exact_match": 1.0}}, {"a": seeing}) == []
+    assert record(path, one, {"b": {"exact_match": 0.5}}, {"b": blind}) == []
+    assert json.loads(path.read_text())["settings"] == {"a": seeing, "b": blind}
     assert set(json.loads(path.read_text())["evaluations"]) == {"a", "b"}
-    assert record(path, one, {"a": {"exact_match": 0.0}}) == []
+    assert record(path, one, {"a": {"exact_match": 0.0}}, {"a": seeing}) == []
     assert json.loads(path.read_text())["evaluations"] == {"a": {"exact_match": 0.0}, "b": {"exact_match": 0.5}}
-    assert record(path, other, {"b": {"exact_match": 0.1}}) == ["a"]
+    (told,) = record(path, one, {"a": {"exact_match": 0.4}}, {"a": blind})
+    assert told == "evaluation.json: a was of other settings before; another name keeps both"
+    (told,) = record(path, other, {"b": {"exact_match": 0.1}}, {"b": blind})
+    assert told == "evaluation.json: took out a, which another state of the model gave"
     assert json.loads(path.read_text())["evaluations"] == {"b": {"exact_match": 0.1}}
     assert [file.name for file in tmp_path.iterdir()] == ["evaluation.json"]

@@ -136,7 +136,7 @@ def by_check(findings: list[Finding]) -> dict[str, Finding]:
         ("molora.testing:Letters", {}),
         ("vision", {"crop_pixels": 16, "max_crops": 3, "pool": 1, "tower": CONVIT}),
         ("audio", {"tower": {"conformer": CONFORMER}, "beside": {"vision": "vision"}, "augment": AUGMENT}),
-        (f"{HERE / 'keyword_transformer.py'}:KeywordTransformer", {"weights": str(WEIGHTS)}),
+        (f"{HERE.parent / 'keyword_transformer.py'}:KeywordTransformer", {"weights": str(WEIGHTS)}),
     ],
     ids=["series", "fetched", "numbers", "letters", "vision", "audio", "keyword transformer"],
 )
