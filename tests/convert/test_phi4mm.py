@@ -172,7 +172,8 @@ def logits_apart(loaded: LoadedModel, mine_TD: Tensor, theirs_TD: Tensor) -> flo
     """The largest difference of logits; in pieces, as a row of 200,064 is long."""
     assert mine_TD.shape == theirs_TD.shape
     # The head is linear, without bias.
-    return max(float(loaded.model.backbone.head(piece).abs().max()) for piece in (mine_TD - theirs_TD).split(256))
+    pieces = (loaded.model.backbone.head(piece).aminmax() for piece in (mine_TD - theirs_TD).split(32))
+    return max(max(-float(low), float(high)) for low, high in pieces)
 
 
 # The same numbers ---------------------------------------------------------------------------------------------
