@@ -57,7 +57,9 @@ class PartOptimizer:
                 {"params": list(parameters.values()), "lr": config.learning_rate, "eps": config.epsilon}
                 | {"betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
                 for config, parameters in groups
-            ]
+            ],
+            # One kernel for all that an update does; there is none for the meta device, which is asked for sizes only.
+            fused=not any(p.is_meta for _, parameters in groups for p in parameters.values()),
         )
 
     @property
@@ -87,10 +89,8 @@ class PartOptimizer:
         self.steps_taken = steps_taken
         for name, parameter in self.parameters.items():
             if keys := [key for key in ("exp_avg", "exp_avg_sq", "step") if f"{name}.{key}" in tensors]:
-                state = {key: tensors[f"{name}.{key}"].clone() for key in keys}
-                # AdamW keeps its step counter on the CPU.
-                at = {key: "cpu" if key == "step" else parameter.device for key in keys}
-                self.optimizer.state[parameter] = {key: state[key].to(at[key]) for key in keys}
+                state = {key: tensors[f"{name}.{key}"].clone().to(parameter.device) for key in keys}
+                self.optimizer.state[parameter] = state
 
 
 def set_trainable(

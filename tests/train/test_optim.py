@@ -53,7 +53,7 @@ def test_a_part_updates_like_adamw_with_clipping(epsilon: float) -> None:
         reference.step()
         reference.zero_grad()
     for mine, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
-        assert torch.equal(mine, expected)
+        torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-7)  # ours runs as one fused kernel
 
 
 def test_state_goes_round() -> None:
