@@ -11,9 +11,9 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +23,12 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from molora.config import ConfigError, did_you_mean
 from molora.model.experts import untargetable
 from molora.received import MAX_JSON_BYTES, check_hash, is_number, parse_json, read_bytes
-from molora.routing import current_flow
+from molora.routing import Slice, current_flow
 from molora.storage import check_shapes
 
 # PEFT writes a model's adapter tensors under this prefix, whatever the model.
@@ -74,6 +75,81 @@ for name in linear:
 """
 
 
+class _Share(NamedTuple):
+    """One adapter's share in the output of a layer, for the tokens of a slice. `kept_TD` is what dropout keeps of the
+    adapter's input, scaled."""
+
+    adapter: str
+    tokens: slice
+    scaling: float
+    a_RD: Tensor
+    b_OR: Tensor
+    gates_T1: Tensor | None
+    kept_TD: Tensor | None
+
+
+def _add_shares(out: Tensor, x: Tensor, shares: Sequence[_Share]) -> tuple[Tensor, list[Tensor]]:
+    """Adds every adapter's share to a frozen layer's output (…, T, O) of x (…, T, D), in place; returns with it each
+    share's input in the adapter's rank (T, R), before gates."""
+    x_TD, out_TO = x.flatten(0, -2), out.flatten(0, -2)
+    lows = []
+    for share in shares:
+        low_TR = F.linear(_kept(x_TD, share), share.a_RD)
+        lows.append(low_TR)
+        gated_TR = low_TR if share.gates_T1 is None else low_TR * share.gates_T1.to(low_TR.dtype)
+        out_TO[share.tokens].addmm_(gated_TR, share.b_OR.T, alpha=share.scaling)
+    return out, lows
+
+
+def _kept(x_TD: Tensor, share: _Share) -> Tensor:
+    """An adapter's input: its tokens, less what dropout takes."""
+    return x_TD[share.tokens] if share.kept_TD is None else x_TD[share.tokens] * share.kept_TD
+
+
+class _AddAdapters(torch.autograd.Function):
+    """`_add_shares` with its gradients: no copy of the layer's output and none of its gradient, whatever the slices."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, x: Tensor, shares: list[_Share], *learned: Tensor | None) -> Tensor:
+        """`learned` are A, B and gates of every share in turn, as their gradients are wanted."""
+        out, lows = _add_shares(out, x, shares)
+        # What a share keeps of its input is large: only saved tensors are let go by activation checkpointing.
+        ctx.save_for_backward(x, *lows, *(share.kept_TD for share in shares))
+        ctx.shares = [share._replace(kept_TD=None) for share in shares]
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in learned]
+        ctx.mark_dirty(out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, *saved = ctx.saved_tensors
+        count = len(ctx.shares)
+        of_x = torch.zeros_like(x) if ctx.needs_input_grad[1] else None
+        of_learned: list[Tensor | None] = []
+        for index, (share, low_TR, kept_TD) in enumerate(zip(ctx.shares, saved[:count], saved[count:], strict=True)):
+            of_a, of_b, _ = ctx.needs_input_grad[3 + 3 * index : 6 + 3 * index]
+            of_out_TO = gradient.flatten(0, -2)[share.tokens]
+            of_low_TR = of_gated_TR = of_out_TO @ share.b_OR * share.scaling
+            gated_TR, of_gates_T1 = low_TR, None
+            if share.gates_T1 is not None:
+                gates_T1 = share.gates_T1.to(low_TR.dtype)
+                of_low_TR, gated_TR = of_gated_TR * gates_T1, low_TR * gates_T1
+                of_gates_T1 = (of_gated_TR * low_TR).sum(1, keepdim=True)
+            x_TD = _kept(x.flatten(0, -2), share._replace(kept_TD=kept_TD))
+            of_learned.append(of_low_TR.T @ x_TD if of_a else None)
+            of_learned.append(of_out_TO.T @ gated_TR * share.scaling if of_b else None)
+            of_learned.append(of_gates_T1)
+            if of_x is not None:
+                of_x_TD = of_x.flatten(0, -2)[share.tokens]
+                if kept_TD is None:
+                    of_x_TD.addmm_(of_low_TR, share.a_RD)
+                else:
+                    of_x_TD.addcmul_(of_low_TR @ share.a_RD, kept_TD)
+        cast = [None if g is None else g.to(dtype) for g, dtype in zip(of_learned, ctx.dtypes, strict=True)]
+        return gradient, of_x, None, *cast
+
+
 class RoutedLinear(LoraLinear):
     """A frozen linear layer with several adapters, of which each slice of a pack uses those its routing names."""
 
@@ -86,42 +162,41 @@ class RoutedLinear(LoraLinear):
         routing = flow.routing
         if routing is None or not any(name in self.lora_A for piece in routing.slices for name in piece.adapters):
             return out
-        x, out_TO = x.flatten(0, -2), out.flatten(0, -2)
-        if len(x) != routing.slices[-1].stop:
-            told = f"a routed layer received {len(x)} tokens but the pack has {routing.slices[-1].stop}"
+        if (num_tokens := x.shape[:-1].numel()) != routing.slices[-1].stop:
+            told = f"a routed layer received {num_tokens} tokens but the pack has {routing.slices[-1].stop}"
             raise RuntimeError(f"{told}: layers that regroup tokens (such as experts) cannot carry routed adapters")
-        pieces = [self._slice(x, out_TO, *piece) for piece in routing.slices]
-        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(out.shape)
+        shares = [share for piece in routing.slices for share in self._shares(piece, x)]
+        if not torch.is_grad_enabled():
+            return _add_shares(out, x, shares)[0]
+        learned = [tensor for share in shares for tensor in self._learned(share)]
+        return _AddAdapters.apply(out, x, shares, *learned)  # pyright: ignore[reportReturnType]
 
-    def _slice(
-        self, x: Tensor, out: Tensor, adapters: tuple[str, ...], start: int, stop: int, weights_TE: Tensor | None
-    ) -> Tensor:
-        """The frozen layer's output for a slice, plus its adapters: one LoRA of all their ranks, gated unit by unit."""
-        out, x = out[start:stop], x[start:stop]
-        here = [index for index, name in enumerate(adapters) if name in self.lora_A]
-        if not here:
-            return out
-        names = [adapters[index] for index in here]
-        downs, ups = zip(*(self.adapter_weights(name, x.dtype) for name in names), strict=True)
-        drops = [self.lora_dropout[name] for name in names]
-        if any(isinstance(drop, nn.Dropout) and drop.training for drop in drops):
-            low = torch.cat([F.linear(drop(x), a_RD) for drop, a_RD in zip(drops, downs, strict=True)], dim=-1)
-        else:
-            low = F.linear(x, downs[0] if len(here) == 1 else torch.cat(downs))
-        if weights_TE is not None:
-            shares = [weights_TE[:, i, None].expand(-1, len(a_RD)) for i, a_RD in zip(here, downs, strict=True)]
-            low = low * torch.cat(shares, dim=1).to(x.dtype)
-        if len(here) == 1:
-            low, b_OR = low * self.scaling[names[0]], ups[0]
-        else:
-            b_OR = torch.cat([b * self.scaling[name] for name, b in zip(names, ups, strict=True)], dim=1)
-        return torch.addmm(out, low, b_OR.T)
+    def _shares(self, piece: Slice, x: Tensor) -> Iterator[_Share]:
+        """What each adapter of a slice does in this layer."""
+        for index, name in enumerate(piece.adapters):
+            if name in self.lora_A:
+                tokens = slice(piece.start, piece.stop)
+                drop: Any = self.lora_dropout[name]
+                kept_TD = None
+                if drop.training and isinstance(drop, nn.Dropout):
+                    kept_TD = drop(x.new_ones(piece.stop - piece.start, x.shape[-1]))
+                gates_T1 = None if piece.weights_TE is None else piece.weights_TE[:, index, None]
+                yield _Share(name, tokens, self.scaling[name], *self.adapter_weights(name, x.dtype), gates_T1, kept_TD)
+
+    def _learned(self, share: _Share) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What may have a gradient of a share: A (R, D) and B (O, R) as they are stored, and its gates (T, 1)."""
+        return self.lora_A[share.adapter].weight, self.lora_B[share.adapter].weight, share.gates_T1  # pyright: ignore
 
     def adapter_weights(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A (R, D) and B (O, R) of an adapter."""
-        a: Any = self.lora_A[name]
-        b: Any = self.lora_B[name]
-        return a.weight.to(dtype), b.weight.to(dtype)
+        """A (R, D) and B (O, R) of an adapter, without a graph; casts are kept until the weights change."""
+        weights: list[Any] = [side[name].weight.detach() for side in (self.lora_A, self.lora_B)]
+        if weights[0].dtype == dtype:
+            return weights[0], weights[1]
+        casts: dict[Any, Any] = self.__dict__.setdefault("_casts", {})
+        versions = [(weight.data_ptr(), weight._version) for weight in weights]
+        if casts.get((name, dtype), (None,))[0] != versions:
+            casts[name, dtype] = versions, *(weight.to(dtype) for weight in weights)
+        return casts[name, dtype][1:]
 
     def merge(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise RuntimeError("adapters of a routed model cannot be merged: each sample needs its own")

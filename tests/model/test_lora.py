@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -17,7 +18,7 @@ from molora.model import lora
 from molora.model.backbone import Backbone
 from molora.model.identity import Identity
 from molora.model.lora import RoutedLinear, lora_config
-from molora.routing import Flow, Routing
+from molora.routing import Flow, Routing, Slice, flowing
 from molora.testing import VOCAB_SIZE, assert_close, tiny_model
 
 NOWHERE = Identity("test", "", "", "", "")
@@ -132,6 +133,47 @@ def test_dropout_follows_train_and_eval() -> None:
     assert torch.equal(first, second)
     lora.set_dropout(backbone.model, True)
     assert not torch.equal(run(backbone, ids, ("a",))[0], first)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_gradients_are_those_of_the_sum_written_out(dropout: float) -> None:
+    """Two adapters with gates on one slice, one adapter on the next, none on the last."""
+    given = {"r": 4, "lora_dropout": dropout, "target_modules": ["q_proj"]}
+    backbone = build({"a": given, "b": {**given, "r": 2}})
+    layer = backbone.model.model.layers[0].self_attn.q_proj.double()
+    lora.set_dropout(backbone.model, True)
+    drawn = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 9, layer.in_features, generator=drawn, dtype=torch.float64, requires_grad=True)
+    gates = torch.rand(4, 2, generator=drawn, dtype=torch.float64, requires_grad=True)
+    slices = (Slice(("a", "b"), 0, 4, gates), Slice(("b",), 4, 7), Slice((), 7, 9))
+    learned = [x, gates, *(layer.get_parameter(f"lora_{side}.{name}.weight") for name in "ab" for side in "AB")]
+    found = []
+    for written_out in (False, True):
+        torch.manual_seed(0)
+        if written_out:
+            out = layer.base_layer(x)[0]
+            for name, tokens, gate in (("a", slice(0, 4), 0), ("b", slice(0, 4), 1), ("b", slice(4, 7), None)):
+                x_TD = x[0, tokens]
+                low = layer.lora_A[name](x_TD * F.dropout(torch.ones_like(x_TD), dropout))
+                share = layer.lora_B[name](low if gate is None else low * gates[:, gate, None])
+                out = out + F.pad(share * layer.scaling[name], (0, 0, tokens.start, 9 - tokens.stop))
+        else:
+            with flowing(Flow((4, 3, 2), Routing(slices))):
+                out = layer(x)[0]
+        found.append((out, *torch.autograd.grad(out.cos().sum(), learned)))
+    for mine, expected in zip(*found, strict=True):
+        assert_close(mine, expected, 1e-12)
+
+
+def test_casts_follow_the_weights() -> None:
+    backbone = build({"a": {"r": 4, "target_modules": ["q_proj"]}})
+    layer = backbone.model.model.layers[0].self_attn.q_proj
+    first = layer.adapter_weights("a", torch.bfloat16)
+    assert all(mine is again for mine, again in zip(first, layer.adapter_weights("a", torch.bfloat16), strict=True))
+    with torch.no_grad():
+        layer.lora_A["a"].weight.add_(1)
+    a_RD, b_OR = layer.adapter_weights("a", torch.bfloat16)
+    assert torch.equal(a_RD, layer.lora_A["a"].weight.bfloat16()) and torch.equal(b_OR, first[1])
 
 
 def test_what_peft_saves_we_load(tmp_path: Path) -> None:
