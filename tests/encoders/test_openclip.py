@@ -70,7 +70,7 @@ def folder(clip: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     state = vision_transformer.checkpoint_filter_fn(dict(clip.state_dict()), model)
     save_file({key: value.contiguous() for key, value in state.items()}, folder / "model.safetensors")
     arguments = {"embed_dim": WIDTH, "depth": 3, "num_heads": 2}
-    _hub.save_config_for_hf(model, str(folder / "config.json"), model_args=arguments)
+    _hub.save_config_for_hf(model, folder / "config.json", model_args=arguments)
     return folder
 
 
