@@ -60,11 +60,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Media:
-    """The items of one modality in a pack, in reading order: what their encoder takes, or the frames it gave before."""
+    """The items of one modality in a pack, in reading order: what their encoder takes, or the frames it gave before.
+    `num_tokens` are what each item is said to give, `reserved` the positions that the prompts hold for all of them."""
 
     tensors: dict[str, Tensor]
     projectors: tuple[str, ...]
     num_tokens: tuple[int, ...]
+    reserved: int
     frames: Frames | None = None
 
     def to(self, device: torch.device | str) -> Media:
@@ -76,7 +78,7 @@ class Media:
 @dataclass(frozen=True)
 class Pack:
     """Samples concatenated along one token axis, no padding. `lengths` are tokens per sample. `gates` are what the
-    router decided for each sample before, if they go on from a cache."""
+    router decided for each sample before, if they go on from a cache. `targets_T` stays on the host."""
 
     ids: tuple[str, ...]
     lengths: tuple[int, ...]
@@ -110,7 +112,6 @@ class Pack:
             self,
             token_ids_T=self.token_ids_T.to(device),
             modality_ids_T=self.modality_ids_T.to(device),
-            targets_T=self.targets_T.to(device),
             media={name: media.to(device) for name, media in self.media.items()},
         )
 
@@ -125,7 +126,8 @@ def collate(
     if order is not None:
         samples = sorted(samples, key=lambda sample: order(sample.modalities))
     media: dict[str, Media] = {}
-    for name, modality in modalities.items():
+    modality_ids_T = torch.cat([sample.modality_ids_T for sample in samples])
+    for index, (name, modality) in enumerate(modalities.items(), start=1):
         items = [item for sample in samples for item in sample.items if item.modality == name]
         if items:
             known = [item.frames_SC for item in items if item.frames_SC is not None]
@@ -134,6 +136,7 @@ def collate(
                 tensors={} if whole else modality.collate([item.prepared for item in items]),
                 projectors=tuple(item.projector for item in items),
                 num_tokens=tuple(item.prepared.num_tokens for item in items),
+                reserved=int((modality_ids_T == index).sum()),
                 frames=Frames(torch.cat(known), tuple(len(frames_SC) for frames_SC in known)) if whole else None,
             )
     return Pack(
@@ -141,7 +144,7 @@ def collate(
         lengths=tuple(len(sample) for sample in samples),
         modalities=tuple(sample.modalities for sample in samples),
         token_ids_T=torch.cat([sample.token_ids_T for sample in samples]),
-        modality_ids_T=torch.cat([sample.modality_ids_T for sample in samples]),
+        modality_ids_T=modality_ids_T,
         targets_T=torch.cat([sample.targets_T for sample in samples]),
         media=media,
     )

@@ -115,6 +115,7 @@ class DryRun(TorchDispatchMode):
             for name, value in [*own.items(), *vars(module).items()]:
                 if isinstance(value, Tensor) and value.is_meta:
                     setattr(module, name, stand_in(value))
+        model.find_parts()
         self.owned(fake for _, fake in stand_ins.values())
 
     def owned(self, tensors: Iterable[Tensor]) -> None:

@@ -70,7 +70,7 @@ class MoLoRA(nn.Module):
                 lora.inject(backbone.model, name, config, where=f"adapter {name!r}")
         # Whether `generate` computes every sample by itself, so that its bits do not depend on the others.
         self.deterministic_batch = False
-        self._part_names = frozenset(self.parts())
+        self.find_parts()
         self.requires_grad_(False)
         self.train(False)
 
@@ -86,10 +86,14 @@ class MoLoRA(nn.Module):
         lora.set_dropout(self.backbone.model, mode)
         return self
 
-    def parts(self) -> dict[str, dict[str, nn.Parameter]]:
+    def parts(self) -> Mapping[str, Mapping[str, nn.Parameter]]:
         """The parameters of everything but the backbone, by part. Parts are "encoders.<name>",
         "projectors.<name>.<projector>", "adapters.<name>" and "router"; those without parameters are left out. A
         parameter's full name is the part's name, a dot, and its key."""
+        return self._parts
+
+    def find_parts(self) -> None:
+        """Finds the parameters of every part; to be called again where others were put in their place."""
         parts = {f"encoders.{name}": dict(encoder.named_parameters()) for name, encoder in self.encoders.items()}
         for name, projectors in self.projectors.items():
             for key, projector in projectors.named_children():
@@ -97,7 +101,7 @@ class MoLoRA(nn.Module):
         for name in self.adapters:
             parts[f"adapters.{name}"] = lora.adapter_parameters(self.backbone.model, name)
         parts["router"] = dict(self.router.named_parameters())  # pyright: ignore[reportAttributeAccessIssue]
-        return {name: parameters for name, parameters in parts.items() if parameters}
+        self._parts = {name: parameters for name, parameters in parts.items() if parameters}
 
     def router_tensors(self) -> dict[str, Tensor]:
         """What the router has learned; empty for one that does not learn."""
@@ -109,7 +113,7 @@ class MoLoRA(nn.Module):
         names |= {f"projectors.{name}.{self.modalities[name].projector(modalities)}" for name in modalities}
         names |= {f"adapters.{name}" for name in self.router.adapters(modalities)}
         names |= {"router"} if self.router.learns(modalities) else set()
-        return frozenset(names & self._part_names)
+        return frozenset(names & self._parts.keys())
 
     def training_parts(self) -> frozenset[str]:
         """The parts that have something to train."""
@@ -125,12 +129,14 @@ class MoLoRA(nn.Module):
         embeds_TD = self.backbone.embed(pack.token_ids_T)
         for index, name in enumerate(self.modalities, start=1):
             if name in pack.media:
-                tokens_TD = self._media_tokens(name, pack.media[name]) / self.backbone.embed_scale
-                reserved = pack.modality_ids_T == index
-                if (count := int(reserved.sum())) != len(tokens_TD):
+                media = pack.media[name]
+                with self._compute_dtype():
+                    tokens_TD = self._media_tokens(name, media) / self.backbone.embed_scale
+                if media.reserved != len(tokens_TD):
                     returned = f"the projector returned {len(tokens_TD)} tokens"
-                    raise ValueError(f"{name}: prompts reserve {count} positions, {returned}")
-                embeds_TD = embeds_TD.masked_scatter(reserved[:, None], tokens_TD.to(embeds_TD.dtype))
+                    raise ValueError(f"{name}: prompts reserve {media.reserved} positions, {returned}")
+                places_T1 = (pack.modality_ids_T == index)[:, None]
+                embeds_TD = embeds_TD.masked_scatter(places_T1, tokens_TD.to(embeds_TD.dtype))
         return embeds_TD
 
     @torch.no_grad()
@@ -138,7 +144,14 @@ class MoLoRA(nn.Module):
         """The frames (S, C) of an item that is encoded alone, which are then the same bits whatever pack it is in."""
         tensors = self.modalities[item.modality].collate([item.prepared])
         tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
-        return self.encoders[item.modality](**tensors).frames_SC
+        with self._compute_dtype():
+            return self.encoders[item.modality](**tensors).frames_SC
+
+    def _compute_dtype(self) -> torch.autocast:
+        """In which encoders and projectors compute in the backbone's dtype: their weights stay as they are stored and
+        are cast where they are used; norms and losses stay in fp32."""
+        dtype = self.backbone.model.dtype
+        return torch.autocast(self.device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
 
     def _media_tokens(self, name: str, media: Media) -> Tensor:
         """The items of one modality through its encoder and each item's own projector, in reading order."""
@@ -194,14 +207,14 @@ class MoLoRA(nn.Module):
         embeds_TD = self.embed(pack)
         routing = self.router(pack, embeds_TD)
         hidden_TD = self(pack, embeds_TD=embeds_TD, routing=routing)
-        starts = torch.tensor((0, *pack.lengths[:-1]), device=hidden_TD.device).cumsum(0)
+        # On the host, where the pack's targets are, so that a device need not be waited for.
         is_target_T = pack.targets_T.clone()
-        is_target_T[starts] = False  # nothing precedes a sample's first token
-        positions_K = is_target_T.nonzero().squeeze(1)
+        is_target_T[torch.tensor((0, *pack.lengths[:-1])).cumsum(0)] = False  # nothing precedes a sample's first token
+        counts_N = torch.stack([targets.sum() for targets in is_target_T.split(pack.lengths)])
+        samples_K = torch.arange(len(pack)).repeat_interleave(counts_N).to(hidden_TD.device)
+        positions_K = is_target_T.nonzero().squeeze(1).to(hidden_TD.device)
         before_KD, targets_K = hidden_TD[positions_K - 1], pack.token_ids_T[positions_K]
         losses_K = target_losses(self.backbone.head, before_KD, targets_K, self.backbone.vocab_size)
-        samples_K = pack.sample_ids_T[positions_K]
         sums_N = torch.zeros(len(pack), device=hidden_TD.device).index_add(0, samples_K, losses_K)
-        counts = torch.bincount(samples_K, minlength=len(pack))
         router_N = torch.zeros_like(sums_N) if routing.losses_N is None else routing.losses_N
-        return Losses(sums_N, tuple(counts.tolist()), routing, router_N)
+        return Losses(sums_N, tuple(counts_N.tolist()), routing, router_N)

@@ -22,9 +22,9 @@ from molora.storage import save_tensors, write_cached
 class FeatureCache:
     """The frames of every item of a modality whose encoder is frozen, one safetensors file each.
 
-    A file's name is a hash of the encoder's weights, the modality's options and the prepared item, so a folder can be
-    shared by runs and never gives stale frames. Items that are missing are encoded one at a time: frames are then the
-    same bits whichever samples they came with, and a run is the same whether it found them or made them.
+    A file's name is a hash of the encoder's weights, the modality's options, the dtype and the prepared item, so a
+    folder can be shared by runs and never gives stale frames. Items that are missing are encoded one at a time: frames
+    are then the same bits whichever samples they came with, and a run is the same whether it found them or made them.
     """
 
     def __init__(self, folder: Path, model: MoLoRA) -> None:
@@ -34,7 +34,7 @@ class FeatureCache:
         for name, encoder in model.encoders.items():
             if not any(p.requires_grad for p in encoder.parameters()):
                 about: Any = [type(encoder).__qualname__, tensor_hash(encoder.state_dict())]
-                about.append(asdict(model.modalities[name].config))
+                about += [asdict(model.modalities[name].config), str(model.backbone.model.dtype)]
                 self._keys[name] = json.dumps(about, sort_keys=True, default=str)
 
     def fill(self, samples: Sequence[Sample]) -> list[Sample]:

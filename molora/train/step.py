@@ -5,9 +5,11 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from molora.data.processor import Processor
 from molora.model.molora import MoLoRA
@@ -45,8 +47,7 @@ def train_step(
     groups = sorted(targets, key=sorted)
     totals = ranks.sum(torch.tensor([float(targets[g]) for g in groups], device=model.device))
     targets = {group: int(total) for group, total in zip(groups, totals.tolist(), strict=True)}
-    sums = dict.fromkeys(groups, 0.0)
-    shares: list[tuple[str, dict[str, float]]] = []
+    done: list[tuple[Pack, Routing, Tensor]] = []
     training = model.training_parts()
     parts = {group: model.parts_of(group) for group in groups}
     for trains in (False, True):
@@ -58,11 +59,16 @@ def train_step(
                 shares_N = torch.tensor([1 / max(1, targets[m]) for m in pack.modalities], device=model.device)
                 counts_N = torch.tensor(losses.num_targets, device=model.device)
                 loss = ((losses.sums_N + losses.router_N * counts_N) * shares_N).sum()
-            if trains and loss.isfinite():
+            if trains:
                 loss.backward()
-            for modalities, value in zip(pack.modalities, losses.sums_N.tolist(), strict=True):
-                sums[modalities] += value
-            shares += routed_shares(pack, losses.routing)
+            done.append((replace(pack, media={}), losses.routing, losses.sums_N.detach()))
+    # What the device has computed is read once all of it is under way.
+    sums = dict.fromkeys(groups, 0.0)
+    shares: list[tuple[str, dict[str, float]]] = []
+    for pack, routing, sums_N in done:
+        for modalities, value in zip(pack.modalities, sums_N.tolist(), strict=True):
+            sums[modalities] += value
+        shares += routed_shares(pack, routing)
     reduced = ranks.sum(torch.tensor([sums[g] for g in groups], device=model.device, dtype=torch.float64))
     means = {g: value / max(1, targets[g]) for g, value in zip(groups, reduced.tolist(), strict=True)}
     if not all(math.isfinite(mean) for mean in means.values()):
