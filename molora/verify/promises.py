@@ -83,7 +83,11 @@ class _Checked:
         self.stock.set_attn_implementation(stock_attention(self.stock))
         self.pack = collate(samples, model.modalities, model.router.order).to(model.device)
         self.packed = self.logits()
-        self.precisions = precisions(self.stock, (model.embed(self.alone(sample)) for sample in samples))
+        self.precisions = precisions(self.stock, self.prompts())
+
+    def prompts(self) -> Iterator[Tensor]:
+        """The embeddings (T, D) of each sample."""
+        return (self.model.embed(self.alone(sample)) for sample in self.samples)
 
     def logits(self) -> dict[str, Tensor]:
         """The logits of the samples in the pack, by their ids."""
@@ -263,20 +267,24 @@ def open_ends(checked: _Checked) -> Iterator[Finding]:
         if name not in model.adapters or not users:
             yield Finding(promise, f"{name}: no sample uses its adapter", None)
             continue
-        with warnings.catch_warnings():  # PEFT asks by a name that transformers has given up
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-            peft: Any = PeftModel.from_pretrained(stock, str(path))
         pack = checked.alone(users[0])
-        for precision in checked.precisions:
+        for fp32 in [precision.fp32 for precision in checked.precisions]:
+            with warnings.catch_warnings():  # PEFT asks by a name that transformers has given up
+                warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+                # By default PEFT computes adapters in fp32 beside a backbone in half precision; molora does not.
+                peft: Any = PeftModel.from_pretrained(stock, str(path), autocast_adapter_dtype=fp32)
+            # An adapter's products are rounded as well, so its own results move further than the stock model's.
+            own = precisions(peft.base_model.model, checked.prompts())
+            precision = next(each for each in own if each.fp32 == fp32)
             embeds_TD = model.embed(pack)
-            embeds_TD = embeds_TD.float() if precision.fp32 else embeds_TD
+            embeds_TD = embeds_TD.float() if fp32 else embeds_TD
             with precision.of(peft.base_model.model):
                 theirs = peft(inputs_embeds=embeds_TD[None]).logits[0]
             with precision.of(model.backbone.model):
                 ours = model.backbone.head(model(pack, embeds_TD=embeds_TD))
             differs = difference(ours, theirs)
             yield precision.check(promise, f"{name}: PEFT opens the folder, logits differ", differs)
-        stock = peft.unload()
+            stock = peft.unload()
 
 
 def routed(loaded: LoadedModel, names: Iterable[str]) -> Iterator[frozenset[str]]:
