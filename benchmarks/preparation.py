@@ -84,15 +84,15 @@ def in_turns(rounds: int, sides: dict[str, Callable[[], object]]) -> dict[str, l
 
 
 def header(what: str, threads: int) -> None:
-    print(f"\n{f'{what}, {threads} threads':<30}{'ours, ms':>14}{'peer, ms':>16}{'ratio':>7}  of rounds")
-    print(f"{'':<30}{'best':>7}{'median':>7}{'best':>9}{'median':>7}")
+    print(f"\n{f'{what}, {threads} threads':<30}{'ours, ms':>14}{'peer, ms':>17}{'ratio':>7}  of rounds")
+    print(f"{'':<30}{'best':>7}{'median':>7}{'best':>9}{'median':>8}")
 
 
 def row(name: str, threads: int, ours: list[float], peer: list[float]) -> dict[str, Any]:
     """Prints a comparison, best and median of each side, and returns it."""
     ratios = [theirs / mine for mine, theirs in zip(ours, peer, strict=True)]
     ratio = statistics.median(ratios)
-    sides = f"{min(ours):>7.1f}{statistics.median(ours):>7.1f}{min(peer):>9.1f}{statistics.median(peer):>7.1f}"
+    sides = f"{min(ours):>7.1f}{statistics.median(ours):>7.1f}{min(peer):>9.1f}{statistics.median(peer):>8.1f}"
     print(f"{name:<30}{sides}{ratio:>7.2f}  {min(ratios):.1f} to {max(ratios):.1f}", flush=True)
     return {"name": name, "threads": threads, "ours_ms": ours, "peer_ms": peer, "ratio": ratio}
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from molora.data.sources import EncodedSamples, Skipped
 from molora.interrupt import leave_interrupts_to_parent
+from molora.modality import Prepared
 from molora.pack import Sample
 
 # Where a tensor may begin among the bytes: a cache line, which every dtype divides.
@@ -53,9 +54,14 @@ class _Caught(Dataset[Any]):
 
     samples: EncodedSamples
 
-    def __getitem__(self, k: int) -> Sample | Skipped | ValueError:
+    def __getitems__(self, step: list[int]) -> list[Sample | Skipped | ValueError]:
+        """The samples of a step, which torch asks for at once. What was prepared for one serves the others."""
+        known: dict[Any, Prepared] = {}
+        return [self._sample(k, known) for k in step]
+
+    def _sample(self, k: int, known: dict[Any, Prepared]) -> Sample | Skipped | ValueError:
         try:
-            return self.samples[k]
+            return self.samples.encoded(k, known)
         except ValueError as error:
             return error
 

@@ -14,7 +14,7 @@ from molora.data.order import Order
 from molora.data.processor import Processor, SampleTooLong
 from molora.data.rows import JsonRows
 from molora.data.table import row_id
-from molora.modality import MediaError
+from molora.modality import MediaError, Prepared
 from molora.pack import Sample
 from molora.plugins import Finder, find
 from molora.routing import RoutingError
@@ -152,6 +152,10 @@ class EncodedSamples(Dataset[Sample | Skipped]):
         self.order = Order([len(s) for s in self.sources], [c.weight for c in self.configs.values()], self.seed)
 
     def __getitem__(self, k: int) -> Sample | Skipped:
+        return self.encoded(k, {})
+
+    def encoded(self, k: int, known: dict[Any, Prepared]) -> Sample | Skipped:
+        """Sample number k. `known` is what `Processor.encode` keeps of a step's media."""
         source, row, epoch = self.order[k]
         where = f"data source {self.names[source]!r}, row {row + 1}"
         try:
@@ -164,7 +168,7 @@ class EncodedSamples(Dataset[Sample | Skipped]):
             raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
         id = f"{self.names[source]}/{example['id']}@{epoch}"
         try:
-            sample = self.processor.encode(example["messages"], id, seed=seed_of(self.seed, id))
+            sample = self.processor.encode(example["messages"], id, seed=seed_of(self.seed, id), known=known)
             check_length(sample, self.max_tokens)
             return sample
         except self.skips as error:

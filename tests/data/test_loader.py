@@ -75,6 +75,17 @@ def test_workers_give_the_bits_of_the_main_process_in_one_piece_a_step(tmp_path:
     assert seen == {frozenset(), frozenset({"vision"}), frozenset({"audio"})}
 
 
+def test_a_picture_is_prepared_once_a_step_and_an_augmented_clip_for_each_sample(tmp_path: Path) -> None:
+    order: dict[str, Any] = {"first_step": 0, "steps": 1, "samples_per_step": 8, "rank": 0, "ranks": 1}
+    (step,) = step_loader(mixed(tmp_path), **order, workers=1)
+    items = [item for sample in step if isinstance(sample, Sample) for item in sample.items]
+    pictures = [item.prepared.tensors["crops_BCHW"] for item in items if item.modality == "vision"]
+    clips = [item.prepared.tensors["features_SM"] for item in items if item.modality == "audio"]
+    assert len(pictures) == len(clips) == 2
+    assert pictures[0].data_ptr() == pictures[1].data_ptr()
+    assert clips[0].shape != clips[1].shape or not torch.equal(clips[0], clips[1])
+
+
 def test_tensors_of_every_kind_survive_being_joined() -> None:
     twice = torch.rand(3, 5)
     given = {
