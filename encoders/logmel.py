@@ -10,7 +10,6 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from molora.encoders.sound import FRAME_SAMPLES, HOP_SAMPLES, SAMPLE_RATE_HZ
 
@@ -21,8 +20,8 @@ _PRE_EMPHASIS = 0.97
 _FULL_SCALE = 32768.0
 _HIGHEST_HZ = 7690.0
 
-# Bounds the memory of one transform, and keeps it in a CPU's cache; results do not depend on it.
-_FRAMES_PER_CALL = 2000
+# Bounds the memory of one transform; results do not depend on it.
+_FRAMES_PER_CALL = 1024
 
 
 def num_frames(num_samples: int) -> int:
@@ -39,32 +38,43 @@ def log_mel(waves: Sequence[Tensor], *, narrowband: bool = False) -> Tensor:
     """
     shrink = 2 if narrowband else 1
     frame, hop = FRAME_SAMPLES // shrink, HOP_SAMPLES // shrink
-    # One row, in which every clip begins at a multiple of the hop; frames that lie across two clips are dropped.
-    row_L = torch.cat([F.pad(wave.float(), (0, -len(wave) % hop)) for wave in waves])
-    steps = [-(-len(wave) // hop) for wave in waves]
-    row_L = F.pad(row_L, (0, frame))
-    features = [
-        _features(row_L[start * hop : (stop - 1) * hop + frame], frame, hop, _FFT_SAMPLES // shrink)
-        for start in range(0, sum(steps), _FRAMES_PER_CALL)
-        for stop in [min(start + _FRAMES_PER_CALL, sum(steps))]
-    ]
-    clips = torch.cat(features).split(steps)
-    return torch.cat([clip[: num_frames(len(wave) * shrink)] for clip, wave in zip(clips, waves, strict=True)])
+    counts = [num_frames(len(wave) * shrink) for wave in waves]
+    features_SM = waves[0].new_empty((sum(counts), NUM_MEL_BINS), dtype=torch.float32)
+    transform = _Transform(min(_FRAMES_PER_CALL, max(counts)), frame, waves[0].device)
+    for wave, clip_SM in zip(waves, features_SM.split(counts), strict=True):
+        frames_SW = wave.float().unfold(0, frame, hop)
+        for some_SW, some_SM in zip(frames_SW.split(_FRAMES_PER_CALL), clip_SM.split(_FRAMES_PER_CALL), strict=True):
+            transform.fill(some_SM, some_SW)
+    return features_SM
 
 
-def _features(row_L: Tensor, frame: int, hop: int, fft: int) -> Tensor:
-    """Pre-emphasis inside the frame, window, power spectrum, mel bins, logarithm; returns (S, M). Window and full scale
-    are one factor for each sample. A frame's first sample is its own predecessor."""
-    frames_SW = row_L.unfold(0, frame, hop)
-    window_W = _window_W(frame, row_L.device)
-    emphasised_SW = frames_SW * window_W
-    emphasised_SW[:, 1:] -= frames_SW[:, :-1] * (_PRE_EMPHASIS * window_W[1:])
-    emphasised_SW[:, :1] *= 1 - _PRE_EMPHASIS
-    spectrum_SK = torch.fft.rfft(emphasised_SW, n=fft)
-    power_SK = spectrum_SK.real.square() + spectrum_SK.imag.square()
-    if fft < _FFT_SAMPLES:  # the Nyquist bin gives way to the empty half
-        power_SK = F.pad(power_SK[:, :-1], (0, _FFT_SAMPLES // 2 + 1 - fft // 2))
-    return torch.log((power_SK @ _mel_KM(row_L.device)).clamp(min=1.0))
+class _Transform:
+    """Frames to features, in memory that every call uses again: fresh memory costs more than the arithmetic."""
+
+    def __init__(self, max_frames: int, frame: int, device: torch.device) -> None:
+        fft = _FFT_SAMPLES * frame // FRAME_SAMPLES
+        self.window_W = _window_W(frame, device)
+        # A frame is followed by zeros up to the transform's length; with half the samples, so is its spectrum.
+        self.samples_SW = torch.zeros(max_frames, fft, device=device)
+        self.spectrum_SK = torch.empty(max_frames, fft // 2 + 1, dtype=torch.complex64, device=device)
+        self.power_SK = torch.zeros(max_frames, _FFT_SAMPLES // 2 + 1, device=device)
+
+    def fill(self, features_SM: Tensor, frames_SW: Tensor) -> None:
+        """Pre-emphasis inside the frame, window, power spectrum, mel bins, logarithm. Window and full scale are one
+        factor for each sample. A frame's first sample is its own predecessor."""
+        count, frame = frames_SW.shape
+        emphasised_SW = self.samples_SW[:count, :frame]
+        torch.sub(frames_SW[:, 1:], frames_SW[:, :-1], alpha=_PRE_EMPHASIS, out=emphasised_SW[:, 1:])
+        torch.mul(frames_SW[:, :1], 1 - _PRE_EMPHASIS, out=emphasised_SW[:, :1])
+        emphasised_SW.mul_(self.window_W)
+        spectrum_SK = torch.fft.rfft(self.samples_SW[:count], out=self.spectrum_SK[:count])
+        if frame < FRAME_SAMPLES:  # the Nyquist bin gives way to the empty half
+            spectrum_SK = spectrum_SK[:, :-1]
+        power_SK = self.power_SK[:count]
+        filled_SK = power_SK[:, : spectrum_SK.shape[1]]
+        torch.square(spectrum_SK.real, out=filled_SK).addcmul_(spectrum_SK.imag, spectrum_SK.imag)
+        torch.mm(power_SK, _mel_KM(features_SM.device), out=features_SM)
+        features_SM.clamp_(min=1.0).log_()
 
 
 @lru_cache

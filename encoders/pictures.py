@@ -112,7 +112,7 @@ def _rgb(image: Image.Image, file_format: str | None) -> Image.Image:
         on_white = Image.new("RGB", image.size, "white")
         on_white.paste(image, mask=image.getchannel("A"))
         return on_white
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _eight_bits(pixels: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, pairwise, product
+from itertools import accumulate, count, pairwise, product
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -38,6 +38,10 @@ MAX_CROP_SIDE, MAX_CROPS = 8192, 1024
 
 # Bounds the memory of one tower call; results do not depend on it.
 CROPS_PER_CALL = 64
+
+# Bicubic weights of the four pixels around a place half-way between two, in 32nds. Source:
+# torch.nn.functional.interpolate (A = -0.75).
+_HALF_WAY = (-3, 19, 19, -3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,13 +177,15 @@ class Vision:
         crop, layout = self.config.crop_pixels, lay_out(*item.size, self.config)
         picture = Image.new("RGB", (layout.columns * crop, layout.rows * crop), "white")
         picture.paste(item.resize((layout.width, layout.height), Image.Resampling.BILINEAR))
-        pixels_HWC = torch.from_numpy(np.array(picture))
-        crops = pixels_HWC.view(layout.rows, crop, layout.columns, crop, 3).permute(0, 2, 4, 1, 3)
+        crops = np.empty((layout.rows, layout.columns, 3, crop, crop), np.uint8)
+        for channel, band in enumerate(picture.split()):  # by PIL, as a strided copy is slower
+            rows_HW = np.asarray(band).reshape(layout.rows, crop, layout.columns, crop)
+            crops[:, :, channel] = rows_HW.swapaxes(1, 2)
         num_tokens = self.config.side * (self.config.side + 1)
         if self.config.max_crops:
             rows, columns = _useful(layout[:4], self.config)
             num_tokens += 1 + rows * (columns + 1)
-        crops_BCHW = crops.reshape(-1, 3, crop, crop)
+        crops_BCHW = torch.from_numpy(crops.reshape(-1, 3, crop, crop))
         return Prepared({"crops_BCHW": crops_BCHW, "layout_4": torch.tensor(layout[:4])}, num_tokens)
 
     def collate(self, prepared: Sequence[Prepared]) -> dict[str, Tensor]:
@@ -241,22 +247,9 @@ class VisionEncoder(Encoder):
 
     def forward(self, crops_BCHW: Tensor, layout_I4: Tensor) -> Frames:  # type: ignore[override]
         layouts = [tuple(row) for row in layout_I4.tolist()]
-        pixels_BCHW = (crops_BCHW.float() / 255 - self.mean_C11) / self.std_C11
-        whole = (self.config.grid, self.config.grid)
-        valid = [whole] * len(pixels_BCHW)
-        if self.tower.masks and self.config.max_crops:
-            valid = [size for layout in layouts for size in _valid_patches(layout, self.config.grid)]
-
-        starts = [0, *accumulate(rows * columns for rows, columns, _, _ in layouts)]
-        views, view_ids = [], []
-        for (rows, columns, _, _), (start, stop) in zip(layouts, pairwise(starts), strict=True):
-            if stop - start == 1 and valid[start] == whole:
-                view_ids.append(start)  # the only crop is the global view: one run serves both
-            else:
-                view_ids.append(len(pixels_BCHW) + len(views))
-                views.append(self._view(pixels_BCHW[start:stop], rows, columns))
-
-        frames_BHWC = self._encode(torch.cat([pixels_BCHW, *views]), valid + [whole] * len(views))
+        inputs_BCHW, valid, view_ids = self.inputs(crops_BCHW, layouts)
+        frames_BHWC = self._encode(inputs_BCHW, valid)
+        starts = _starts(layouts)
         items = []
         for layout, start, view in zip(layouts, starts, view_ids, strict=False):
             pieces = [self._read_rows(frames_BHWC[view])]
@@ -269,11 +262,29 @@ class VisionEncoder(Encoder):
     def saved_config(self, with_weights: bool) -> VisionConfig:
         return replace(self.config, tower=to_save(self.config.tower, self._scratch, self.origin, with_weights))
 
-    def _view(self, crops_BCHW: Tensor, rows: int, columns: int) -> Tensor:
-        """The whole picture, padding included, squeezed to one crop; Source: processing_phi4mm.py (no antialiasing)."""
-        crop = self.config.crop_pixels
-        picture = crops_BCHW.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).reshape(1, 3, rows * crop, -1)
-        return F.interpolate(picture, size=(crop, crop), mode="bicubic", align_corners=False)
+    def inputs(
+        self, crops_BCHW: Tensor, layouts: Sequence[tuple[int, ...]]
+    ) -> tuple[Tensor, list[tuple[int, int]], list[int]]:
+        """What the tower takes, in fp32: the crops and, behind them, the global views; the rows and columns of valid
+        patches of each; and for each picture, which of them is its global view."""
+        whole = (self.config.grid, self.config.grid)
+        valid = [whole] * len(crops_BCHW)
+        if self.tower.masks and self.config.max_crops:
+            valid = [size for layout in layouts for size in _valid_patches(layout, self.config.grid)]
+        starts = _starts(layouts)
+        # The only crop of a picture is its global view as well, if it is whole: one run serves both.
+        is_view = [stop - start == 1 and valid[start] == whole for start, stop in pairwise(starts)]
+        behind = count(len(crops_BCHW))
+        view_ids = [start if alone else next(behind) for start, alone in zip(starts, is_view, strict=False)]
+        # One tensor that is filled and changed in place: fresh memory costs more than the arithmetic.
+        num_inputs = len(crops_BCHW) + is_view.count(False)
+        pixels_BCHW = crops_BCHW.new_empty((num_inputs, *crops_BCHW.shape[1:]), dtype=torch.float32)
+        pixels_BCHW[: len(crops_BCHW)] = crops_BCHW
+        for layout, (start, stop), view in zip(layouts, pairwise(starts), view_ids, strict=True):
+            if view >= len(crops_BCHW):
+                _draw_view(crops_BCHW[start:stop], layout[0], layout[1], pixels_BCHW[view])
+        pixels_BCHW.mul_(1 / (255 * self.std_C11)).sub_(self.mean_C11 / self.std_C11)
+        return pixels_BCHW, valid + [whole] * (num_inputs - len(crops_BCHW)), view_ids
 
     def _encode(self, inputs_BCHW: Tensor, valid: Sequence[tuple[int, int]]) -> Tensor:
         """Crops to pooled frames. Padded crops run apart: whether attention is masked depends on no neighbour."""
@@ -309,6 +320,42 @@ class VisionEncoder(Encoder):
         """A map read row by row, with a separator after each."""
         separators = self.row_separator_C.to(frames_HWC.dtype).expand(len(frames_HWC), 1, -1)
         return torch.cat([frames_HWC, separators], dim=1).flatten(0, 1)
+
+
+def _starts(layouts: Sequence[tuple[int, ...]]) -> list[int]:
+    """Where the crops of each picture begin among all, and where the last ones end."""
+    return [0, *accumulate(layout[0] * layout[1] for layout in layouts)]
+
+
+def _draw_view(crops_BCHW: Tensor, rows: int, columns: int, view_CHW: Tensor) -> None:
+    """Fills `view_CHW` with the whole picture, padding included, squeezed to one crop by bicubic interpolation, from 0
+    to 255. Source: processing_phi4mm.py (no antialiasing). Crops are whole in number, so that only few pixels need to
+    be read; their sums are exact."""
+    picture_CHW = crops_BCHW.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+    if rows > 1:
+        height, width = view_CHW.shape[1], picture_CHW.shape[2]
+        squeezed_CHW = picture_CHW.new_empty((3, height, width), dtype=torch.int16)
+        _squeeze(picture_CHW, 1, rows, squeezed_CHW)
+        picture_CHW = squeezed_CHW
+    _squeeze(picture_CHW, 2, columns, view_CHW)
+    view_CHW.div_(32 ** ((rows + 1) % 2 + (columns + 1) % 2))
+
+
+def _squeeze(pixels_CHW: Tensor, axis: int, factor: int, squeezed_CHW: Tensor) -> None:
+    """Fills a tensor with another whose one axis is `factor` times as long. The centre of a new pixel lies on an old
+    one if the factor is odd, else half-way between two: then it is given in 32nds."""
+    length = pixels_CHW.shape[axis]
+    if factor % 2:
+        rest_CHW = pixels_CHW.narrow(axis, factor // 2, length - factor // 2)
+        squeezed_CHW.copy_(rest_CHW.unfold(axis, 1, factor)[..., 0])
+        return
+    padded_CHW = torch.cat([pixels_CHW.narrow(axis, 0, 1), pixels_CHW, pixels_CHW.narrow(axis, -1, 1)], axis)
+    start = factor // 2 - 1
+    windows = padded_CHW.narrow(axis, start, length + 2 - start).unfold(axis, 4, factor)
+    pixel_CHW = torch.empty_like(squeezed_CHW)
+    squeezed_CHW.zero_()
+    for place, weight in enumerate(_HALF_WAY):
+        squeezed_CHW.add_(pixel_CHW.copy_(windows[..., place]), alpha=weight)
 
 
 def _valid_patches(layout: tuple[int, ...], grid: int) -> list[tuple[int, int]]:

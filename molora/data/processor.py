@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
+from types import NoneType
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from molora.media import MediaPolicy
 from molora.modality import MediaError, Modality, Prepared
 from molora.pack import Item, Pack, Sample, collate
 from molora.routing import RoutingError
+
+# What a part of a medium in a file holds; objects such as arrays may be changed between two samples.
+_PLAIN = (str, bytes, int, float, NoneType)
 
 
 class SampleTooLong(ValueError):
@@ -54,11 +58,19 @@ class Processor:
         self._ids = {name: 1 + index for index, name in enumerate(self.modalities)}
 
     def encode(
-        self, messages: Sequence[Message], id: str, *, generate: bool = False, seed: int | None = None
+        self,
+        messages: Sequence[Message],
+        id: str,
+        *,
+        generate: bool = False,
+        seed: int | None = None,
+        known: dict[Any, Prepared] | None = None,
     ) -> Sample:
         """Turns one conversation into a sample; `seed` drives augmentation, None means none.
 
-        With `generate` the sample ends with the generation prompt and has no targets.
+        With `generate` the sample ends with the generation prompt and has no targets. `known` holds what was prepared
+        of a step's other samples, and this one's media are added: a file that is there again is not read again, unless
+        its preparation draws from the sample's own randomness.
 
         Raises: ValueError for messages that are malformed or that the chat template refuses, RoutingError for a set of
         modalities without a rule, MediaError for media that cannot be used, SampleTooLong.
@@ -74,10 +86,11 @@ class Processor:
         except RoutingError as error:
             raise RoutingError(f"{where}: {error}") from error
         generator = None if seed is None else torch.Generator().manual_seed(seed)
+        known = {} if known is None else known
         items: list[Item] = []
         num_tokens = 0
         for place, name, part in media:
-            item = self._prepare(self.modalities[name], part, modalities, generator, f"{where}: {place}")
+            item = self._prepare(self.modalities[name], part, modalities, generator, known, f"{where}: {place}")
             num_tokens += item.prepared.num_tokens
             if num_tokens > self.max_tokens:  # before more is decoded, and before positions are laid out
                 raise SampleTooLong(
@@ -172,13 +185,18 @@ class Processor:
         return max(map(len, self.tokenizer.get_vocab()))
 
     def _prepare(
-        self, modality: Modality, part: Part, modalities: frozenset[str], generator: torch.Generator | None, where: str
+        self,
+        modality: Modality,
+        part: Part,
+        modalities: frozenset[str],
+        generator: torch.Generator | None,
+        known: dict[Any, Prepared],
+        where: str,
     ) -> Item:
         """Whatever a plugin raises is this part's fault, and so this sample's."""
         try:
             self.media_policy.check(part)
-            with self.media_policy.in_force():
-                prepared = modality.prepare(modality.load(part), generator)
+            prepared = self._prepare_once(modality, part, generator, known)
             projector = modality.projector(modalities)
         except MediaError as error:
             raise MediaError(f"{where}: {error}") from error
@@ -195,3 +213,20 @@ class Processor:
                 f"{where}: modality {modality.name} makes {prepared.num_tokens} tokens of it, needs 1 or more"
             )
         return Item(modality.name, projector, prepared)
+
+    def _prepare_once(
+        self, modality: Modality, part: Part, generator: torch.Generator | None, known: dict[Any, Prepared]
+    ) -> Prepared:
+        """What is known of a part, or else its preparation, which is known from then on if no randomness is in it."""
+        key = None
+        if all(isinstance(value, _PLAIN) for value in part.values()):
+            key = (modality.name, *sorted((name, type(value).__name__, value) for name, value in part.items()))
+            if key in known:
+                return known[key]
+        fresh = None if generator is None else generator.get_state()
+        with self.media_policy.in_force():
+            prepared = modality.prepare(modality.load(part), generator)
+        drew = generator is not None and fresh is not None and not torch.equal(generator.get_state(), fresh)
+        if key is not None and not drew:
+            known[key] = prepared
+        return prepared

@@ -1,12 +1,12 @@
 """Training data: sources of conversations, and their samples in order, encoded."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
 from molora.config import ConfigError, build, require
 from molora.data.messages import conversation, media_parts, rooted
@@ -14,8 +14,7 @@ from molora.data.order import Order
 from molora.data.processor import Processor, SampleTooLong
 from molora.data.rows import JsonRows
 from molora.data.table import row_id
-from molora.interrupt import leave_interrupts_to_parent
-from molora.modality import MediaError
+from molora.modality import MediaError, Prepared
 from molora.pack import Sample
 from molora.plugins import Finder, find
 from molora.routing import RoutingError
@@ -153,6 +152,10 @@ class EncodedSamples(Dataset[Sample | Skipped]):
         self.order = Order([len(s) for s in self.sources], [c.weight for c in self.configs.values()], self.seed)
 
     def __getitem__(self, k: int) -> Sample | Skipped:
+        return self.encoded(k, {})
+
+    def encoded(self, k: int, known: dict[Any, Prepared]) -> Sample | Skipped:
+        """Sample number k. `known` is what `Processor.encode` keeps of a step's media."""
         source, row, epoch = self.order[k]
         where = f"data source {self.names[source]!r}, row {row + 1}"
         try:
@@ -165,7 +168,7 @@ class EncodedSamples(Dataset[Sample | Skipped]):
             raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
         id = f"{self.names[source]}/{example['id']}@{epoch}"
         try:
-            sample = self.processor.encode(example["messages"], id, seed=seed_of(self.seed, id))
+            sample = self.processor.encode(example["messages"], id, seed=seed_of(self.seed, id), known=known)
             check_length(sample, self.max_tokens)
             return sample
         except self.skips as error:
@@ -182,36 +185,3 @@ def check_length(sample: Sample, max_tokens: int) -> None:
             f"sample {sample.id}: has {len(sample)} tokens, but a pack of this stage holds {max_tokens}; raise "
             "tokens_per_pack, or leave such samples out with `too_long: skip`"
         )
-
-
-@dataclass
-class _Caught(Dataset[Any]):
-    """Samples, and errors in the place of those that cannot be had: a worker that raises one adds its traceback."""
-
-    samples: EncodedSamples
-
-    def __getitem__(self, k: int) -> Sample | Skipped | ValueError:
-        try:
-            return self.samples[k]
-        except ValueError as error:
-            return error
-
-
-def step_loader(
-    dataset: EncodedSamples, *, first_step: int, steps: int, samples_per_step: int, rank: int, ranks: int, workers: int
-) -> Iterator[list[Sample | Skipped]]:
-    """Yields this rank's samples of each step from `first_step` on. Raises ValueError."""
-    starts = range(first_step * samples_per_step, steps * samples_per_step, samples_per_step)
-    loader = DataLoader(
-        _Caught(dataset),
-        batch_sampler=(list(range(start + rank, start + samples_per_step, ranks)) for start in starts),
-        collate_fn=list,
-        num_workers=workers,
-        worker_init_fn=leave_interrupts_to_parent,
-        prefetch_factor=2 if workers else None,
-    )
-    for samples in loader:
-        for sample in samples:
-            if isinstance(sample, ValueError):
-                raise sample
-        yield samples

@@ -18,7 +18,8 @@ from molora.checkpoint.modality_folder import copy_modality, read_about, save_mo
 from molora.checkpoint.opening import open_model
 from molora.checkpoint.run_folder import latest_state, read_state, save_state, write_run
 from molora.config import ConfigError, dump, plain
-from molora.data.sources import EncodedSamples, Skipped, step_loader
+from molora.data.loader import step_loader
+from molora.data.sources import EncodedSamples, Skipped
 from molora.evaluate.judge import Evaluation, EvaluationConfig, complaints
 from molora.inference.load import LoadedModel
 from molora.interrupt import Interrupt, Stopped

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from molora.config import ConfigError, build
+from molora.data.loader import step_loader
 from molora.data.messages import conversation
 from molora.data.processor import Processor
 from molora.data.sources import (
@@ -20,7 +21,6 @@ from molora.data.sources import (
     Source,
     SourceConfig,
     open_source,
-    step_loader,
 )
 from molora.modality import MediaError
 from molora.testing.tiny import byte_tokenizer

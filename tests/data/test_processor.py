@@ -278,3 +278,15 @@ def test_any_conversation_keeps_its_invariants() -> None:
         assert runs <= len(spans)
         assert not (sample.targets_T & (sample.modality_ids_T > 0)).any()
         assert sample.num_targets > 0
+
+
+def test_a_medium_is_prepared_again_only_if_its_preparation_is_random() -> None:
+    proc, known = processor(), {}
+    first = proc.encode(ask(("count", 3), ("sky", 3)), "a", known=known)
+    again = proc.encode(ask(("sky", 3), ("count", 2), ("count", 3)), "b", known=known)
+    assert again.items[2].prepared is first.items[0].prepared and again.items[0].prepared is first.items[1].prepared
+    assert again.items[1].prepared is not first.items[0].prepared
+    drawn = [proc.encode(ask(("count", 1), ("count", 1)), "c", seed=7, known=known) for known in ({}, {}, None)]
+    values = [torch.cat([item.prepared.tensors["values"] for item in sample.items]) for sample in drawn]
+    assert torch.equal(values[0], values[1]) and torch.equal(values[0], values[2])
+    assert values[0][0] != values[0][1]
