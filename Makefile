@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 # Threads that wait without spinning leave the cores to others; as in molora/cli/commands.py.
 export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 5000
+# Memory that is freed is kept for the next tensor: by glibc's default large ones come anew from the system, page by page.
+KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824
 # On a terminal pip shows its bars; in a log only what goes wrong. setuptools warns of every editable install.
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check $(if $(MAKE_TERMOUT),,--quiet) install
 
@@ -18,7 +20,7 @@ demo: $(VENV)/demo.stamp  ## teach a small model to see and to hear, and questio
 	$(BIN)/molora demo
 
 test: $(VENV)/dev.stamp  ## run the tests, one process a core, at most eight
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
+	$(KEEP_MEMORY) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 test-oldest:  ## run the tests with the oldest libraries that setup.cfg allows, in .venv-oldest
 	$(MAKE) VENV=$(VENV)-oldest $(VENV)-oldest/oldest.stamp
