@@ -100,6 +100,11 @@ class Step:
     error: Exception | None = None
 
 
+def tokens_kept(prompt_tokens: int, max_new_tokens: int, max_tokens: int) -> int:
+    """Tokens whose keys and values a sample can come to have; the last token of an answer is never fed."""
+    return max(prompt_tokens, min(prompt_tokens + max_new_tokens, max_tokens) - 1)
+
+
 class Admission:
     """Samples on their way in, in their order, and the pool that they wait for."""
 
@@ -153,9 +158,7 @@ class Admission:
         return entering
 
     def _tokens(self, sample: Sample) -> int:
-        """Tokens whose keys a sample can come to have; those of its last one are not read."""
-        most = min(len(sample) + self._config.max_new_tokens, self._backbone.max_tokens)
-        return max(len(sample), most - 1)
+        return tokens_kept(len(sample), self._config.max_new_tokens, self._backbone.max_tokens)
 
     def _too_long(self, sample: Sample) -> SampleTooLong:
         needs, has = self._tokens(sample), self.pool.num_pages * self.pool.kept.page_tokens

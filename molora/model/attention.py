@@ -28,7 +28,9 @@ NAME = "molora"
 # Arguments that models hand on to every attention function and that packing already decides.
 _SETTLED = frozenset({"position_ids", "use_cache", "cache_position", "output_attentions", "output_router_logits"})
 # Whether this torch's kernel reads pages by a table (2.13 and later).
-_READS_PAGES = {"enable_gqa", "seqused_k", "block_table", "num_splits"} <= inspect.signature(varlen_attn).parameters.keys()
+_READS_PAGES = {"enable_gqa", "seqused_k", "block_table", "num_splits"} <= inspect.signature(
+    varlen_attn
+).parameters.keys()
 
 
 class Segments(tuple[Tensor, ...]):
@@ -47,9 +49,9 @@ class PageTable:
     """Which pages hold the keys of each sample in a step of decoding, and how many of their tokens: what all layers of
     one window share. Pages are in the order of the tokens, or in that of a ring; attention to one query is the same."""
 
-    def __init__(self, pages: list[list[int]], used: list[int], page_tokens: int, device: torch.device) -> None:
+    def __init__(self, pages: list[list[int]], used: list[int], page_tokens: int, like: Tensor) -> None:
         self._page_tokens = page_tokens
-        self._device = device
+        self._device, self._dtype = like.device, like.dtype
         self.used = used
         self.pages = [held[: -(-count // page_tokens)] for held, count in zip(pages, used, strict=True)]
 
@@ -81,9 +83,10 @@ class PageTable:
 
     @cached_property
     def mask_P11B(self) -> Tensor:
-        """True on the tokens that count, for the pages of `owners_P`."""
+        """What is added to the scores of `owners_P`'s pages: 0 on tokens that count, -inf on others."""
         counts_P1 = torch.tensor([count for _, count in self._rows], device=self._device)[:, None]
-        return (torch.arange(self._page_tokens, device=self._device) < counts_P1)[:, None, None]
+        beyond_PB = torch.arange(self._page_tokens, device=self._device) >= counts_P1
+        return torch.zeros(beyond_PB.shape, dtype=self._dtype).masked_fill(beyond_PB, -torch.inf)[:, None, None]
 
     @cached_property
     def _rows(self) -> list[tuple[int, int]]:
@@ -108,10 +111,11 @@ class PageTable:
         return self._filled(rows)
 
     @cached_property
-    def absent_NM(self) -> Tensor:
-        """True on places that a sample has no page for."""
+    def absent_NM11(self) -> Tensor:
+        """-inf on places that a sample has no page for, 0 on others."""
         counts_N1 = torch.tensor([[len(held)] for held in self.pages], device=self._device)
-        return torch.arange(max(map(len, self.pages)), device=self._device) >= counts_N1
+        absent_NM = torch.arange(max(map(len, self.pages)), device=self._device) >= counts_N1
+        return torch.zeros(absent_NM.shape).masked_fill(absent_NM, -torch.inf)[:, :, None, None]
 
     @cached_property
     def table_NM(self) -> Tensor:
@@ -316,17 +320,16 @@ def _by_page(query_NGRd: Tensor, keys_PBGd: Tensor, values_PBGd: Tensor, table: 
     """Attention to each page on its own, all in one call, then the pages of each sample put together by their share of
     the sample's softmax. Source: "Flash-Decoding for long-context inference", Dao, Haziza, Massa and Sizov, 2023."""
     chosen = table.pages_P if table.span is None else table.span
-    mask_P11B = torch.zeros_like(table.mask_P11B, dtype=query_NGRd.dtype).masked_fill(~table.mask_P11B, -torch.inf)
     out_PGRd, logsumexp_PGR = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query_NGRd[table.owners_P],
         keys_PBGd[chosen].transpose(1, 2),
         values_PBGd[chosen].transpose(1, 2),
-        attn_mask=mask_P11B,
+        attn_mask=table.mask_P11B,
         scale=scoring.scaling,
     )
     if table.places_NM.shape[1] == 1:
         return out_PGRd[table.places_NM[:, 0]]
-    shares_NMGR = logsumexp_PGR[table.places_NM].masked_fill(table.absent_NM[:, :, None, None], -torch.inf).softmax(1)
+    shares_NMGR = (logsumexp_PGR[table.places_NM] + table.absent_NM11).softmax(1)
     return (shares_NMGR[..., None] * out_PGRd[table.places_NM]).sum(1).to(query_NGRd.dtype)
 
 

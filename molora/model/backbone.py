@@ -17,8 +17,8 @@ from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenize
 
 from molora.model import attention
 from molora.model.identity import Identity
-from molora.model.probe import compare, decoder, decoder_layers, run_stock
 from molora.model.pages import Feed, KeptLayers, PagePool, Surveyor
+from molora.model.probe import compare, decoder, decoder_layers, run_stock
 from molora.model.rotary import wrap_rotary
 from molora.routing import Flow, current_flow, flowing
 

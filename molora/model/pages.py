@@ -178,14 +178,29 @@ class Feed(Cache):
         self._fresh = not any(before)
         decodes = not self._fresh and all(before) and set(lengths) == {1}
         self.ends = None if self._fresh and tuple(ends) == self._lengths else tuple(ends)
-        self._device = next(iter(pool.keys.values())).device
-        positions = [torch.arange(start, start + count) for start, count in zip(before, lengths, strict=True)]
-        self.position_ids_T = torch.cat(positions).to(self._device)
-        self._slots = {window: self._slots_of(window, samples, decodes) for window in pool.kept.windows}
+        self._like = next(iter(pool.keys.values()))
+        self._device = self._like.device
+        positions = [p for start, count in zip(before, lengths, strict=True) for p in range(start, start + count)]
+        self.position_ids_T = torch.tensor(positions, device=self._device)
+        self._slots = {
+            window: self._decoding(window, samples) if decodes else self._entering(window, samples)
+            for window in pool.kept.windows
+        }
         for sample, length in zip(samples, lengths, strict=True):
             sample.length += length
 
-    def _slots_of(self, window: int | None, samples: Sequence[SamplePages], decodes: bool) -> _Slots:
+    def _decoding(self, window: int | None, samples: Sequence[SamplePages]) -> _Slots:
+        """One token of every sample, which then reads all that it holds."""
+        writes, used = [], []
+        for sample in samples:
+            page, place = divmod(sample.length if window is None else sample.length % window, self._page_tokens)
+            writes.append(sample.pages[window][page] * self._page_tokens + place)
+            used.append(sample.length + 1 if window is None else min(sample.length + 1, window))
+        table = PageTable([sample.pages[window] for sample in samples], used, self._page_tokens, self._like)
+        return _Slots(torch.tensor(writes, device=self._device), None, table)
+
+    def _entering(self, window: int | None, samples: Sequence[SamplePages]) -> _Slots:
+        """Parts of prompts, which read what their samples hold and themselves."""
         writes: list[Tensor] = []
         written: list[Tensor] = []
         history: list[Tensor] = []
@@ -196,20 +211,12 @@ class Feed(Cache):
             writes.append(self._places(sample, window, first, end))
             written.append(torch.arange(start + first - sample.length, start + length))
             start += length
-            if not (self._fresh or decodes):
+            if not self._fresh:
                 seen = 0 if window is None else max(0, sample.length - window + 1)
                 history.append(self._places(sample, window, seen, sample.length).to(self._device))
         all_written = sum(map(len, written)) == start
-        table = None
-        if decodes:
-            used = [sample.length + 1 if window is None else min(sample.length + 1, window) for sample in samples]
-            table = PageTable([sample.pages[window] for sample in samples], used, self._page_tokens, self._device)
-        return _Slots(
-            torch.cat(writes).to(self._device),
-            None if all_written else torch.cat(written).to(self._device),
-            table,
-            history,
-        )
+        written_T = None if all_written else torch.cat(written).to(self._device)
+        return _Slots(torch.cat(writes).to(self._device), written_T, None, history)
 
     def update(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from molora.config import build
 from molora.inference.load import LoadedModel
 from molora.model import attention
 from molora.model.backbone import Backbone
-from molora.model.cache import PackedCache
 from molora.model.identity import Identity
 from molora.model.lora import RoutedLinear, adapter_parameters
+from molora.model.pages import Feed, PagePool, SamplePages
 from molora.model.probe import decoder_layers
 from molora.model.rotary import SampleRotary
 from molora.pack import Pack
@@ -163,8 +164,19 @@ def rotary_of_the_pack(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def neighbours_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = PackedCache.select
-    monkeypatch.setattr(PackedCache, "select", lambda self, samples: right(self, list(samples)[::-1]))
+    """In a step of decoding, every sample reads another one's pages."""
+    right = PagePool.feed
+
+    def feed(self: PagePool, samples: Sequence[SamplePages], lengths: Sequence[int], ends: Sequence[int]) -> Feed:
+        if any(sample.length == 0 for sample in samples):
+            return right(self, samples, lengths, ends)
+        others = zip(samples, reversed(samples), strict=True)
+        fed = right(self, [replace(other, length=sample.length) for sample, other in others], lengths, ends)
+        for sample in samples:
+            sample.length += 1
+        return fed
+
+    monkeypatch.setattr(PagePool, "feed", feed)
 
 
 def another_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
