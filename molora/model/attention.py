@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -27,10 +27,7 @@ NAME = "molora"
 
 # Arguments that models hand on to every attention function and that packing already decides.
 _SETTLED = frozenset({"position_ids", "use_cache", "cache_position", "output_attentions", "output_router_logits"})
-# Whether this torch's kernel reads pages by a table (2.13 and later).
-_READS_PAGES = {"enable_gqa", "seqused_k", "block_table", "num_splits"} <= inspect.signature(
-    varlen_attn
-).parameters.keys()
+_OF_PAGES = frozenset({"enable_gqa", "seqused_k", "block_table", "num_splits"})
 
 
 class Segments(tuple[Tensor, ...]):
@@ -228,6 +225,12 @@ def packed_attention(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), None
 
 
+@cache
+def _kernel_reads_pages() -> bool:
+    """Whether this torch's kernel finds pages by a table, as that of torch 2.13 does."""
+    return inspect.signature(varlen_attn).parameters.keys() >= _OF_PAGES
+
+
 def _in_half_on_cuda(query: Tensor) -> bool:
     return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
 
@@ -297,7 +300,7 @@ def _paged(module: nn.Module, query: Tensor, key: Paged, value: Paged, scoring: 
     Every key that counts is visible: a layer with a window keeps no others."""
     table, (_, heads, _, width) = key.table, query.shape
     groups, value_width = key.pages.shape[2], value.pages.shape[3]
-    if _READS_PAGES and _in_half_on_cuda(query) and scoring.is_plain:
+    if _in_half_on_cuda(query) and scoring.is_plain and _kernel_reads_pages():
         return _by_table(query, key, value, scoring)
     query_NHd = query[0].transpose(0, 1)
     if not scoring.is_plain:

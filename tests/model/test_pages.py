@@ -258,7 +258,7 @@ def test_the_kernel_that_reads_tables_gets_what_it_asks_for(monkeypatch: pytest.
     with flowing(Flow((1, 1, 1))):
         expected, _ = packed_attention(Layer(), query, key, value, None)
         monkeypatch.setattr(attention, "varlen_attn", kernel)
-        monkeypatch.setattr(attention, "_READS_PAGES", True)
+        monkeypatch.setattr(attention, "_kernel_reads_pages", lambda: True)
         monkeypatch.setattr(attention, "_in_half_on_cuda", lambda query: True)
         given, _ = packed_attention(Layer(), query, key, value, None)
     assert_close(given, expected, 1e-5, what="attention through the kernel's arguments")

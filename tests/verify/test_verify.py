@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,10 @@ from molora.checkpoint.opening import locate
 from molora.config import build
 from molora.inference.load import LoadedModel
 from molora.model import attention
+from molora.model.attention import PageTable
 from molora.model.backbone import Backbone
 from molora.model.identity import Identity
 from molora.model.lora import RoutedLinear, adapter_parameters
-from molora.model.pages import Feed, PagePool, SamplePages
 from molora.model.probe import decoder_layers
 from molora.model.rotary import SampleRotary
 from molora.pack import Pack
@@ -123,7 +122,8 @@ def samples_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     def leaking(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         flow = current_flow()
         assert flow is not None
-        one = Flow((sum(flow.lengths),), flow.routing) if query.shape[2] == args[0][0].shape[1] else flow
+        packed = isinstance(args[0], Tensor) and query.shape[2] == args[0].shape[2]
+        one = Flow((sum(flow.lengths),), flow.routing) if packed else flow
         with flowing(one):
             return attention.packed_attention(module, query, *args, **kwargs)
 
@@ -165,18 +165,12 @@ def rotary_of_the_pack(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def neighbours_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a step of decoding, every sample reads another one's pages."""
-    right = PagePool.feed
+    right = PageTable.__init__
 
-    def feed(self: PagePool, samples: Sequence[SamplePages], lengths: Sequence[int], ends: Sequence[int]) -> Feed:
-        if any(sample.length == 0 for sample in samples):
-            return right(self, samples, lengths, ends)
-        others = zip(samples, reversed(samples), strict=True)
-        fed = right(self, [replace(other, length=sample.length) for sample, other in others], lengths, ends)
-        for sample in samples:
-            sample.length += 1
-        return fed
+    def of_others(self: PageTable, pages: list[list[int]], *others: Any) -> None:
+        right(self, pages[::-1], *others)
 
-    monkeypatch.setattr(PagePool, "feed", feed)
+    monkeypatch.setattr(PageTable, "__init__", of_others)
 
 
 def another_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +184,7 @@ def another_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 FAULTS: dict[Callable[[pytest.MonkeyPatch], None], tuple[str, ...]] = {
-    positions_go_on: ("3: 1 of", "have their own positions"),
+    positions_go_on: ("3: 0 of", "have their own positions"),
     samples_see_each_other: ("3: ", "samples are equal to the bit when all of their neighbours change"),
     a_neighbours_adapter: ("2: ", "samples without it are equal to the bit"),
     one_tokens_adapter: ("2: ", "samples without it are equal to the bit"),
