@@ -29,7 +29,6 @@ from train_step import NUM_PICTURES, NUM_TEXTS, VOCAB_SIZE, Molora, make_backbon
 
 from molora.inference.generate import GenerationConfig, generate
 from molora.model.backbone import Backbone
-from molora.model.cache import PackedCache
 from molora.model.identity import Identity
 from molora.model.molora import MoLoRA
 from molora.pack import Sample
@@ -71,7 +70,9 @@ def run(backbone: Backbone, samples: list[Tensor]) -> tuple[list[Tensor], list[T
     """Logits of the last prompt position and of the token after it, sample by sample; seconds of prefill and decode."""
     lengths = tuple(len(sample) for sample in samples)
     positions = torch.cat([torch.arange(length) for length in lengths])
-    cache, seconds = PackedCache(), []
+    kept, seconds = backbone.kept_layers(), []
+    pool = backbone.page_pool(sum(kept.pages_for(length + 1) for length in lengths), len(lengths))
+    pages = [held for length in lengths if (held := pool.admit(length + 1))]
 
     def timed(work: Callable[[], Tensor]) -> Tensor:
         started = time.process_time()
@@ -80,12 +81,18 @@ def run(backbone: Backbone, samples: list[Tensor]) -> tuple[list[Tensor], list[T
         return made
 
     ends = torch.tensor(lengths).cumsum(0) - 1
-    first = timed(
-        lambda: backbone.head(backbone(backbone.embed(torch.cat(samples)), positions, Flow(lengths), cache)[ends])
-    )
-    ones = Flow((1,) * len(samples))
-    new = torch.stack([sample[0] for sample in samples])
-    second = timed(lambda: backbone.head(backbone(backbone.embed(new), torch.tensor(lengths), ones, cache)))
+    prompts, tokens = torch.cat(samples), torch.stack([sample[0] for sample in samples])
+
+    def prefill() -> Tensor:
+        feed = pool.feed(pages, lengths, lengths)
+        return backbone.head(backbone(backbone.embed(prompts), positions, Flow(lengths), feed)[ends])
+
+    def decode() -> Tensor:
+        ones = (1,) * len(samples)
+        feed = pool.feed(pages, ones, [length + 1 for length in lengths])
+        return backbone.head(backbone(backbone.embed(tokens), feed.position_ids_T, Flow(ones), feed))
+
+    first, second = timed(prefill), timed(decode)
     return list(first), list(second), seconds
 
 

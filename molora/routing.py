@@ -67,6 +67,18 @@ class Routing:
         """Hard routing at sample scope; neighbours with the same adapters share a slice."""
         return cls(tuple(Slice(chosen, start, stop) for chosen, start, stop, _ in runs(adapters, lengths)))
 
+    def part(self, start: int, stop: int) -> Routing:
+        """The same decision for tokens `start:stop` of its pack, as slices of a pack of these tokens alone."""
+        slices = []
+        for piece in self.slices:
+            first, after = max(piece.start, start), min(piece.stop, stop)
+            if first < after:
+                weights_TE = piece.weights_TE
+                if weights_TE is not None:
+                    weights_TE = weights_TE[first - piece.start : after - piece.start]
+                slices.append(Slice(piece.adapters, first - start, after - start, weights_TE))
+        return Routing(tuple(slices))
+
 
 K = TypeVar("K")
 
@@ -106,10 +118,13 @@ class Router(Protocol):
 @dataclass(frozen=True)
 class Flow:
     """What the layers need to know about the pack in flight. Immutable: recomputation restores the same object.
-    `lengths` are the query tokens of each sample; the adapters come with `routing` (None: bare backbone)."""
+    `lengths` are the query tokens of each sample; the adapters come with `routing` (None: bare backbone). `ends` are
+    the lengths of the samples themselves where only a part of each is in the pack: all tokens that are known of it,
+    those of other forwards too. None: every sample is there from its first token to its last."""
 
     lengths: tuple[int, ...]
     routing: Routing | None = None
+    ends: tuple[int, ...] | None = None
 
 
 _flow: ContextVar[Flow | None] = ContextVar("molora_flow", default=None)

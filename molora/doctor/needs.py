@@ -19,14 +19,12 @@ from molora.config import ConfigError
 from molora.data.processor import Processor, SampleTooLong
 from molora.data.sources import EncodedSamples
 from molora.doctor.dry_run import Alive, DryRun, on_meta
-from molora.inference.generate import GenerationConfig, generate
+from molora.inference.generate import GenerationConfig, generate, tokens_kept
 from molora.media import MediaPolicy
 from molora.modality import MediaError, Modality
-from molora.model.backbone import Backbone
-from molora.model.cache import PackedCache
 from molora.model.molora import MoLoRA
 from molora.pack import Sample
-from molora.routing import Flow, RoutingError, flowing, name_of
+from molora.routing import RoutingError, name_of
 from molora.seeding import seed_of
 from molora.testing.tiny import byte_tokenizer
 from molora.train.optim import PartOptimizer, count, set_trainable
@@ -130,9 +128,10 @@ class AnsweringConfig:
 def answering_needs(model: MoLoRA, config: AnsweringConfig) -> MemoryNeeds:
     """What a model on the meta device needs to answer: at the prefill of all prompts, and at the last tokens.
 
-    Keys and values are exactly what the cache holds at these moments. Prompts have an example of every modality that
-    the router takes together, and text. The prefill was within 0.01 % of what the CPU's allocator gave out. What a step
-    of decoding needs for itself is left out: little on the CPU; on CUDA, a layer's keys and values per query head.
+    Keys and values are exactly what the pool of pages takes, which is allocated before the first token. Prompts have an
+    example of every modality that the router takes together, and text. The prefill was within 0.01 % of what the CPU's
+    allocator gave out. What a step of decoding needs for itself is left out: little on the CPU; on CUDA with a torch
+    before 2.13, a layer's keys and values once more.
     """
     owned = weights(model)
     decoding = GenerationConfig(max_new_tokens=config.max_new_tokens, max_running_samples=config.max_running_samples)
@@ -149,50 +148,28 @@ def answering_moments(dry: DryRun, config: GenerationConfig, prompt_tokens: int)
         steps = generate(model, copies(sample, number), config)
         next(steps)
         begun, prefill = dry.alive, dry.fullest
-    per_position = number * _cached_per_position(dry)
-    at_first = per_position * len(sample)
-    at_last = per_position * cached_positions(model.backbone, len(sample), config.max_new_tokens)
+        kept = model.backbone.kept_layers()
+    tokens = tokens_kept(len(sample), config.max_new_tokens, model.backbone.max_tokens)
+    cached = kept.num_bytes(number * kept.pages_for(tokens), number)
     prompts = f"{number} x {len(sample):,} tokens of {name_of(sample.modalities)}"
-    answers = f"{prompts}, {config.max_new_tokens:,} new ones each, and room to grow"
+    pages = f"{prompts} and room for {tokens - len(sample):,} more each, in pages of {kept.page_tokens}"
+    pack = min(config.prefill_tokens, number * len(sample))
 
-    def moment(name: str, alive: Alive, cached: int, cached_origin: str, origin: str) -> Moment:
+    def moment(name: str, alive: Alive, logits: int, origin: str) -> Moment:
         needs = (
-            Need("KV cache", cached, cached_origin),
-            Need("logits", alive.logits, logits_of(alive.logits, f"{number} at a time", model)),
-            Need("activations", alive.num_bytes - alive.logits - at_first, origin),
+            Need("KV cache", cached, pages),
+            Need("logits", logits, logits_of(logits, f"{number} at a time", model)),
+            Need("activations", alive.num_bytes - alive.logits - cached, origin),
         )
         return Moment(name, needs)
 
+    last_logits = number * model.backbone.vocab_size * model.backbone.model.dtype.itemsize
     return (
-        moment("prefill", prefill, at_first, prompts, "of all prompts in one pack"),
-        moment("last tokens", begun, at_last, answers, "the prompts' embeddings"),
+        moment(
+            "prefill", prefill, prefill.logits, f"of {pack:,} tokens of the prompts, of which as many enter at once"
+        ),
+        moment("last tokens", begun, last_logits, "the prompts' embeddings"),
     )
-
-
-def _cached_per_position(dry: DryRun) -> int:
-    """Bytes of keys and values of one position of one sample, over all layers."""
-    model, cache = dry.model.eval(), PackedCache()
-    sample = largest_sample(model, frozenset(), 0, model.backbone.max_tokens)
-    with dry, torch.no_grad():
-        model(stand_in_processor(model).collate([sample]), cache=cache)
-    return size_of(cache.tensors()) // len(sample)
-
-
-def cached_positions(backbone: Backbone, prompt_tokens: int, new_tokens: int) -> int:
-    """Positions that the cache has room for when a sample's last token has been chosen: its buffers grow as they
-    fill, and begin anew where a sample changes its rotary frequencies."""
-
-    def extend(cache: PackedCache, tokens: int) -> PackedCache:
-        states = torch.empty((1, 1, tokens, 1), device="meta")
-        with flowing(Flow((tokens,))):
-            cache.update(states, states, 0)
-        return cache
-
-    cache = extend(PackedCache(), prompt_tokens)
-    for length in range(prompt_tokens + 1, min(prompt_tokens + new_tokens, backbone.max_tokens)):
-        crosses = backbone.regime(length) != backbone.regime(length - 1)
-        cache = extend(PackedCache(), length) if crosses else extend(cache, 1)
-    return next(cache.tensors()).shape[2]
 
 
 def training_needs(recipe: Recipe, trust: Sequence[str] = ()) -> MemoryNeeds:

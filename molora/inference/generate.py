@@ -1,19 +1,23 @@
 """Generation: samples of any mix decode together; each starts, crosses the RoPE switch and ends on its own.
 
-Letters: T tokens in a pack, N running samples, D backbone width, V vocabulary.
+Letters: N running samples, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import torch
-from torch import Tensor
 
-from molora.model.cache import PackedCache
+from molora.data.processor import SampleTooLong
+from molora.inference.frames import FrameMemory
+from molora.inference.running import Prompts, Running, next_logits
+from molora.inference.sampling import NO_TOKEN, choose
 from molora.model.molora import MoLoRA
-from molora.pack import Pack, Sample, collate
+from molora.model.pages import PagePool, SamplePages
+from molora.pack import Sample, collate
 from molora.seeding import seed_of
 
 T = TypeVar("T")
@@ -24,21 +28,32 @@ LEAST_TEMPERATURE = 1e-6
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How answers are decoded. `temperature` 0 is greedy; `top_p` keeps the likeliest tokens up to that mass."""
+    """How answers are decoded. `temperature` 0 is greedy; `top_p` keeps the likeliest tokens up to that mass.
+
+    `prefill_tokens` of prompts enter in a step, so that samples that run do not wait long for those that come.
+    `kv_cache_gib` is the memory for keys and values: samples wait until enough of it is free for prompt and answer, and
+    one that needs more than all of it is refused. None takes what the first `max_running_samples` samples need, and,
+    when none of them runs any more, what a later one needs.
+    """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
     max_running_samples: int = 64
+    prefill_tokens: int = 2048
+    kv_cache_gib: float | None = None
 
     def __post_init__(self) -> None:
+        sized = self.kv_cache_gib is None or 0 < self.kv_cache_gib < math.inf
         tempered = self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature < math.inf
         for name, ok, needed in (
             ("max_new_tokens", _positive(self.max_new_tokens), "a whole number, 1 or more"),
             ("temperature", tempered, f"0, which is greedy, or {LEAST_TEMPERATURE:g} or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("max_running_samples", _positive(self.max_running_samples), "a whole number, 1 or more"),
+            ("prefill_tokens", _positive(self.prefill_tokens), "a whole number, 1 or more"),
+            ("kv_cache_gib", sized, "a number above 0"),
         ):
             if not ok:
                 raise ValueError(f"generation: {name} cannot be {getattr(self, name)}; give {needed}")
@@ -85,20 +100,73 @@ class Step:
     error: Exception | None = None
 
 
-@dataclass
-class _Running:
-    """A sample in the batch: everything needed to decode its next token or to prefill it again."""
+def tokens_kept(prompt_tokens: int, max_new_tokens: int, max_tokens: int) -> int:
+    """Tokens whose keys and values a sample can come to have; the last token of an answer is never fed."""
+    return max(prompt_tokens, min(prompt_tokens + max_new_tokens, max_tokens) - 1)
 
-    id: str
-    modalities: frozenset[str]
-    gates: Tensor | None
-    prompt_TD: Tensor
-    generator: torch.Generator
-    answer: list[int] = field(default_factory=list)
+
+class Admission:
+    """Samples on their way in, in their order, and the pool that they wait for."""
+
+    def __init__(self, model: MoLoRA, samples: Iterable[Sample | Failed], config: GenerationConfig) -> None:
+        self._backbone = model.backbone
+        self._samples = iter(samples)
+        self._config = config
+        self._waiting: deque[Sample] = deque()
+        self._read_all = False
+        self.pool = self._pool_as_configured()
 
     @property
-    def length(self) -> int:
-        return len(self.prompt_TD) + len(self.answer)
+    def is_over(self) -> bool:
+        """Whether no sample is to come."""
+        return self._read_all and not self._waiting
+
+    def _pool_as_configured(self) -> PagePool:
+        config, backbone = self._config, self._backbone
+        if config.kv_cache_gib is None:
+            return backbone.page_pool(0, config.max_running_samples)
+        kept = backbone.kept_layers()
+        most = config.max_running_samples * kept.pages_for(backbone.max_tokens)
+        num_pages = kept.pages_within(int(config.kv_cache_gib * 2**30), config.max_running_samples, most)
+        return backbone.page_pool(num_pages, config.max_running_samples)
+
+    def read(self, num_running: int) -> Iterator[Failed]:
+        """Reads as many samples as may run beside those that do; yields what is none, or can never fit."""
+        while len(self._waiting) < self._config.max_running_samples - num_running:
+            if (sample := next(self._samples, None)) is None:
+                self._read_all = True
+                return
+            if isinstance(sample, Failed):
+                yield sample
+            elif self._config.kv_cache_gib is not None and not self.pool.fits(self._tokens(sample)):
+                yield Failed(sample.id, self._too_long(sample))
+            else:
+                self._waiting.append(sample)
+
+    def enter(self, num_running: int) -> list[tuple[Sample, SamplePages]]:
+        """Those of the samples read that have pages now, for all the tokens that they can come to have."""
+        if self._waiting and not num_running and not self.pool.fits(self._tokens(self._waiting[0])):
+            needs = [self.pool.kept.pages_for(self._tokens(sample)) for sample in self._waiting]
+            del self.pool  # before there is another
+            self.pool = self._backbone.page_pool(sum(needs), self._config.max_running_samples)
+        entering = []
+        while self._waiting and num_running + len(entering) < self._config.max_running_samples:
+            pages = self.pool.admit(self._tokens(self._waiting[0]))
+            if pages is None:
+                break
+            entering.append((self._waiting.popleft(), pages))
+        return entering
+
+    def _tokens(self, sample: Sample) -> int:
+        return tokens_kept(len(sample), self._config.max_new_tokens, self._backbone.max_tokens)
+
+    def _too_long(self, sample: Sample) -> SampleTooLong:
+        needs, has = self._tokens(sample), self.pool.num_pages * self.pool.kept.page_tokens
+        return SampleTooLong(
+            f"sample {sample.id}: needs keys and values of {needs:,} tokens ({len(sample):,} of its prompt), but "
+            f"kv_cache_gib={self._config.kv_cache_gib:g} holds {has:,}; raise it, lower max_new_tokens, or shorten the "
+            "prompt"
+        )
 
 
 @torch.no_grad()
@@ -108,80 +176,100 @@ def generate(
     config: GenerationConfig | None = None,
     *,
     keep_going: bool = False,
+    frames: FrameMemory | None = None,
 ) -> Iterator[Step]:
     """Decodes samples, yielding tokens as they come; samples enter as others finish.
 
     A sample's tokens do not depend on its neighbours: it has a generator, seeded by the config's seed and the sample's
-    id. Ids must be unique.
+    id. Ids must be unique. `frames` remembers those of media that appear again.
 
-    With `keep_going` a sample that fails (could not be made, collated or encoded, or has logits that are no numbers)
-    ends with a step that has its error, and the others go on as if it had never been there. Else its error is raised.
+    With `keep_going` a sample that fails (could not be made, collated or encoded, does not fit into `kv_cache_gib`, or
+    has logits that are no numbers) ends with a step that has its error, and the others go on as if it had never been
+    there. Else its error is raised.
 
-    Raises SampleFailed for a sample that cannot be collated or encoded, NotFinite for one whose logits are NaN or
-    infinite, and the error of one that could not be made.
+    Raises SampleFailed for a sample that cannot be collated or encoded, SampleTooLong for one that does not fit,
+    NotFinite for one whose logits are NaN or infinite, and the error of one that could not be made.
     """
     config = config or GenerationConfig()
     model.eval()
-    waiting = iter(samples)
-    running: list[_Running] = []
-    cache = PackedCache()
+    admission = Admission(model, samples, config)
+    running: list[Running] = []
+    prompts: list[Prompts] = []
 
     def failed(id: str, error: Exception) -> Step:
         if not keep_going:
             raise error
         return Step(id, -1, "error", error)
 
-    while True:
-        logits: list[Tensor] = []
-        if running:
-            logits, cache = _decode(model, running, cache)
-        entering: list[Sample] = []
-        entered = None
-        while entered is None:
-            while len(entering) < config.max_running_samples - len(running):
-                if (sample := next(waiting, None)) is None:
-                    break
-                if isinstance(sample, Failed):
-                    yield failed(sample.id, sample.error)
-                else:
-                    entering.append(sample)
-            if not entering:
-                break
-            try:
-                entered = _prefill(model, entering, config)
-            except Exception:
-                faults = _faults(model, entering)
-                if not faults:
-                    raise
-                for id, error in faults.items():
-                    yield failed(id, error)
-                entering = [sample for sample in entering if sample.id not in faults]
-        if entered is not None:
-            newcomers, their_logits, their_cache = entered
-            running, logits = running + newcomers, logits + their_logits
-            cache.join(their_cache)
+    while running or prompts or not admission.is_over:
+        logits = next_logits(model, admission.pool, running)
+        if not prompts:
+            prompts = yield from _entering(model, admission, len(running), config, frames, failed)
+        fed = 0
+        while prompts and fed < config.prefill_tokens:
+            num_tokens, ended, their_logits = prompts[0].feed(admission.pool, config.prefill_tokens)
+            fed, running, logits = fed + num_tokens, running + ended, logits + their_logits
+            prompts = prompts if prompts[0].to_come else prompts[1:]
         if not running:
-            return
-        kept: list[int] = []
-        for index, (sample, logits_V) in enumerate(zip(running, logits, strict=True)):
-            try:
-                token_id = _choose(logits_V, sample.generator, config)
-            except NotFinite as error:
-                yield failed(sample.id, NotFinite(f"sample {sample.id}: {error}"))
-                continue
-            sample.answer.append(token_id)
+            continue
+        logits_NV = torch.cat(logits) if len(logits) > 1 else logits[0]
+        generators = [sample.generator for sample in running]
+        tokens = choose(logits_NV, generators, temperature=config.temperature, top_p=config.top_p)
+        kept: list[Running] = []
+        for index, (sample, token_id) in enumerate(zip(running, tokens, strict=True)):
             finished = None
-            if token_id in model.backbone.stop_ids:
-                finished = "stop"
-            elif len(sample.answer) == config.max_new_tokens or sample.length >= model.backbone.max_tokens:
-                finished = "length"
-            yield Step(sample.id, token_id, finished)
+            if token_id == NO_TOKEN:
+                yield failed(sample.id, _not_finite(sample.id, float(logits_NV[index].max())))
+                finished = "error"
+            else:
+                sample.answer.append(token_id)
+                if token_id in model.backbone.stop_ids:
+                    finished = "stop"
+                elif len(sample.answer) == config.max_new_tokens or sample.length >= model.backbone.max_tokens:
+                    finished = "length"
+                yield Step(sample.id, token_id, finished)
             if finished is None:
-                kept.append(index)
+                kept.append(sample)
+            else:
+                admission.pool.release(sample.pages)
         # Neighbours by adapter, so that routing is one slice each.
-        kept.sort(key=lambda index: model.router.order(running[index].modalities))
-        running = [running[index] for index in kept]
-        cache.select(kept)
+        running = sorted(kept, key=lambda sample: model.router.order(sample.modalities))
+
+
+def _not_finite(id: str, highest: float) -> NotFinite:
+    advice = "look at its media, and at the weights it runs with"
+    return NotFinite(f"sample {id}: its logits are not finite ({highest}); {advice}")
+
+
+def _entering(
+    model: MoLoRA,
+    admission: Admission,
+    num_running: int,
+    config: GenerationConfig,
+    frames: FrameMemory | None,
+    failed: Callable[[str, Exception], Step],
+) -> Generator[Step, None, list[Prompts]]:
+    """Lets samples in, embedded and routed, in one pack or each by itself; yields a step for each that fails."""
+    for fault in admission.read(num_running):
+        yield failed(fault.id, fault.error)
+    entering = admission.enter(num_running)
+    while entering:
+        samples = [sample for sample, _ in entering]
+        pages = {sample.id: held for sample, held in entering}
+        seeds = {sample.id: seed_of(config.seed, sample.id) for sample in samples}
+        try:
+            filled = samples if frames is None else frames.fill(samples)
+            packs = [[sample] for sample in filled] if model.deterministic_batch else [filled]
+            return [Prompts(model, pack, pages, seeds) for pack in packs]
+        except Exception:
+            faults = _faults(model, samples)
+            if not faults:
+                raise
+            for id, error in faults.items():
+                yield failed(id, error)
+                admission.pool.release(pages[id])
+            entering = [(sample, held) for sample, held in entering if sample.id not in faults]
+    return []
 
 
 def _faults(model: MoLoRA, samples: Sequence[Sample]) -> dict[str, Exception]:
@@ -196,92 +284,3 @@ def _faults(model: MoLoRA, samples: Sequence[Sample]) -> dict[str, Exception]:
             fault.__cause__ = error
             faults[sample.id] = fault
     return faults
-
-
-def _prefill(
-    model: MoLoRA, samples: Sequence[Sample], config: GenerationConfig
-) -> tuple[list[_Running], list[Tensor], PackedCache]:
-    """Runs prompts; returns what decoding goes on with, and the logits behind each."""
-    if model.deterministic_batch and len(samples) > 1:
-        running, logits, cache = [], [], PackedCache()
-        for sample in samples:
-            its_running, its_logits, its_cache = _prefill(model, [sample], config)
-            running, logits = running + its_running, logits + its_logits
-            cache.join(its_cache)
-        return running, logits, cache
-    pack = collate(samples, model.modalities, model.router.order).to(model.device)
-    cache = PackedCache()
-    embeds_TD = model.embed(pack)
-    routing = model.router(pack, embeds_TD)
-    hidden_TD = model(pack, embeds_TD=embeds_TD, routing=routing, cache=cache)
-    logits = list(model.backbone.head(hidden_TD[torch.tensor(pack.lengths).cumsum(0) - 1]))
-    gates = routing.gates or (None,) * len(pack)
-    prompts = embeds_TD.split(pack.lengths)
-    running = [
-        _Running(id, modalities, gate, prompt, torch.Generator().manual_seed(seed_of(config.seed, id)))
-        for id, modalities, gate, prompt in zip(pack.ids, pack.modalities, gates, prompts, strict=True)
-    ]
-    return running, logits, cache
-
-
-def _decode(model: MoLoRA, running: Sequence[_Running], cache: PackedCache) -> tuple[list[Tensor], PackedCache]:
-    """Feeds every sample its latest token. Those whose rotary regime changes with it are prefilled again, alone."""
-    if model.deterministic_batch and len(running) > 1:
-        both = [_decode(model, [sample], its) for sample, its in zip(running, cache.split(), strict=True)]
-        joined = PackedCache()
-        for _, its in both:
-            joined.join(its)
-        return [logits_V for logits, _ in both for logits_V in logits], joined
-    regime = model.backbone.regime
-    crossing = {i for i, sample in enumerate(running) if regime(sample.length) != regime(sample.length - 1)}
-    staying = [index for index in range(len(running)) if index not in crossing]
-    cache.select(staying)
-    logits: dict[int, Tensor] = {}
-    if staying:
-        samples = [running[index] for index in staying]
-        tokens = torch.tensor([sample.answer[-1] for sample in samples], device=model.device)
-        positions = torch.tensor([sample.length - 1 for sample in samples], device=model.device)
-        pack = _continuation(samples, (1,) * len(samples), tokens)
-        hidden_ND = model(pack, embeds_TD=model.backbone.embed(tokens), position_ids_T=positions, cache=cache)
-        logits.update(zip(staying, model.backbone.head(hidden_ND), strict=True))
-    for index in sorted(crossing):
-        sample = running[index]
-        answer = torch.tensor(sample.answer, device=model.device)
-        embeds_TD = torch.cat([sample.prompt_TD, model.backbone.embed(answer)])
-        again = PackedCache()
-        unread = torch.zeros(sample.length, dtype=torch.long, device=model.device)
-        pack = _continuation([sample], (sample.length,), unread)
-        hidden_TD = model(pack, embeds_TD=embeds_TD, cache=again)
-        cache.join(again)
-        logits[index] = model.backbone.head(hidden_TD[-1:])[0]
-    order = [*staying, *sorted(crossing)]
-    cache.select([order.index(index) for index in range(len(running))])
-    return [logits[index] for index in range(len(running))], cache
-
-
-def _continuation(samples: Sequence[_Running], lengths: tuple[int, ...], token_ids_T: Tensor) -> Pack:
-    """A pack whose embeddings are already known: no items, no targets."""
-    return Pack(
-        ids=tuple(sample.id for sample in samples),
-        lengths=lengths,
-        modalities=tuple(sample.modalities for sample in samples),
-        token_ids_T=token_ids_T,
-        modality_ids_T=torch.zeros_like(token_ids_T),
-        targets_T=torch.zeros_like(token_ids_T, dtype=torch.bool),
-        media={},
-        gates=tuple(sample.gates for sample in samples),
-    )
-
-
-def _choose(logits_V: Tensor, generator: torch.Generator, config: GenerationConfig) -> int:
-    likeliest = int(logits_V.argmax())  # of logits that are not all numbers, one that is none
-    if not math.isfinite(highest := float(logits_V[likeliest])):
-        raise NotFinite(f"its logits are not finite ({highest}); look at its media, and at the weights it runs with")
-    if config.temperature == 0:
-        return likeliest
-    probabilities_V = torch.softmax(logits_V.float().cpu() / config.temperature, dim=-1)
-    if config.top_p < 1:
-        ordered, ids = probabilities_V.sort(descending=True)
-        beyond = ordered.cumsum(0) - ordered >= config.top_p
-        probabilities_V[ids[beyond]] = 0
-    return int(torch.multinomial(probabilities_V, 1, generator=generator))

@@ -11,6 +11,7 @@ from molora.checkpoint.opening import Layout, open_model, plan_model
 from molora.convert.release import converted
 from molora.data.messages import Message
 from molora.data.processor import Processor
+from molora.inference.frames import FrameMemory
 from molora.inference.generate import Failed, GenerationConfig, Step, attempt, generate
 from molora.media import MediaPolicy
 from molora.model.molora import MoLoRA
@@ -33,12 +34,16 @@ class Answer:
 
 class LoadedModel:
     """A model with its processor. `generate` answers conversations; `stream` yields one answer as it comes. `layout`
-    says where the parts of one that was loaded lie."""
+    says where the parts of one that was loaded lie. Media that appear again, in the next turn of a chat or in other
+    questions, are encoded once, as long as `frame_memory_mib` holds their frames."""
 
-    def __init__(self, model: MoLoRA, processor: Processor, layout: Layout | None = None) -> None:
+    def __init__(
+        self, model: MoLoRA, processor: Processor, layout: Layout | None = None, *, frame_memory_mib: int = 256
+    ) -> None:
         self.model = model
         self.processor = processor
         self.layout = layout or Layout("", {}, None)
+        self.frames = FrameMemory(model, frame_memory_mib * 2**20)
 
     def generate(
         self,
@@ -82,7 +87,8 @@ class LoadedModel:
                     known[sample.id] = sample
                 yield sample
 
-        for step, tokens in _gathered(generate(self.model, remembered(), config, keep_going=keep_going)):
+        steps = generate(self.model, remembered(), config, keep_going=keep_going, frames=self.frames)
+        for step, tokens in _gathered(steps):
             if step.finished:
                 sample = known.pop(step.id, None)
                 modalities = frozenset() if sample is None else sample.modalities
@@ -93,7 +99,7 @@ class LoadedModel:
     def stream(self, messages: Sequence[Message], config: GenerationConfig | None = None) -> Iterator[str]:
         """Pieces of the answer to one conversation, as text that is final."""
         shown = ""
-        for step, tokens in _gathered(generate(self.model, [self.encode(messages)], config)):
+        for step, tokens in _gathered(generate(self.model, [self.encode(messages)], config, frames=self.frames)):
             text = self.processor.decode(tokens)
             # A character that spans several tokens shows as U+FFFD until its last one.
             if text.startswith(shown) and (step.finished or not text.endswith("\ufffd")):

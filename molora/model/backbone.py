@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
 
 from molora.model import attention
-from molora.model.cache import PackedCache
 from molora.model.identity import Identity
+from molora.model.pages import Feed, KeptLayers, PagePool, Surveyor
 from molora.model.probe import compare, decoder, decoder_layers, run_stock
 from molora.model.rotary import wrap_rotary
 from molora.routing import Flow, current_flow, flowing
@@ -46,6 +46,7 @@ class Backbone(nn.Module):
         self.probe = compare(model, stock, self._packed, self.head) if stock else probe or {}
         self.embed_scale: float = self.probe["embed_scale"]
         self.turn_ends: frozenset[int] = frozenset()
+        self._kept: dict[torch.dtype, KeptLayers] = {}
 
     @property
     def config(self) -> Any:
@@ -119,7 +120,7 @@ class Backbone(nn.Module):
         return self.model.get_input_embeddings()(token_ids_T)
 
     def forward(
-        self, embeds_TD: Tensor, position_ids_T: Tensor, flow: Flow, cache: PackedCache | None = None
+        self, embeds_TD: Tensor, position_ids_T: Tensor, flow: Flow, cache: Feed | Surveyor | None = None
     ) -> Tensor:
         """Final hidden states (T, D) of a pack of embeddings."""
         with flowing(flow):
@@ -130,6 +131,22 @@ class Backbone(nn.Module):
                 **{self._cache_argument: cache},
             )
         return output.last_hidden_state[0]
+
+    @torch.no_grad()
+    def kept_layers(self) -> KeptLayers:
+        """What every layer keeps of a token, as a forward of one token shows."""
+        dtype = self.model.dtype
+        if dtype not in self._kept:
+            surveyor = Surveyor()
+            token = torch.zeros(1, dtype=torch.long, device=self.device)
+            self(self.embed(token), token, Flow((1,)), surveyor)
+            self._kept[dtype] = surveyor.kept()
+        return self._kept[dtype]
+
+    def page_pool(self, num_pages: int, num_samples: int) -> PagePool:
+        """A pool for samples that run with this backbone."""
+        like: Any = self.model.get_input_embeddings().weight
+        return PagePool(self.kept_layers(), num_pages, num_samples, like)
 
     def head(self, hidden_KD: Tensor) -> Tensor:
         """Logits (K, V)."""

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from molora.modality import Encoder, Frames, Modality
 from molora.model import lora
 from molora.model.backbone import Backbone
-from molora.model.cache import PackedCache
 from molora.model.loss import target_losses
+from molora.model.pages import Feed
 from molora.model.projector import Projector
 from molora.pack import Item, Media, Pack
 from molora.routing import Flow, Router, Routing
@@ -183,20 +183,18 @@ class MoLoRA(nn.Module):
         pack: Pack,
         *,
         embeds_TD: Tensor | None = None,
-        position_ids_T: Tensor | None = None,
         routing: Routing | None = None,
-        cache: PackedCache | None = None,
+        feed: Feed | None = None,
     ) -> Tensor:
-        """Final hidden states (T, D): embed and splice, route, run the backbone. `embeds_TD` and `position_ids_T`
-        replace the pack's own when a sample goes on from a cache; `routing` is given by callers that want to know
-        it."""
+        """Final hidden states (T, D): embed and splice, route, run the backbone. `embeds_TD` replaces the pack's own
+        when a sample goes on from what `feed` knows; `routing` is given by callers that want to know it."""
         if embeds_TD is None:
             embeds_TD = self.embed(pack)
-        if position_ids_T is None:
-            position_ids_T = pack.position_ids_T
         if routing is None:
             routing = self.router(pack, embeds_TD)
-        return self.backbone(embeds_TD, position_ids_T, Flow(pack.lengths, routing), cache)
+        if feed is None:
+            return self.backbone(embeds_TD, pack.position_ids_T, Flow(pack.lengths, routing))
+        return self.backbone(embeds_TD, feed.position_ids_T, Flow(pack.lengths, routing, feed.ends), feed)
 
     def logits(self, pack: Pack) -> Tensor:
         """Logits (T, V) at every position; for tests and small packs."""

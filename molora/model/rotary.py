@@ -30,12 +30,20 @@ class SampleRotary(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
         """x gives device and dtype; position_ids (1, T) to cos and sin (1, T, rotated width)."""
         flow = current_flow()
-        lengths = (position_ids.shape[1],) if flow is None else flow.lengths
-        runs: list[int] = []
-        ends = [int(p[0, -1]) + 1 for p in position_ids.split(lengths, dim=1)]
-        for _, run in groupby(zip(ends, lengths, strict=True), key=lambda pair: self.regime(pair[0], layer_type)):
-            runs.append(sum(length for _, length in run))
-        outputs = [self._stock(x, part, layer_type) for part in position_ids.split(runs, dim=1)]
+        if flow is None:
+            return self._stock(x, position_ids, layer_type)
+        samples = zip(flow.ends or flow.lengths, flow.lengths, strict=True)
+        outputs, start = [], 0
+        for _, run in groupby(samples, key=lambda sample: self.regime(sample[0], layer_type)):
+            ends, lengths = zip(*run, strict=True)
+            stop = start + sum(lengths)
+            part = position_ids[:, start:stop]
+            if flow.ends is not None:
+                # The stock module reads a sample's length from its last position, which may be in another forward.
+                part = torch.cat([part, part.new_full((1, 1), max(ends) - 1)], dim=1)
+            cos, sin = self._stock(x, part, layer_type)
+            outputs.append((cos[:, : stop - start], sin[:, : stop - start]))
+            start = stop
         cos, sin = zip(*outputs, strict=True)
         return torch.cat(cos, dim=1), torch.cat(sin, dim=1)
 

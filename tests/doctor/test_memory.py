@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import Phi3Config, Phi3ForCausalLM, SiglipVisionConfig, WhisperConfig, WhisperFeatureExtractor
 from typer.testing import CliRunner
 
-import molora.inference.generate
+import molora.model.backbone
 from molora.checkpoint.assembly import BackboneConfig, ModalityConfig, RouterConfig
 from molora.checkpoint.modality_folder import save_modality
 from molora.checkpoint.opening import open_model
@@ -35,16 +35,15 @@ from molora.doctor.needs import (
     Moment,
     Need,
     answering_needs,
-    cached_positions,
     full_pack,
     training_needs,
 )
 from molora.evaluate.judge import EvaluationConfig
-from molora.inference.generate import GenerationConfig, generate
+from molora.inference.generate import GenerationConfig, generate, tokens_kept
 from molora.inference.load import load
 from molora.modality import Encoder, Frames
-from molora.model.cache import PackedCache
 from molora.model.molora import MoLoRA
+from molora.model.pages import PagePool
 from molora.pack import Sample
 from molora.seeding import seed_of
 from molora.terminal import console
@@ -456,16 +455,16 @@ def test_frames_from_the_cache_cost_no_encoder(backbone: Path) -> None:
 
 
 @pytest.fixture
-def caches(monkeypatch: pytest.MonkeyPatch) -> list[PackedCache]:
-    """The caches that `generate` makes, the one of the running batch first."""
-    made: list[PackedCache] = []
+def pools(monkeypatch: pytest.MonkeyPatch) -> list[PagePool]:
+    """The pools of pages that are made; `generate` begins with an empty one."""
+    made: list[PagePool] = []
 
-    class Seen(PackedCache):
-        def __init__(self) -> None:
-            super().__init__()
+    class Seen(PagePool):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
             made.append(self)
 
-    monkeypatch.setattr(molora.inference.generate, "PackedCache", Seen)
+    monkeypatch.setattr(molora.model.backbone, "PagePool", Seen)
     return made
 
 
@@ -481,8 +480,8 @@ def prompts(model: MoLoRA, num_tokens: int, number: int) -> list[Sample]:
 @pytest.mark.parametrize(
     ("prompt_tokens", "new_tokens"), [(10, 1), (9, 12), (ROPE_SWITCH - 4, 10), (ROPE_SWITCH + 9, 3)]
 )
-def test_keys_and_values_are_what_the_cache_holds_to_the_byte(
-    family: str, prompt_tokens: int, new_tokens: int, tmp_path: Path, caches: list[PackedCache]
+def test_keys_and_values_are_what_the_pool_holds_to_the_byte(
+    family: str, prompt_tokens: int, new_tokens: int, tmp_path: Path, pools: list[PagePool]
 ) -> None:
     folder = str(save_backbone(tmp_path, family))
     config = AnsweringConfig(prompt_tokens=prompt_tokens, max_new_tokens=new_tokens, max_running_samples=3)
@@ -490,9 +489,9 @@ def test_keys_and_values_are_what_the_cache_holds_to_the_byte(
     model = load(folder, device="cpu").model
     model.backbone.model.generation_config.eos_token_id = None  # every answer is as long as it may be
     model.backbone.turn_ends = frozenset()
-    caches.clear()
+    pools.clear()
     sizes = [
-        held_by(caches[0])
+        held_by(pools[-1])
         for _ in generate(
             model,
             prompts(model, prompt_tokens, 3),
@@ -503,8 +502,8 @@ def test_keys_and_values_are_what_the_cache_holds_to_the_byte(
     assert (need(prefill, "KV cache"), need(last, "KV cache")) == (sizes[0], sizes[-1])
 
 
-def held_by(cache: PackedCache) -> int:
-    return sum(tensor.untyped_storage().nbytes() for tensor in cache.tensors())
+def held_by(pool: PagePool) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in (*pool.keys.values(), *pool.values.values()))
 
 
 def test_a_prefill_takes_what_is_allocated(small: Path) -> None:
@@ -517,9 +516,8 @@ def test_a_prefill_takes_what_is_allocated(small: Path) -> None:
 
 
 def test_an_answer_ends_with_the_context(backbone: Path) -> None:
-    model = on_meta(str(backbone))
-    most = model.backbone.max_tokens
-    assert cached_positions(model.backbone, most - 3, 1000) == cached_positions(model.backbone, most - 3, 3) < 2 * most
+    most = on_meta(str(backbone)).backbone.max_tokens
+    assert tokens_kept(most - 3, 1000, most) == tokens_kept(most - 3, 3, most) == most - 1
 
 
 # The released shape
@@ -588,10 +586,9 @@ def test_the_released_shape_answers(phi4_mini: Path) -> None:
     needed = answering_needs(on_meta(str(phi4_mini)), config)
     prefill, last = needed.moments
     assert needed.weight_bytes == 2 * 3_836_021_760 + held_in_buffers(phi4_mini)
-    # 8 heads of 128, keys and values, in each of 32 layers; the answer crosses the switch at 4096 tokens.
+    # 8 heads of 128, keys and values, in each of 32 layers; 4199 tokens in pages of 64.
     a_token = 2 * 8 * 128 * 2 * 32
-    assert need(prefill, "KV cache") == 2 * 4000 * a_token
-    assert need(last, "KV cache") == 2 * (4098 + 4098 // 4) * a_token
+    assert need(prefill, "KV cache") == need(last, "KV cache") == 2 * 66 * 64 * a_token
     assert need(last, "logits") == 2 * 2 * 200_064
 
 

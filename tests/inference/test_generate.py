@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -150,14 +151,15 @@ def test_settings_out_of_range_are_refused() -> None:
 def logits_of(model: MoLoRA, batches: list[list[Sample]], monkeypatch: pytest.MonkeyPatch) -> dict[int, list[Tensor]]:
     """The logits behind every token of an answer, by the seed of its sample."""
     found: dict[int, list[Tensor]] = {}
-    choose = generation._choose
+    choose = generation.choose
 
-    def noting(logits_V: Tensor, generator: torch.Generator, config: GenerationConfig) -> int:
-        found.setdefault(generator.initial_seed(), []).append(logits_V.clone())
-        return choose(logits_V, generator, config)
+    def noting(logits_NV: Tensor, generators: Sequence[torch.Generator], **settings: float) -> list[int]:
+        for logits_V, generator in zip(logits_NV, generators, strict=True):
+            found.setdefault(generator.initial_seed(), []).append(logits_V.clone())
+        return choose(logits_NV, generators, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(generation, "_choose", noting)
+        patch.setattr(generation, "choose", noting)
         for batch in batches:
             list(generate(model, batch, GenerationConfig(max_new_tokens=4)))
     return found

@@ -291,3 +291,21 @@ def test_a_set_without_any_adapter_is_refused_by_name() -> None:
     for plugin, message in (("table", "no routing rule for .* 'smells'"), ("sum", "no adapter for .* 'smells'")):
         with pytest.raises(RoutingError, match=message):
             make_model(plugin).router.order(frozenset({"smells"}))
+
+
+def test_a_part_of_a_decision_says_the_same_of_its_tokens() -> None:
+    weights = torch.arange(12.0).reshape(6, 2)
+    routing = Routing((Slice((), 0, 3), Slice(("a", "b"), 3, 9, weights), Slice(("b",), 9, 11)))
+
+    def by_token(routing: Routing) -> list[tuple[tuple[str, ...], list[float] | None]]:
+        found = []
+        for adapters, start, stop, weights_TE in routing.slices:
+            assert start == len(found) and (weights_TE is None or len(weights_TE) == stop - start)
+            rows = [None] * (stop - start) if weights_TE is None else weights_TE.tolist()
+            found += [(adapters, row) for row in rows]
+        return found
+
+    whole = by_token(routing)
+    for start in range(11):
+        for stop in range(start + 1, 12):
+            assert by_token(routing.part(start, stop)) == whole[start:stop]

@@ -19,8 +19,8 @@ from molora.checkpoint.opening import locate
 from molora.config import build
 from molora.inference.load import LoadedModel
 from molora.model import attention
+from molora.model.attention import PageTable
 from molora.model.backbone import Backbone
-from molora.model.cache import PackedCache
 from molora.model.identity import Identity
 from molora.model.lora import RoutedLinear, adapter_parameters
 from molora.model.probe import decoder_layers
@@ -122,7 +122,8 @@ def samples_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     def leaking(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         flow = current_flow()
         assert flow is not None
-        one = Flow((sum(flow.lengths),), flow.routing) if query.shape[2] == args[0][0].shape[1] else flow
+        packed = isinstance(args[0], Tensor) and query.shape[2] == args[0].shape[2]
+        one = Flow((sum(flow.lengths),), flow.routing) if packed else flow
         with flowing(one):
             return attention.packed_attention(module, query, *args, **kwargs)
 
@@ -163,8 +164,13 @@ def rotary_of_the_pack(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def neighbours_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = PackedCache.select
-    monkeypatch.setattr(PackedCache, "select", lambda self, samples: right(self, list(samples)[::-1]))
+    """In a step of decoding, every sample reads another one's pages."""
+    right = PageTable.__init__
+
+    def of_others(self: PageTable, pages: list[list[int]], *others: Any) -> None:
+        right(self, pages[::-1], *others)
+
+    monkeypatch.setattr(PageTable, "__init__", of_others)
 
 
 def another_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +184,7 @@ def another_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 FAULTS: dict[Callable[[pytest.MonkeyPatch], None], tuple[str, ...]] = {
-    positions_go_on: ("3: 1 of", "have their own positions"),
+    positions_go_on: ("3: 0 of", "have their own positions"),
     samples_see_each_other: ("3: ", "samples are equal to the bit when all of their neighbours change"),
     a_neighbours_adapter: ("2: ", "samples without it are equal to the bit"),
     one_tokens_adapter: ("2: ", "samples without it are equal to the bit"),

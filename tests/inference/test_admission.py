@@ -1,0 +1,255 @@
+"""Samples enter by free pages and in chunks: whatever waits or enters beside it, a sample's answer stays what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from molora.data.processor import SampleTooLong
+from molora.inference import generate as generation
+from molora.inference.frames import FrameMemory
+from molora.inference.generate import Admission, Failed, GenerationConfig, Step, generate
+from molora.inference.sampling import NO_TOKEN, choose
+from molora.model.backbone import Backbone
+from molora.model.identity import Identity
+from molora.model.lora import lora_config
+from molora.model.molora import MoLoRA
+from molora.model.pages import PagePool
+from molora.pack import Item, Sample, collate
+from molora.routers.learned import LearnedConfig, LearnedRouter
+from molora.routers.table import TableConfig, TableRouter
+from molora.testing import VOCAB_SIZE, Letters, Numbers, NumbersConfig, assert_close, tiny_model
+
+NAMES = ("numbers", "letters")
+
+
+def make_model(family: str, learned: bool = False, **settings: Any) -> MoLoRA:
+    modalities = {"numbers": Numbers("numbers", NumbersConfig()), "letters": Letters("letters", NumbersConfig())}
+    targets = r".*self_attn\.(q_proj|v_proj|o_proj|qkv_proj)"
+    options = {"r": 4, "lora_alpha": 32, "init_lora_weights": False, "target_modules": targets}
+    adapters = {name: lora_config(options, name) for name in modalities}
+    backbone = Backbone(tiny_model(family, **settings), Identity("test", "", "", "", ""))
+    backbone.model.generation_config.eos_token_id = None
+    router: Any = TableRouter(NAMES, TableConfig())
+    if learned:
+        router = LearnedRouter(NAMES, LearnedConfig(modalities=list(NAMES)), backbone.width)
+    return MoLoRA(backbone, modalities, adapters, router)
+
+
+def make_samples(model: MoLoRA, lengths: Sequence[int]) -> list[Sample]:
+    """Text, numbers and letters in turn."""
+    generator = torch.Generator().manual_seed(5)
+    samples = []
+    for index, length in enumerate(lengths):
+        modality_ids, items = torch.zeros(length, dtype=torch.long), ()
+        if (kind := index % 3) and length > 3:
+            modality_ids[1:4] = kind
+            prepared = model.modalities[NAMES[kind - 1]].prepare(torch.rand(3, generator=generator).tolist())
+            items = (Item(NAMES[kind - 1], "default", prepared),)
+        ids = torch.randint(VOCAB_SIZE, (length,), generator=generator)
+        samples.append(Sample(f"s{index}", ids, modality_ids, torch.zeros(length, dtype=torch.bool), items))
+    return samples
+
+
+def answers(steps: Iterator[Step]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for step in steps:
+        found.setdefault(step.id, []).append(step.token_id)
+    return found
+
+
+def gib(model: MoLoRA, num_pages: int, num_samples: int) -> float:
+    return model.backbone.kept_layers().num_bytes(num_pages, num_samples) / 2**30
+
+
+LENGTHS = (70, 9, 33, 130, 64, 5, 100, 1, 18, 65, 24, 90)
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma2", "gemma3", "phi3", "phi4-mini", "llama-dynamic", "phimoe", "gpt-oss", "learned"]
+)
+def test_chunks_and_a_narrow_pool_change_no_logits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks that end anywhere, windows and rotary regimes crossed, samples that wait for each other's pages."""
+    learned = family == "learned"
+    model = make_model("phi4-mini" if learned else family, learned)
+    samples = make_samples(model, (30, 9, 33, 41, 5, 20) if family == "llama-dynamic" else LENGTHS)
+    alone = logits_of(model, [[sample] for sample in samples], GenerationConfig(max_new_tokens=4), monkeypatch)
+    for prefill_tokens in (7, 50):
+        config = GenerationConfig(
+            max_new_tokens=4,
+            max_running_samples=5,
+            prefill_tokens=prefill_tokens,
+            kv_cache_gib=gib(model, 4, 5),
+        )
+        together = logits_of(model, [samples], config, monkeypatch)
+        assert together.keys() == alone.keys()
+        for id, logits in together.items():
+            assert_close(logits, alone[id], 1e-5, what=f"{family} {id}, {prefill_tokens} prompt tokens a step")
+
+
+def logits_of(
+    model: MoLoRA, batches: list[list[Sample]], config: GenerationConfig, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Tensor]:
+    """The logits behind every token of an answer, by the id of its sample."""
+    logits: list[Tensor] = []
+
+    def noting(logits_NV: Tensor, generators: Sequence[torch.Generator], **settings: float) -> list[int]:
+        logits.extend(logits_NV)
+        return choose(logits_NV, generators, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "choose", noting)
+        ids = [step.id for batch in batches for step in generate(model, batch, config)]
+    order = {id: [index for index, other in enumerate(ids) if other == id] for id in ids}
+    return {id: torch.stack([logits[index] for index in places]) for id, places in order.items()}
+
+
+def test_samples_that_run_do_not_wait_for_a_long_prompt() -> None:
+    model = make_model("llama")
+    samples = make_samples(model, (9, 200))
+    steps = [step.id for step in generate(model, samples, GenerationConfig(max_new_tokens=12, prefill_tokens=40))]
+    assert steps.index("s1") >= 4, "the first has an answer for each chunk of the second"
+
+
+def test_a_sample_that_never_fits_is_refused_before_any_sample_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("llama")
+    samples = make_samples(model, (100, 30))
+    config = GenerationConfig(max_new_tokens=40, kv_cache_gib=gib(model, 2, 64))
+    told = "sample s0: needs keys and values of 139 tokens .100 of its prompt., but .* holds 128; raise it"
+    steps = list(generate(model, samples, config, keep_going=True))
+    assert [step.id for step in steps] == ["s0"] + ["s1"] * 40
+    assert isinstance(steps[0].error, SampleTooLong)
+    model.backbone.kept_layers()
+    monkeypatch.setattr(model, "embed", lambda pack: pytest.fail("a sample ran"))
+    with pytest.raises(SampleTooLong, match=told):
+        next(generate(model, samples, config))
+
+
+def test_without_a_size_a_later_longer_sample_still_fits() -> None:
+    model = make_model("phi3")
+    samples = make_samples(model, (9, 5, 12, 200, 7, 11))
+    alone = GenerationConfig(max_new_tokens=6)
+    expected = {sample.id: answers(generate(model, [sample], alone))[sample.id] for sample in samples}
+    config = GenerationConfig(max_new_tokens=6, max_running_samples=2)
+    assert answers(generate(model, samples, config)) == expected
+
+
+def test_a_pool_is_made_once_and_empty_again_at_the_end() -> None:
+    """Requests of every kind, some of which fail, through one pool of the announced size."""
+    model = make_model("gemma3")
+    few = make_samples(model, [1 + (7 * index) % 50 for index in range(60)])
+    samples: list[Sample | Failed] = [*few, Failed("broken", ValueError("no sample"))]
+    config = GenerationConfig(max_new_tokens=3, max_running_samples=7, kv_cache_gib=gib(model, 6, 7))
+    admission = Admission(model, samples, config)
+    pool = admission.pool
+    assert pool.num_bytes == pytest.approx(config.kv_cache_gib * 2**30, rel=0.01)  # pyright: ignore[reportOptionalOperand]
+    before, entered, faults = pool.num_free, 0, []
+    running: list[Any] = []
+    while not admission.is_over or running:
+        faults.extend(admission.read(len(running)))
+        entering = admission.enter(len(running))
+        entered += len(entering)
+        running.extend(entering)
+        assert len(running) <= 7 and admission.pool is pool
+        if running:
+            pool.release(running.pop(0)[1])
+    assert entered == 60 and [fault.id for fault in faults] == ["broken"]
+    assert pool.num_free == before
+
+
+def test_pages_come_back_from_samples_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    pools: list[PagePool] = []
+    model = make_model("llama")
+    make = model.backbone.page_pool
+    monkeypatch.setattr(model.backbone, "page_pool", lambda *sizes: pools.append(make(*sizes)) or pools[-1])
+    samples = make_samples(model, (9, 20, 30, 70, 12, 14))
+    prepared = replace(samples[1].items[0].prepared, tensors={"values": torch.full((3,), torch.nan)})
+    samples[1] = replace(samples[1], items=(replace(samples[1].items[0], prepared=prepared),))
+    broken = replace(samples[4].items[0].prepared, num_tokens=2)
+    samples[4] = replace(samples[4], items=(replace(samples[4].items[0], prepared=broken),))
+    config = GenerationConfig(max_new_tokens=5, max_running_samples=3, kv_cache_gib=gib(model, 8, 3))
+    steps = list(generate(model, samples, config, keep_going=True))
+    assert {step.id for step in steps if step.finished == "error"} == {"s1", "s4"}
+    assert len([step for step in steps if step.finished == "length"]) == 4
+    (pool,) = pools
+    assert pool.num_free == {None: 8}
+    assert not any(tensor.any() for tensor in (*pool.keys.values(), *pool.values.values()))
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+def test_tokens_are_drawn_by_their_probabilities(top_p: float) -> None:
+    """Against multinomial counts of the same nucleus, and each sample as if it were alone."""
+    logits_V = torch.tensor([2.0, 1.0, 0.5, -1.0, -torch.inf, 1.5])
+    number = 4000
+    generators = [torch.Generator().manual_seed(seed) for seed in range(number)]
+    drawn = choose(logits_V.expand(number, -1), generators, temperature=0.8, top_p=top_p)
+    probabilities = torch.softmax(logits_V / 0.8, 0)
+    if top_p < 1:
+        ordered, ids = probabilities.sort(descending=True)
+        probabilities[ids[ordered.cumsum(0) - ordered >= top_p]] = 0
+        probabilities /= probabilities.sum()
+    shares = torch.bincount(torch.tensor(drawn), minlength=6) / number
+    assert (shares - probabilities).abs().max() < 4 * (0.25 / number) ** 0.5  # four standard deviations
+    assert not shares[probabilities == 0].any()
+    for seed in range(0, number, 501):
+        again = torch.Generator().manual_seed(seed)
+        assert choose(logits_V[None], [again], temperature=0.8, top_p=top_p) == [drawn[seed]]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_logits_that_are_no_numbers_give_no_token(bad: float, temperature: float) -> None:
+    logits = torch.zeros(3, 7)
+    logits[1, 4] = bad
+    logits[2] = -torch.inf
+    generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    first, *others = choose(logits, generators, temperature=temperature)
+    assert 0 <= first < 7 and others == [NO_TOKEN, NO_TOKEN]
+
+
+def test_media_that_appear_again_are_encoded_once() -> None:
+    model = make_model("phi4-mini")
+    samples = make_samples(model, (9, 12, 14, 20, 13, 15))
+    samples[4] = replace(samples[4], items=samples[1].items)  # another question about the same
+    many, few = GenerationConfig(max_new_tokens=5), GenerationConfig(max_new_tokens=5, max_running_samples=2)
+    expected = {sample.id: answers(generate(model, [sample], many))[sample.id] for sample in samples}
+    encoded: list[int] = []
+    for encoder in model.encoders.values():
+        encoder.register_forward_hook(lambda module, args, output: encoded.append(len(output.lengths)))
+    frames = FrameMemory(model, 10**6)
+    assert answers(generate(model, samples, many, frames=frames)) == expected
+    assert sum(encoded) == 3, "two of letters, one of numbers that two samples share"
+    assert answers(generate(model, samples, few, frames=frames)) == expected
+    assert sum(encoded) == 3
+    filled = collate(frames.fill(samples), model.modalities)
+    assert_close(model.logits(filled), model.logits(collate(samples, model.modalities)), 1e-5, what="logits")
+    model.deterministic_batch = True
+    alone = FrameMemory(model, 10**6)
+    for item, frames_SC in ((i, i.frames_SC) for s in alone.fill(samples) for i in s.items):
+        assert frames_SC is not None and torch.equal(frames_SC, model.frames(item))
+
+
+def test_frames_that_are_kept_are_bounded_and_follow_the_weights() -> None:
+    model = make_model("llama")
+    samples = [sample for sample in make_samples(model, (9, 12, 14) * 8) if sample.items]
+    one = model.frames(samples[0].items[0]).nbytes
+    frames = FrameMemory(model, 5 * one)
+    for sample in samples:
+        frames.fill([sample])
+        assert frames.num_bytes <= 5 * one
+    assert frames.num_bytes == 5 * one
+    (kept,) = frames.fill(samples[-1:])
+    with torch.no_grad():
+        for parameter in model.encoders[samples[-1].items[0].modality].parameters():
+            parameter.add_(1.0)
+    (fresh,) = frames.fill(samples[-1:])
+    expected = model.frames(samples[-1].items[0])
+    assert fresh.items[0].frames_SC is not None and kept.items[0].frames_SC is not None
+    assert torch.equal(fresh.items[0].frames_SC, expected) and not torch.equal(kept.items[0].frames_SC, expected)
+    nothing = FrameMemory(model, 0)
+    assert nothing.fill(samples[:1])[0].items[0].frames_SC is not None and nothing.num_bytes == 0
