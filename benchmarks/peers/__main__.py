@@ -15,12 +15,22 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.peers import training
+from benchmarks.peers import first_token, generation, installed, smollm, training
 from benchmarks.peers.measure import Result, Setup
 from benchmarks.peers.models import SIZES, save_checkpoint
 
-COMPARISONS: dict[str, Callable[[Setup], list[Result]]] = {"training": training.compare}
-MEMORY: dict[str, Callable[[Setup, str], int]] = {"training": training.memory_of}
+COMPARISONS: dict[str, Callable[[Setup], list[Result]]] = {
+    "training": training.compare,
+    "text": installed.text_only,
+    "mixed": installed.mixed,
+    "generation": generation.mixed_batch,
+    "requests": generation.requests,
+    "first-token": first_token.compare,
+    "head": first_token.head,
+    "decode": smollm.decode_alone,
+    "short": smollm.short_samples,
+}
+MEMORY: dict[str, Callable[[Setup, str], int]] = {"training": training.memory_of, "head": first_token.head_memory}
 
 
 def main() -> None:

@@ -137,6 +137,8 @@ class Result:
         }
 
     def _row(self, row: Row) -> dict[str, Any]:
+        if not row.seconds:
+            return {"side": row.side, "step_bytes": row.step_bytes}
         ours = self.rows[0].seconds
         ratios = [theirs / mine for theirs, mine in zip(row.seconds, ours, strict=True)]
         best, peak = min(row.seconds), self.machine
@@ -160,6 +162,9 @@ class Result:
         lines = [f"{self.name}, {self.dtype}, {self.device}", *(f"  {check}" for check in self.checks)]
         lines.append(f"{'':<26}{'best':>9}{'median':>9}{'ratio':>7}{'spread':>14}{'share':>7}{'MB':>7}")
         for row in self.as_json()["rows"]:
+            if "seconds" not in row:
+                lines.append(f"{row['side']:<65.65}{row['step_bytes'] / 1e6:>14.0f}")
+                continue
             share = row["share_of_matrix_product"] or row["share_of_copy"]
             memory = row["step_bytes"]
             lines.append(
