@@ -21,8 +21,6 @@ import transformers
 
 # Rounds that are run and not counted: memory is mapped and optimiser state made in them.
 WARMUPS = 1
-_MATRIX_SIDE = 2048
-_COPIED_BYTES = 2**28
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -71,17 +69,27 @@ class Machine:
 
     def look(self) -> None:
         """Measures once more and keeps the best: a busy machine only makes things slower."""
-        side = _MATRIX_SIDE if self.device == "cpu" else 4 * _MATRIX_SIDE
         if not self._buffers:
-            for shape, dtype in (((side, side), self.dtype),) * 3 + (((_COPIED_BYTES,), torch.uint8),) * 2:
-                self._buffers.append(torch.ones(shape, dtype=dtype, device=self.device))
-            torch.mm(self._buffers[0], self._buffers[1], out=self._buffers[2])
+            self._fill()
         a, b, out, source, target = self._buffers
-        taken = seconds_of(lambda: torch.mm(a, b, out=out), self.device)
-        self.flop_per_second = max(self.flop_per_second, 2 * side**3 / taken)
+        # The second factor lies as the weights of a linear layer do, which is the faster way where bf16 is emulated.
+        taken = seconds_of(lambda: torch.mm(a, b.T, out=out), self.device)
+        self.flop_per_second = max(self.flop_per_second, 2 * len(a) ** 3 / taken)
         taken = seconds_of(lambda: target.copy_(source), self.device)
         # A copy reads and writes.
-        self.bytes_per_second = max(self.bytes_per_second, 2 * _COPIED_BYTES / taken)
+        self.bytes_per_second = max(self.bytes_per_second, 2 * len(source) / taken)
+
+    def _fill(self) -> None:
+        """Makes matrices whose product takes 20 ms or so, if that is possible below 8,192 rows."""
+        side, taken = 256, 0.0
+        while taken < 0.02 and side < 8192:
+            side *= 2
+            factors = [torch.ones(side, side, dtype=self.dtype, device=self.device) for _ in range(3)]
+            a, b, out = factors
+            taken = min(seconds_of(lambda: torch.mm(a, b.T, out=out), self.device) for _ in range(2))  # noqa: B023
+        num_bytes = 2**28 if self.device == "cpu" else 2**31
+        copied = [torch.ones(num_bytes, dtype=torch.uint8, device=self.device) for _ in range(2)]
+        self._buffers = [*factors, *copied]
 
 
 def in_turns(
