@@ -6,6 +6,7 @@ python -m benchmarks.peers training [--dtype bfloat16] [--rounds 5] [--device cu
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import tempfile
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.peers import first_token, generation, installed, smollm, training
+from benchmarks.peers import first_token, generation, installed, page, smollm, sweeps, training
 from benchmarks.peers.measure import Result, Setup
 from benchmarks.peers.models import SIZES, save_checkpoint
 
@@ -29,6 +30,7 @@ COMPARISONS: dict[str, Callable[[Setup], list[Result]]] = {
     "head": first_token.head,
     "decode": smollm.decode_alone,
     "short": smollm.short_samples,
+    "sweeps": sweeps.sweep,
 }
 MEMORY: dict[str, Callable[[Setup, str], int]] = {"training": training.memory_of, "head": first_token.head_memory}
 
@@ -40,8 +42,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds, the sides taken in turn (default 3)")
     parser.add_argument("--size", choices=list(SIZES), default="small", help="tiny tries the code, not the speed")
-    parser.add_argument("--smollm", type=Path, help="folder of SmolLM2-135M-Instruct, for the comparisons that need it")
+    parser.add_argument("--smollm", default=Setup.smollm, help="folder or hub id of it (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="file of results; a comparison in it is replaced")
+    parser.add_argument("--page", action="store_true", help="keep results in benchmarks/ and write its page from them")
     parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory of each side")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
@@ -60,8 +63,12 @@ def main() -> None:
             results = COMPARISONS[name](setup)
             for result in results:
                 print(f"\n{result.table()}", flush=True)
-            if given.json:
-                write_results(given.json, results)
+            for path in {given.json, page.RESULTS if given.page else None} - {None}:
+                write_results(path, results)
+            del results
+            gc.collect()  # the models of one comparison would lie beside those of the next
+    if given.page:
+        page.write()
 
 
 def write_results(path: Path, results: Iterable[Result]) -> None:

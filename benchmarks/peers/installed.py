@@ -132,14 +132,16 @@ def mixed(setup: Setup) -> list[Result]:
         f"{count} adapters in the batch": lambda batch=batch: full.step(batch) for count, batch in batches.items()
     }
     machine = Machine(setup.dtype, setup.device)
-    rows = [Row(side, seconds) for side, seconds in in_turns(sides, setup.rounds, setup.device, machine).items()]
+    taken = in_turns(sides, setup.rounds, setup.device, machine)
+    rows = [Row(side, taken[side], at=count) for side, count in zip(sides, batches, strict=True)]
     about = "16 samples of 96 tokens, 16 modalities installed"
     results = [setup.result("mixed batch", about, checks, rows, machine)]
 
     worst = max(float((losses - two[2]).abs().max()) for losses in two.values())
     checks = [check("losses of all models", worst, 0.0)]
     sides = {f"{count} installed": lambda model=model: model.step(batches[2]) for count, model in models.items()}
-    rows = [Row(side, seconds) for side, seconds in in_turns(sides, setup.rounds, setup.device).items()]
+    taken = in_turns(sides, setup.rounds, setup.device)
+    rows = [Row(side, taken[side], at=count) for side, count in zip(sides, models, strict=True)]
     about = "16 samples of 96 tokens with two adapters"
     results.append(setup.result("installed modalities", about, checks, rows))
     return results

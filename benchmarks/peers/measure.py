@@ -42,14 +42,15 @@ def seconds_of(work: Callable[[], object], device: str) -> float:
 
 @dataclass(frozen=True)
 class Setup:
-    """What every comparison is given. `folder` holds the checkpoint for both sides, `smollm` SmolLM2-135M-Instruct."""
+    """What every comparison is given. `folder` holds the checkpoint for both sides; `smollm` is the folder or hub id of
+    SmolLM2-135M-Instruct."""
 
     folder: Path
     dtype: torch.dtype
     device: str
     rounds: int
     memory: bool = True
-    smollm: Path | None = None
+    smollm: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
     def result(
         self, name: str, about: str, checks: list[str], rows: list[Row], machine: Machine | None = None
@@ -110,13 +111,14 @@ def in_turns(
 @dataclass
 class Row:
     """What one side of a comparison took. `flop`: useful floating-point operations; `read_bytes`: bytes that must be
-    read at least once; `step_bytes`: by how much memory grew."""
+    read at least once; `step_bytes`: by how much memory grew; `at`: the place on the axis of a plot."""
 
     side: str
     seconds: list[float]
     flop: float | None = None
     read_bytes: float | None = None
     step_bytes: int | None = None
+    at: float | None = None
 
 
 @dataclass
@@ -146,7 +148,7 @@ class Result:
 
     def _row(self, row: Row) -> dict[str, Any]:
         if not row.seconds:
-            return {"side": row.side, "step_bytes": row.step_bytes}
+            return {"side": row.side, "at": row.at, "step_bytes": row.step_bytes}
         ours = self.rows[0].seconds
         ratios = [theirs / mine for theirs, mine in zip(row.seconds, ours, strict=True)]
         best, peak = min(row.seconds), self.machine
@@ -154,6 +156,7 @@ class Result:
         copied = row.read_bytes and peak and row.read_bytes / best / peak.bytes_per_second
         return {
             "side": row.side,
+            "at": row.at,
             "seconds": row.seconds,
             "best": best,
             "median": statistics.median(row.seconds),

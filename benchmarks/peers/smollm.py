@@ -38,16 +38,14 @@ VISION = {"crop_pixels": 64, "max_crops": 0, "pool": 4, "tower": TOWER}
 
 
 def open_smollm(setup: Setup) -> LoadedModel:
-    """The language model alone. Raises ValueError if its folder was not given."""
-    if setup.smollm is None:
-        raise ValueError("this comparison needs --smollm FOLDER with SmolLM2-135M-Instruct (see benchmarks/README.md)")
+    """The language model alone."""
     return molora.load(setup.smollm, dtype=name_of(setup.dtype), device=setup.device)
 
 
 def decode_alone(setup: Setup) -> list[Result]:
     """One answer at a time: prompt and 48 tokens through molora and through transformers' generate."""
     loaded = open_smollm(setup)
-    peer: Any = AutoModelForCausalLM.from_pretrained(str(setup.smollm), dtype=setup.dtype, attn_implementation="sdpa")
+    peer: Any = AutoModelForCausalLM.from_pretrained(setup.smollm, dtype=setup.dtype, attn_implementation="sdpa")
     peer.to(setup.device)
     sample = loaded.encode([{"role": "user", "content": PROMPT}])
     never_stop(loaded.model.backbone.model)
