@@ -48,7 +48,9 @@ class Installed:
 
     def __init__(self, stock: Any, count: int) -> None:
         shared = {id(tensor): tensor for tensor in (*stock.parameters(), *stock.buffers())}
-        backbone = Backbone(copy.deepcopy(stock, shared), Identity("random", "", "", "", ""))
+        # What the probe finds is known: it tries thousands of tokens, and here once for each of many models.
+        probe = {"embed_scale": 1.0}
+        backbone = Backbone(copy.deepcopy(stock, shared), Identity("random", "", "", "", ""), probe=probe)
         names = [f"sense{index}" for index in range(count)]
         modalities = {name: _sense(name) for name in names}
         router = TableRouter(names, TableConfig())
