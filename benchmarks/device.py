@@ -231,7 +231,7 @@ def measure_training(shape: Shape, device: str, dtype: torch.dtype, rounds: int)
             # Useful operations only: what checkpointing computes again is not counted.
             "share_of_matrix_product": flop / min(taken) / machine.flop_per_second,
             "matrix_product_flop_per_second": machine.flop_per_second,
-            "peak_bytes": None if device == "cpu" else torch.cuda.max_memory_allocated(),
+            "peak_bytes": None if device == "cpu" else torch.cuda.max_memory_allocated() - machine.held_bytes,
         }
 
 

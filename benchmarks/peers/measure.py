@@ -80,6 +80,11 @@ class Machine:
         # A copy reads and writes.
         self.bytes_per_second = max(self.bytes_per_second, 2 * len(source) / taken)
 
+    @property
+    def held_bytes(self) -> int:
+        """What the buffers of the measurement take of the device's memory."""
+        return sum(buffer.nbytes for buffer in self._buffers)
+
     def _fill(self) -> None:
         """Makes matrices whose product takes 20 ms or so, if that is possible below 8,192 rows."""
         side, taken = 256, 0.0
