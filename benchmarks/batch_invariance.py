@@ -3,11 +3,11 @@
     python benchmarks/batch_invariance.py [--dtype bfloat16 float32] [--repeats 3]
 
 Eight texts of 5 to 48 tokens in one pack, then one step of decoding of all of them, through the backbone of
-train_step.py. Every linear layer and the head compute the rows of a pack in one product (as molora does), sample by
+mixed_step.py. Every linear layer and the head compute the rows of a pack in one product (as molora does), sample by
 sample, or in blocks of a fixed number of rows, the last one filled with zeros. Beside each: how many of the eight
 samples have the bits that they have alone, computed the same way, and processor time as a ratio to one product.
 
-Then `deterministic_batch` itself, adapters, projector and sampling included: the samples of train_step.py are answered
+Then `deterministic_batch` itself, adapters, projector and sampling included: the samples of mixed_step.py are answered
 with and without it.
 """
 
@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from mixed_step import NUM_PICTURES, NUM_TEXTS, VOCAB_SIZE, Molora, make_backbone, make_samples
 from torch import Tensor, nn
-from train_step import NUM_PICTURES, NUM_TEXTS, VOCAB_SIZE, Molora, make_backbone, make_samples
 
 from molora.inference.generate import GenerationConfig, generate
 from molora.model.backbone import Backbone
@@ -108,7 +108,7 @@ def answer(model: MoLoRA, samples: list[Sample]) -> tuple[dict[str, list[int]], 
 
 
 def show_switch(dtype: torch.dtype, repeats: int) -> None:
-    """Prints what `deterministic_batch` costs on the samples of train_step.py."""
+    """Prints what `deterministic_batch` costs on the samples of mixed_step.py."""
     samples = make_samples()
     models: list[Any] = [make_backbone("cpu", dtype) for _ in range(2)]
     for model in models:

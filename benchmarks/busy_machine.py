@@ -6,7 +6,7 @@ Three processes take the same steps in turn: as the command line sets it, with O
 OpenMP's default. First on the idle machine, then beside a process that does nothing but count. By default threads spin
 while they wait for each other. Where another process has the core of one, the others spin for all of its turn.
 
-The step is `molora.train.loop.train_step` on the samples of train_step.py, with a backbone of 4 layers, width 256.
+The step is `molora.train.loop.train_step` on the samples of mixed_step.py, with a backbone of 4 layers, width 256.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Stepper:
 def take_steps() -> None:
     """One step a line of standard input; writes its milliseconds."""
     import torch
-    from train_step import Molora, make_samples, milliseconds
+    from mixed_step import Molora, make_samples, milliseconds
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

@@ -3,7 +3,7 @@
     python benchmarks/routers.py [--dtype bfloat16] [--repeats 7] [--device cuda]
 
 The batch: two samples of each of four modalities, 256 frames and 48 text tokens each, 8 targets in every sample. The
-backbone and the adapters are those of train_step.py. The table gives a sample the adapter of its modality; `sum` gives
+backbone and the adapters are those of mixed_step.py. The table gives a sample the adapter of its modality; `sum` gives
 it all four; the learned router chooses two of four for a sample, or for every token.
 """
 
@@ -15,7 +15,7 @@ import statistics
 from typing import Any
 
 import torch
-from train_step import LEARNING_RATE, LORA, VOCAB_SIZE, WARMUPS, Pictures, make_backbone, milliseconds
+from mixed_step import LEARNING_RATE, LORA, VOCAB_SIZE, WARMUPS, Pictures, make_backbone, milliseconds
 
 from molora.config import build
 from molora.data.processor import Processor

@@ -153,6 +153,11 @@ class _AddAdapters(torch.autograd.Function):
 class RoutedLinear(LoraLinear):
     """A frozen linear layer with several adapters, of which each slice of a pack uses those its routing names."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # By adapter and dtype: which weights were cast, and their casts.
+        self._casts: dict[tuple[str, torch.dtype], tuple[Any, Tensor, Tensor]] = {}
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (…, T, D) to (…, T, O); tokens of a bare slice get exactly what the frozen layer gives."""
         flow = current_flow()
@@ -185,18 +190,19 @@ class RoutedLinear(LoraLinear):
 
     def _learned(self, share: _Share) -> tuple[Tensor, Tensor, Tensor | None]:
         """What may have a gradient of a share: A (R, D) and B (O, R) as they are stored, and its gates (T, 1)."""
-        return self.lora_A[share.adapter].weight, self.lora_B[share.adapter].weight, share.gates_T1  # pyright: ignore
+        sides: Any = self.lora_A, self.lora_B
+        return sides[0][share.adapter].weight, sides[1][share.adapter].weight, share.gates_T1
 
     def adapter_weights(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A (R, D) and B (O, R) of an adapter, without a graph; casts are kept until the weights change."""
-        weights: list[Any] = [side[name].weight.detach() for side in (self.lora_A, self.lora_B)]
-        if weights[0].dtype == dtype:
-            return weights[0], weights[1]
-        casts: dict[Any, Any] = self.__dict__.setdefault("_casts", {})
-        versions = [(weight.data_ptr(), weight._version) for weight in weights]
-        if casts.get((name, dtype), (None,))[0] != versions:
-            casts[name, dtype] = versions, *(weight.to(dtype) for weight in weights)
-        return casts[name, dtype][1:]
+        sides: Any = self.lora_A, self.lora_B
+        a_RD, b_OR = (side[name].weight.detach() for side in sides)
+        if a_RD.dtype == dtype:
+            return a_RD, b_OR
+        state = [(weight.untyped_storage(), weight._version) for weight in (a_RD, b_OR)]
+        if self._casts.get((name, dtype), (None,))[0] != state:
+            self._casts[name, dtype] = state, a_RD.to(dtype), b_OR.to(dtype)
+        return self._casts[name, dtype][1:]
 
     def merge(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise RuntimeError("adapters of a routed model cannot be merged: each sample needs its own")

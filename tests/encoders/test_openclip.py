@@ -70,7 +70,8 @@ def folder(clip: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     state = vision_transformer.checkpoint_filter_fn(dict(clip.state_dict()), model)
     save_file({key: value.contiguous() for key, value in state.items()}, folder / "model.safetensors")
     arguments = {"embed_dim": WIDTH, "depth": 3, "num_heads": 2}
-    _hub.save_config_for_hf(model, folder / "config.json", model_args=arguments)
+    path: Any = folder / "config.json"  # which older versions of timm take, whatever their annotation says
+    _hub.save_config_for_hf(model, path, model_args=arguments)
     return folder
 
 

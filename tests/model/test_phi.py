@@ -266,7 +266,8 @@ def clip(folder: Path) -> None:
     arguments: dict[str, Any] = {"embed_dim": 16, "depth": 3, "num_heads": 2}
     model: Any = timm.create_model("vit_large_patch14_clip_336.openai", **arguments)
     folder.mkdir(parents=True)
-    _hub.save_config_for_hf(model, folder / "config.json", model_args=arguments)
+    path: Any = folder / "config.json"  # which older versions of timm take, whatever their annotation says
+    _hub.save_config_for_hf(model, path, model_args=arguments)
     save_file(model.state_dict(), folder / "model.safetensors")
 
 
