@@ -152,7 +152,7 @@ def answering_moments(dry: DryRun, config: GenerationConfig, prompt_tokens: int)
     tokens = tokens_kept(len(sample), config.max_new_tokens, model.backbone.max_tokens)
     cached = kept.num_bytes(number * kept.pages_for(tokens), number)
     prompts = f"{number} x {len(sample):,} tokens of {name_of(sample.modalities)}"
-    pages = f"{prompts} and room for {tokens - len(sample):,} more each, in pages of {kept.page_tokens}"
+    pages = f"{prompts}, {config.max_new_tokens:,} new ones each, in pages of {kept.page_tokens}"
     pack = min(config.prefill_tokens, number * len(sample))
 
     def moment(name: str, alive: Alive, logits: int, origin: str) -> Moment:
