@@ -72,6 +72,8 @@ def _machine(results: Mapping[str, Any]) -> Iterator[str]:
         product, copied = fastest.get(result["dtype"], (0.0, 0.0))
         product = max(product, result["matrix_product_flop_per_second"])
         fastest[result["dtype"]] = product, max(copied, result["copy_bytes_per_second"])
+    rounds = sorted({len(row["seconds"]) for result in results.values() for row in result["rows"] if "seconds" in row})
+    yield f"Rounds of each comparison: {' or '.join(map(str, rounds))}."
     for dtype, (product, copied) in fastest.items():
         yield f"Fastest product of matrices in {dtype}: {product / 1e9:,.0f} GFLOP/s; copy: {copied / 1e9:.1f} GB/s."
 
