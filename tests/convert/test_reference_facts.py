@@ -66,7 +66,7 @@ def turned(rotary: SampleRotary, *spans: tuple[int, int]) -> list[Tensor]:
     """What pairs of channels turn by, as complex numbers (positions, pairs), for each span of positions in a pack."""
     lengths = [stop - start for start, stop in spans]
     positions_1T = torch.cat([torch.arange(start, stop) for start, stop in spans])[None]
-    with flowing(Flow(tuple(lengths))):
+    with flowing(Flow(tuple(lengths), ends=tuple(stop for _, stop in spans))):
         cos_1TR, sin_1TR = rotary(torch.zeros(1), positions_1T)
     turns_TR = torch.complex(cos_1TR[0], sin_1TR[0])
     assert turns_TR.shape[1] == 96 and torch.equal(turns_TR[:, :48], turns_TR[:, 48:])
