@@ -48,7 +48,10 @@ class FrameMemory:
             unknown = [key for key in its if key not in known]
             groups = [[key] for key in unknown] if self.model.deterministic_batch else [unknown] if unknown else []
             for group in groups:
-                known |= dict(zip(group, self._encoded(name, [its[key] for key in group]), strict=True))
+                frames = self.model.frames(*(its[key] for key in group))
+                # Copies, as what is kept of one item should not keep the others.
+                parts = [frames_SC.clone() for frames_SC in frames.frames_SC.split(frames.lengths)]
+                known |= dict(zip(group, parts, strict=True))
         for key, frames_SC in known.items():
             self._keep(key, frames_SC)
 
@@ -56,13 +59,6 @@ class FrameMemory:
             return replace(item, frames_SC=known[keys[id(item)]]) if id(item) in keys else item
 
         return [replace(sample, items=tuple(map(filled, sample.items))) for sample in samples]
-
-    def _encoded(self, name: str, items: Sequence[Item]) -> list[Tensor]:
-        collated = self.model.modalities[name].collate([item.prepared for item in items])
-        tensors = {key: tensor.to(self.model.device) for key, tensor in collated.items()}
-        frames = self.model.encoders[name](**tensors)
-        # Copies, as what is kept of one item should not keep the others.
-        return [frames_SC.clone() for frames_SC in frames.frames_SC.split(frames.lengths)]
 
     def _keep(self, key: tuple[str, str], frames_SC: Tensor) -> None:
         if key not in self._frames and frames_SC.nbytes <= self.max_bytes:

@@ -140,12 +140,13 @@ class MoLoRA(nn.Module):
         return embeds_TD
 
     @torch.no_grad()
-    def frames(self, item: Item) -> Tensor:
-        """The frames (S, C) of an item that is encoded alone, which are then the same bits whatever pack it is in."""
-        tensors = self.modalities[item.modality].collate([item.prepared])
-        tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+    def frames(self, *items: Item) -> Frames:
+        """The frames of items of one modality, encoded in one call: of an item alone, the same bits in any pack."""
+        name = items[0].modality
+        tensors = self.modalities[name].collate([item.prepared for item in items])
+        tensors = {key: tensor.to(self.device) for key, tensor in tensors.items()}
         with self._compute_dtype():
-            return self.encoders[item.modality](**tensors).frames_SC
+            return self.encoders[name](**tensors)
 
     def _compute_dtype(self) -> torch.autocast:
         """In which encoders and projectors compute in the backbone's dtype: their weights stay as they are stored and

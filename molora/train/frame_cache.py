@@ -49,7 +49,7 @@ class FeatureCache:
         path = self.folder / item.modality / key[:2] / f"{key}.safetensors"
         frames_SC = self._kept(path, item)
         if frames_SC is None:
-            frames_SC = self.model.frames(item).cpu().contiguous()
+            frames_SC = self.model.frames(item).frames_SC.cpu().contiguous()
             write_cached(path, lambda temporary: save_tensors({"frames_SC": frames_SC}, temporary))
         return replace(item, frames_SC=frames_SC)
 

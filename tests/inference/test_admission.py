@@ -231,13 +231,13 @@ def test_media_that_appear_again_are_encoded_once() -> None:
     model.deterministic_batch = True
     alone = FrameMemory(model, 10**6)
     for item, frames_SC in ((i, i.frames_SC) for s in alone.fill(samples) for i in s.items):
-        assert frames_SC is not None and torch.equal(frames_SC, model.frames(item))
+        assert frames_SC is not None and torch.equal(frames_SC, model.frames(item).frames_SC)
 
 
 def test_frames_that_are_kept_are_bounded_and_follow_the_weights() -> None:
     model = make_model("llama")
     samples = [sample for sample in make_samples(model, (9, 12, 14) * 8) if sample.items]
-    one = model.frames(samples[0].items[0]).nbytes
+    one = model.frames(samples[0].items[0]).frames_SC.nbytes
     frames = FrameMemory(model, 5 * one)
     for sample in samples:
         frames.fill([sample])
@@ -248,8 +248,21 @@ def test_frames_that_are_kept_are_bounded_and_follow_the_weights() -> None:
         for parameter in model.encoders[samples[-1].items[0].modality].parameters():
             parameter.add_(1.0)
     (fresh,) = frames.fill(samples[-1:])
-    expected = model.frames(samples[-1].items[0])
+    expected = model.frames(samples[-1].items[0]).frames_SC
     assert fresh.items[0].frames_SC is not None and kept.items[0].frames_SC is not None
     assert torch.equal(fresh.items[0].frames_SC, expected) and not torch.equal(kept.items[0].frames_SC, expected)
     nothing = FrameMemory(model, 0)
     assert nothing.fill(samples[:1])[0].items[0].frames_SC is not None and nothing.num_bytes == 0
+
+
+@torch.no_grad()
+def test_frames_that_are_kept_are_computed_in_the_backbones_dtype() -> None:
+    """Or an answer with them would be another than one without, in half precision."""
+    model = make_model("llama")
+    language_model: Any = model.backbone.model
+    language_model.to(torch.bfloat16)
+    for sample in (sample for sample in make_samples(model, (9, 12, 14)) if sample.items):
+        (filled,) = FrameMemory(model, 10**6).fill([sample])
+        with_frames, without = (model.embed(collate([each], model.modalities)) for each in (filled, sample))
+        assert torch.equal(with_frames, without) and filled.items[0].frames_SC is not None
+        assert filled.items[0].frames_SC.dtype == torch.bfloat16
