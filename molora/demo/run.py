@@ -11,6 +11,7 @@ import json
 import random
 import re
 import time
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,7 @@ from molora.checkpoint.opening import model_hashes
 from molora.config import dump, read
 from molora.data.easy_vqa import CAPTION_QUESTION, TRANSCRIPT_QUESTION, caption, descriptions, read_split
 from molora.data.sources import SourceConfig, open_source
+from molora.demo.beside import beside
 from molora.evaluate.judge import Evaluation, EvaluationConfig, Evaluations
 from molora.evaluate.metrics import Judged, open_metrics, scores
 from molora.inference.generate import GenerationConfig
@@ -69,15 +71,19 @@ def run_demo(run: Path, *, quick: bool = False) -> Path:
     clock = _Clock(run / "seconds.json")
     with clock.phase("backbone"), progress() as bars:
         pretrain(backbone_config(run, quick), bars)
-    for name, recipe in demo_recipes(run, quick).items():
-        with clock.phase(name):
-            train(recipe)
+    recipes = demo_recipes(run, quick)
+    log = run / "vision.log"
+    say(f"vision and audio train at the same time, in a process each; that of vision writes to {log}")
+    with clock.phase("vision and audio"), beside(log, _train_vision, run, quick):
+        train(recipes["audio"])
+    with clock.phase("spoken questions"):
+        train(recipes["spoken questions"])
     untouched = _untouched(run)
-    judged: dict[str, list[Judged]] = {}
     with clock.phase("evaluation"):
-        seeing, loaded = load(run / "vision"), load(run)
-        for name, config in evaluations(run, quick).items():
-            judged[name] = _evaluated(run / "evaluations", seeing if name == BEFORE else loaded, name, config)
+        with beside(run / "evaluation.log", _evaluate, run, quick, [WRITTEN]):
+            _evaluate(run, quick, [BLIND, SPOKEN, TRANSCRIPT])
+        judged = _evaluate(run, quick, evaluations(run, quick))
+    loaded = load(run)
     _answer_live(loaded, run / "clips")
     path = write_report(_report(run, loaded, judged, untouched, clock, quick), run)
     say(f"report: {path}")
@@ -157,16 +163,28 @@ def _untouched(run: Path) -> int:
     return len(names)
 
 
-def _evaluated(answers: Path, loaded: LoadedModel, name: str, config: EvaluationConfig) -> list[Judged]:
+def _train_vision(run: Path, quick: bool) -> None:
+    """Trains vision and evaluates it, before there is audio."""
+    train(demo_recipes(run, quick)["vision"])
+    _evaluate(run, quick, [BEFORE])
+
+
+def _evaluate(run: Path, quick: bool, names: Iterable[str]) -> dict[str, list[Judged]]:
     """Judged answers, read back if this very model gave them before."""
-    path = answers / f"{re.sub('[^a-z]+', '-', name)}.json"
-    model = {"model": model_hashes(loaded.layout), "config": asdict(config)}
-    if path.is_file() and (known := read_json(path))["of"] == model:
-        return [Judged(**item) for item in known["answers"]]
-    with progress() as bars:
-        judged = Evaluation(name, config).run(loaded, bars)
-    write_json(path, {"format_version": "1.0", "of": model, "answers": [asdict(item) for item in judged]})
-    return judged
+    found = {}
+    for name in names:
+        config = evaluations(run, quick)[name]
+        loaded = load(run / "vision" if name == BEFORE else run)
+        path = run / "evaluations" / f"{re.sub('[^a-z]+', '-', name)}.json"
+        about = {"model": model_hashes(loaded.layout), "config": asdict(config)}
+        if path.is_file() and (known := read_json(path))["of"] == about:
+            found[name] = [Judged(**item) for item in known["answers"]]
+            continue
+        with progress() as bars:
+            found[name] = Evaluation(name, config).run(loaded, bars)
+        answers = [asdict(item) for item in found[name]]
+        write_json(path, {"format_version": "1.0", "of": about, "answers": answers})
+    return found
 
 
 def _answer_live(loaded: LoadedModel, clips: Path) -> None:
