@@ -24,16 +24,16 @@ Kind = Literal["modality", "router", "source", "metric"]
 
 _SOURCES = {
     "messages": "molora.data.sources:Messages",
-    "table": "molora.data.table:Table",
+    "table": "molora.data.formats.table:Table",
     "easy_vqa": "molora.data.easy_vqa:EasyVQA",
     "spoken_easy_vqa": "molora.data.easy_vqa:SpokenEasyVQA",
 }
 _METRICS = {
-    "exact_match": "molora.evaluate.metrics:ExactMatch",
-    "word_error_rate": "molora.evaluate.metrics:WordErrorRate",
-    "character_error_rate": "molora.evaluate.metrics:CharacterErrorRate",
-    "macro_f1": "molora.evaluate.metrics:MacroF1",
-    "bleu": "molora.evaluate.metrics:Bleu",
+    "exact_match": "molora.evaluate.metrics.text:ExactMatch",
+    "word_error_rate": "molora.evaluate.metrics.speech:WordErrorRate",
+    "character_error_rate": "molora.evaluate.metrics.speech:CharacterErrorRate",
+    "macro_f1": "molora.evaluate.metrics.text:MacroF1",
+    "bleu": "molora.evaluate.metrics.translation:Bleu",
 }
 
 # What a class must have to keep the contract of molora.modality, molora.routing, molora.data.sources or

@@ -153,10 +153,9 @@ def ours(path: Path) -> Iterator[Import]:
 
 
 def room(module: str) -> str:
-    """The folder below molora/ that a module is in; the root is the empty name."""
-    parts = module.removesuffix(".__init__").split(".")
-    is_package = (ROOT / "/".join(parts)).is_dir()
-    return ".".join(parts[1:] if is_package else parts[1:-1])
+    """The folder of molora/ that a module is in, however deep; the root is the empty name."""
+    name = [*module.split("."), ""][1]
+    return name if (ROOT / "molora" / name).is_dir() else ""
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)

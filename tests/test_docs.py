@@ -18,8 +18,8 @@ from typer.main import get_command
 
 from molora.cli import commands as cli
 from molora.config import build, plain_yaml
+from molora.data.formats.table import TableConfig
 from molora.data.sources import MessagesConfig, SourceConfig
-from molora.data.table import TableConfig
 from molora.plugin_kit.scaffold import new_plugin
 from molora.testing import save_backbone
 from molora.train.recipe import StageConfig

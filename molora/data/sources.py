@@ -9,11 +9,11 @@ from typing import Any, Protocol
 from torch.utils.data import Dataset, Subset
 
 from molora.config import ConfigError, build, require
+from molora.data.formats.rows import JsonRows
+from molora.data.formats.table import row_id
 from molora.data.messages import conversation, media_parts, rooted
 from molora.data.order import Order
 from molora.data.processor import Processor, SampleTooLong
-from molora.data.rows import JsonRows
-from molora.data.table import row_id
 from molora.modality import MediaError, Prepared
 from molora.pack import Sample
 from molora.plugins import Finder, find

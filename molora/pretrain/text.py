@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from molora.config import ConfigError
+from molora.data.formats.rows import JsonRows
 from molora.data.messages import Message, check, parts
 from molora.data.prompt import ChatTemplate
-from molora.data.rows import JsonRows
 from molora.seeding import seeded
 
 Document: TypeAlias = "str | list[Message]"

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from molora.config import ConfigError
+from molora.data.formats.rows import MAX_ROW_BYTES, MAX_UNPACKED_BYTES
 from molora.data.messages import media
-from molora.data.rows import MAX_ROW_BYTES, MAX_UNPACKED_BYTES
 from molora.data.sources import SourceConfig, open_source
 from molora.modality import MediaError
 

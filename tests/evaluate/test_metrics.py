@@ -10,7 +10,8 @@ import pytest
 
 from molora.config import ConfigError, build, dump, plain_yaml, read
 from molora.evaluate.judge import Evaluation, EvaluationConfig, Evaluations
-from molora.evaluate.metrics import ExactMatch, Judged, Metric, NoOptions, open_metrics, scores
+from molora.evaluate.metrics import Judged, Metric, NoOptions, open_metrics, scores
+from molora.evaluate.metrics.text import ExactMatch
 from molora.plugin_kit import catalogue
 from molora.plugins import available, resolve
 from molora.train.recipe import Recipe
@@ -196,6 +197,6 @@ def test_reading_a_recipe_runs_no_metric_of_it(tmp_path: Path) -> None:
 
 
 def test_the_members_asked_for_are_those_of_the_contract() -> None:
-    assert resolve("metric", "molora.evaluate.metrics:Bleu").__name__ == "Bleu"
+    assert resolve("metric", "molora.evaluate.metrics.translation:Bleu").__name__ == "Bleu"
     with pytest.raises(ConfigError, match="class Judged lacks config_type, score, which every metric has"):
         resolve("metric", "molora.evaluate.metrics:Judged")

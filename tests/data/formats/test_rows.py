@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from molora.config import ConfigError
-from molora.data import rows as module
-from molora.data.rows import MAX_DEPTH, CellRows, JsonRows, parse
+from molora.data.formats import rows as module
+from molora.data.formats.rows import MAX_DEPTH, CellRows, JsonRows, parse
 
 
 def cells(tmp_path: Path, data: bytes | str, *, tabs: bool = False) -> list[list[str]]:

@@ -1,17 +1,15 @@
-"""Metrics: what turns the answers of an evaluation into numbers. The built-in ones, and the contract of all.
+"""Metrics: what turns the answers of an evaluation into numbers. The contract of all; the built-in ones lie beside it.
 
 A recipe names metrics as it names other plugins: by a built-in name, by `path/to/file.py:Class`, by
 `package.module:Class`, or by a name that an installed package declares in the entry-point group `molora.metrics`.
 """
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from molora.config import ConfigError, build
-from molora.evaluate.normalise import characters, normalise, words
 from molora.plugins import find
 
 # A metric as a recipe names it: by its name, or by its name with its options.
@@ -55,99 +53,6 @@ class Metric(Protocol):
 @dataclass
 class NoOptions:
     """The options of a metric that has none."""
-
-
-@dataclass
-class ExactMatch:
-    """The share of answers that equal the expected one, but for case, spaces and a closing full stop."""
-
-    config: NoOptions
-    config_type = NoOptions
-
-    def score(self, judged: Sequence[Judged]) -> dict[str, float]:
-        return {"exact_match": sum(item.correct for item in judged) / len(judged)}
-
-
-@dataclass
-class MacroF1:
-    """The mean F1 of the classes, which are the expected answers; an answer that is none of them is just a miss."""
-
-    config: NoOptions
-    config_type = NoOptions
-
-    def score(self, judged: Sequence[Judged]) -> dict[str, float]:
-        expected = Counter(normalise(item.expected) for item in judged)
-        answered = Counter(normalise(item.answer) for item in judged)
-        right = Counter(normalise(item.expected) for item in judged if item.correct)
-        scores = [2 * right[name] / (expected[name] + answered[name]) for name in expected]
-        return {"macro_f1": sum(scores) / len(scores)}
-
-
-class WordErrorRate:
-    """Wrong, missing and added words for each expected one."""
-
-    config_type = NoOptions
-    name = "word_error_rate"
-    pieces = staticmethod(words)
-
-    def __init__(self, config: NoOptions) -> None:
-        try:
-            import jiwer
-        except ImportError as error:
-            raise ImportError("error rates need jiwer: pip install 'molora[audio]'") from error
-        self.compare = jiwer.process_words
-
-    def score(self, judged: Sequence[Judged]) -> dict[str, float]:
-        pairs = [(self.pieces(item.expected), self.pieces(item.answer)) for item in judged]
-        expected = sum(len(reference) for reference, _ in pairs)
-        if not expected:
-            return {}
-        added = sum(len(answer) for reference, answer in pairs if not reference)
-        compared = [(" ".join(reference), " ".join(answer)) for reference, answer in pairs if reference]
-        found = self.compare([reference for reference, _ in compared], [answer for _, answer in compared])
-        return {self.name: (found.substitutions + found.deletions + found.insertions + added) / expected}
-
-
-class CharacterErrorRate(WordErrorRate):
-    """Wrong, missing and added characters for each expected one, of the words and the spaces between them."""
-
-    name = "character_error_rate"
-    pieces = staticmethod(characters)
-
-
-@dataclass(kw_only=True)
-class BleuConfig:
-    """`tokeniser` is sacrebleu's: 13a, or for a language without spaces its own, such as zh and ja-mecab."""
-
-    tokeniser: str = "13a"
-
-
-class Bleu:
-    """BLEU of all answers together against one expected answer each, from 0 to 100, by sacrebleu."""
-
-    config_type = BleuConfig
-
-    def __init__(self, config: BleuConfig) -> None:
-        try:
-            from sacrebleu.metrics.bleu import BLEU
-        except ImportError as error:
-            raise ImportError("BLEU needs sacrebleu: pip install 'molora[audio]'") from error
-        if config.tokeniser not in BLEU.TOKENIZERS:
-            there = ", ".join(BLEU.TOKENIZERS)
-            raise ValueError(f"sacrebleu has no tokeniser {config.tokeniser!r}; it has {there}")
-        try:
-            self.metric = BLEU(tokenize=config.tokeniser)
-        except (ImportError, RuntimeError, OSError, SystemExit) as error:  # what fetches a model may end the process
-            told = " ".join(str(error).split()) if not isinstance(error, SystemExit) else "its model cannot be fetched"
-            raise ValueError(
-                f"tokeniser {config.tokeniser!r} cannot be used here ({told:.300}); install what it needs, fetch its "
-                "model where there is a network (sacrebleu keeps it under ~/.sacrebleu, or SACREBLEU), or give "
-                "another, as 13a"
-            ) from error
-
-    def score(self, judged: Sequence[Judged]) -> dict[str, float]:
-        answers, expected = [item.answer for item in judged], [item.expected for item in judged]
-        return {"bleu": self.metric.corpus_score(answers, [expected]).score}
 
 
 def specs_of(named: Iterable[Named]) -> Iterator[tuple[str, dict[str, Any]]]:

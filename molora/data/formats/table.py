@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from molora.config import ConfigError, did_you_mean
+from molora.data.formats.rows import CellRows, JsonRows, check_file
 from molora.data.messages import media_list, rooted
-from molora.data.rows import CellRows, JsonRows, check_file
 
 # The columns to read, of those that there are; none if one is missing.
 _Needed = Callable[[Iterable[str]], list[str]]

@@ -1,0 +1,1 @@
+"""Rows of files in every common format, as conversations."""
