@@ -1,7 +1,7 @@
 """Shards read through their index: memory, the time to the first sample, and the speed beside that of reading the same
 files from their beginning to their end.
 
-    python benchmarks/large_data.py [--rows 1000000] [--folder DIR] [--rounds 3] [--json FILE]
+    python benchmarks/large_data.py [--rows 1000000] [--picture-bytes 4096] [--folder DIR] [--rounds 3] [--json FILE]
 
 Rows are made in a temporary folder, a third each in webdataset tars (a caption, an object and bytes of a picture), in
 Parquet and in JSONL, 16 files of each kind. Nothing is decoded but the rows: what is measured is how they are found.
@@ -12,7 +12,8 @@ Parquet and in JSONL, 16 files of each kind. Nothing is decoded but the rows: wh
   sample. `import` is the part that a process needs to import molora, which has nothing to do with the data.
 - speed: rows a second, in the order of training (blocks shuffled, and the rows of a window) and one after the other,
   beside the same rows read sequentially by the library of the format (tarfile, pyarrow, lines of a file) and made into
-  the same conversations. Both are done in turns, once with the files in the system's memory and once without (`cold`).
+  the same conversations. `raw` is the speed of reading the files' bytes and making nothing of them. All are done in
+  turns, once with the files in the system's memory and once without (`cold`).
 """
 
 from __future__ import annotations
@@ -42,7 +43,6 @@ from molora.data.mixture import MixtureConfig
 from molora.data.sources import SourceConfig, mixed_order, open_source
 
 FILES = 16
-PICTURE_BYTES = 2048
 ANSWER = "an answer that is about as long as a caption of a picture is, or a short question of a conversation"
 OPTIONS: dict[str, dict[str, Any]] = {
     "tar": {"prompt": "{json[question]}", "answer": "{txt}", "media": {"image": "jpg"}},
@@ -51,9 +51,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def write(folder: Path, num_rows: int) -> None:
+def write(folder: Path, num_rows: int, picture_bytes: int) -> None:
     """Files of each kind, of `num_rows` rows together."""
-    pictures = np.random.default_rng(0).integers(0, 256, (256, PICTURE_BYTES), dtype=np.uint8)
+    pictures = np.random.default_rng(0).integers(0, 256, (256, picture_bytes), dtype=np.uint8)
     rows = num_rows // len(OPTIONS) // FILES
     for file in range(FILES):
         numbers = range(file * rows, (file + 1) * rows)
@@ -156,6 +156,14 @@ def in_order(folder: Path, kind: str, shuffled: bool) -> Iterator[dict[str, Any]
         yield source[order[k][1] if shuffled else k]
 
 
+def raw(folder: Path, kind: str) -> Iterator[bytes]:
+    """The bytes of the files, in pieces of a megabyte."""
+    for path in sorted(folder.glob(f"*.{kind}")):
+        with open(path, "rb", buffering=0) as file:
+            while piece := file.read(2**20):
+                yield piece
+
+
 def seconds(rows: Iterator[Any], folder: Path, kind: str, cold: bool) -> float:
     for path in folder.glob(f"*.{kind}"):
         with open(path, "rb") as file:
@@ -175,6 +183,7 @@ def speeds(folder: Path, kind: str, rounds: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for cold in (False, True):
         ways: dict[str, Callable[[], Iterator[Any]]] = {
+            "raw": lambda: raw(folder, kind),
             "sequential": lambda: conversations(folder, kind),
             "shuffled": lambda: in_order(folder, kind, True),
             "in order": lambda: in_order(folder, kind, False),
@@ -184,12 +193,13 @@ def speeds(folder: Path, kind: str, rounds: int) -> dict[str, Any]:
             for name, rows in ways.items():
                 taken[name].append(seconds(rows(), folder, kind, cold))
         ratios = {
-            name: statistics.median(a / b for a, b in zip(taken["sequential"], taken[name], strict=True))
+            f"{name}, of {base}": statistics.median(a / b for a, b in zip(taken[base], taken[name], strict=True))
             for name in ("shuffled", "in order")
+            for base in ("sequential", "raw")
         }
         found["cold" if cold else "warm"] = {
             **{f"{name}, rows a second": round(num_rows / statistics.median(each)) for name, each in taken.items()},
-            **{f"{name}, of sequential": round(ratio, 3) for name, ratio in ratios.items()},
+            **{name: round(ratio, 3) for name, ratio in ratios.items()},
         }
     return found
 
@@ -247,6 +257,7 @@ def first_sample(folder: Path, at: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--picture-bytes", type=int, default=4096)
     parser.add_argument("--folder", type=Path, help="of an earlier call: its files are used again")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
@@ -255,7 +266,7 @@ def main() -> None:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         if not list(folder.glob("*.jsonl")):
-            write(folder, arguments.rows)
+            write(folder, arguments.rows, arguments.picture_bytes)
             os.sync()
         found: dict[str, Any] = {
             "bytes": {kind: sum(p.stat().st_size for p in folder.glob(f"*.{kind}")) for kind in OPTIONS}

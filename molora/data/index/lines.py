@@ -53,20 +53,22 @@ class LineRows:
     """The rows of one file. With `numbers_as_text` numbers are the text that stands in the file."""
 
     def __init__(self, index: Index, numbers_as_text: bool) -> None:
-        self.path = index.path
+        self.name = str(index.path)
         self.numbers_as_text = numbers_as_text
         self.file = index.open()
+        self.descriptor = self.file.fileno()
         self.starts = index.arrays()["starts"]
 
     def __getitem__(self, row: int) -> Mapping[str, Any]:
-        start, end = self.starts[row : row + 2].tolist()
-        value = parse(os.pread(self.file.fileno(), end - start, start), self.where(row), self.numbers_as_text)
+        start = self.starts.item(row)
+        data = os.pread(self.descriptor, self.starts.item(row + 1) - start, start)
+        value = parse(data, self.where(row), self.numbers_as_text)
         if not isinstance(value, Mapping):
             raise ValueError(f"{self.where(row)}: expected an object, found {type(value).__name__}")
         return value
 
     def where(self, row: int) -> str:
-        return f"{self.path}, row {row + 1}"
+        return f"{self.name}, row {row + 1}"
 
     def columns(self, wanted: Callable[[Iterable[str]], object]) -> list[str]:
         """The keys of the first rows, up to the row that completes what is wanted."""
@@ -80,7 +82,7 @@ class LineRows:
     def will_read(self, rows: list[range]) -> None:
         for each in rows:
             start, end = int(self.starts[each.start]), int(self.starts[each.stop])
-            os.posix_fadvise(self.file.fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(self.descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         self.file.close()

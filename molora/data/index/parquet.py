@@ -1,5 +1,6 @@
 """Parquet by row groups, which are read whole: the few that are in use are kept in memory."""
 
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -41,23 +42,33 @@ class ParquetRows:
     """The rows of one file, of the columns that are asked for."""
 
     def __init__(self, index: Index) -> None:
-        from datasets import Features
+        from datasets import Features, Value
 
-        self.path = index.path
+        self.name = str(index.path)
         index.open().close()  # which says if it has changed
-        self.file = _open(self.path)
+        self.file = _open(index.path)
         arrays = index.arrays()
-        self.groups, self.ends = arrays["groups"], arrays["ends"]
-        self.features = Features.from_arrow_schema(self.file.schema_arrow)
+        self.groups: list[int] = arrays["groups"].tolist()
+        self.ends: list[int] = arrays["ends"].tolist()
+        features = Features.from_arrow_schema(self.file.schema_arrow)
+        # Values of other types are as they are stored.
+        self.features = {
+            name: feature
+            for name, feature in features.items()
+            if not isinstance(feature, Value) or feature.dtype in ("float16", "float32")
+        }
         self.names: list[str] = list(index.about["columns"])
         self.read: list[str] | None = None
         self.loaded: OrderedDict[int, list[tuple[str, Any]]] = OrderedDict()
         self.kept = 2
 
     def __getitem__(self, row: int) -> Mapping[str, Any]:
-        at = int(np.searchsorted(self.ends, row, side="right"))
-        place = row - (int(self.ends[at - 1]) if at else 0)
-        return {name: named_value(cells[place].as_py(), self.features[name]) for name, cells in self._group(at)}
+        at = bisect_right(self.ends, row)
+        place = row - (self.ends[at - 1] if at else 0)
+        values = {name: cells[place].as_py() for name, cells in self._group(at)}
+        for name in self.features.keys() & values.keys():
+            values[name] = named_value(values[name], self.features[name])
+        return values
 
     def _group(self, at: int) -> list[tuple[str, Any]]:
         """The columns of a row group, each in one piece."""
@@ -67,11 +78,11 @@ class ParquetRows:
         while len(self.loaded) >= self.kept:
             self.loaded.popitem(last=False)
         try:
-            table = self.file.read_row_group(int(self.groups[at]), columns=self.read, use_threads=False)
+            table = self.file.read_row_group(self.groups[at], columns=self.read, use_threads=False)
         except Exception as error:  # pyarrow's own, of many kinds
             reason = str(error).partition("\n")[0]
             raise ValueError(
-                f"data source {self.path}, row group {int(self.groups[at]) + 1}: cannot be read ({reason}); download "
+                f"data source {self.name}, row group {self.groups[at] + 1}: cannot be read ({reason}); download "
                 "the file again"
             ) from error
         columns = table.combine_chunks()
@@ -79,7 +90,7 @@ class ParquetRows:
         return self.loaded[at]
 
     def where(self, row: int) -> str:
-        return f"{self.path}, row {row + 1}"
+        return f"{self.name}, row {row + 1}"
 
     def columns(self, wanted: Callable[[Iterable[str]], Any]) -> list[str]:
         """All columns; those that are wanted, or one, are read from then on."""
@@ -91,8 +102,7 @@ class ParquetRows:
         """Keeps the row groups that come next, and drops others."""
         wanted: set[int] = set()
         for each in rows:
-            first, last = np.searchsorted(self.ends, [each.start, each.stop - 1], side="right").tolist()
-            wanted.update(range(first, last + 1))
+            wanted.update(range(bisect_right(self.ends, each.start), bisect_right(self.ends, each.stop - 1) + 1))
         self.kept = max(2, len(wanted))
         for at in self.loaded.keys() - wanted:
             del self.loaded[at]

@@ -142,6 +142,7 @@ class _Files:
         self.name = ", ".join(patterns)
         self.indexes = [index for index in indexed(paths, self._tell) if index.num_rows]
         self.ends = list(accumulate(index.num_rows for index in self.indexes))
+        self.folders = [index.path.absolute().parent for index in self.indexes]
         if not self.ends:
             raise ConfigError(f"data source {self.name}: no rows")
         self.in_members = kinds == {".tar"}
@@ -151,6 +152,10 @@ class _Files:
         self.wanted: Callable[[Iterable[str]], Any] = _all
         self.process = os.getpid()
         self.open: OrderedDict[int, Any] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a worker that is not forked: the files that are open stay here."""
+        return {**vars(self), "open": OrderedDict()}
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -171,8 +176,7 @@ class _Files:
         return self._opened(file).where(row)
 
     def folder(self, row: int) -> Path:
-        file, _ = self._find(row)
-        return self.indexes[file].path.absolute().parent
+        return self.folders[self._find(row)[0]]
 
     def columns(self, needed: Callable[[Iterable[str]], Any]) -> list[str]:
         """The columns of any file. Those that are needed are read from each."""

@@ -106,7 +106,7 @@ class TarRows:
     `numbers_as_text` numbers of JSON are the text that stands in the file."""
 
     def __init__(self, index: Index, numbers_as_text: bool) -> None:
-        self.path = index.path
+        self.name = str(index.path)
         self.numbers_as_text = numbers_as_text
         self.file = index.open()
         self.endings: list[str] = list(index.about["endings"])
@@ -146,7 +146,7 @@ class TarRows:
         return bytes(self.keys[start : self.key_ends[row]]).decode(errors="replace")
 
     def where(self, row: int) -> str:
-        return f"{self.path}, row {row + 1} ({self._key(row)})"
+        return f"{self.name}, row {row + 1} ({self._key(row)})"
 
     def columns(self, wanted: object) -> list[str]:
         """The endings of its members, and the id."""
