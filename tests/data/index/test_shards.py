@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import os
+import pickle
 import sys
 import tarfile
 from collections.abc import Mapping, Sequence
@@ -360,7 +361,7 @@ def first_answers(source: Source, rows: Sequence[int], results: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet", "jsonl"])
-def test_a_forked_worker_reads_what_its_parent_has_open(tmp_path: Path, kind: str) -> None:
+def test_workers_read_what_their_parent_has_open(tmp_path: Path, kind: str) -> None:
     if kind == "tar":
         captions(tmp_path / "a.tar", 0, 30)
     elif kind == "parquet":
@@ -377,6 +378,8 @@ def test_a_forked_worker_reads_what_its_parent_has_open(tmp_path: Path, kind: st
     for worker in workers:
         worker.start()
     assert [results.get(timeout=60) for _ in workers] == [expected, expected]
+    sent = pickle.loads(pickle.dumps(source))  # as to a worker that is not forked
+    assert [sent[row]["messages"][1]["content"] for row in rows] == expected
     for worker in workers:
         worker.join(60)
 
