@@ -168,6 +168,8 @@ class _Run:
                 max_tokens=stage.tokens_per_pack,
                 skips=skipped_errors(stage),
                 where=f"stages.{index}.data",
+                mixture=stage.mixture,
+                samples_per_step=stage.samples_per_step,
             ),
             first_step=first_step,
             steps=stage.steps,
@@ -181,11 +183,12 @@ class _Run:
         bar = self.bars.add_task(stage.name, total=stage.steps, completed=first_step, note="")
         for step, encoded in enumerate(loader, start=first_step):
             row = self._step(stage, step, encoded)
+            skipped = self._skipped(stage, row)
             notes = [f"{key[5:]} {value:.3f}" for key, value in row.items() if key.startswith("loss/")]
             notes += [f"{row['skipped']} samples skipped"] if row["skipped"] else []
             self.bars.update(bar, advance=1, note=", ".join(notes))
             finished = step + 1 == stage.steps
-            self.position = Position(index + 1) if finished else Position(index, step + 1)
+            self.position = Position(index + 1) if finished else Position(index, step + 1, skipped=skipped)
             if finished or (stage.evaluate_every_steps and (step + 1) % stage.evaluate_every_steps == 0):
                 self.position.evaluate = list(self.recipe.evaluations)
             if (step + 1) % self.recipe.log_every_steps == 0:
@@ -247,6 +250,19 @@ class _Run:
             row["skipped_because"] = reasons
         row["seconds"] = time.monotonic() - started
         return row
+
+    def _skipped(self, stage: StageConfig, row: Mapping[str, Any]) -> list[str]:
+        """Why samples of a stage were left out up to a step, if their number has a limit. Raises TrainingError if it is
+        passed: the data are not what was expected."""
+        if stage.skip_limit is None:
+            return []
+        skipped = [*self.position.skipped, *row.get("skipped_because", [])]
+        if len(skipped) > stage.skip_limit:
+            raise TrainingError(
+                f"{self.folder}: {len(skipped)} samples of stage {stage.name} could not be used, and its skip_limit is "
+                f"{stage.skip_limit}; mend them, or raise it:\n  " + "\n  ".join(skipped)
+            )
+        return skipped
 
     def _evaluate_due(self) -> None:
         """Runs the evaluations that are due. What fails is told and logged, and stops nothing: all is saved already."""

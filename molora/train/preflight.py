@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from molora.config import ConfigError, did_you_mean
 from molora.data.processor import Processor
-from molora.data.sources import Source, SourceConfig, check_length, open_source
+from molora.data.sources import Source, SourceConfig, check_length, check_samples, mixed_order, open_source
 from molora.evaluate.judge import EvaluationConfig, question
 from molora.evaluate.metrics import Judged, open_metrics, scores
 from molora.model.molora import MoLoRA
@@ -100,6 +100,11 @@ def open_trials(recipe: Recipe, position: Position) -> dict[str, Trial]:
         for name, config in stage.data.items():
             where = f"stages.{index}.data.{name}"
             trials[where] = Trial(where, config, skips=skipped_errors(stage))
+        sources = [trials[f"stages.{index}.data.{name}"].source for name in stage.data]
+        order = mixed_order(
+            stage.data.values(), sources, stage.mixture, seed=recipe.seed, samples_per_step=stage.samples_per_step
+        )
+        check_samples(order, stage.steps, stage.samples_per_step, f"stages.{index}.data")
     for name, evaluation in recipe.evaluations.items():
         if trials or name in position.evaluate:
             where = f"evaluations.{name}.data"

@@ -11,6 +11,7 @@ from molora.checkpoint.opening import ModelPlan
 from molora.checkpoint.run_folder import read_run
 from molora.checkpoint.trust import remember
 from molora.config import ConfigError, environment_in, require
+from molora.data.mixture import MixtureConfig
 from molora.data.processor import SampleTooLong
 from molora.data.sources import SourceConfig
 from molora.evaluate.judge import EvaluationConfig
@@ -27,8 +28,9 @@ class StageConfig:
     """What trains (name pattern to how), on what, for how long. Every step takes `samples_per_step` samples, over all
     processes, packed up to `tokens_per_pack`; several packs are accumulated. Evaluations run at the end of every
     stage, and after every `evaluate_every_steps` steps if that is above 0. A sample longer than a pack is `too_long`,
-    one whose media cannot be used is `unusable`: either stops the run, or is left out and counted. `start_from` maps a
-    part that trains to the part whose weights it begins with."""
+    one whose media cannot be used is `unusable`: either stops the run, or is left out and counted. When more than
+    `skip_limit` were left out, the run stops and lists them. `start_from` maps a part that trains to the part whose
+    weights it begins with. `mixture` is how the sources are mixed."""
 
     name: str
     train: dict[str, PartConfig]
@@ -38,12 +40,14 @@ class StageConfig:
     tokens_per_pack: int = 8192
     too_long: Literal["error", "skip"] = "error"
     unusable: Literal["error", "skip"] = "error"
+    skip_limit: int | None = None
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
     evaluate_every_steps: int = 0
     start_from: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require(self, 1, "steps", "samples_per_step", "tokens_per_pack")
-        require(self, 0, "evaluate_every_steps")
+        require(self, 0, "evaluate_every_steps", "skip_limit")
 
 
 @dataclass(kw_only=True)

@@ -18,19 +18,20 @@ from molora.train.recipe import Recipe, StageConfig
 # What may change once a run has begun, as all that is done would have been the same. Of a recipe, only these must stay:
 _KEPT = ("seed", "modalities", "router")
 # Of a stage that has begun all must, but for what it evaluates, what would have stopped the run before, and `steps`.
-_FREE_IN_STAGE = ("steps", "evaluate_every_steps")
+_FREE_IN_STAGE = ("steps", "evaluate_every_steps", "skip_limit")
 _FREE_FROM_ERROR = ("too_long", "unusable")
 
 
 @dataclass
 class Position:
-    """Where a run stands: the stage, the steps of it that are done, the updates each part has taken in it, and the
-    evaluations to do before it goes on."""
+    """Where a run stands: the stage, the steps of it that are done, the updates each part has taken in it, the
+    evaluations to do before it goes on, and why samples of the stage were left out, if their number has a limit."""
 
     stage: int = 0
     step: int = 0
     part_steps: dict[str, int] = field(default_factory=dict)
     evaluate: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
 
 
 def environment(**more: Any) -> dict[str, Any]:
@@ -55,7 +56,8 @@ def resumed_position(state: Path, recipe: Recipe) -> Position:
             f"{state / 'state.json'}: stage {about['stage']} and step {about['step']} are none of its recipe, whose "
             f"stages have {', '.join(map(str, steps[:-1]))} steps; copy it again, or give another run folder"
         )
-    position = Position(about["stage"], about["step"], about["part_steps"], about.get("evaluate", []))
+    evaluate, skipped = about.get("evaluate", []), about.get("skipped", [])
+    position = Position(about["stage"], about["step"], about["part_steps"], evaluate, skipped)
     if changed := _changes(then, recipe, position):
         raise ConfigError(
             f"{recipe.run}: this run was begun with other settings: {'; '.join(changed)}. Give the recipe another run "
