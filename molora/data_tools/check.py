@@ -22,8 +22,8 @@ from molora.train.recipe import Recipe
 _ROWS_AT_ONCE = 16
 # From fewer rows, starting workers takes longer than the work.
 _ROWS_FOR_WORKERS = 256
-# Fewer rows with the same answer may be chance.
-_SAME_ANSWERS = 4
+# Fewer rows that ask or answer the same may be chance.
+_ENOUGH_ROWS = 4
 
 
 @dataclass
@@ -177,12 +177,14 @@ class _Across:
 
     def __init__(self, outcome: Outcome) -> None:
         self.outcome = outcome
-        self.asked: dict[bytes, str] = {}
+        # By what an evaluation asks: the first row that does, and the answers that are expected of all that do.
+        self.asked: dict[bytes, tuple[str, set[bytes | None]]] = {}
         self.shown: dict[bytes, str] = {}
         self.ids: dict[tuple[str, str], str] = {}
         self.rows: dict[tuple[str, bytes], str] = {}
         self.answered: dict[tuple[str, bytes], tuple[bytes, str]] = {}
         self.answers: dict[str, Counter[bytes]] = {}
+        self.contradictions: dict[str, list[Fault]] = {}
 
     def add(self, named: Named, facts: Facts) -> None:
         """Compares a row with those before it."""
@@ -190,11 +192,12 @@ class _Across:
         if facts.id is not None:
             first = self.ids.setdefault((key, facts.id), facts.where)
             if first != facts.where:
-                self._fault(named, facts, "repeated id", f"{facts.id!r:.60} is the id of {first} too")
+                self._add(named, facts, "repeated id", f"{facts.id!r:.60} is the id of {first} too")
         if facts.whole is None:
             return
         if named.evaluation is not None:
-            self.asked.update(dict.fromkeys(facts.turns, facts.where))
+            for turn in facts.turns:
+                self.asked.setdefault(turn, (facts.where, set()))[1].add(facts.answer)
             self.shown.update(dict.fromkeys(facts.media, facts.where))
         else:
             self._find_leaks(named, facts)
@@ -204,38 +207,48 @@ class _Across:
         same = self.rows.setdefault((key, facts.whole), facts.where)
         answer, where = self.answered.setdefault((key, facts.turns[-1]), (facts.answer, facts.where))
         if same != facts.where:
-            self._fault(named, facts, "repeated row", f"the same as {same}")
+            self._add(named, facts, "repeated row", f"the same as {same}")
         elif answer != facts.answer:
-            self._fault(named, facts, "contradiction", f"{where} asks the same, with another answer")
+            told = f"{where} asks the same, with another answer"
+            self.contradictions.setdefault(key, []).append(_fault(named, facts, "contradiction", told))
 
     def close(self) -> None:
         """Finds what takes all rows of a source to be seen."""
-        for checked in self.outcome.sources:
-            answers = self.answers.get(checked.named.key, Counter())
-            if len(answers) == 1 and answers.total() >= _SAME_ANSWERS:
-                what = f"each of its {answers.total():,} rows has the same answer"
-                key = checked.named.key
+        for key, answers in self.answers.items():
+            num_rows, contradictions = answers.total(), self.contradictions.get(key, [])
+            if len(answers) == 1 and num_rows >= _ENOUGH_ROWS:
+                what = f"each of its {num_rows:,} rows has the same answer"
                 self.outcome.faults.append(Fault(kind="same answer", source=key, where=key, what=what))
+            if num_rows >= _ENOUGH_ROWS and 2 * len(contradictions) > num_rows:
+                what = f"{len(contradictions):,} of its {num_rows:,} rows ask what a row before them asks"
+                fault = Fault(kind="same prompt", source=key, where=key, what=what, is_error=False)
+                self.outcome.faults.append(fault)
+            else:
+                self.outcome.faults += contradictions
 
     def _find_leaks(self, named: Named, facts: Facts) -> None:
         for turn in facts.turns:
-            if where := self.asked.get(turn):
-                self._fault(named, facts, "leak", f"{where} asks the same")
+            where, expected = self.asked.get(turn, ("", set()))
+            # Where an evaluation asks one thing in several rows, as "tell a story", it is the answer that tells them.
+            if where and (len(expected) == 1 or (turn == facts.turns[-1] and facts.answer in expected)):
+                self._add(named, facts, "leak", f"{where} asks the same")
                 return
         for medium in facts.media:
             if where := self.shown.get(medium):
-                self._fault(named, facts, "shared media", f"{where} shows the same")
+                self._add(named, facts, "shared media", f"{where} shows the same")
                 return
 
-    def _fault(self, named: Named, facts: Facts, kind: str, what: str) -> None:
-        self.outcome.faults.append(
-            Fault(
-                kind=kind,
-                source=named.key,
-                where=facts.where,
-                what=what,
-                row=facts.row + 1,
-                id=facts.id,
-                is_error=KINDS[kind].is_error,
-            )
-        )
+    def _add(self, named: Named, facts: Facts, kind: str, what: str) -> None:
+        self.outcome.faults.append(_fault(named, facts, kind, what))
+
+
+def _fault(named: Named, facts: Facts, kind: str, what: str) -> Fault:
+    return Fault(
+        kind=kind,
+        source=named.key,
+        where=facts.where,
+        what=what,
+        row=facts.row + 1,
+        id=facts.id,
+        is_error=KINDS[kind].is_error,
+    )

@@ -89,7 +89,7 @@ def odd_item(item: Any, is_sound: bool) -> Iterator[Odd]:
             yield "tiny", f"{item.width} x {item.height} pixels"
         elif all(high - low <= _ONE_COLOUR_STEPS for low, high in _extrema(item)):
             yield "one colour", f"{item.width} x {item.height} pixels of one colour"
-    elif is_sound and isinstance(item, Tensor) and item.ndim == 1:
+    elif is_sound and isinstance(item, Tensor) and item.ndim == 1 and len(item):
         peak = float(item.abs().max())
         if peak < _SILENT_PEAK:
             loud = f"{20 * np.log10(peak):.0f} dB of full scale" if peak else "0 in every sample"

@@ -63,6 +63,11 @@ KINDS = {
         "sources with one answer for every row",
         "check the column or template of the answer; from these rows a model learns to ignore what it is asked",
     ),
+    "same prompt": Kind(
+        "sources that ask the same in most rows, without a medium",
+        "check the column or template of the prompt, unless rows are meant to differ in their answers alone",
+        False,
+    ),
     "shared media": Kind(
         "training media that an evaluation shows with another question",
         "split by medium, not by question, where the evaluation is to measure new media",

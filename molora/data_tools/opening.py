@@ -42,7 +42,7 @@ def sources_of(recipe: Recipe) -> Iterator[Named]:
 def open_processor(recipe: Recipe, trust: Sequence[str] = ()) -> tuple[Processor, Router]:
     """The processor and the router of a recipe's model. No weights are read; a router that learns has no values.
     Raises ConfigError, ValueError, OSError for what cannot be opened."""
-    model = on_meta(recipe, trust=trust)
+    model = on_meta(recipe, dtype="float32", trust=trust)  # of which nothing depends here
     tokenizer = load_tokenizer(fetch(recipe.backbone.path, recipe.backbone.revision, weights=False))
     policy = MediaPolicy(allow_urls=recipe.allow_urls, allow_private_addresses=recipe.allow_private_addresses)
     longest, known_ids = model.backbone.max_tokens, model.backbone.num_embeddings

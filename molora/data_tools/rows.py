@@ -99,15 +99,13 @@ class Examiner:
             example = source[row]
             facts.id, messages = str(example["id"]), example["messages"]
             check(messages, None, facts.where)
+            odd = [*odd_turns(messages), *odd_texts(messages, self.special_tokens), *_odd_choices(example)]
         except ImportError:
             raise
         except Exception as error:  # a plugin's source can fail in any way
             told = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             _add(facts, named, _kind_of(error, "unreadable"), told)
             return facts
-        odd = list(odd_turns(messages))
-        odd += odd_texts(messages, self.special_tokens)
-        odd += _odd_choices(example)
         told = odd[0][0] if odd and odd[0][0] in ("roles", "empty answer", "empty prompt") else None
         for kind, what in odd:
             _add(facts, named, kind, what)
@@ -231,7 +229,7 @@ def _key_of(prepared: Prepared) -> bytes:
     for name, tensor in sorted(prepared.tensors.items()):
         values = tensor.detach().cpu().contiguous()
         found.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
-        found.update(memoryview(values.reshape(-1).view(torch.uint8).numpy()))
+        found.update(values.reshape(-1).view(torch.uint8).numpy().data)
     return found.digest()
 
 

@@ -16,7 +16,7 @@ from molora.data_tools.check import Outcome, check
 from molora.data_tools.faults import KINDS, Fault
 from molora.testing import save_backbone
 from molora.train.recipe import Recipe
-from tests.data_tools.planted import ASKED, CASES, PLANTED, Planted, good, image, picture, recipe, row, write
+from tests.data_tools.planted import ASKED, CASES, PLANTED, Planted, good, image, picture, recipe, row, turns, write
 
 pytest.importorskip("soundfile")
 
@@ -119,6 +119,26 @@ def test_a_source_whose_answers_are_all_the_same(clean: Recipe) -> None:
     (fault,) = faults_of(clean)["same answer"]
     assert (fault.source, fault.row, fault.is_error) == (PLANTED, None, True)
     assert "5 rows" in fault.what
+
+
+def test_rows_that_are_meant_to_ask_the_same_are_neither_contradictions_nor_leaks(clean: Recipe) -> None:
+    root = Path(clean.run).parent
+    write(root / "planted.jsonl", [row("tell a story", f"once {index}") for index in range(6)])
+    write(root / "asked.jsonl", [row("tell a story", "once 4"), row("tell a story", "never")])
+    faults = faults_of(clean)
+    (same,) = faults.pop("same prompt")
+    assert (same.source, same.row, same.is_error) == (PLANTED, None, False) and "5 of its 6 rows" in same.what
+    assert [(fault.source, fault.row) for fault in faults.pop("contradiction")] == [(ASKED, 2)]
+    assert [(fault.source, fault.row) for fault in faults.pop("leak")] == [(PLANTED, 5)]
+    assert faults == {}
+
+
+def test_a_turn_before_the_last_is_found_in_an_evaluation(clean: Recipe) -> None:
+    root = Path(clean.run).parent
+    talk = turns(("user", "hello"), ("assistant", "hi"), ("user", "asked question 1"), ("assistant", "a"))
+    later = turns(("user", "asked question 0"), ("assistant", "yes"), ("user", "sure?"), ("assistant", "sure"))
+    write(root / "planted.jsonl", [*good(root), talk, later])
+    assert [fault.row for fault in faults_of(clean)["leak"]] == [9]
 
 
 def test_a_source_that_does_not_open_and_the_others_are_checked(clean: Recipe) -> None:

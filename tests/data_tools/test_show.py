@@ -75,7 +75,7 @@ def test_the_page_shows_what_the_model_gets(home: Path, tmp_path: Path) -> None:
     processor, _ = open_processor(made)
     asked = row("what is <b>on</b> it? é", "noise & more", image(str(home / "shown.png")))
     first = processor.encode(asked["messages"], "0")
-    learned = processor.tokenizer.decode(first.token_ids_T[first.targets_T].tolist())
+    learned = str(processor.tokenizer.decode(first.token_ids_T[first.targets_T].tolist()))
     assert learned == "noise & more<|end|><|endoftext|>"
     assert learned in page.of("learned")
     assert "what is <b>on</b> it? é" in page.of("tokens")

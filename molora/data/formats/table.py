@@ -52,9 +52,9 @@ class Table:
     config_type = TableConfig
 
     def __init__(self, config: TableConfig) -> None:
-        self.label = f"data source {config.path}"
-        self.prompt = _Template(config.prompt, f"{self.label}: prompt")
-        self.answer = _Template(config.answer, f"{self.label}: answer")
+        self.where = f"data source {config.path}"
+        self.prompt = _Template(config.prompt, f"{self.where}: prompt")
+        self.answer = _Template(config.answer, f"{self.where}: answer")
         self.media = config.media
         self.media_root = Path(os.path.expanduser(config.media_root)) if config.media_root else None
         self.rows, self.range = _open(config, self._needed)
@@ -62,23 +62,19 @@ class Table:
         for key, template in (("prompt", self.prompt), ("answer", self.answer)):
             if template.text in names:
                 raise ConfigError(
-                    f"{self.label}: {key} is the text {template.text!r} in every row, and not what the column of that "
+                    f"{self.where}: {key} is the text {template.text!r} in every row, and not what the column of that "
                     f"name holds; did you mean '{{{template.text}}}'?"
                 )
             template.bind(names)
         for column in (*config.media.values(), *({"id"} & {*names})):
-            _check_column(column, names, self.label)
+            _check_column(column, names, self.where)
 
     def __len__(self) -> int:
         return len(self.range)
 
-    def where(self, row: int) -> str:
-        """The file and row, for errors."""
-        return self.rows.where(self.range[row])
-
     def __getitem__(self, row: int) -> dict[str, Any]:
-        where = self.where(row)
         row = self.range[row]
+        where = self.rows.where(row)
         values = self.rows[row]
         content = [part for kind, column in self.media.items() for part in media_list(kind, values.get(column))]
         prompt = self.prompt.fill(values, f"{where}: prompt")
