@@ -21,6 +21,7 @@ from molora.data_tools.opening import place_of
 from molora.media import Sources
 from molora.media.policy import SCHEMES, scheme
 from molora.modality import MediaError
+from molora.received import check_name
 from molora.storage import write_folder
 from molora.terminal import progress
 
@@ -79,11 +80,11 @@ def convert(
     is there when all rows are written, and not before.
 
     Raises: ConfigError for a folder that is there already and for sources that cannot be opened, ValueError naming the
-    row that cannot be written.
+    row that cannot be written, or a source whose name is none of a file.
     """
     if target.exists():
         raise ConfigError(f"{target}: is there already; name a new folder")
-    opened = {name: open_source(config, name) for name, config in sources.items()}
+    opened = {check_name(name, str(target)): open_source(config, name) for name, config in sources.items()}
     written = Written()
     with write_folder(target) as draft, progress(shown=show) as bars:
         for name, source in opened.items():

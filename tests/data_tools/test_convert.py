@@ -16,11 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from molora.cli.commands import main
-from molora.config import ConfigError, build
+from molora.config import ConfigError, build, dump
 from molora.data.messages import media_parts
 from molora.data.sources import Messages, MessagesConfig, Source, SourceConfig, open_source
 from molora.data_tools.convert import convert
 from molora.plugins import find
+from tests.data_tools.planted import clip, picture, recipe, row, write
 
 pytest.importorskip("soundfile")
 
@@ -90,8 +91,8 @@ def without_media(row: Mapping[str, Any]) -> Any:
 
 def assert_same(source: Source, again: Source) -> None:
     assert len(source) == len(again)
-    for row in range(len(source)):
-        before, after = source[row], again[row]
+    for index in range(len(source)):
+        before, after = source[index], again[index]
         assert without_media(before) == without_media(after)
         for (_, part), (_, other) in zip(media_parts(before["messages"]), media_parts(after["messages"]), strict=True):
             one, two = decoded(part), decoded(other)
@@ -174,3 +175,24 @@ def test_the_command_converts_a_file(
         main()
     assert not stopped.value.code and "2 rows, 0 media" in " ".join(capsys.readouterr().out.split())
     assert [messages(tmp_path / "new" / "talk.jsonl")[row]["id"] for row in range(2)] == ["0", "1"]
+
+
+def test_the_command_converts_every_source_of_a_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "planted.jsonl", [row("one?", "1", picture(tmp_path, "one")), row("two?", "2")])
+    write(tmp_path / "asked.jsonl", [row("three?", "3", clip(tmp_path, "three"))])
+    (tmp_path / "recipe.yaml").write_text(dump(recipe(tmp_path)))
+    arguments = [f"{tmp_path}/recipe.yaml", f"{tmp_path}/new", "seed=1"]
+    monkeypatch.setattr("sys.argv", ["molora", "data", "convert", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code, capsys.readouterr().err
+    for name, source in (("planted", "stages.0.planted"), ("asked", "evaluations.asked")):
+        assert_same(messages(tmp_path / f"{name}.jsonl"), messages(tmp_path / "new" / f"{source}.jsonl"))
+
+
+def test_a_source_whose_name_leads_elsewhere_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="becomes part of a path"):
+        convert({"../out": config(tmp_path)}, tmp_path / "new", show=False)
+    assert not (tmp_path / "new").exists()
