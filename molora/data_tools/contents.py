@@ -29,9 +29,12 @@ _FULL_SCALE = 0.999
 _CLIPPED_RUN = 3
 _CLIPPED_SHARE = 0.01
 
-# How data sets of other projects mark the place of a medium in a text.
+# How data sets of other projects mark the place of a medium in a text. Tags of HTML are markers where a line begins or
+# ends with one; in a sentence they are what it is about.
 _MARKERS = re.compile(
-    r"<(?:image|audio|video|speech|sound|img|ImageHere|image_placeholder)>|<\|(?:image|audio|video)(?:_\d+|_pad)?\|>"
+    r"<(?:image|speech|sound|ImageHere|image_placeholder)>|<\|(?:image|audio|video)(?:_\d+|_pad)?\|>"
+    r"|^\s*<(?:audio|video|img)>|<(?:audio|video|img)>\s*$",
+    re.MULTILINE,
 )
 # UTF-8 that was read as Latin-1 or Windows-1252, such as "Ã©" for "é", and what is put for bytes that are no text.
 _WRONGLY_DECODED = re.compile("\ufffd|Ã[\x80-\xbf]|Â[\x80-\xbf]|â€[\x80-\x9f™œžš˜“”¦¢]|ð[\x90-\x9fŸ][\x80-\xbf]")
@@ -68,7 +71,7 @@ def odd_texts(messages: Sequence[Message], special_tokens: re.Pattern[str] | Non
     for index, message in enumerate(messages):
         text, here = _text(message), f"message {index} ({message['role']})"
         if message["role"] == "user" and (found := _MARKERS.search(text)):
-            yield "marker", f"{here} has the text {found[0]!r}, and no medium stands for it"
+            yield "marker", f"{here} has the text {found[0].strip()!r}, and no medium stands for it"
         elif special_tokens and (found := special_tokens.search(text)):
             yield "special token", f"{here} spells {found[0]!r}"
         if found := _WRONGLY_DECODED.search(text):

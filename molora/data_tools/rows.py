@@ -57,10 +57,9 @@ class _Watched:
 
     def __init__(self, modality: Modality) -> None:
         self.modality = modality
-        # What answers to plain calls is the modality's own; waveforms are told by their rate (see `Audio`).
         self.name, self.part_type = modality.name, modality.part_type
+        self.load, self.projector = modality.load, modality.projector
         self.is_sound = getattr(modality, "sampling_rate_hz", None) is not None
-        self.collate, self.load, self.projector = modality.collate, modality.load, modality.projector
         self.seen: dict[int, _Seen] = {}
 
     def prepare(self, item: Any, generator: torch.Generator | None = None) -> Prepared:

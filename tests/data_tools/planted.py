@@ -229,6 +229,7 @@ CASES = [
     Planted("nothing learned", lambda _: trained("nothing", False), "nothing learned", "no answer of it is learned"),
     Planted("longer than a pack", lambda _: row("long " * 25, "a"), "too long", f"holds {TOKENS_PER_PACK}"),
     Planted("longer than the context", lambda _: row("longer " * 50, "a"), "too long", "at most 256 fit"),
+    Planted("marker on a line of its own", lambda _: row("what is heard?\n<audio>"), "marker", "'<audio>'"),
     Planted("marker without a medium", lambda _: row("<image>\nwhat is this?"), "marker", "'<image>'"),
     Planted("special token", lambda _: row("<|user|>hi<|end|>"), "special token", "'<|user|>'"),
     Planted("wrongly decoded", lambda _: row("a cafÃ© there?"), "encoding", "cafÃ©"),
@@ -295,6 +296,7 @@ def good(folder: Path) -> Iterator[dict[str, Any]]:
     for index in range(4):
         yield row(f"good question {index}", f"answer {index}", id=f"good {index}")
     yield row("what is on it?", "noise", picture(folder, "good"))
+    yield row("may a page have <audio> in it, or <b>?", "it may")
     yield row("what is heard?", "a hum", clip(folder, "good", sampling_rate=RATE_HZ))
     talk = turns(("user", "one"), ("assistant", "1"), ("user", "two"), ("assistant", "2"))["messages"]
     yield {"messages": [{"role": "system", "content": "be brief"}, *talk]}

@@ -84,11 +84,11 @@ def test_a_clean_recipe_has_no_findings(clean: Recipe) -> None:
     outcome = check(clean, show=False)
     assert outcome.ok and outcome.faults == []
     (asked, planted) = outcome.sources
-    assert (asked.num_checked, planted.num_checked) == (2, 7)
-    assert planted.rows_per_step == 6 and planted.epochs == pytest.approx(4 * 6 / 7)
+    assert (asked.num_checked, planted.num_checked) == (2, 8)
+    assert planted.rows_per_step == 6 and planted.epochs == pytest.approx(4 * 6 / 8)
     # 4 x 4 patches of 8 pixels a side of 16, and a separator a row; the hum of 0.25 s has 23 frames, eight to a token.
     assert planted.tokens["vision"] == 6 and planted.tokens["audio"] == 3
-    assert planted.tokens.total() == sum(planted.lengths) and len(planted.lengths) == 7
+    assert planted.tokens.total() == sum(planted.lengths) and len(planted.lengths) == 8
 
 
 def test_workers_find_the_same_in_the_same_order(home: Path, found: Outcome) -> None:
@@ -138,7 +138,7 @@ def test_a_turn_before_the_last_is_found_in_an_evaluation(clean: Recipe) -> None
     talk = turns(("user", "hello"), ("assistant", "hi"), ("user", "asked question 1"), ("assistant", "a"))
     later = turns(("user", "asked question 0"), ("assistant", "yes"), ("user", "sure?"), ("assistant", "sure"))
     write(root / "planted.jsonl", [*good(root), talk, later])
-    assert [fault.row for fault in faults_of(clean)["leak"]] == [9]
+    assert [fault.row for fault in faults_of(clean)["leak"]] == [10]
 
 
 def test_a_source_that_does_not_open_and_the_others_are_checked(clean: Recipe) -> None:
@@ -196,7 +196,7 @@ def test_media_given_in_the_row_are_looked_at(clean: Recipe) -> None:
     data = base64.b64encode((root / "good.png").read_bytes()).decode()
     write(root / "planted.jsonl", [*good(root), row("in the row?", "a", {"type": "image", "base64": data})])
     write(root / "asked.jsonl", [row("asked?", "yes", image("good.png")), row("what?", "no")])
-    assert {fault.row for fault in faults_of(clean)["shared media"]} == {5, 8}
+    assert {fault.row for fault in faults_of(clean)["shared media"]} == {5, 9}
 
 
 def test_the_command_prints_findings_and_writes_them(
