@@ -23,6 +23,8 @@ from molora.pack import Sample
 from molora.routing import RoutingError
 
 _KEY_BYTES = 16
+# Faults of turns, which make a template refuse a conversation or leave nothing to learn of it.
+_TURN_KINDS = ("roles", "empty answer", "empty prompt")
 _MAX_MESSAGE = 500
 
 
@@ -102,23 +104,25 @@ class Examiner:
         except ImportError:
             raise
         except Exception as error:  # a plugin's source can fail in any way
-            told = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            _add(facts, named, _kind_of(error, "unreadable"), told)
+            what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            _add(facts, named, _kind_of(error, "unreadable"), what)
             return facts
-        told = odd[0][0] if odd and odd[0][0] in ("roles", "empty answer", "empty prompt") else None
         for kind, what in odd:
             _add(facts, named, kind, what)
-        sample = self._encoded(named, {row: example}, row, facts, known, told)
+        is_whole = not any(kind in _TURN_KINDS for kind, _ in odd)
+        sample = self._encoded(named, example, facts, known, is_whole)
         if sample is not None:
-            self._weigh(named, messages, sample, facts, told)
+            self._weigh(named, messages, sample, facts)
+            if is_whole and named.stage is not None:
+                _check_learned(named, named.stage.tokens_per_pack, sample, facts)
         return facts
 
     def _encoded(
-        self, named: Named, read: Any, row: int, facts: Facts, known: dict[Any, Prepared], told: str | None
+        self, named: Named, example: Mapping[str, Any], facts: Facts, known: dict[Any, Prepared], is_whole: bool
     ) -> Sample | None:
-        """A row that was `read` as a sample; None if it cannot be one, and then the fault is among the facts. `told` is
-        the kind of a fault that was found before and may be the reason."""
-        messages = read[row]["messages"]
+        """A row as a sample; None if it cannot be one, and then the fault is among the facts. Of turns that are not
+        `is_whole` the fault was told before."""
+        messages = example["messages"]
         refused = next(_refused_parts(messages, self.processor), None)
         if refused:
             _add(facts, named, *refused)
@@ -126,13 +130,14 @@ class Examiner:
         try:
             if named.evaluation is None:
                 return self.processor.encode(messages, str(facts.id), known=known)
-            asked = question(read, row, named.evaluation.without_media)
+            read: Any = {facts.row: example}  # as a source gives it
+            asked = question(read, facts.row, named.evaluation.without_media)
             sample = self.processor.encode(asked["prompt"], str(facts.id), generate=True, known=known)
             self._check_answer(named, asked["expected"], len(sample), facts)
             return sample
         except ValueError as error:
             kind = _kind_of(error, "refused")
-            if kind != "refused" or told is None:
+            if kind != "refused" or is_whole:
                 _add(facts, named, kind, str(error))
             return None
 
@@ -143,10 +148,10 @@ class Examiner:
         if needed > most:
             _add(facts, named, "long answer", f"{expected!r:.60} has {needed} tokens, max_new_tokens is {most}")
         elif prompt_tokens + most > context:
-            told = f"{prompt_tokens} tokens of prompt and {most} of answer, and the context has {context}"
-            _add(facts, named, "context", told)
+            what = f"{prompt_tokens} tokens of prompt and {most} of answer, and the context has {context}"
+            _add(facts, named, "context", what)
 
-    def _weigh(self, named: Named, messages: Sequence[Message], sample: Sample, facts: Facts, told: str | None) -> None:
+    def _weigh(self, named: Named, messages: Sequence[Message], sample: Sample, facts: Facts) -> None:
         """Counts the tokens of a sample, hashes its content, and says what is odd about both."""
         names = ("text", *self.processor.modalities)
         counts = Counter(sample.modality_ids_T.tolist())
@@ -158,13 +163,13 @@ class Examiner:
                 _add(facts, named, kind, f"{place[0]}{_file_of(place[1])}: {what}")
         facts.media = tuple(each.key for each in seen)
         _hash_content(messages, facts, named.evaluation is not None)
-        if named.stage is None or told is not None:
-            return
-        if len(sample) > named.stage.tokens_per_pack:
-            what = f"{len(sample)} tokens, a pack of this stage holds {named.stage.tokens_per_pack}"
-            _add(facts, named, "too long", what)
-        elif not sample.num_targets:
-            _add(facts, named, "nothing learned", "no answer of it is learned")
+
+
+def _check_learned(named: Named, tokens_per_pack: int, sample: Sample, facts: Facts) -> None:
+    if len(sample) > tokens_per_pack:
+        _add(facts, named, "too long", f"{len(sample)} tokens, a pack of this stage holds {tokens_per_pack}")
+    elif not sample.num_targets:
+        _add(facts, named, "nothing learned", "no answer of it is learned")
 
 
 def _add(facts: Facts, named: Named, kind: str, what: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from molora.train.recipe import Recipe
 from tests.data_tools.planted import ASKED, CASES, PLANTED, Planted, good, image, picture, recipe, row, turns, write
 
 pytest.importorskip("soundfile")
+
+TABMWP = Path(os.environ.get("MOLORA_TEST_DATA", "."), "tabmwp", "val.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -218,3 +221,13 @@ def test_the_command_prints_findings_and_writes_them(
     assert all(fault["remedy"] and fault["where"] and fault["what"] for fault in written["faults"])
     for source in written["sources"]:
         assert sum(each["rows"] for each in source["tokens_of_a_row"]["histogram"]) == source["rows_usable"] > 0
+
+
+@pytest.mark.skipif(not TABMWP.is_file(), reason="set MOLORA_TEST_DATA to a folder with tabmwp")
+def test_real_rows_that_were_decoded_wrongly_are_found(clean: Recipe) -> None:
+    """TabMWP has degree signs whose UTF-8 was read as Latin-1."""
+    options = {"path": str(TABMWP), "prompt": "{question}\n{table}", "answer": "{answer}"}
+    clean.evaluations["asked"].data = SourceConfig(kind="table", options=options)
+    lines = TABMWP.read_text(encoding="utf-8").splitlines()
+    wrong = {number for number, line in enumerate(lines, start=1) if "\u00c2\u00b0" in json.loads(line)["table"]}
+    assert {fault.row for fault in faults_of(clean)["encoding"]} == wrong != set()
