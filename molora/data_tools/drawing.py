@@ -19,6 +19,8 @@ _MAX_PICTURES = 12
 _MAX_PICTURE_PIXELS = 640
 _MAX_MAP_COLUMNS = 900
 _CURVE_COLUMNS = 600
+# A page holds its sounds, and a minute is 2.5 MB of it.
+_MAX_PLAYED_SECONDS = 60
 
 # From dark to bright, evenly for the eye: a few points of matplotlib's viridis, between which colours are mixed.
 _COLOURS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
@@ -50,7 +52,11 @@ def decoded(item: Any, rate_hz: int | None) -> list[Media]:
         shown.thumbnail((_MAX_PICTURE_PIXELS, _MAX_PICTURE_PIXELS))
         return [Media(_png(shown), "image/png", f"decoded, {item.width} x {item.height} pixels")]
     if rate_hz is not None and isinstance(item, Tensor) and item.ndim == 1:
-        return [Media(_wav(item, rate_hz), "audio/wav", f"decoded, {len(item) / rate_hz:.2f} s at {rate_hz:,} Hz")]
+        played = item[: _MAX_PLAYED_SECONDS * rate_hz]
+        caption = f"decoded, {len(item) / rate_hz:.2f} s at {rate_hz:,} Hz"
+        if len(played) < len(item):
+            caption += f"; the first {_MAX_PLAYED_SECONDS} s to play"
+        return [Media(_wav(played, rate_hz), "audio/wav", caption)]
     return []
 
 

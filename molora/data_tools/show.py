@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+from transformers import PreTrainedTokenizerBase
 
 from molora.data.messages import media_parts
 from molora.data.processor import Processor
@@ -22,6 +23,9 @@ from molora.train.recipe import Recipe
 
 # Text that no reader of a page needs in full, in tokens of one kind that stand together.
 _MAX_TOKENS_SHOWN = 2000
+
+# A character of UTF-8 has four bytes at most, and a token one at least.
+_MAX_TOKENS_OF_CHARACTER = 4
 
 
 def write_page(recipe: Recipe, path: Path, *, rows: int = 4, trust: Sequence[str] = (), show: bool = True) -> None:
@@ -108,32 +112,34 @@ def _media(messages: Any, sample: Sample, processor: Processor) -> Iterator[dict
 
 
 def _spans(sample: Sample, processor: Processor) -> Iterator[dict[str, Any]]:
-    """Tokens that stand together and are of one kind: media of one item, or text that is learned or is not. Text comes
-    in pieces, of a token each, or of several that make a character together."""
+    """Tokens that stand together and are of one kind: media of one item, or text that is learned or is not."""
     names = ["", *processor.modalities]
-    special = set(processor.tokenizer.all_special_ids) | {
-        id for id, token in processor.tokenizer.added_tokens_decoder.items() if token.special
-    }
+    special = {id for id, token in processor.tokenizer.added_tokens_decoder.items() if token.special}
     places = list(zip(sample.modality_ids_T.tolist(), sample.targets_T.tolist(), strict=True))
     start = 0
     for (modality, is_learned), run in groupby(places):
         stop = start + len(list(run))
         span = {"modality": names[modality], "index": modality - 1, "learned": is_learned, "count": stop - start}
         if not modality:
-            ids = sample.token_ids_T[start:stop].tolist()
-            span["cut"] = max(0, len(ids) - _MAX_TOKENS_SHOWN)
-            span["pieces"] = list(_pieces(ids[:_MAX_TOKENS_SHOWN], special, processor))
+            shown = min(stop, start + _MAX_TOKENS_SHOWN)
+            ids = sample.token_ids_T[:shown].tolist()
+            span["pieces"] = [
+                {"text": text, "ids": " ".join(map(str, some)), "special": some[0] in special}
+                for text, some in pieces(ids, start, processor.tokenizer)
+            ]
+            span["cut"] = stop - shown
         yield span
         start = stop
 
 
-def _pieces(ids: Sequence[int], special: set[int], processor: Processor) -> Iterator[dict[str, Any]]:
-    held: list[int] = []
-    for place, id in enumerate(ids):
-        held.append(id)
-        text: Any = processor.tokenizer.decode(held, clean_up_tokenization_spaces=False)
-        # Bytes of a character that the next tokens complete.
-        if text.endswith("\ufffd") and len(held) < 4 and place + 1 < len(ids) and ids[place + 1] not in special:
-            continue
-        yield {"text": text, "special": len(held) == 1 and id in special, "ids": " ".join(map(str, held))}
-        held = []
+def pieces(ids: list[int], start: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, list[int]]]:
+    """The text of each token from `start` on, and its id; of several tokens where they make a character together. A
+    token is read behind the one before it, as some tokenizers take the space away that a text begins with."""
+    first = start
+    for stop in range(start + 1, len(ids) + 1):
+        before = str(tokenizer.decode(ids[max(0, first - 1) : first]))
+        text = str(tokenizer.decode(ids[max(0, first - 1) : stop])).removeprefix(before)
+        is_cut = text.endswith("\ufffd") and stop - first < _MAX_TOKENS_OF_CHARACTER and stop < len(ids)
+        if not is_cut:
+            yield text, ids[first:stop]
+            first = stop

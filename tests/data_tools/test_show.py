@@ -14,11 +14,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from molora.data_tools.drawing import curve, decoded, drawn, mapped
 from molora.data_tools.opening import open_processor
-from molora.data_tools.show import write_page
+from molora.data_tools.show import pieces, write_page
 from molora.testing import save_backbone
+from molora.testing.tiny import byte_tokenizer
 from tests.data_tools.planted import clip, image, picture, recipe, row, write
 
 pytest.importorskip("soundfile")
@@ -118,3 +121,27 @@ def test_a_curve_goes_as_far_up_and_down_as_the_samples() -> None:
     points = [tuple(map(float, point.split(","))) for point in (curve(samples) or "").split()]
     assert min(points, key=lambda point: point[1]) == (300, -0.5)
     assert max(points, key=lambda point: point[1]) == (400, 0.25)
+
+
+def test_a_long_clip_is_played_for_a_minute() -> None:
+    (sound,) = decoded(torch.zeros(61 * 100), 100)
+    with wave.open(io.BytesIO(sound.data)) as played:
+        assert played.getnframes() == 60 * 100
+    assert "61.00 s at 100 Hz; the first 60 s" in sound.caption
+
+
+def test_pieces_of_text_are_those_of_the_whole() -> None:
+    """Also where a character is of several tokens, and where spaces begin tokens, as those of SentencePiece."""
+    text = "a café, 東京 🙂 end"
+    ids = byte_tokenizer()(text)["input_ids"]
+    for start in (0, 2):
+        found = list(pieces(ids, start, byte_tokenizer()))
+        assert "".join(piece for piece, _ in found) == text[start:]
+        assert [id for _, some in found for id in some] == ids[start:]
+        assert max(len(some) for _, some in found) == 4
+
+    words = Tokenizer(models.WordLevel({"▁once": 0, "▁upon": 1, "▁a": 2, "▁time": 3}, unk_token="▁a"))
+    words.decoder = decoders.Metaspace()
+    told = PreTrainedTokenizerFast(tokenizer_object=words)
+    assert [piece for piece, _ in pieces([0, 1, 2, 3], 0, told)] == ["once", " upon", " a", " time"]
+    assert [piece for piece, _ in pieces([0, 1, 2, 3], 2, told)] == [" a", " time"]
