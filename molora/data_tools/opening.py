@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch.utils.data import Subset
 
@@ -9,7 +10,7 @@ from molora.checkpoint.pretrained import fetch, load_tokenizer
 from molora.data.processor import Processor
 from molora.data.sources import Source, SourceConfig
 from molora.doctor.dry_run import on_meta
-from molora.evaluate.judge import EvaluationConfig
+from molora.evaluate.judge import EvaluationConfig, question
 from molora.media import MediaPolicy
 from molora.routing import Router
 from molora.train.recipe import Recipe, StageConfig
@@ -56,3 +57,9 @@ def place_of(source: Source, row: int, key: str) -> str:
         source, row = source.dataset, source.indices[row]  # pyright: ignore[reportAssignmentType]
     tell = getattr(source, "where", None)
     return str(tell(row)) if callable(tell) else f"{key}, row {row + 1}"
+
+
+def asked_by(evaluation: EvaluationConfig, source: Source, row: int) -> tuple[list[dict[str, Any]], str]:
+    """The messages that an evaluation asks with a row, and the answer that it expects. Raises ValueError."""
+    asked = question(source, row, evaluation.without_media)
+    return asked["prompt"], asked["expected"]

@@ -14,8 +14,8 @@ from molora.data.processor import Processor, SampleTooLong
 from molora.data.sources import Source
 from molora.data_tools.contents import Odd, odd_item, odd_texts, odd_turns, special_tokens_of
 from molora.data_tools.faults import KINDS, Fault
-from molora.data_tools.opening import Named, place_of
-from molora.evaluate.judge import question
+from molora.data_tools.opening import Named, asked_by, place_of
+from molora.evaluate.judge import EvaluationConfig
 from molora.evaluate.normalise import normalise
 from molora.media.policy import SCHEMES, scheme
 from molora.modality import MediaError, Modality, Prepared
@@ -110,7 +110,7 @@ class Examiner:
         for kind, what in odd:
             _add(facts, named, kind, what)
         is_whole = not any(kind in _TURN_KINDS for kind, _ in odd)
-        sample = self._encoded(named, example, facts, known, is_whole)
+        sample = self._encoded(named, source, messages, facts, known, is_whole)
         if sample is not None:
             self._weigh(named, messages, sample, facts)
             if is_whole and named.stage is not None:
@@ -118,11 +118,16 @@ class Examiner:
         return facts
 
     def _encoded(
-        self, named: Named, example: Mapping[str, Any], facts: Facts, known: dict[Any, Prepared], is_whole: bool
+        self,
+        named: Named,
+        source: Source,
+        messages: Sequence[Message],
+        facts: Facts,
+        known: dict[Any, Prepared],
+        is_whole: bool,
     ) -> Sample | None:
         """A row as a sample; None if it cannot be one, and then the fault is among the facts. Of turns that are not
         `is_whole` the fault was told before."""
-        messages = example["messages"]
         refused = next(_refused_parts(messages, self.processor), None)
         if refused:
             _add(facts, named, *refused)
@@ -130,10 +135,9 @@ class Examiner:
         try:
             if named.evaluation is None:
                 return self.processor.encode(messages, str(facts.id), known=known)
-            read: Any = {facts.row: example}  # as a source gives it
-            asked = question(read, facts.row, named.evaluation.without_media)
-            sample = self.processor.encode(asked["prompt"], str(facts.id), generate=True, known=known)
-            self._check_answer(named, asked["expected"], len(sample), facts)
+            prompt, expected = asked_by(named.evaluation, source, facts.row)
+            sample = self.processor.encode(prompt, str(facts.id), generate=True, known=known)
+            self._check_answer(named.evaluation, expected, len(sample), facts, named)
             return sample
         except ValueError as error:
             kind = _kind_of(error, "refused")
@@ -141,9 +145,10 @@ class Examiner:
                 _add(facts, named, kind, str(error))
             return None
 
-    def _check_answer(self, named: Named, expected: str, prompt_tokens: int, facts: Facts) -> None:
-        assert named.evaluation is not None
-        most, context = named.evaluation.max_new_tokens, self.processor.max_tokens
+    def _check_answer(
+        self, evaluation: EvaluationConfig, expected: str, prompt_tokens: int, facts: Facts, named: Named
+    ) -> None:
+        most, context = evaluation.max_new_tokens, self.processor.max_tokens
         needed = len(self.processor.tokenizer(expected, add_special_tokens=False, verbose=False)["input_ids"])  # pyright: ignore[reportArgumentType]
         if needed > most:
             _add(facts, named, "long answer", f"{expected!r:.60} has {needed} tokens, max_new_tokens is {most}")

@@ -12,8 +12,7 @@ from molora.data.messages import media_parts
 from molora.data.processor import Processor
 from molora.data.sources import Source, open_source
 from molora.data_tools.drawing import curve, decoded, drawn, mapped
-from molora.data_tools.opening import Named, open_processor, place_of, sources_of
-from molora.evaluate.judge import question
+from molora.data_tools.opening import Named, asked_by, open_processor, place_of, sources_of
 from molora.pack import Sample
 from molora.report.page import embedded
 from molora.routing import Router
@@ -62,13 +61,10 @@ def _card(named: Named, source: Source, row: int, processor: Processor, router: 
     """What the page says of a row."""
     card: dict[str, Any] = {"where": place_of(source, row, named.key), "error": None, "id": "", "expected": None}
     try:
+        example = source[row]
+        messages, card["id"] = example["messages"], str(example["id"])
         if named.evaluation is not None:
-            asked = question(source, row, named.evaluation.without_media)
-            messages, card["expected"] = asked["prompt"], asked["expected"]
-            card["id"] = asked["id"]
-        else:
-            example = source[row]
-            messages, card["id"] = example["messages"], str(example["id"])
+            messages, card["expected"] = asked_by(named.evaluation, source, row)
         sample = processor.encode(messages, card["id"], generate=named.evaluation is not None)
         media = list(_media(messages, sample, processor))
     except ImportError:
