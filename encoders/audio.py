@@ -84,6 +84,8 @@ class Audio:
 
     config_type: ClassVar[type] = AudioConfig
     part_type: ClassVar[str] = "audio"
+    # Of what `load` returns, so that tools can play it and listen to it.
+    sampling_rate_hz: ClassVar[int] = SAMPLE_RATE_HZ
 
     def __init__(self, name: str, config: AudioConfig) -> None:
         self.name, self.config = name, config

@@ -34,8 +34,10 @@ MAY_IMPORT = {
     "plugin_kit": "data model checkpoint convert inference evaluate train testing",
     "doctor": "data model checkpoint convert inference evaluate train testing",
     "report": "data model checkpoint convert inference evaluate train",
+    "data_tools": "data model checkpoint convert inference evaluate train doctor report",
     "demo": "data model checkpoint convert inference evaluate train pretrain report",
-    "cli": "data model checkpoint convert inference evaluate train pretrain verify plugin_kit doctor report demo",
+    "cli": "data model checkpoint convert inference evaluate train pretrain verify plugin_kit doctor report data_tools "
+    "demo",
 }
 ROOT_ROOMS = ("", "config", "media")
 # What a function may import though its file may not: plugins import `testing`, and must not bring the model with them.

@@ -85,6 +85,10 @@ class Messages:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def where(self, row: int) -> str:
+        """The file and row, for errors."""
+        return self.rows.where(row)
+
     def id_of(self, row: int) -> str:
         """The id of a row, whose conversation may be faulty. Raises ValueError where that cannot be read either."""
         return row_id(self.rows[row].get("id"), row, self.rows.where(row))

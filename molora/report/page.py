@@ -82,7 +82,7 @@ def write(report: Report, folder: Path) -> Path:
     html = template.render(
         figures,
         table=_table(figures),
-        pictures=[[_shown(medium) for medium in example.media] for example in report.examples],
+        pictures=[[embedded(medium) for medium in example.media] for example in report.examples],
         panels=_panels(report.history),
         stages=_stages(report.history),
     )
@@ -142,7 +142,7 @@ def _table(figures: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any] | 
     return [(measure, [cell(condition, measure) for condition in metrics]) for measure in measures]
 
 
-def _shown(medium: Media) -> dict[str, Any]:
+def embedded(medium: Media) -> dict[str, Any]:
     """What the page needs to show a medium; small pictures are enlarged pixel by pixel, to stay crisp."""
     kind = medium.mime.partition("/")[0]
     if kind not in ("image", "audio"):
