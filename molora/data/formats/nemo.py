@@ -14,9 +14,9 @@ from molora.data.formats.table import SegmentConfig, Table, TableConfig
 @dataclass(kw_only=True)
 class NemoConfig:
     """A manifest of NeMo: JSON lines, each with `audio_filepath` and, for a part of that file, `offset` and `duration`
-    in seconds. Without an offset the whole file is heard. `prompt` and `answer` are templates over all keys, such as
-    `{text}`, or `{question}` and `{answer}`. Relative paths start from the manifest's folder, or from `media_root`,
-    which no path may leave."""
+    in seconds. Without an offset the part begins with the file, and without both it is the file. `prompt` and `answer`
+    are templates over all keys, such as `{text}`, or `{question}` and `{answer}`. Relative paths start from the
+    manifest's folder, or from `media_root`, which no path may leave."""
 
     path: str
     prompt: str = TRANSCRIBE
@@ -52,11 +52,10 @@ class _Manifest:
 
     def __getitem__(self, row: int) -> Mapping[str, Any]:
         values = self.rows[row]
-        path, offset = values.get("audio_filepath"), values.get("offset")
+        path = values.get("audio_filepath")
         if not isinstance(path, str) or not path:
             raise ValueError(f"{self.where(row)}: audio_filepath: expected a path, got {path!r:.80}")
-        # Without an offset, the duration says how long the file is, in seconds that may be rounded.
-        return {**values, "offset": offset, "duration": None if offset is None else values.get("duration")}
+        return values
 
     def where(self, row: int) -> str:
         return self.rows.where(row)
