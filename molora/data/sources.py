@@ -10,6 +10,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from molora.config import ConfigError, build, require
+from molora.data.formats.choices import judged_by
 from molora.data.formats.rows import JsonRows
 from molora.data.formats.table import row_id
 from molora.data.messages import conversation, media_parts, rooted
@@ -30,8 +31,11 @@ _MEASURED_ROWS = 64
 
 
 class Source(Protocol):
-    """Conversations by row; built as `Plugin(config)`, with a recipe's options read into its `config_type`. A row is
-    {"id", "messages"} and may have "tags", a list of names to report metrics by.
+    """Conversations by row; built as `Plugin(config)`, with a recipe's options read into its `config_type`.
+
+    A row is {"id", "messages"} and may have "tags", a list of names to report metrics by; "answers", the list of all
+    that are accepted in place of the last message, which has the first; and "choices" with "choice", the texts of a
+    question's options and the number of the right one, counted from 0.
 
     A source may also have `where(row)`, the file and row for errors; `blocks`, by which its rows are shuffled; and
     `will_read(ranges)`, which is told the ranges of rows that come next, in any order."""
@@ -101,6 +105,7 @@ class Messages:
             "id": row_id(value.get("id"), row, where),
             "messages": rooted(messages, self.rows.path.absolute().parent, self.media_root, where),
             "tags": read_tags(value.get("tags"), where),
+            **judged_by(value, where),
         }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from molora.config import ConfigError
-from molora.data.formats.table import named_value
+from molora.data.formats.opening import named_value
 from molora.data.index.stored import Index, Scan
 
 
