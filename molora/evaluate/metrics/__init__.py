@@ -21,7 +21,9 @@ COUNTS = ("questions", "failed", "cut_off")
 
 @dataclass(frozen=True)
 class Judged:
-    """One answered question. `cut_off` says that a limit ended the answer, `error` why there is none."""
+    """One answered question. `cut_off` says that a limit ended the answer, `error` why there is none. `answers` are all
+    that are accepted, of which `expected` is the first; a multiple-choice question has its options as `choices`, and
+    `choice` is the index of the right one."""
 
     id: str
     messages: list[dict[str, Any]]
@@ -31,6 +33,9 @@ class Judged:
     tags: list[str] = field(default_factory=list)
     cut_off: bool = False
     error: str | None = None
+    answers: list[str] = field(default_factory=list)
+    choices: list[str] = field(default_factory=list)
+    choice: int | None = None
 
     @property
     def row(self) -> int:
@@ -41,7 +46,8 @@ class Judged:
 class Metric(Protocol):
     """Compares answers with the expected ones; built as `Plugin(config)`, with a recipe's options read into its
     `config_type`. Building it raises ImportError or ValueError for what the metric needs and does not find, so that
-    this is told before the model answers."""
+    this is told before the model answers. A class may say `rates_each = True`: its score over one question says how
+    right that answer is, from 0 to 1. Such a metric is compared with what the most frequent answer would get."""
 
     config_type: type
 

@@ -14,6 +14,7 @@ class ExactMatch:
 
     config: NoOptions
     config_type = NoOptions
+    rates_each = True
 
     def score(self, judged: Sequence[Judged]) -> dict[str, float]:
         return {"exact_match": sum(item.correct for item in judged) / len(judged)}
@@ -25,6 +26,7 @@ class MacroF1:
 
     config: NoOptions
     config_type = NoOptions
+    rates_each = True
 
     def score(self, judged: Sequence[Judged]) -> dict[str, float]:
         expected = Counter(normalise(item.expected) for item in judged)
