@@ -18,7 +18,7 @@ from molora.config import ConfigError, plain
 from molora.convert.release import converted
 from molora.evaluate.intervals import Difference, Interval, interval, paired
 from molora.evaluate.judge import Evaluation, EvaluationConfig, complaints
-from molora.evaluate.metrics import COUNTS, Judged, Metric, open_metrics, scores
+from molora.evaluate.metrics import COUNTS, Judged, Metric, by_tag, open_metrics, scores
 from molora.evaluate.normalise import exact_match
 from molora.evaluate.predictions import open_predictions, read_predictions
 from molora.inference.load import LoadedModel
@@ -150,7 +150,12 @@ def _result(
     metrics = open_metrics(config.metrics, f"evaluations.{name}.metrics")
     answered = [item for item in judged if item.error is None]
     found = scores(judged, metrics)
-    intervals = {key: value for metric in metrics if answered for key, value in interval(metric, answered).items()}
+    intervals = {
+        f"{key}/{tag}" if tag else key: ends
+        for tag, items in by_tag(answered).items()
+        for metric in (metrics if items else ())
+        for key, ends in interval(metric, items).items()
+    }
     rating = [metric for metric in metrics if getattr(metric, "rates_each", False)]
     majority = {}
     if rating and answered and beside is None:
@@ -270,9 +275,8 @@ def pair(ours: Sequence[Judged], theirs: Sequence[Judged], where: str) -> list[t
     for item in ours:
         other = others.get(item.id)
         if other is None or item.expected != other.expected:
-            told = (
-                "is not there" if other is None else f"expects {other.expected!r:.60} there, {item.expected!r:.60} here"
-            )
+            told = f"expects {item.expected!r:.60} here and "
+            told = "is not there" if other is None else f"{told}{other.expected!r:.60} there"
             raise ConfigError(f"{where}: question {item.id!r} {told}; evaluate both anew on the same data")
     return [(item, others[item.id]) for item in ours]
 
