@@ -3,13 +3,12 @@
 import base64
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from molora.data.messages import parts
 from molora.evaluate.blind import told
-from molora.evaluate.judge import EvaluationConfig
 from molora.evaluate.kept_media import known_type
 from molora.evaluate.metrics import Judged
 from molora.evaluate.results import Place, Result, shown
@@ -49,21 +48,33 @@ def page(result: Result, model: str, folder: Path, *, embedded_bytes: int = EMBE
     return fill(
         "answers.html.j2",
         title=result.name,
-        summary=_summary(result.config, model),
-        scores=[
-            {"metric": metric, "value": shown(metric, value), "ends": [f"{end:.4f}" for end in ends]}
-            for metric, value in result.scores.items()
-            for ends in [result.intervals.get(metric, ())]
-        ],
+        summary=_summary(result, model),
+        metrics=list(dict.fromkeys(metric for metric, *_ in _cells(result))),
+        table={
+            tag: {metric: cell for metric, where, *cell in _cells(result) if where == tag}
+            for tag in dict.fromkeys(tag for _, tag, *_ in _cells(result))
+        },
         # Nothing that a row says can end the element that holds the data.
         data=json.dumps({"rows": rows, "media": media.table}).replace("<", "\\u003c"),
     )
 
 
-def _summary(config: EvaluationConfig, model: str) -> str:
-    asked_with = told(config.asked_with[0])
-    summary = f"{model}, answers of at most {config.max_new_tokens} tokens"
-    return summary if asked_with == "as is" else f"{summary}; media of the questions: {asked_with}"
+def _summary(result: Result, model: str) -> str:
+    asked_with = told(result.config.asked_with[0])
+    summary = f"{model}. Answers have at most {result.config.max_new_tokens} tokens."
+    if asked_with != "as is":
+        summary += f" Media of the questions: {asked_with}."
+    failed, cut_off = int(result.scores["failed"]), int(result.scores["cut_off"])
+    return f"{summary} {failed:,} questions failed and are in no score; {cut_off:,} answers were cut off."
+
+
+def _cells(result: Result) -> Iterator[tuple[str, str, str, str]]:
+    """Every score with its metric and tag, which is empty for all questions, as text, and with its interval."""
+    for name, value in result.scores.items():
+        metric, _, tag = name.partition("/")
+        if name not in ("failed", "cut_off"):
+            ends = result.intervals.get(name)
+            yield metric, tag, shown(name, value), "" if ends is None else f"{ends[0]:.4f} to {ends[1]:.4f}"
 
 
 def _rated(item: Judged, result: Result) -> dict[str, float]:
