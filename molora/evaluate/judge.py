@@ -1,7 +1,7 @@
 """Evaluation by generation: the model answers, the answers are compared."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from molora.config import require
 from molora.data.messages import parts
 from molora.data.sources import Source, SourceConfig, open_source, read_tags
 from molora.evaluate.metrics import Judged, Named, open_metrics, scores
+from molora.evaluate.metrics.choices import continuations
 from molora.evaluate.normalise import exact_match
 from molora.inference.generate import Failed, GenerationConfig, attempt
 from molora.inference.load import LoadedModel
@@ -28,8 +29,8 @@ _OLD_KEYS = {"word_errors": "word_error_rate", "character_errors": "character_er
 class EvaluationConfig:
     """Questions to answer, `max_running_samples` at a time, each in `max_new_tokens` at most; an answer that is cut off
     there is counted and said. `without_media` leaves the media parts out, to see what the text alone gives away.
-    `metrics` are what the answers are scored by: exact_match, word_error_rate, character_error_rate, macro_f1, bleu, or
-    a plugin's, each by its name or, with options, as `{bleu: {tokeniser: zh}}`."""
+    `metrics` are what the answers are scored by: built-in ones, as exact_match or word_error_rate, or a plugin's, each
+    by its name or, with options, as `{bleu: {tokeniser: zh}}`."""
 
     data: SourceConfig
     max_new_tokens: int = 16
@@ -92,13 +93,13 @@ class Evaluation:
         bar = bars.add_task(self.name, total=len(share), note="")
         asked: dict[str, dict[str, Any]] = {}
         judged: dict[str, Judged] = {}
+        needs_likelihoods = any(getattr(metric, "needs", None) == "likelihoods" for metric in self.metrics)
         limits = {name: getattr(self.config, name) for name in ("max_new_tokens", "max_running_samples")}
         samples = self._samples(share, loaded, asked)
         for answer in loaded.answers(samples, GenerationConfig(**limits), keep_going=not strict):
-            prompt, expected, tags = (asked[answer.id][key] for key in ("prompt", "expected", "tags"))
-            correct = answer.error is None and exact_match(answer.text, expected)
-            cut_off, error = answer.finished == "length", None if answer.error is None else str(answer.error)
-            judged[answer.id] = Judged(answer.id, prompt, expected, answer.text, correct, tags, cut_off, error)
+            error = None if answer.error is None else str(answer.error)
+            item = judge(asked[answer.id], answer.text, cut_off=answer.finished == "length", error=error)
+            judged[item.id] = with_likelihoods(loaded, item, strict) if needs_likelihoods else item
             before_each()
             bars.advance(bar)
         bars.remove_task(bar)
@@ -112,7 +113,7 @@ class Evaluation:
             unread = f"{index}:"
             row = attempt(partial(question, self.source, index, self.config.without_media), unread)
             if isinstance(row, Failed):
-                asked[unread] = {"prompt": [], "expected": "", "tags": []}
+                asked[unread] = {"id": unread, "prompt": [], "expected": ""}
                 yield row
             else:
                 asked[row["id"]] = row
@@ -134,8 +135,35 @@ def question(source: Source, index: int, without_media: bool) -> dict[str, Any]:
     if other := next((part["type"] for part in parts(last) if part["type"] != "text"), None):
         raise ValueError(f"evaluation row {index + 1}: the expected answer holds {other}; it can be text alone")
     expected = "".join(part["text"] for part in parts(last))
-    tags = read_tags(row.get("tags"), f"evaluation row {index + 1}")
-    return {"id": f"{index}:{row['id']}", "prompt": prompt, "expected": expected, "tags": tags}
+    return {
+        "id": f"{index}:{row['id']}",
+        "prompt": prompt,
+        "expected": expected,
+        "tags": read_tags(row.get("tags"), f"evaluation row {index + 1}"),
+        "answers": list(row.get("answers") or [expected]),
+        "choices": list(row.get("choices") or []),
+        "choice": row.get("choice"),
+    }
+
+
+def judge(asked: Mapping[str, Any], answer: str, *, cut_off: bool = False, error: str | None = None) -> Judged:
+    """A question with its answer, which is right if it equals one that is accepted."""
+    facts = {key: asked[key] for key in ("tags", "answers", "choices", "choice") if key in asked}
+    item = Judged(asked["id"], asked["prompt"], asked["expected"], answer, False, cut_off=cut_off, error=error, **facts)
+    return replace(item, correct=error is None and any(exact_match(answer, each) for each in item.answers))
+
+
+def with_likelihoods(loaded: LoadedModel, item: Judged, strict: bool) -> Judged:
+    """The answer with the likelihood of each of its question's choices, or with the error that there is instead, which
+    `strict` raises."""
+    if item.error is not None or not item.choices:
+        return item
+    found = attempt(lambda: loaded.likelihoods([(item.messages, text) for text in continuations(item)]), item.id)
+    if not isinstance(found, Failed):
+        return replace(item, likelihoods=[(each.log_probability, each.num_tokens) for each in found])
+    if strict:
+        raise found.error
+    return replace(item, correct=False, error=str(found.error))
 
 
 def complaints(name: str, judged: Sequence[Judged], config: EvaluationConfig) -> list[str]:

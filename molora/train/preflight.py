@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from molora.config import ConfigError, did_you_mean
 from molora.data.processor import Processor
 from molora.data.sources import Source, SourceConfig, check_length, open_source
-from molora.evaluate.judge import EvaluationConfig, question
-from molora.evaluate.metrics import Judged, open_metrics, scores
+from molora.evaluate.judge import EvaluationConfig, judge, question
+from molora.evaluate.metrics import open_metrics, scores
+from molora.evaluate.metrics.choices import as_if_likely
 from molora.model.molora import MoLoRA
 from molora.train.optim import check_start, set_trainable
 from molora.train.recipe import Recipe, skipped_errors
@@ -76,8 +77,7 @@ class Trial:
         if self.evaluation is not None:
             asked = question(self.source, row, self.evaluation.without_media)
             if processor is None:
-                right = Judged(asked["id"], asked["prompt"], asked["expected"], asked["expected"], True, asked["tags"])
-                scores([right], self.metrics)
+                scores([as_if_likely(judge(asked, asked["expected"]))], self.metrics)
             else:
                 processor.encode(asked["prompt"], asked["id"], generate=True)
             return
