@@ -11,8 +11,8 @@ from torch import Tensor
 
 from molora.config import ConfigError
 from molora.data.messages import media_parts, parts
-from molora.data.processor import Processor
 from molora.data.sources import Source
+from molora.inference.load import LoadedModel
 from molora.modality import HasBlank, Modality
 from molora.seeding import seed_of
 
@@ -90,11 +90,11 @@ class _Blanking:
         return self._modality.blank(self._modality.load(part))
 
 
-def blanking(processor: Processor, media: Media, where: str) -> Processor:
-    """The processor, or one that empties the items of every modality whose parts are to be blank. Raises ConfigError
-    for a modality that has no blank item."""
+def blanking(loaded: LoadedModel, media: Media, where: str) -> LoadedModel:
+    """The model, or the same that is given blank items of every modality whose parts are to be blank. Raises
+    ConfigError for a modality that has no blank item."""
     modalities: dict[str, Modality] = {}
-    for name, modality in processor.modalities.items():
+    for name, modality in loaded.processor.modalities.items():
         if treatment(media, modality.part_type) == "blank":
             if not isinstance(modality, HasBlank):
                 raise ConfigError(
@@ -104,7 +104,8 @@ def blanking(processor: Processor, media: Media, where: str) -> Processor:
                 )
             modalities[name] = _Blanking(modality)  # type: ignore[assignment]
     if not modalities:
-        return processor
-    emptied = copy.copy(processor)
-    emptied.modalities = {**processor.modalities, **modalities}
-    return emptied
+        return loaded
+    blind = copy.copy(loaded)
+    blind.processor = copy.copy(loaded.processor)
+    blind.processor.modalities = {**loaded.processor.modalities, **modalities}
+    return blind

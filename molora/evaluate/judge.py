@@ -12,6 +12,7 @@ from molora.config import ConfigError, require
 from molora.data.sources import SourceConfig, open_source
 from molora.evaluate.blind import Media, blanking, told
 from molora.evaluate.metrics import Judged, Named, open_metrics, scores
+from molora.evaluate.metrics.choices import continuations
 from molora.evaluate.predictions import Predictions
 from molora.evaluate.questions import Question, judge, question
 from molora.inference.generate import Failed, GenerationConfig, attempt
@@ -33,8 +34,8 @@ class EvaluationConfig:
     see what the text alone gives away), `blank` (grey pictures, silence, of the same size), `shuffled` (the medium of
     another question), or one of these for each part type, as `{image: blank}`. Of a list `molora eval` asks with each,
     and shows the others beside the first, which is what a training asks with. `metrics` are what the answers are scored
-    by: exact_match, word_error_rate, character_error_rate, macro_f1, bleu, or a plugin's, each by its name or, with
-    options, as `{bleu: {tokeniser: zh}}`."""
+    by: built-in ones, as exact_match or word_error_rate, or a plugin's, each by its name or, with options, as `{bleu:
+    {tokeniser: zh}}`."""
 
     data: SourceConfig
     max_new_tokens: int = 16
@@ -105,6 +106,7 @@ class Evaluation:
         self.config = config
         self.media: Media = config.asked_with[0]
         self.metrics = open_metrics(config.metrics, f"evaluations.{name}.metrics")
+        self.needs_likelihoods = any(getattr(metric, "needs", None) == "likelihoods" for metric in self.metrics)
         self.source = open_source(config.data, f"evaluations.{name}.data")
 
     def run(
@@ -121,6 +123,7 @@ class Evaluation:
         expected answer. A question that cannot be read, asked or answered is judged with its `error`; `strict` raises
         the first one's. `before_each` is called before an answer is counted. Answers that `predictions` has are taken
         from there, and all others are added."""
+        loaded = blanking(loaded, self.media, f"evaluations.{self.name}.media")
         share = range(len(self.source)) if ranks is None else range(ranks.index, len(self.source), ranks.count)
         bars = bars or progress(shown=False)
         bar = bars.add_task(self.name, total=len(share), note="")
@@ -130,7 +133,9 @@ class Evaluation:
         def known(question: Question) -> bool:
             """Whether the question has its answer already, which is then counted."""
             asked[question.id] = question
-            item = None if predictions is None else predictions.known(question)
+            item = None
+            if predictions is not None:
+                item = predictions.known(question, needs_likelihoods=self.needs_likelihoods)
             if item is not None:
                 judged[item.id] = item
                 bars.advance(bar)
@@ -141,7 +146,7 @@ class Evaluation:
         for answer in loaded.answers(samples, GenerationConfig(**limits), keep_going=not strict):
             error = None if answer.error is None else str(answer.error)
             item = judge(asked[answer.id], answer.text, cut_off=answer.finished == "length", error=error)
-            judged[item.id] = item
+            judged[item.id] = item = with_likelihoods(loaded, item, strict) if self.needs_likelihoods else item
             if predictions is not None:
                 predictions.add(item, answer.adapters)
             before_each()
@@ -153,7 +158,6 @@ class Evaluation:
         self, rows: Iterable[int], loaded: LoadedModel, known: Callable[[Question], bool]
     ) -> Iterator[Sample | Failed]:
         """The questions in some rows that are not `known`, as samples to answer."""
-        processor = blanking(loaded.processor, self.media, f"evaluations.{self.name}.media")
         for index in rows:
             unread = f"{index}:"
             asked = attempt(partial(question, self.source, index, self.media), unread)
@@ -161,11 +165,24 @@ class Evaluation:
                 known(Question(unread, [], ""))
                 yield asked
             elif not known(asked):
-                yield attempt(partial(processor.encode, asked.prompt, asked.id, generate=True), asked.id)
+                yield attempt(partial(loaded.encode, asked.prompt, asked.id), asked.id)
 
     def scores(self, judged: Sequence[Judged]) -> dict[str, float]:
         """See `molora.evaluate.metrics.scores`."""
         return scores(judged, self.metrics)
+
+
+def with_likelihoods(loaded: LoadedModel, item: Judged, strict: bool) -> Judged:
+    """The answer with the likelihood of each of its question's choices, or with the error that there is instead, which
+    `strict` raises."""
+    if item.error is not None or not item.choices:
+        return item
+    found = attempt(lambda: loaded.likelihoods([(item.messages, text) for text in continuations(item)]), item.id)
+    if not isinstance(found, Failed):
+        return replace(item, likelihoods=[(each.log_probability, each.num_tokens) for each in found])
+    if strict:
+        raise found.error
+    return replace(item, correct=False, error=str(found.error))
 
 
 def complaints(name: str, judged: Sequence[Judged], config: EvaluationConfig) -> list[str]:

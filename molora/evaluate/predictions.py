@@ -33,13 +33,15 @@ class Predictions:
     rows: dict[str, dict[str, Any]]
     write: Callable[[Mapping[str, Any]], None]
 
-    def known(self, asked: Question) -> Judged | None:
-        """The question with its answer, if there is one: an error is tried again, and so is a row that asks something
-        else now."""
+    def known(self, asked: Question, *, needs_likelihoods: bool = False) -> Judged | None:
+        """The question with its answer, if there is one, with the likelihoods of its choices if it `needs` them: an
+        error is tried again, and so is a row that asks something else now."""
         row = self.rows.get(asked.id)
         if row is None or row["error"] is not None or row["messages"] != self._kept(asked.prompt):
             return None
-        item = judge(asked, row["answer"], cut_off=row["cut_off"])
+        if needs_likelihoods and len(row["likelihoods"]) != len(asked.choices):
+            return None
+        item = judge(asked, row["answer"], cut_off=row["cut_off"], likelihoods=row["likelihoods"])
         self.rows[asked.id] = {**row, **_facts(item)}
         return item
 
@@ -61,7 +63,7 @@ class Predictions:
 
 
 def _facts(item: Judged) -> dict[str, Any]:
-    names = ("expected", "answers", "choices", "choice", "answer", "tags", "cut_off", "error")
+    names = ("expected", "answers", "choices", "choice", "answer", "tags", "cut_off", "error", "likelihoods")
     return {name: getattr(item, name) for name in names}
 
 
@@ -124,7 +126,8 @@ def read_predictions(folder: Path, name: str, about: Mapping[str, Any], how: str
             messages = found_again(row["messages"], folder)
             names = ("expected", "tags", "answers", "choices", "choice")
             asked = Question(row["id"], messages, **{name: row[name] for name in names})
-            judged.append(judge(asked, row["answer"], cut_off=row["cut_off"], error=row["error"]))
+            given = {key: row[key] for key in ("cut_off", "error", "likelihoods")}
+            judged.append(judge(asked, row["answer"], **given))
         except (KeyError, TypeError) as error:
             raise ConfigError(f"{path}: the row {row['id']!r} lacks {error}; {how}") from error
     order = sorted(range(len(judged)), key=lambda index: judged[index].row)

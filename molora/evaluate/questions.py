@@ -1,5 +1,6 @@
 """Questions of an evaluation: what a row asks, and how an answer to it is judged."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,10 +47,27 @@ def question(source: Source, index: int, media: Media = "as is") -> Question:
     )
 
 
-def judge(asked: Question, answer: str, *, cut_off: bool = False, error: str | None = None) -> Judged:
+def judge(
+    asked: Question,
+    answer: str,
+    *,
+    cut_off: bool = False,
+    error: str | None = None,
+    likelihoods: Iterable[Sequence[Any]] = (),
+) -> Judged:
     """A question with its answer, which is right if it equals one that is accepted."""
     correct = error is None and any(exact_match(answer, accepted) for accepted in asked.answers or [asked.expected])
     return Judged(
-        asked.id, asked.prompt, asked.expected, answer, correct, asked.tags, cut_off, error,
-        answers=asked.answers or [asked.expected], choices=asked.choices, choice=asked.choice,
-    )  # fmt: skip
+        id=asked.id,
+        messages=asked.prompt,
+        expected=asked.expected,
+        answer=answer,
+        correct=correct,
+        tags=asked.tags,
+        cut_off=cut_off,
+        error=error,
+        answers=asked.answers,
+        choices=asked.choices,
+        choice=asked.choice,
+        likelihoods=[(log_probability, num_tokens) for log_probability, num_tokens in likelihoods],
+    )

@@ -105,7 +105,7 @@ def evaluate_model(
                 with open_predictions(place.folder, name, about, len(evaluation.source), anew=anew) as predictions:
                     judged = evaluation.run(loaded, bars, strict=strict, predictions=predictions)
                     predictions.settle(judged)
-                    adapters = [predictions.rows[item.id]["adapters"] for item in judged]
+                judged, adapters = read_predictions(place.folder, name, about, "evaluate it again")
             results.append(_result(name, evaluation.config, judged, adapters, beside))
             _record(place, results[-1])
     return results

@@ -7,6 +7,7 @@ from molora.data.processor import Processor
 from molora.data.sources import Source, SourceConfig, check_length, open_source
 from molora.evaluate.judge import EvaluationConfig
 from molora.evaluate.metrics import open_metrics, scores
+from molora.evaluate.metrics.choices import as_if_likely
 from molora.evaluate.questions import judge, question
 from molora.model.molora import MoLoRA
 from molora.train.optim import check_start, set_trainable
@@ -77,7 +78,7 @@ class Trial:
         if self.evaluation is not None:
             asked = question(self.source, row, self.evaluation.asked_with[0])
             if processor is None:
-                scores([judge(asked, asked.expected)], self.metrics)
+                scores([as_if_likely(judge(asked, asked.expected))], self.metrics)
             else:
                 processor.encode(asked.prompt, asked.id, generate=True)
             return
