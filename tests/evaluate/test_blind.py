@@ -17,7 +17,9 @@ from molora.encoders.vision import Vision, VisionConfig
 from molora.evaluate.blind import Media, blanking
 from molora.evaluate.judge import EvaluationConfig
 from molora.evaluate.questions import question
+from molora.inference.load import LoadedModel
 from molora.modality import HasBlank
+from molora.pack import Sample
 from molora.testing import Numbers, NumbersConfig, byte_tokenizer
 
 DATA = {"kind": "messages", "options": {"path": "rows.jsonl"}}
@@ -89,7 +91,7 @@ def test_blank_pictures_are_grey_and_blank_sounds_silent_with_as_many_tokens() -
     vision = Vision("vision", VisionConfig(crop_pixels=32, max_crops=4, pool=1, tower=tower()))
     audio = Audio("audio", AudioConfig())
     modalities: Any = {"vision": vision, "audio": audio}
-    processor = Processor(byte_tokenizer(), modalities, lambda names: sorted(names), 10_000)
+    loaded = model_with(modalities)
     noise = np.random.default_rng(0)
     content = [
         {"type": "image", "image": Image.fromarray(noise.integers(0, 255, (40, 70, 3), dtype=np.uint8))},
@@ -97,16 +99,27 @@ def test_blank_pictures_are_grey_and_blank_sounds_silent_with_as_many_tokens() -
         {"type": "text", "text": "what?"},
     ]
     messages = [{"role": "user", "content": content}]
-    seen = processor.encode(messages, "0", generate=True)
-    blank = blanking(processor, "blank", "media").encode(messages, "0", generate=True)
+    seen = loaded.encode(messages)
+    blank = blanking(loaded, "blank", "media").encode(messages)
     assert torch.equal(blank.modality_ids_T, seen.modality_ids_T) and torch.equal(blank.token_ids_T, seen.token_ids_T)
     pixels = blank.items[0].prepared.tensors["crops_BCHW"]
     assert sorted(pixels.unique().tolist()) == [128, 255], "grey, and the white that fills the crops"
-    assert not blank.items[1].prepared.tensors["features_SM"].any()
-    half = blanking(processor, {"image": "blank"}, "media").encode(messages, "0", generate=True)
+    assert features(seen).any() and not features(blank).any()
+    half = blanking(loaded, {"image": "blank"}, "media").encode(messages)
     assert torch.equal(half.items[0].prepared.tensors["crops_BCHW"], pixels)
-    assert torch.equal(half.items[1].prepared.tensors["features_SM"], seen.items[1].prepared.tensors["features_SM"])
-    assert blanking(processor, "as is", "media") is processor
+    assert torch.equal(features(half), features(seen))
+    assert blanking(loaded, "as is", "media") is loaded
+    assert torch.equal(loaded.encode(messages).items[1].prepared.tensors["features_SM"], features(seen))
+
+
+def features(sample: Sample) -> torch.Tensor:
+    return sample.items[1].prepared.tensors["features_SM"]
+
+
+def model_with(modalities: Any) -> LoadedModel:
+    """What encodes questions for some modalities; no network is asked."""
+    network: Any = None
+    return LoadedModel(network, Processor(byte_tokenizer(), modalities, lambda names: sorted(names), 10_000))
 
 
 def tower() -> Any:
@@ -119,10 +132,10 @@ def test_a_modality_without_a_blank_item_is_named_before_anything_is_asked() -> 
     numbers = Numbers("numbers", NumbersConfig())
     assert not isinstance(numbers, HasBlank)
     modalities: Any = {"numbers": numbers}
-    processor = Processor(byte_tokenizer(), modalities, lambda names: sorted(names), 100)
+    loaded = model_with(modalities)
     with pytest.raises(ConfigError, match=r"media: blank: modality 'numbers' has no blank item.*blank\(item\)"):
-        blanking(processor, "blank", "media")
-    assert blanking(processor, {"image": "blank"}, "media") is processor
+        blanking(loaded, "blank", "media")
+    assert blanking(loaded, {"image": "blank"}, "media") is loaded
 
 
 def test_a_list_of_media_is_the_evaluation_and_its_baselines() -> None:

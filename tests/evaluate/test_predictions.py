@@ -104,7 +104,7 @@ def test_kept_answers_score_as_the_run_did(tmp_path: Path, loaded: LoadedModel) 
     row = lines(tmp_path / "kept")[0]
     assert row.keys() == {
         *("id", "messages", "expected", "answers", "choices", "choice"),
-        *("answer", "tags", "cut_off", "error", "adapters"),
+        *("answer", "tags", "cut_off", "error", "likelihoods", "adapters"),
     }
 
 

@@ -57,9 +57,9 @@ class Judged:
 class Metric(Protocol):
     """Compares answers with the expected ones; built as `Plugin(config)`, with a recipe's options read into its
     `config_type`. Building it raises ImportError or ValueError for what the metric needs and does not find, so that
-    this is told before the model answers. A class that says `needs = "likelihoods"` gets answers with `likelihoods`. One
-    that says `rates_each = True` has as its first number over one question how right that answer is, from 0 to 1; it
-    is also shown what the most frequent answer would get."""
+    this is told before the model answers. A class that says `needs = "likelihoods"` gets answers with `likelihoods`.
+    One that says `rates_each = True` has as its first number over one question how right that answer is, from 0 to 1;
+    it is also shown what the most frequent answer would get."""
 
     config_type: type
 
