@@ -18,17 +18,22 @@ from molora.media.urls import fetch
 from molora.modality import MediaError
 
 # Keys beside a source that ask for another picture or clip than the whole one.
-_CHANGE = ("bbox", "box", "crop", "duration", "end", "offset", "resized_height", "resized_width", "start")
+_CHANGE = (
+    *("bbox", "box", "crop", "duration", "end", "end_seconds", "offset"),
+    *("resized_height", "resized_width", "start", "start_seconds"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
     """What the parts of one medium may be given as. `part_type` names the medium in messages and is itself a source, of
-    anything. `max_file_bytes`: a larger file is refused."""
+    anything. `max_file_bytes`: a larger file is refused. `part_of`: keys beside a source that ask for a part of it,
+    which the medium's reader honours."""
 
     part_type: str
     keys: tuple[str, ...]
     max_file_bytes: int
+    part_of: tuple[str, ...] = ()
 
     def flat(self, part: Mapping[str, Any]) -> Mapping[str, Any]:
         """The part with what a mapping under `part_type` holds, such as {bytes, path} of a dataset's column, beside the
@@ -44,9 +49,11 @@ class Sources:
     def choose(self, part: Mapping[str, Any]) -> tuple[str, Any]:
         """The one source that a part has and its value. Under `part_type`, the source that its value turns out to be;
         that key again if it is none of the others. Raises MediaError for a part with no source or with several."""
-        if unread := sorted(key for key in _CHANGE if part.get(key) is not None):
+        if unread := sorted(key for key in _CHANGE if key not in self.part_of and part.get(key) is not None):
+            instead = f"give {' and '.join(self.part_of)}, or " if self.part_of else ""
             raise MediaError(
-                f"has {', '.join(unread)}, which nothing reads and would change what is seen or heard; change the file"
+                f"has {', '.join(unread)}, which nothing reads and would change what is seen or heard; {instead}change "
+                "the file"
             )
         given = [key for key in self.keys if part.get(key) is not None]
         if len(given) != 1:
