@@ -34,11 +34,11 @@ modalities:
       max_crops: 1
       pool: 1
       tower: {{kind: convit, pretrained: false, convit: {{width: 8, depth: 1, heads: 2}}}}
-    adapter: {{r: 2, lora_alpha: 4, target_modules: [qkv_proj]}}
+    adapter: {{r: 2, lora_alpha: 4, target_modules: [q_proj]}}
   audio:
     plugin: audio
     options: {{tower: {{kind: conformer, conformer: {{width: 8, blocks: 1, heads: 2}}}}}}
-    adapter: {{r: 2, lora_alpha: 4, target_modules: [qkv_proj]}}
+    adapter: {{r: 2, lora_alpha: 4, target_modules: [q_proj]}}
 stages:
   - name: tune
     train: {{adapters: {{learning_rate: 1e-3}}}}
