@@ -3,7 +3,7 @@
 import copy
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -17,15 +17,24 @@ from molora.modality import HasBlank, Modality
 from molora.seeding import seed_of
 
 # What becomes of a medium: it stays, goes, loses its content but not its size, or gives way to another question's.
-Treatment = Literal["as is", "none", "blank", "shuffled"]
+TREATMENTS = ("as is", "none", "blank", "shuffled")
 # One treatment for all media, or one for each part type; parts of other types stay as they are.
-Media = Treatment | dict[str, Treatment]
+Media = str | dict[str, str]
 
 # Rows in which another medium is looked for; many questions in a row may be about the same picture.
 _TRIED_ROWS = 64
 
 
-def treatment(media: Media, part_type: str) -> Treatment:
+def check_media(media: Media) -> None:
+    """Raises ConfigError for a treatment that there is not."""
+    for word in media.values() if isinstance(media, dict) else [media]:
+        if word not in TREATMENTS:
+            raise ConfigError(f"media: {word!r:.80} is none of {', '.join(TREATMENTS)}")
+    if not media:
+        raise ConfigError("media: names no part type; write {image: blank}, or one word for all")
+
+
+def treatment(media: Media, part_type: str) -> str:
     return media if isinstance(media, str) else media.get(part_type, "as is")
 
 

@@ -10,7 +10,7 @@ from rich.progress import Progress
 
 from molora.config import ConfigError, require
 from molora.data.sources import SourceConfig, open_source
-from molora.evaluate.blind import Media, blanking, told
+from molora.evaluate.blind import Media, blanking, check_media, told
 from molora.evaluate.metrics import Judged, Named, open_metrics, scores
 from molora.evaluate.metrics.choices import continuations
 from molora.evaluate.predictions import Predictions
@@ -45,6 +45,8 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         require(self, 1, "max_new_tokens", "max_running_samples")
+        for media in self.asked_with:
+            check_media(media)
         names = [told(media) for media in self.asked_with]
         if not names or len(set(names)) < len(names):
             raise ConfigError(f"media: {', '.join(names) or 'an empty list'}; name one or more, each once")

@@ -148,8 +148,9 @@ def test_a_list_of_media_is_the_evaluation_and_its_baselines() -> None:
     }
     with pytest.raises(ConfigError, match="media: none, none; name one or more, each once"):
         EvaluationConfig(data=SourceConfig(kind="messages"), media=["none", "none"])
-    with pytest.raises(ConfigError, match="media"):
-        build(EvaluationConfig, {"data": DATA, "media": "gray"}, "test")
+    for wrong in ("gray", {"image": "gray"}, ["as is", "gray"]):
+        with pytest.raises(ConfigError, match="test: media: 'gray' is none of as is, none, blank, shuffled"):
+            build(EvaluationConfig, {"data": DATA, "media": wrong}, "test")
 
 
 def test_an_older_recipe_without_media_is_read_and_told_what_to_write(capsys: pytest.CaptureFixture[str]) -> None:
