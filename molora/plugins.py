@@ -37,10 +37,20 @@ _SOURCES = {
 }
 _METRICS = {
     "exact_match": "molora.evaluate.metrics.text:ExactMatch",
+    "macro_f1": "molora.evaluate.metrics.text:MacroF1",
+    "yes_no": "molora.evaluate.metrics.text:YesNo",
+    "multiple_choice": "molora.evaluate.metrics.choices:MultipleChoice",
+    "choice_likelihood": "molora.evaluate.metrics.choices:ChoiceLikelihood",
+    "vqa_accuracy": "molora.evaluate.metrics.visual:VqaAccuracy",
+    "anls": "molora.evaluate.metrics.visual:Anls",
+    "relaxed_accuracy": "molora.evaluate.metrics.visual:RelaxedAccuracy",
     "word_error_rate": "molora.evaluate.metrics.speech:WordErrorRate",
     "character_error_rate": "molora.evaluate.metrics.speech:CharacterErrorRate",
-    "macro_f1": "molora.evaluate.metrics.text:MacroF1",
     "bleu": "molora.evaluate.metrics.translation:Bleu",
+    "chrf": "molora.evaluate.metrics.translation:Chrf",
+    "cider": "molora.evaluate.metrics.writing:Cider",
+    "rouge": "molora.evaluate.metrics.writing:Rouge",
+    "judge": "molora.evaluate.metrics.judge_model:JudgeModel",
 }
 
 # What a class must have to keep the contract of molora.modality, molora.routing, molora.data.sources or

@@ -59,6 +59,8 @@ LAZY = (
     "matplotlib",
     "open_clip",
     "pillow_heif",
+    "rapidfuzz",
+    "rouge_score",
     "sacrebleu",
     "soundfile",
     "tensorboard",

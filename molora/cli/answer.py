@@ -82,18 +82,42 @@ def evaluate(
     modality: options.Modalities = None,
     rule: options.Rules = None,
     strict: options.Strict = False,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where answers are kept; of a run, its `predictions` by default."),
+    ] = None,
+    anew: Annotated[bool, typer.Option("--anew", help="Ask all questions again, also those with an answer.")] = False,
+    rescore: Annotated[
+        bool, typer.Option("--rescore", help="Metrics again, of the answers that are kept, without the model.")
+    ] = False,
+    against: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Differences from another run on the same questions.")
+    ] = None,
     deterministic_batch: options.DeterministicBatch = False,
     allow_urls: options.AllowUrls = False,
     allow_private_addresses: options.AllowPrivateAddresses = False,
     trust_plugin: options.Trust = None,
 ) -> None:
-    """Answer the evaluations of a config or a recipe: a table, and JSON in MODEL/evaluation.json, or alone on standard
-    output if MODEL is no run. Questions that cannot be asked are counted, and exit code 2 says so."""
-    from molora.config import read
+    """Answer the evaluations of a config or a recipe: a table, JSON in MODEL/evaluation.json, or alone on standard
+    output if MODEL is no run, and the answers with a page to look at them in MODEL/predictions. An interrupted call
+    goes on where it stopped. Questions that cannot be asked are counted, and exit code 2 says so."""
+    from molora.config import ConfigError, read
     from molora.evaluate.judge import Evaluations
-    from molora.evaluate.results import evaluate_model
+    from molora.evaluate.results import Place, compare, evaluate_model, rescore_model, show, show_comparisons
+    from molora.report.answers import write_pages
 
+    if rescore and anew:
+        raise ConfigError("--rescore and --anew contradict each other; leave one out")
     evaluations = read(Evaluations, config, overrides or (), in_part=True).evaluations
+    place = Place(model, modality or (), sorted(rule or ()), predictions)
     load = options.opener(model, modality, rule, allow_urls, allow_private_addresses, trust_plugin, deterministic_batch)
-    if not evaluate_model(load, Path(model), evaluations, rules=sorted(rule or ()), strict=strict):
+    if rescore:
+        results = rescore_model(place, evaluations)
+    else:
+        results = evaluate_model(load, place, evaluations, strict=strict, anew=anew)
+    show(results, place)
+    if against is not None:
+        show_comparisons(compare(results, against), against)
+    write_pages(results, place)
+    if any(result.scores["failed"] for result in results):
         raise typer.Exit(options.FAILED_ROWS)

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -54,12 +54,9 @@ class AnswerFile:
 
         samples = (attempt(partial(encoded, row), self.ids[row]) for row in self.left)
 
-        # A half of a character has no bytes; its escape is JSON's own.
-        with open(self.output, "a", encoding="utf-8", errors="backslashreplace") as file:
+        with appending(self.output) as write:
             for answer in loaded.answers(samples, config, keep_going=not strict):
-                line = {"id": answer.id, "messages": messages.pop(answer.id, None), **_told(answer)}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                file.flush()
+                write({"id": answer.id, "messages": messages.pop(answer.id, None), **_told(answer)})
                 if answer.error is not None:
                     self.failed.append(f"{answer.id}: {answer.error}")
                 advance()
@@ -138,26 +135,52 @@ def _ids(source: Messages) -> list[str]:
 
 def _answered(output: Path) -> set[str]:
     """The ids that have an answer. Half a line and lines with an error are taken out of the file."""
-    if not output.exists():
-        return set()
     first: dict[str, int] = {}
-    half, errors = 0, 0
-    with open(output, "rb") as file:
+    errors = 0
+    for number, row in written_rows(output, f"--output {output}"):
+        if "error" in row:
+            errors += 1
+        elif first.setdefault(row["id"], number) != number:
+            lines = f"lines {first[row['id']]} and {number}"
+            raise ConfigError(f"--output {output}: {lines} both answer {row['id']!r}; take one away")
+    if errors:
+        write_atomically(Path(os.path.realpath(output)), lambda temporary: _copy_answers(output, temporary))
+    return set(first)
+
+
+def row_bytes(row: Mapping[str, Any]) -> bytes:
+    """A row as the line of a file."""
+    # A half of a character has no bytes; its escape is JSON's own.
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+
+
+@contextmanager
+def appending(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Gives what writes rows to the end of a file, each at once, so that a kill loses no more than half a line."""
+    with open(path, "ab") as file:
+
+        def write(row: Mapping[str, Any]) -> None:
+            file.write(row_bytes(row))
+            file.flush()
+
+        yield write
+
+
+def written_rows(path: Path, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows that `appending` wrote, each with the number of its line; none if there is no file. Half a line at the
+    end, left by a kill, is taken out of the file when all others are read. Raises ConfigError, beginning with `where`,
+    for a line that is no answer."""
+    if not path.exists():
+        return
+    half = 0
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n") and line[: len(_BEGINNING)] == _BEGINNING[: len(line)]:
                 half = len(line)
             elif line.strip():
-                row = _answer(line, output, number)
-                if "error" in row:
-                    errors += 1
-                elif first.setdefault(row["id"], number) != number:
-                    lines = f"lines {first[row['id']]} and {number}"
-                    raise ConfigError(f"--output {output}: {lines} both answer {row['id']!r}; take one away")
-    if errors:
-        write_atomically(Path(os.path.realpath(output)), lambda temporary: _copy_answers(output, temporary))
-    elif half:
-        os.truncate(output, output.stat().st_size - half)
-    return set(first)
+                yield number, _answer(line, where, number)
+    if half:
+        os.truncate(path, path.stat().st_size - half)
 
 
 def _copy_answers(output: Path, to: Path) -> None:
@@ -166,12 +189,12 @@ def _copy_answers(output: Path, to: Path) -> None:
         new.writelines(line for line in whole if "error" not in json.loads(line))
 
 
-def _answer(line: bytes, output: Path, number: int) -> dict[str, Any]:
+def _answer(line: bytes, where: str, number: int) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
         row = None
     if not (isinstance(row, dict) and isinstance(row.get("id"), str) and ("answer" in row or "error" in row)):
         told = f"line {number} is no answer of molora: {line[:40]!r}"
-        raise ConfigError(f"--output {output}: {told}; name a new file, or this one's right name")
+        raise ConfigError(f"{where}: {told}; name a new file, or this one's right name")
     return row

@@ -1,0 +1,138 @@
+"""How sure a number of a metric is: intervals by bootstrap over the questions, and differences of two models.
+
+Questions about the same picture, sound or other medium are drawn together, since their answers are not independent.
+
+Letters: Q questions, G groups of questions, B resamples.
+Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 13 (percentiles) and 8.3 (groups).
+"""
+
+import json
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from molora.data.messages import media_parts
+from molora.evaluate.metrics import Judged, Metric, Weighted
+
+RESAMPLES = 1000
+LEVEL = 0.95
+# How many weights of questions are in memory at once.
+_MAX_WEIGHTS = 2**22
+
+Group = Callable[[Judged], Hashable]
+
+
+class Interval(NamedTuple):
+    """The ends of an interval, by default of 95 %."""
+
+    low: float
+    high: float
+
+
+class Difference(NamedTuple):
+    """By how much a number is above another, with the ends of the interval of the difference, by default of 95 %."""
+
+    value: float
+    low: float
+    high: float
+
+
+def medium_of(item: Judged) -> Hashable:
+    """What questions about the same media share: the places of the media, or the question's own id if it has no media
+    or media without a place."""
+    found = [part.get("path") or part.get("url") for _, part in media_parts(item.messages)]
+    named = found and all(isinstance(place, str) for place in found)
+    return json.dumps(found) if named else (item.id,)
+
+
+def interval(
+    metric: Metric,
+    judged: Sequence[Judged],
+    *,
+    group: Group = medium_of,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """The interval of each number of a metric over answered questions. Resamples in which nothing can be counted for a
+    number are left out of its interval. Questions of fewer than two groups have no interval."""
+    found = _resampled(metric, [judged], group, resamples, seed)
+    return {name: Interval(*_ends(values_B, level)) for name, (values_B,) in found.items()}
+
+
+def paired(
+    metric: Metric,
+    judged: Sequence[Judged],
+    other: Sequence[Judged],
+    *,
+    group: Group = medium_of,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> dict[str, Difference]:
+    """By how much each number of a metric is above that of other answers to the same questions. Both are resampled
+    together, so that what is hard for both does not count. Raises ValueError for other questions."""
+    others = {item.id: item for item in other}
+    if single := {item.id for item in judged} ^ others.keys():
+        raise ValueError(
+            f"{len(single)} questions are answered on one side alone, such as {min(single)}; compare answers to the "
+            "same questions"
+        )
+    other = [others[item.id] for item in judged]
+    found = _resampled(metric, [judged, other], group, resamples, seed)
+    here, there = (metric.score(side) if found else {} for side in (judged, other))
+    return {
+        name: Difference(here[name] - there[name], *_ends(one_B - two_B, level))
+        for name, (one_B, two_B) in found.items()
+    }
+
+
+def _ends(values_B: np.ndarray, level: float) -> list[float]:
+    return np.nanquantile(values_B, [(1 - level) / 2, (1 + level) / 2]).tolist()
+
+
+def _resampled(
+    metric: Metric, sides: Sequence[Sequence[Judged]], group: Group, resamples: int, seed: int
+) -> dict[str, list[np.ndarray]]:
+    """The numbers that all sides have, by name, each (B,) for every side, over the same draws of the questions."""
+    numbers: dict[Hashable, int] = {}
+    group_Q = np.array([numbers.setdefault(group(item), len(numbers)) for item in sides[0]])
+    if len(numbers) < 2:
+        return {}
+    names = set.intersection(*(set(metric.score(side)) for side in sides))
+    measures = [_measure(metric, side) for side in sides]
+    draw = np.random.default_rng(seed)
+    rows = max(1, _MAX_WEIGHTS // len(group_Q))
+    chunks: list[list[Mapping[str, np.ndarray]]] = []
+    for start in range(0, resamples, rows):
+        weights_BQ = _weights(draw, min(rows, resamples - start), len(numbers))[:, group_Q]
+        chunks.append([measure(weights_BQ) for measure in measures])
+    found = {
+        name: [np.concatenate([chunk[side][name] for chunk in chunks]) for side in range(len(sides))]
+        for name in sorted(names)
+    }
+    return {name: each for name, each in found.items() if not np.isnan(sum(each)).all()}
+
+
+def _weights(draw: np.random.Generator, number: int, groups: int) -> np.ndarray:
+    """How often each group is drawn, (B, G)."""
+    drawn_BG = draw.integers(0, groups, (number, groups)) + groups * np.arange(number)[:, None]
+    return np.bincount(drawn_BG.ravel(), minlength=number * groups).reshape(number, groups).astype(float)
+
+
+def _measure(metric: Metric, judged: Sequence[Judged]) -> Callable[[np.ndarray], Mapping[str, np.ndarray]]:
+    """What makes a metric's numbers of weights (B, Q): at once, or for a metric that cannot weigh questions, by scoring
+    each resample."""
+    if isinstance(metric, Weighted):
+        return metric.weighted(judged)
+    names = list(metric.score(judged))
+
+    def scored(weights_BQ: np.ndarray) -> dict[str, np.ndarray]:
+        found = []
+        for weights_Q in weights_BQ:
+            drawn = [item for item, times in zip(judged, weights_Q, strict=True) for _ in range(int(times))]
+            found.append(metric.score(drawn))
+        return {name: np.array([each.get(name, np.nan) for each in found]) for name in names}
+
+    return scored
