@@ -149,9 +149,10 @@ class RelaxedAccuracy(Mean):
 
 
 def final_answer(text: str) -> str:
-    """What follows the last "answer is" or "answer:" in its line, or the whole text, without a full stop at its end."""
-    found = re.findall(r"answer(?:\s+is|:)[:\s]*(\S[^\n]*)", text, flags=re.IGNORECASE)
-    return (found[-1] if found else text).strip().removesuffix(".").strip("* ")
+    """What follows the last "answer is" or "answer:" in its line, or the whole text, without marks around it."""
+    before, *found = re.split(r"answer(?:\s+is|:)", text, flags=re.IGNORECASE)
+    answer = found[-1].lstrip(" \t\n:*").partition("\n")[0] if found else before
+    return answer.strip().removesuffix(".").strip("* ")
 
 
 def _number(text: str) -> float | None:
