@@ -11,8 +11,8 @@ import pytest
 from molora.evaluate.intervals import Interval, interval, medium_of, paired
 from molora.evaluate.metrics import Judged, Metric, Named, NoOptions, open_metrics
 
-SIMULATIONS = 600
-RESAMPLES = 300
+SIMULATIONS = 1000
+RESAMPLES = 400
 
 
 def opened(named: Named) -> Metric:
@@ -72,11 +72,11 @@ def test_the_interval_of_a_rate_over_a_corpus_covers_what_it_says() -> None:
         judged = [Judged(f"{i}:", [], str(words[i]), str(errors[i]), False) for i in range(questions)]
         return interval(metric, judged, resamples=100, seed=seed, group=alone)["rate"]
 
-    assert 0.92 <= covered(simulate, 0.1, times=300) <= 0.98
+    assert 0.92 <= covered(simulate, 0.1, times=200) <= 0.98
 
 
 def test_questions_about_one_picture_are_drawn_together_and_cover_what_they_say() -> None:
-    metric, pictures, questions_each = opened("exact_match"), 100, 3
+    metric, pictures, questions_each = opened("exact_match"), 60, 3
     both = [
         [answered(index, right, index // questions_each) for index in range(pictures * questions_each)]
         for right in (False, True)
