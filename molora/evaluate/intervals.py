@@ -6,9 +6,9 @@ Letters: Q questions, G groups of questions, B resamples.
 Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 13 (percentiles) and 8.3 (groups).
 """
 
-import json
+import hashlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,11 +39,23 @@ class Difference(NamedTuple):
 
 
 def medium_of(item: Judged) -> Hashable:
-    """What questions about the same media share: the places of the media, or the question's own id if it has no media
-    or media without a place."""
-    found = [part.get("path") or part.get("url") for _, part in media_parts(item.messages)]
-    named = found and all(isinstance(place, str) for place in found)
-    return json.dumps(found) if named else (item.id,)
+    """What questions about the same media share: the files or addresses of the media, or their content. A question
+    without media shares nothing."""
+    return tuple(_identity(part) for _, part in media_parts(item.messages)) or item.id
+
+
+def _identity(part: Mapping[str, Any]) -> Hashable:
+    place = part.get("path") or part.get("url")
+    if isinstance(place, str) and "bytes" not in part:  # beside bytes it names a place in an archive
+        return place
+    return tuple((key, _digest(value)) for key, value in sorted(part.items()))
+
+
+def _digest(value: Any) -> str:
+    if isinstance(value, Mapping):  # as columns of datasets hold media
+        return repr([(key, _digest(value[key])) for key in sorted(value)])
+    content = value if isinstance(value, bytes) else value.tobytes() if hasattr(value, "tobytes") else None
+    return repr(value) if content is None else hashlib.sha256(content).hexdigest()
 
 
 def interval(

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from molora.evaluate.intervals import Interval, interval, medium_of, paired
 from molora.evaluate.metrics import Judged, Metric, Named, NoOptions, open_metrics
@@ -174,9 +175,21 @@ def test_answers_to_other_questions_are_not_compared() -> None:
         paired(opened("exact_match"), judged, judged[:2])
 
 
-def test_what_questions_share_is_their_media_in_order() -> None:
+def test_what_questions_share_is_their_media_by_place_or_content() -> None:
     one, other = answered(0, True, 1), answered(1, False, 1)
     assert medium_of(one) == medium_of(other) != medium_of(answered(2, True, 2))
     assert medium_of(answered(3, True)) != medium_of(answered(4, True))
-    drawn = Judged("5:", [{"role": "user", "content": [{"type": "image", "base64": "aGk="}]}], "yes", "yes", True)
-    assert medium_of(drawn) != medium_of(Judged("6:", drawn.messages, "yes", "yes", True))
+
+    def shown(id: str, **medium: Any) -> Any:
+        return medium_of(Judged(id, [{"role": "user", "content": [{"type": "image", **medium}]}], "yes", "yes", True))
+
+    grey, white = (Image.new("L", (2, 2), colour) for colour in (128, 255))
+    for key, value, same, different in (
+        ("base64", "aGk=", "aGk=", "aG8="),
+        ("bytes", b"hi", b"hi", b"ho"),
+        ("image", grey, grey.copy(), white),
+        ("array", np.zeros(3), np.zeros(3), np.ones(3)),
+        ("image", {"bytes": b"hi", "path": "0.png"}, {"path": "0.png", "bytes": b"hi"}, {"bytes": b"ho", "path": None}),
+    ):
+        assert shown("0:", **{key: value}) == shown("1:", **{key: same}) != shown("2:", **{key: different})
+    assert shown("0:", path="0.png", bytes=b"hi") != shown("1:", path="0.png", bytes=b"ho")
