@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+# lm-eval finds its own models only as long as it knows none.
+import lm_eval.models  # noqa: F401 # pyright: ignore[reportMissingImports]
 import torch
 from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
 from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]

@@ -73,7 +73,7 @@ class ChatModel(lmms):
         _, doc_to_messages, _, doc_id, task, split = args
         return [_message(message) for message in doc_to_messages(self.task_dict[task][split][doc_id])]
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
         raise NotImplementedError("lmms-eval asks chat models for answers only; give --force_simple for likelihoods")
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
@@ -95,22 +95,23 @@ class SimpleModel(ChatModel):
         content = [media(_kind(medium), medium) for medium in shown]
         return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
         """The likelihoods of answers, without the spaces around them: the chat template has its own."""
         ids = [f"{index} ({request.task_name}, document {request.doc_id})" for index, request in enumerate(requests)]
         samples = (
             attempt(partial(self._answered, id, request.args), id) for id, request in zip(ids, requests, strict=True)
         )
-        found: list[tuple[float, bool]] = []
+        found: list[Any] = []
         failed: list[str] = []
         with progress() as bars:
             bar = bars.add_task("loglikelihood", total=len(requests), note="")
             for scored in self.loaded.scored(samples, keep_going=True):
                 if scored.likelihood is None:
                     failed.append(str(scored.error))
-                    found.append((-math.inf, False))
+                    pair = (-math.inf, False)
                 else:
-                    found.append((scored.likelihood.log_probability, scored.likelihood.is_greedy))
+                    pair = (scored.likelihood.log_probability, scored.likelihood.is_greedy)
+                found.append(GenerationResult(pair))  # lmms-eval makes a text of a bare pair
                 bars.advance(bar)
         warn_of_failed(failed, len(requests), "a likelihood of 0")
         return found
