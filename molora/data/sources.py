@@ -35,12 +35,13 @@ class Source(Protocol):
 @dataclass(kw_only=True)
 class SourceConfig:
     """A source in a recipe: its `kind`, a built-in name or a plugin, and its `options`. `weight` is its share of the
-    samples; `limit` keeps the first rows only."""
+    samples; `limit` keeps the first rows only. `licence` is what its owner allows, for the run's card."""
 
     kind: str
     options: dict[str, Any] = field(default_factory=dict)
     weight: float = 1.0
     limit: int | None = None
+    licence: str | None = None
 
     def __post_init__(self) -> None:
         require(self, 1, "limit")
@@ -150,6 +151,11 @@ class EncodedSamples(Dataset[Sample | Skipped]):
         self.names = list(self.configs)
         self.sources = [open_source(config, f"{self.where}.{name}") for name, config in self.configs.items()]
         self.order = Order([len(s) for s in self.sources], [c.weight for c in self.configs.values()], self.seed)
+
+    @property
+    def num_rows(self) -> dict[str, int]:
+        """The rows of each source, by its name."""
+        return {name: len(source) for name, source in zip(self.names, self.sources, strict=True)}
 
     def __getitem__(self, k: int) -> Sample | Skipped:
         return self.encoded(k, {})
