@@ -1,6 +1,7 @@
 """Recipes: everything a run is made of."""
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,7 @@ from molora.checkpoint.modality_folder import read_plan
 from molora.checkpoint.opening import ModelPlan
 from molora.checkpoint.run_folder import read_run
 from molora.checkpoint.trust import remember
-from molora.config import ConfigError, environment_in, require
+from molora.config import ConfigError, did_you_mean, environment_in, require
 from molora.data.processor import SampleTooLong
 from molora.data.sources import SourceConfig
 from molora.evaluate.judge import EvaluationConfig
@@ -24,16 +25,20 @@ from molora.train.optim import PartConfig
 
 @dataclass(kw_only=True)
 class StageConfig:
-    """What trains (name pattern to how), on what, for how long. Every step takes `samples_per_step` samples, over all
-    processes, packed up to `tokens_per_pack`; several packs are accumulated. Evaluations run at the end of every
-    stage, and after every `evaluate_every_steps` steps if that is above 0. A sample longer than a pack is `too_long`,
-    one whose media cannot be used is `unusable`: either stops the run, or is left out and counted. `start_from` maps a
-    part that trains to the part whose weights it begins with."""
+    """What trains (name pattern to how), on what, for how long: for `steps` steps, or for `epochs` epochs. Of one
+    source, an epoch is all of its rows once. Of several, it lasts until each has given as many samples as it has rows,
+    by their weights; all but the one that takes longest come again in it. A part of an epoch is allowed.
+
+    Every step takes `samples_per_step` samples, over all processes, packed up to `tokens_per_pack`; several packs are
+    accumulated. Evaluations run at the end of every stage, and after every `evaluate_every_steps` steps if that is
+    above 0. A sample longer than a pack is `too_long`, one whose media cannot be used is `unusable`: either stops the
+    run, or is left out and counted. `start_from` maps a part that trains to the part whose weights it begins with."""
 
     name: str
     train: dict[str, PartConfig]
     data: dict[str, SourceConfig]
-    steps: int
+    steps: int = 0
+    epochs: float = 0.0
     samples_per_step: int
     tokens_per_pack: int = 8192
     too_long: Literal["error", "skip"] = "error"
@@ -42,8 +47,23 @@ class StageConfig:
     start_from: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        require(self, 1, "steps", "samples_per_step", "tokens_per_pack")
-        require(self, 0, "evaluate_every_steps")
+        require(self, 1, "samples_per_step", "tokens_per_pack")
+        require(self, 0, "steps", "epochs", "evaluate_every_steps")
+        if (self.steps > 0) == (self.epochs > 0):
+            raise ValueError(
+                f"steps is {self.steps} and epochs {self.epochs:g}; give one of the two, and the other as 0"
+            )
+
+
+@dataclass(kw_only=True)
+class KeepBest:
+    """The model is kept in `best/` of the run as it was when `metric` of `evaluation` was highest or, where `highest`
+    is false as for error rates, lowest; of equal values the first is kept. A metric of a tag is written
+    `exact_match/TAG`."""
+
+    evaluation: str
+    metric: str
+    highest: bool
 
 
 @dataclass(kw_only=True)
@@ -52,12 +72,14 @@ class Recipe:
 
     `run` is the folder it writes; `data_root` is for the recipe's own paths: `${data_root}/…`. `seed` decides how new
     weights start, the order of samples and what is drawn for them. The state to resume from is saved every
-    `save_every_steps`, a row of metrics.jsonl written every `log_every_steps`. `data_workers` processes prepare data
-    beside each that trains. `feature_cache` is a folder that keeps the frames of frozen encoders, for
-    later epochs and other runs. With `activation_checkpointing` layers are computed again in the backward pass, which
-    takes less memory. `device` is torch's name for one, by default the GPU if there is one. `allow_urls`: whether media
-    may be fetched over HTTP; `allow_private_addresses`: from inside a network too. `allow_changed_environment`: whether
-    a run may go on with other versions, threads or processes than it began with, and so to other results.
+    `save_every_steps`, a row of metrics.jsonl written every `log_every_steps`. `trackers` get the rows too, wandb and
+    trackio in their project `tracker_project`. `keep_best` keeps the best model that was evaluated beside the last one.
+    `data_workers` processes prepare data beside each that trains. `feature_cache` is a folder that keeps the frames of
+    frozen encoders, for later epochs and other runs. With `activation_checkpointing` layers are computed again in the
+    backward pass, which takes less memory. `device` is torch's name for one, by default the GPU if there is one.
+    `allow_urls`: whether media may be fetched over HTTP; `allow_private_addresses`: from inside a network too.
+    `allow_changed_environment`: whether a run may go on with other versions, threads or processes than it began with,
+    and so to other results.
     """
 
     run: str
@@ -66,6 +88,9 @@ class Recipe:
     stages: list[StageConfig]
     router: RouterConfig = field(default_factory=RouterConfig)
     evaluations: dict[str, EvaluationConfig] = field(default_factory=dict)
+    keep_best: KeepBest | None = None
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=lambda: ["tensorboard"])
+    tracker_project: str = "molora"
     data_root: str | None = None
     seed: int = 0
     save_every_steps: int = 100
@@ -85,6 +110,9 @@ class Recipe:
                 check_name(name, where)
         if not self.stages:
             raise ValueError("stages: none given; a recipe trains at least one stage")
+        if self.keep_best is not None and (name := self.keep_best.evaluation) not in self.evaluations:
+            near = did_you_mean(name, self.evaluations)
+            raise ValueError(f"keep_best.evaluation: {name!r} is none; {near}there is {sorted(self.evaluations)}")
         require(self, 1, "save_every_steps", "log_every_steps")
         require(self, 0, "data_workers")
         given_away = [*((m.options, m.adapter) for m in self.modalities.values()), self.router.options]
@@ -133,6 +161,20 @@ def remember_plugins(recipe: Recipe) -> None:
     for kind, specs in named.items():
         for spec in filter(None, specs):
             remember(find(kind, spec))
+
+
+def samples_per_epoch(stage: StageConfig, num_rows: Mapping[str, int]) -> float:
+    """The samples of an epoch of a stage whose sources have so many rows, by name."""
+    weights = sum(source.weight for source in stage.data.values())
+    return max(num_rows[name] * (weights / source.weight) for name, source in stage.data.items())
+
+
+def count_steps(stage: StageConfig, num_rows: Mapping[str, int]) -> int:
+    """The steps of a stage whose sources have so many rows, by name."""
+    if stage.steps:
+        return stage.steps
+    steps = stage.epochs * samples_per_epoch(stage, num_rows) / stage.samples_per_step
+    return max(1, math.ceil(round(steps, 6)))  # rounded, as the last digits of a float must not add a step
 
 
 def skipped_errors(stage: StageConfig) -> tuple[type[ValueError], ...]:

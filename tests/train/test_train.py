@@ -114,14 +114,19 @@ def outcome(run: Path) -> dict[str, Any]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     (state,) = (run / "state").iterdir()
     about = {key: value for key, value in read_json(state / "state.json").items() if key not in ("logs", "recipe")}
+    for totals in about["totals"]:
+        assert totals.pop("seconds").keys() >= {"loading", "forward"} or not totals["steps"]
+    best = [path for path in sorted((run / "best").rglob("*")) if path.is_file() and path.name != "state.json"]
     return {
-        "rows": [{key: value for key, value in row.items() if key != "seconds"} for row in rows],
+        "rows": [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows],
         "state": about,
         "tensors": {
             p.name: {k: v.tolist() for k, v in load_file(p).items()} for p in sorted(state.glob("*.safetensors"))
         },
         "files": {
-            str(p.relative_to(run)): p.read_bytes() for p in sorted((run / "modalities").rglob("*")) if p.is_file()
+            str(p.relative_to(run)): p.read_bytes()
+            for p in [*sorted((run / "modalities").rglob("*")), *best]
+            if p.is_file()
         },
     }
 
