@@ -26,7 +26,8 @@ def check_trackers(names: Sequence[str]) -> None:
 
 class Trackers:
     """wandb and trackio. `trackers.json` in the run has the name of each one's run, and the last row that each was
-    given before training resumed, as it cannot be taken back: rows up to there come again, and are left out."""
+    given before training resumed, as it cannot be taken back: rows up to there come again, and are left out. So no row
+    is given twice; rows that a tracker still held in memory when the process was killed are missing there."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
