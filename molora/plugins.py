@@ -25,6 +25,7 @@ Kind = Literal["modality", "router", "source", "metric"]
 _SOURCES = {
     "messages": "molora.data.sources:Messages",
     "table": "molora.data.formats.table:Table",
+    "shards": "molora.data.index.shards:Shards",
     "easy_vqa": "molora.data.easy_vqa:EasyVQA",
     "spoken_easy_vqa": "molora.data.easy_vqa:SpokenEasyVQA",
 }

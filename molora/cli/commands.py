@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from molora.cli import answer, check, convert, plugins, train
+from molora.cli import answer, check, convert, data, plugins, train
 
 app = typer.Typer(
     name="molora",
@@ -22,6 +22,7 @@ app.add_typer(plugins.modality_app, name="modality")
 app.add_typer(plugins.router_app, name="router")
 app.add_typer(plugins.metric_app, name="metric")
 app.add_typer(convert.app, name="convert")
+app.add_typer(data.app, name="data")
 
 # By OpenMP's default, threads spin while they wait for each other. Where another process is busy, they take the core
 # that they wait for. These sleep, after a moment long enough for the next product to come. OpenMP reads it when torch

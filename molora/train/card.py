@@ -79,8 +79,8 @@ def about_sources(stage: StageConfig, samples: EncodedSamples) -> dict[str, Any]
 
 def about_source(config: SourceConfig, source: Source | None = None) -> dict[str, Any]:
     """What a source is: its kind and options, its rows, the licence that the recipe or the source itself states, and a
-    hash. A source may say more by a method `provenance`: {"files": paths, "fingerprint": text, "licence": text}; else
-    the files are those that its options name. Media that the rows name are not hashed."""
+    hash. If its `provenance` does not tell its files, they are those that its options name. Media that the rows name
+    are not hashed."""
     told: Mapping[str, Any] = source.provenance() if source is not None and hasattr(source, "provenance") else {}  # pyright: ignore[reportAttributeAccessIssue]
     files = [Path(path) for path in told.get("files", _files(plain(config.options)))]
     return {

@@ -36,17 +36,9 @@ from molora.train.log import MetricsLog
 from molora.train.optim import PartOptimizer, copy_parts, matches, set_trainable
 from molora.train.phases import PhaseClock
 from molora.train.preflight import Trial, describe, open_trials, try_model
-from molora.train.recipe import (
-    KeepBest,
-    Recipe,
-    StageConfig,
-    plan_recipe,
-    remember_plugins,
-    samples_per_epoch,
-    skipped_errors,
-)
+from molora.train.recipe import Recipe, StageConfig, plan_recipe, remember_plugins, skipped_errors
 from molora.train.resume import Best, Position, check_environment, environment, planned_steps, resumed_position
-from molora.train.step import TrainingError, train_step
+from molora.train.step import TrainingError, check_skipped, train_step
 from molora.train.trackers import check_trackers
 
 # What a full disk, a quota or a limit on the size of files says.
@@ -79,7 +71,7 @@ def train(recipe: Recipe, *, show: bool = True, trust: Sequence[str] = ()) -> Pa
     check_trackers(recipe.trackers)
     steps = planned_steps(recipe, state)
     position = Position() if state is None else resumed_position(state, recipe, steps)
-    trials = open_trials(recipe, position)
+    trials = open_trials(recipe, steps, position)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
@@ -192,6 +184,8 @@ class _Run:
             max_tokens=stage.tokens_per_pack,
             skips=skipped_errors(stage),
             where=f"stages.{index}.data",
+            mixture=stage.mixture,
+            samples_per_step=stage.samples_per_step,
         )
         if self.ranks.is_main and not totals.data:
             totals.data = about_sources(stage, samples)
@@ -206,16 +200,18 @@ class _Run:
         )
         if self.show:
             describe(self.model, stage, steps, samples.num_rows)
-        epochs_per_step = stage.samples_per_step / samples_per_epoch(stage, samples.num_rows)
         bar = self.bars.add_task(stage.name, total=steps, completed=first_step, note="")
         self.clock.start("loading")
         for step, encoded in enumerate(loader, start=first_step):
-            row = {"epoch": (step + 1) * epochs_per_step, **self._step(stage, step, encoded)}
+            row = self._step(stage, step, encoded)
+            if stage.epochs:
+                row["epoch"] = stage.epochs * (step + 1) / steps
+            skipped = check_skipped(self.folder, stage, self.position.skipped, row)
             notes = [f"{key[5:]} {value:.3f}" for key, value in row.items() if key.startswith("loss/")]
             notes += [f"{row['skipped']} samples skipped"] if row["skipped"] else []
             self.bars.update(bar, advance=1, note=", ".join(notes))
             finished = step + 1 == steps
-            self.position = Position(index + 1) if finished else Position(index, step + 1)
+            self.position = Position(index + 1) if finished else Position(index, step + 1, skipped=skipped)
             if finished or (stage.evaluate_every_steps and (step + 1) % stage.evaluate_every_steps == 0):
                 self.position.evaluate = list(self.recipe.evaluations)
             if (step + 1) % self.recipe.log_every_steps == 0:
@@ -301,8 +297,8 @@ class _Run:
             if name in self.recipe.evaluations:
                 row, fault = self._evaluate(name, self.recipe.evaluations[name])
                 self.log.write({**self._about(), **row})
-                if not fault and self.recipe.keep_best is not None and self.recipe.keep_best.evaluation == name:
-                    self._keep_if_best(self.recipe.keep_best, row)
+                if not fault:
+                    self._keep_if_best(name, row)
                 if fault:
                     left.append(name)
                     self.failed.append(f"evaluation {name} at step {self._steps_done()} failed: {fault}")
@@ -315,9 +311,12 @@ class _Run:
             path = self._state() / "state.json"
             write_json(path, {**read_json(path), **self._so_far(), "evaluate": left})
 
-    def _keep_if_best(self, keep: KeepBest, row: Mapping[str, Any]) -> None:
-        """Puts the model, and the state that was saved before the evaluation, into `best/` if its row says so. A run
+    def _keep_if_best(self, name: str, row: Mapping[str, Any]) -> None:
+        """Puts the model, and the state that was saved before an evaluation, into `best/` if its row says so. A run
         that is killed meanwhile evaluates again, and so decides the same."""
+        keep = self.recipe.keep_best
+        if keep is None or keep.evaluation != name:
+            return
         value = row.get(f"{keep.evaluation}/{keep.metric}")
         if value is None:
             if self.show:

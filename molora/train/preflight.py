@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 
 from molora.config import ConfigError, did_you_mean
 from molora.data.processor import Processor
-from molora.data.sources import Source, SourceConfig, check_length, open_source
+from molora.data.sources import Source, SourceConfig, check_length, check_samples, mixed_order, open_source
 from molora.evaluate.judge import EvaluationConfig, question
 from molora.evaluate.metrics import Judged, open_metrics, scores
 from molora.model.molora import MoLoRA
 from molora.terminal import say
 from molora.train.optim import check_start, count, set_trainable
-from molora.train.recipe import Recipe, StageConfig, skipped_errors
+from molora.train.recipe import Recipe, StageConfig, shares_of, skipped_errors
 from molora.train.resume import Position
 
 # Rows of a source that are tried, spread over it; more of them if none of these can be used.
@@ -95,13 +95,19 @@ def _spread(length: int, few: int, many: int) -> list[int]:
     return list(dict.fromkeys(rows))[:many]
 
 
-def open_trials(recipe: Recipe, position: Position) -> dict[str, Trial]:
-    """Every source that is still needed, opened and tried, by its key in the recipe. Raises ConfigError, ValueError."""
+def open_trials(recipe: Recipe, steps: Sequence[int], position: Position) -> dict[str, Trial]:
+    """Every source that is still needed, opened and tried, by its key in the recipe, whose stages have so many steps.
+    Raises ConfigError, ValueError."""
     trials: dict[str, Trial] = {}
     for index, stage in list(enumerate(recipe.stages))[position.stage :]:
         for name, config in stage.data.items():
             where = f"stages.{index}.data.{name}"
             trials[where] = Trial(where, config, skips=skipped_errors(stage))
+        sources = [trials[f"stages.{index}.data.{name}"].source for name in stage.data]
+        order = mixed_order(
+            stage.data.values(), sources, stage.mixture, seed=recipe.seed, samples_per_step=stage.samples_per_step
+        )
+        check_samples(order, steps[index], stage.samples_per_step, f"stages.{index}.data")
     for name, evaluation in recipe.evaluations.items():
         if trials or name in position.evaluate:
             where = f"evaluations.{name}.data"
@@ -137,9 +143,8 @@ def describe(model: MoLoRA, stage: StageConfig, steps: int, num_rows: Mapping[st
     """Prints how long a stage is, how often each source comes if epochs are counted, what trains and what is frozen."""
     say(f"{stage.name}: {steps} steps of {stage.samples_per_step} samples")
     if stage.epochs:
-        weights = sum(source.weight for source in stage.data.values())
-        for name, source in stage.data.items():
-            times = steps * stage.samples_per_step * source.weight / weights / num_rows[name]
+        for name, share in shares_of(stage, num_rows).items():
+            times = steps * stage.samples_per_step * share / num_rows[name]
             say(f"  {stage.epochs:g} epochs: source {name}, {num_rows[name]:,} rows, {times:.2f} times")
     backbone = count(model.backbone.parameters())
     for part, parameters in model.parts().items():

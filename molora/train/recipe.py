@@ -12,6 +12,7 @@ from molora.checkpoint.opening import ModelPlan
 from molora.checkpoint.run_folder import read_run
 from molora.checkpoint.trust import remember
 from molora.config import ConfigError, did_you_mean, environment_in, require
+from molora.data.mixture import MixtureConfig
 from molora.data.processor import SampleTooLong
 from molora.data.sources import SourceConfig
 from molora.evaluate.judge import EvaluationConfig
@@ -32,7 +33,9 @@ class StageConfig:
     Every step takes `samples_per_step` samples, over all processes, packed up to `tokens_per_pack`; several packs are
     accumulated. Evaluations run at the end of every stage, and after every `evaluate_every_steps` steps if that is
     above 0. A sample longer than a pack is `too_long`, one whose media cannot be used is `unusable`: either stops the
-    run, or is left out and counted. `start_from` maps a part that trains to the part whose weights it begins with."""
+    run, or is left out and counted. When more than `skip_limit` were left out, the run stops and lists them.
+    `start_from` maps a part that trains to the part whose weights it begins with. `mixture` is how the sources are
+    mixed."""
 
     name: str
     train: dict[str, PartConfig]
@@ -43,16 +46,26 @@ class StageConfig:
     tokens_per_pack: int = 8192
     too_long: Literal["error", "skip"] = "error"
     unusable: Literal["error", "skip"] = "error"
+    skip_limit: int | None = None
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
     evaluate_every_steps: int = 0
     start_from: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require(self, 1, "samples_per_step", "tokens_per_pack")
-        require(self, 0, "steps", "epochs", "evaluate_every_steps")
+        require(self, 0, "steps", "epochs", "evaluate_every_steps", "skip_limit")
         if (self.steps > 0) == (self.epochs > 0):
             raise ValueError(
                 f"steps is {self.steps} and epochs {self.epochs:g}; give one of the two, and the other as 0"
             )
+        for name, source in self.data.items() if self.epochs else ():
+            for what, changes in (
+                ("a weight that changes", isinstance(source.weight, list)),
+                ("max_epochs", source.max_epochs is not None),
+                ("shares of the tokens", self.mixture.weights_of == "tokens" and len(self.data) > 1),
+            ):
+                if changes:
+                    raise ValueError(f"epochs: {self.epochs:g}, but data.{name} has {what}; give steps instead")
 
 
 @dataclass(kw_only=True)
@@ -163,18 +176,20 @@ def remember_plugins(recipe: Recipe) -> None:
             remember(find(kind, spec))
 
 
-def samples_per_epoch(stage: StageConfig, num_rows: Mapping[str, int]) -> float:
-    """The samples of an epoch of a stage whose sources have so many rows, by name."""
-    weights = sum(source.weight for source in stage.data.values())
-    return max(num_rows[name] * (weights / source.weight) for name, source in stage.data.items())
-
-
 def count_steps(stage: StageConfig, num_rows: Mapping[str, int]) -> int:
     """The steps of a stage whose sources have so many rows, by name."""
     if stage.steps:
         return stage.steps
-    steps = stage.epochs * samples_per_epoch(stage, num_rows) / stage.samples_per_step
-    return max(1, math.ceil(round(steps, 6)))  # rounded, as the last digits of a float must not add a step
+    shares = shares_of(stage, num_rows)
+    samples = stage.epochs * max(num_rows[name] / share for name, share in shares.items())
+    return max(1, math.ceil(round(samples / stage.samples_per_step, 6)))  # the last digits of a float add no step
+
+
+def shares_of(stage: StageConfig, num_rows: Mapping[str, int]) -> dict[str, float]:
+    """What part of the samples each source of a stage that counts epochs gives."""
+    power = 0.0 if stage.mixture.temperature is None else 1 / stage.mixture.temperature
+    weights = {name: float(stage.data[name].weight) * num_rows[name] ** power for name in stage.data}  # pyright: ignore[reportArgumentType]
+    return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
 
 def skipped_errors(stage: StageConfig) -> tuple[type[ValueError], ...]:

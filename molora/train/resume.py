@@ -19,19 +19,20 @@ from molora.train.recipe import Recipe, StageConfig, count_steps
 # What may change once a run has begun, as all that is done would have been the same. Of a recipe, only these must stay:
 _KEPT = ("seed", "modalities", "router", "keep_best")
 # Of a stage that has begun all must, but for what it evaluates, what would have stopped the run before, and its length.
-_FREE_IN_STAGE = ("steps", "epochs", "evaluate_every_steps")
+_FREE_IN_STAGE = ("steps", "epochs", "evaluate_every_steps", "skip_limit")
 _FREE_FROM_ERROR = ("too_long", "unusable")
 
 
 @dataclass
 class Position:
-    """Where a run stands: the stage, the steps of it that are done, the updates each part has taken in it, and the
-    evaluations to do before it goes on."""
+    """Where a run stands: the stage, the steps of it that are done, the updates each part has taken in it, the
+    evaluations to do before it goes on, and why samples of the stage were left out, if their number has a limit."""
 
     stage: int = 0
     step: int = 0
     part_steps: dict[str, int] = field(default_factory=dict)
     evaluate: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def _stages_then(state: Path) -> tuple[list[StageConfig], list[int]]:
 def _counted(stage: StageConfig) -> list[Any]:
     """What the steps of a stage that counts epochs depend on, but for the files of its sources."""
     sources = {name: {**plain(source), "licence": None} for name, source in stage.data.items()}
-    return [stage.epochs, stage.samples_per_step, json.loads(json.dumps(sources))]
+    return [stage.epochs, stage.samples_per_step, plain(stage.mixture), json.loads(json.dumps(sources))]
 
 
 def resumed_position(state: Path, recipe: Recipe, steps: Sequence[int]) -> Position:
@@ -112,7 +113,8 @@ def resumed_position(state: Path, recipe: Recipe, steps: Sequence[int]) -> Posit
             f"{state / 'state.json'}: stage {about['stage']} and step {about['step']} are none of its recipe, whose "
             f"stages have {', '.join(map(str, before[:-1]))} steps; copy it again, or give another run folder"
         )
-    position = Position(about["stage"], about["step"], about["part_steps"], about.get("evaluate", []))
+    evaluate, skipped = about.get("evaluate", []), about.get("skipped", [])
+    position = Position(about["stage"], about["step"], about["part_steps"], evaluate, skipped)
     changed = _changes(then, recipe, position) + _other_lengths(then, recipe, position, before, steps)
     if changed:
         raise ConfigError(
@@ -136,7 +138,7 @@ def _changes(then: Recipe, now: Recipe, position: Position) -> list[str]:
             for key in (*_FREE_IN_STAGE, *(key for key in _FREE_FROM_ERROR if old[key] == "error")):
                 del old[key], new[key]
             for source in (*old["data"].values(), *new["data"].values()):
-                del source["licence"]  # which is said and changes nothing
+                del source["licence"]  # it is told, and changes nothing
         for recipe in (before, after):
             recipe["stages"] = dict(enumerate(recipe["stages"][:begun]))
         was, has = ({key: recipe[key] for key in (*_KEPT, "stages")} for recipe in (before, after))

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from molora.ranks import Ranks
 from molora.routing import Routing, name_of
 from molora.train.optim import PartOptimizer
 from molora.train.phases import PhaseClock
+from molora.train.recipe import StageConfig
 
 
 class TrainingError(RuntimeError):
@@ -89,6 +91,20 @@ def source_of(id: str) -> str | None:
     """The data source that a sample's id begins with, `source/row@epoch`; None for a sample that is of none."""
     name, slash, _ = id.partition("/")
     return name if slash else None
+
+
+def check_skipped(run: Path, stage: StageConfig, before: Sequence[str], row: Mapping[str, Any]) -> list[str]:
+    """Why samples of a stage were left out up to a step, if their number has a limit. Raises TrainingError if it is
+    passed: the data are not what was expected."""
+    if stage.skip_limit is None:
+        return []
+    skipped = [*before, *row.get("skipped_because", [])]
+    if len(skipped) > stage.skip_limit:
+        raise TrainingError(
+            f"{run}: {len(skipped)} samples of stage {stage.name} could not be used, and its skip_limit is "
+            f"{stage.skip_limit}; mend them, or raise it:\n  " + "\n  ".join(skipped)
+        )
+    return skipped
 
 
 # What a loss is averaged over: samples with the same set of modalities, or of the same source.

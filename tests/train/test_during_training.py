@@ -19,6 +19,7 @@ from torch import nn
 import molora
 from molora.checkpoint.opening import open_model
 from molora.config import ConfigError, build
+from molora.data.mixture import MixtureConfig
 from molora.data.sources import SourceConfig
 from molora.evaluate.metrics import Judged, NoOptions
 from molora.received import read_json
@@ -151,6 +152,26 @@ def test_epochs_in_steps(epochs: float, weights: list[float], num_rows: list[int
     assert count_steps(stage, {str(i): number for i, number in enumerate(num_rows)}) == steps
 
 
+def test_a_temperature_changes_how_long_an_epoch_is() -> None:
+    data = {name: SourceConfig(kind="messages") for name in ("few", "many")}
+    rows = {"few": 10, "many": 160}
+    for temperature, samples in ((None, 320), (1.0, 170), (2.0, 200)):  # shares of many: 1/2, 16/17, 4/5
+        mixture = MixtureConfig(temperature=temperature)
+        stage = StageConfig(name="s", train={}, data=data, epochs=1.0, samples_per_step=1, mixture=mixture)
+        assert count_steps(stage, rows) == samples
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [({"weight": [(0, 1.0), (10, 2.0)]}, "a weight that changes"), ({"max_epochs": 2}, "max_epochs")],
+)
+def test_epochs_need_shares_that_stay(source: dict[str, Any], says: str) -> None:
+    data = {"few": SourceConfig(kind="messages", **source), "many": SourceConfig(kind="messages")}
+    with pytest.raises(ValueError, match=f"epochs: 2, but data.few has {says}; give steps instead"):
+        StageConfig(name="s", train={}, data=data, epochs=2.0, samples_per_step=1)
+    StageConfig(name="s", train={}, data=data, steps=2, samples_per_step=1)
+
+
 @pytest.mark.parametrize("lengths", [{}, {"steps": 3, "epochs": 1.0}])
 def test_a_stage_has_steps_or_epochs(lengths: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="steps is . and epochs .; give one of the two"):
@@ -165,8 +186,9 @@ def test_epochs_train_as_many_steps_do(home: Path, tmp_path: Path, capsys: pytes
     told = " ".join(capsys.readouterr().out.split())
     assert "tune: 6 steps of 4 samples 0.75 epochs: source many, 24 rows, 0.75 times" in told
     train(recipe(home, tmp_path / "steps"), show=False)
-    assert steps_of(tmp_path / "epochs") == steps_of(tmp_path / "steps")
-    assert [row["epoch"] for row in steps_of(tmp_path / "epochs")] == [(step + 1) / 8 for step in range(6)]
+    rows = steps_of(tmp_path / "epochs")
+    assert [row.pop("epoch") for row in rows] == pytest.approx([(step + 1) / 8 for step in range(6)])
+    assert rows == steps_of(tmp_path / "steps")
     again = molora.config.read(Recipe, tmp_path / "epochs/config.yaml")
     assert (again.stages[0].steps, again.stages[0].epochs) == (0, 0.75)
 

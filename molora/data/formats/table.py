@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -46,18 +46,35 @@ class TableConfig:
     media_root: str | None = None
 
 
+class Rows(Protocol):
+    """Rows of a table by number, with the place of each for errors, and the folder that its paths start from."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int, /) -> Mapping[str, Any]: ...
+
+    def where(self, row: int) -> str: ...
+
+    def folder(self, row: int) -> Path | None: ...
+
+    def columns(self, needed: _Needed) -> list[str]:
+        """The names of the columns. Those that `needed` chooses of them are read."""
+        ...
+
+
 class Table:
     """Rows of a table as conversations. Parquet files and datasets of the hub need the `datasets` extra."""
 
     config_type = TableConfig
 
-    def __init__(self, config: TableConfig) -> None:
+    def __init__(self, config: TableConfig, rows: Rows | None = None) -> None:
+        """`rows` are those of the table, if they are open already."""
         self.where = f"data source {config.path}"
         self.prompt = _Template(config.prompt, f"{self.where}: prompt")
         self.answer = _Template(config.answer, f"{self.where}: answer")
         self.media = config.media
         self.media_root = Path(os.path.expanduser(config.media_root)) if config.media_root else None
-        self.rows, self.range = _open(config, self._needed)
+        self.rows, self.range = _open(config, self._needed) if rows is None else (rows, range(len(rows)))
         names = self.rows.columns(self._needed)
         for key, template in (("prompt", self.prompt), ("answer", self.answer)):
             if template.text in names:
@@ -269,7 +286,7 @@ class _Arrow:
 
     def __getitem__(self, row: int) -> Mapping[str, Any]:
         (values,) = self.rows[row].to_pylist()
-        return {name: _named(value, self.features[name]) for name, value in values.items()}
+        return {name: named_value(value, self.features[name]) for name, value in values.items()}
 
     def where(self, row: int) -> str:
         return f"{self.path}, row {row + 1}"
@@ -281,7 +298,7 @@ class _Arrow:
         return self.names
 
 
-def _named(value: Any, feature: Any) -> Any:
+def named_value(value: Any, feature: Any) -> Any:
     """A stored value with the names of its classes, and with no more digits than were stored."""
     if value is None:
         return None
@@ -290,14 +307,14 @@ def _named(value: Any, feature: Any) -> Any:
     if getattr(feature, "dtype", "") in ("float16", "float32") and isinstance(value, float):
         return float(str(np.dtype(feature.dtype).type(value)))
     if isinstance(feature, Mapping) and isinstance(value, Mapping):
-        return {name: _named(item, feature.get(name)) for name, item in value.items()}
+        return {name: named_value(item, feature.get(name)) for name, item in value.items()}
     if isinstance(value, list):
         inner = getattr(feature, "feature", feature)  # an array's own type is that of its cells
-        return [_named(item, inner) for item in value]
+        return [named_value(item, inner) for item in value]
     return value
 
 
-def _open(config: TableConfig, needed: _Needed) -> tuple[_TextFiles | _Arrow, range]:
+def _open(config: TableConfig, needed: _Needed) -> tuple[Rows, range]:
     """The rows of a table, and which of them the recipe asks for."""
     if not config.path:
         raise ConfigError("data source: path is empty; name a file, a folder or a dataset of the hub")
