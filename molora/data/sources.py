@@ -37,8 +37,9 @@ class Source(Protocol):
     that are accepted in place of the last message, which has the first; and "choices" with "choice", the texts of a
     question's options and the number of the right one, counted from 0.
 
-    A source may also have `where(row)`, the file and row for errors; `blocks`, by which its rows are shuffled; and
-    `will_read(ranges)`, which is told the ranges of rows that come next, in any order."""
+    A source may also have `where(row)`, the file and row for errors; `blocks`, by which its rows are shuffled;
+    `will_read(ranges)`, which is told the ranges of rows that come next, in any order; and `provenance()`, which tells
+    of its data for the card of a run: {"files": paths, "fingerprint": text, "licence": text}, or some of these."""
 
     def __len__(self) -> int: ...
 
@@ -48,7 +49,7 @@ class Source(Protocol):
 @dataclass(kw_only=True)
 class SourceConfig:
     """A source in a recipe: its `kind`, a built-in name or a plugin, and its `options`. `limit` keeps the first rows
-    only.
+    only. `licence` is what its owner allows, for the run's card.
 
     `weight` is its share of the samples, or a list of [step, share] from which steps on which share holds. After
     `max_epochs` it leaves the mixture, and the other sources go on. With `rows_per_block` blocks of consecutive rows
@@ -59,6 +60,7 @@ class SourceConfig:
     options: dict[str, Any] = field(default_factory=dict)
     weight: Weight = 1.0
     limit: int | None = None
+    licence: str | None = None
     max_epochs: int | None = None
     rows_per_block: int | None = None
     blocks_per_window: int | None = None
@@ -133,7 +135,7 @@ class _FirstRows:
     def __init__(self, source: Any, num_rows: int) -> None:
         self.source = source
         self.rows = range(num_rows)
-        for name in ("where", "will_read"):
+        for name in ("where", "will_read", "provenance"):
             if hasattr(source, name):
                 setattr(self, name, getattr(source, name))
         if blocks := getattr(source, "blocks", None):
@@ -261,6 +263,11 @@ class EncodedSamples(Dataset[Sample | Skipped]):
             mean_tokens=[self._mean_tokens(source) for source in range(len(self.sources))] if by_tokens else (),
             will_read=self._will_read,
         )
+
+    @property
+    def num_rows(self) -> dict[str, int]:
+        """The rows of each source, by its name."""
+        return {name: len(source) for name, source in zip(self.names, self.sources, strict=True)}
 
     def __getitem__(self, k: int) -> Sample | Skipped:
         return self.encoded(k, {})
