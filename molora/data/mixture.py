@@ -55,6 +55,15 @@ def check_weight(weight: Weight) -> None:
         )
 
 
+def mean_weight(weight: Weight, steps: int) -> float:
+    """The mean of a weight over a number of steps."""
+    if not isinstance(weight, list):
+        return weight
+    ends = [*(step for step, _ in weight[1:]), steps]
+    lengths = [max(0, min(end, steps) - step) for (step, _), end in zip(weight, ends, strict=True)]
+    return sum(length * share for length, (_, share) in zip(lengths, weight, strict=True)) / steps
+
+
 class Mixture:
     """The source of draw number d, and how many draws of that source come before it.
 

@@ -16,7 +16,7 @@ from molora.data_tools.opening import Named, open_processor, sources_of
 from molora.data_tools.rows import Examiner, Facts
 from molora.interrupt import leave_interrupts_to_parent
 from molora.terminal import progress
-from molora.train.recipe import Recipe
+from molora.train.recipe import Recipe, count_steps, shares_of
 
 # Rows that a worker takes at once. Media that they share are decoded once and kept until the last of them is done.
 _ROWS_AT_ONCE = 16
@@ -98,14 +98,15 @@ def check(
 
 
 def _plan_stages(recipe: Recipe, sources: Sequence[Checked]) -> None:
-    """How many rows of each source a step takes, and how often a stage goes through it."""
+    """How many rows of each source a step takes on average, and how often a stage goes through it."""
     for stage in recipe.stages:
         of_stage = [checked for checked in sources if checked.named.stage is stage]
-        total = sum(checked.named.config.weight for checked in of_stage)
-        for checked in of_stage:
-            checked.rows_per_step = stage.samples_per_step * checked.named.config.weight / total
-            if checked.num_rows:
-                checked.epochs = stage.steps * checked.rows_per_step / checked.num_rows
+        num_rows = dict(zip(stage.data, (checked.num_rows for checked in of_stage), strict=True))
+        if not all(num_rows.values()):
+            continue
+        for checked, share in zip(of_stage, shares_of(stage, num_rows).values(), strict=True):
+            checked.rows_per_step = stage.samples_per_step * share
+            checked.epochs = count_steps(stage, num_rows) * checked.rows_per_step / checked.num_rows
 
 
 def _count(checked: Checked, facts: Facts) -> None:

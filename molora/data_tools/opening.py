@@ -10,7 +10,8 @@ from molora.checkpoint.pretrained import fetch, load_tokenizer
 from molora.data.processor import Processor
 from molora.data.sources import Source, SourceConfig
 from molora.doctor.dry_run import on_meta
-from molora.evaluate.judge import EvaluationConfig, question
+from molora.evaluate.judge import EvaluationConfig
+from molora.evaluate.questions import question
 from molora.media import MediaPolicy
 from molora.routing import Router
 from molora.train.recipe import Recipe, StageConfig
@@ -61,5 +62,5 @@ def place_of(source: Source, row: int, key: str) -> str:
 
 def asked_by(evaluation: EvaluationConfig, source: Source, row: int) -> tuple[list[dict[str, Any]], str]:
     """The messages that an evaluation asks with a row, and the answer that it expects. Raises ValueError."""
-    asked = question(source, row, evaluation.without_media)
-    return asked["prompt"], asked["expected"]
+    asked = question(source, row, evaluation.asked_with[0])
+    return asked.prompt, asked.expected

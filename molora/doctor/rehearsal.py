@@ -54,6 +54,7 @@ def rehearsed(recipe: Recipe) -> Recipe:
             stage,
             data={name: _tiny_source(source, run) for name, source in stage.data.items()},
             steps=_STEPS,
+            epochs=0.0,
             samples_per_step=_SAMPLES,
         )
         for stage in recipe.stages

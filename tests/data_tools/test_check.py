@@ -156,7 +156,7 @@ def test_an_evaluation_without_media_is_asked_without_them(clean: Recipe) -> Non
     root = Path(clean.run).parent
     write(root / "asked.jsonl", [row("which colour?", "red", image("gone.png")), row("which form?", "round")])
     assert [fault.row for fault in faults_of(clean)["media"]] == [1]
-    clean.evaluations["asked"].without_media = True
+    clean.evaluations["asked"].media = "none"
     assert faults_of(clean) == {}
 
 

@@ -74,7 +74,7 @@ class Shards:
                 path=", ".join(paths),
                 prompt=config.prompt,
                 answer=config.answer,
-                media=config.media,
+                media=dict(config.media),
                 media_root=config.media_root,
             )
             self.table = Table(columns, self.rows)

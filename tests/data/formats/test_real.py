@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import soundfile
 
@@ -116,7 +117,7 @@ def test_segments_of_a_real_recording_are_what_was_said_there(tmp_path: Path) ->
     """Two real clips joined in one recording; each segment is its clip to the sample."""
     given = [row for row in lines("read_speech/val.jsonl") if row["source"] == "LJSpeech"][:2]
     waves = [soundfile.read(DATA / "read_speech" / row["audio"], dtype="int16")[0] for row in given]
-    soundfile.write(tmp_path / "all.flac", [sample for wave in waves for sample in wave], 16_000, subtype="PCM_16")
+    soundfile.write(tmp_path / "all.flac", np.concatenate(waves), 16_000, subtype="PCM_16")
     border, end = (sum(map(len, waves[:count])) / 16_000 for count in (1, 2))
     (tmp_path / "segments").write_text(f"a all 0 {border}\nb all {border} {end}\n")
     (tmp_path / "wav.scp").write_text("all all.flac\n")
