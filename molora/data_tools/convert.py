@@ -133,7 +133,7 @@ def _part(part: Mapping[str, Any], keep: Callable[[bytes, str], str]) -> dict[st
     value = part.get(found)
     rest = {key: value for key, value in part.items() if key != found}
     if isinstance(value, (Image.Image, np.ndarray, Tensor)):
-        return {**rest, "path": keep(*_encoded(value, rest.pop("sampling_rate", None)))}
+        return {**rest, "path": keep(*_encoded(value, rest.get("sampling_rate")))}
     if found not in _CONTENTS or found == "array" or (found == "url" and scheme(str(value)) in SCHEMES):
         return dict(part)
     data = _FILES.read(found, value)

@@ -137,7 +137,7 @@ class Examiner:
                 return self.processor.encode(messages, str(facts.id), known=known)
             prompt, expected = asked_by(named.evaluation, source, facts.row)
             sample = self.processor.encode(prompt, str(facts.id), generate=True, known=known)
-            self._check_answer(named.evaluation, expected, len(sample), facts, named)
+            self._check_answer(named, named.evaluation, expected, len(sample), facts)
             return sample
         except ValueError as error:
             kind = _kind_of(error, "refused")
@@ -146,8 +146,9 @@ class Examiner:
             return None
 
     def _check_answer(
-        self, evaluation: EvaluationConfig, expected: str, prompt_tokens: int, facts: Facts, named: Named
+        self, named: Named, evaluation: EvaluationConfig, expected: str, prompt_tokens: int, facts: Facts
     ) -> None:
+        """Whether an answer may be as long as the one that is expected, and as long as the evaluation says."""
         most, context = evaluation.max_new_tokens, self.processor.max_tokens
         needed = len(self.processor.tokenizer(expected, add_special_tokens=False, verbose=False)["input_ids"])  # pyright: ignore[reportArgumentType]
         if needed > most:
