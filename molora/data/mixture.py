@@ -55,15 +55,6 @@ def check_weight(weight: Weight) -> None:
         )
 
 
-def mean_weight(weight: Weight, steps: int) -> float:
-    """The mean of a weight over a number of steps."""
-    if not isinstance(weight, list):
-        return weight
-    ends = [*(step for step, _ in weight[1:]), steps]
-    lengths = [max(0, min(end, steps) - step) for (step, _), end in zip(weight, ends, strict=True)]
-    return sum(length * share for length, (_, share) in zip(lengths, weight, strict=True)) / steps
-
-
 class Mixture:
     """The source of draw number d, and how many draws of that source come before it.
 
@@ -112,6 +103,12 @@ class Mixture:
             if len(self._sources) < self.BLOCK:
                 return min(wanted, block * self.BLOCK + len(self._sources))
         return wanted
+
+    def counts(self, wanted: int) -> list[int]:
+        """How many of the first `wanted` draws are of each source."""
+        block, place = divmod(wanted, self.BLOCK)
+        self._enter(block)
+        return (self._before[block] + np.bincount(self._drawn(block)[:place], minlength=len(self.most))).tolist()
 
     def _enter(self, block: int) -> None:
         while len(self._before) <= block:

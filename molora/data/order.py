@@ -78,6 +78,11 @@ class Order:
         draws = self.mixture.num_draws(-(-wanted // self.samples_per_draw))
         return min(wanted, draws * self.samples_per_draw)
 
+    def counts(self, wanted: int) -> list[int]:
+        """How many of the first `wanted` samples are of each source."""
+        draws = self.mixture.counts(-(-wanted // self.samples_per_draw))
+        return [count * self.samples_per_draw for count in draws]
+
 
 class _Shuffle(Protocol):
     def row(self, epoch: int, position: int) -> int: ...

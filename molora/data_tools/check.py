@@ -4,19 +4,21 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from rich.progress import Progress
 from torch.utils.data import DataLoader, Dataset
 
 from molora.config import ConfigError
-from molora.data.sources import Source, open_source
+from molora.data.sources import Source, mixed_order, open_source
 from molora.data_tools.faults import KINDS, Fault
 from molora.data_tools.opening import Named, open_processor, sources_of
 from molora.data_tools.rows import Examiner, Facts
 from molora.interrupt import leave_interrupts_to_parent
+from molora.seeding import seed_of
 from molora.terminal import progress
-from molora.train.recipe import Recipe, count_steps, shares_of
+from molora.train.recipe import Recipe, count_steps
 
 # Rows that a worker takes at once. Media that they share are decoded once and kept until the last of them is done.
 _ROWS_AT_ONCE = 16
@@ -29,7 +31,8 @@ _ENOUGH_ROWS = 4
 @dataclass
 class Checked:
     """What was found of one source: how many rows there are and were read, and of those that can be used, the tokens of
-    each and their sums by modality. `epochs` and `rows_per_step` are what its stage takes of it."""
+    each and their sums by modality. Its stage makes so many `steps`, which take `rows_per_step` of it, and so many
+    `epochs`."""
 
     named: Named
     num_rows: int = 0
@@ -37,6 +40,7 @@ class Checked:
     lengths: list[int] = field(default_factory=list)
     tokens: Counter[str] = field(default_factory=Counter)
     num_targets: int = 0
+    steps: int | None = None
     rows_per_step: float | None = None
     epochs: float | None = None
 
@@ -83,7 +87,6 @@ def check(
             outcome.faults.append(Fault(kind="source", source=named.key, where=named.key, what=what))
             continue
         sources.append((checked, source))
-    _plan_stages(recipe, outcome.sources)
     processor, _ = open_processor(recipe, trust)
     across = _Across(outcome)
     with progress(shown=show) as bars:
@@ -92,21 +95,35 @@ def check(
             outcome.faults += facts.faults
             across.add(checked.named, facts)
     across.close()
+    _plan_stages(recipe, sources)
     order = {kind: index for index, kind in enumerate(KINDS)}
     outcome.faults.sort(key=lambda fault: (not fault.is_error, order[fault.kind]))
     return outcome
 
 
-def _plan_stages(recipe: Recipe, sources: Sequence[Checked]) -> None:
-    """How many rows of each source a step takes on average, and how often a stage goes through it."""
+def _plan_stages(recipe: Recipe, sources: Sequence[tuple[Checked, Source]]) -> None:
+    """How many rows of each source a step takes, in the mean over its stage, and how often the stage goes through it.
+    Counted in the order that training takes; a stage of which a source does not open has none."""
     for stage in recipe.stages:
-        of_stage = [checked for checked in sources if checked.named.stage is stage]
-        num_rows = dict(zip(stage.data, (checked.num_rows for checked in of_stage), strict=True))
-        if not all(num_rows.values()):
+        of_stage = [(checked, source) for checked, source in sources if checked.named.stage is stage]
+        if len(of_stage) < len(stage.data):
             continue
-        for checked, share in zip(of_stage, shares_of(stage, num_rows).values(), strict=True):
-            checked.rows_per_step = stage.samples_per_step * share
-            checked.epochs = count_steps(stage, num_rows) * checked.rows_per_step / checked.num_rows
+        order = mixed_order(
+            stage.data.values(),
+            [source for _, source in of_stage],
+            stage.mixture,
+            seed=seed_of(recipe.seed, stage.name),
+            samples_per_step=stage.samples_per_step,
+            mean_tokens=[fmean(checked.lengths or [1.0]) for checked, _ in of_stage]
+            if stage.mixture.weights_of == "tokens"
+            else (),
+        )
+        num_rows = dict(zip(stage.data, (checked.num_rows for checked, _ in of_stage), strict=True))
+        steps = count_steps(stage, num_rows)
+        counts = order.counts(steps * stage.samples_per_step)
+        for (checked, _), count in zip(of_stage, counts, strict=True):
+            checked.steps, checked.rows_per_step = steps, count / steps
+            checked.epochs = count / checked.num_rows
 
 
 def _count(checked: Checked, facts: Facts) -> None:

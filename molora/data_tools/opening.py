@@ -4,8 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.data import Subset
-
 from molora.checkpoint.pretrained import fetch, load_tokenizer
 from molora.data.processor import Processor
 from molora.data.sources import Source, SourceConfig
@@ -54,13 +52,13 @@ def open_processor(recipe: Recipe, trust: Sequence[str] = ()) -> tuple[Processor
 
 def place_of(source: Source, row: int, key: str) -> str:
     """The file and row of a row where its source can tell, else the source's key and the row."""
-    if isinstance(source, Subset):
-        source, row = source.dataset, source.indices[row]  # pyright: ignore[reportAssignmentType]
     tell = getattr(source, "where", None)
     return str(tell(row)) if callable(tell) else f"{key}, row {row + 1}"
 
 
 def asked_by(evaluation: EvaluationConfig, source: Source, row: int) -> tuple[list[dict[str, Any]], str]:
-    """The messages that an evaluation asks with a row, and the answer that it expects. Raises ValueError."""
-    asked = question(source, row, evaluation.asked_with[0])
+    """The messages that an evaluation asks with a row, with its own media if it asks with any, and the answer that it
+    expects. Raises ValueError."""
+    media = evaluation.asked_with[0]
+    asked = question(source, row, "none" if media == "none" else "as is")
     return asked.prompt, asked.expected

@@ -5,7 +5,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from transformers import PreTrainedTokenizerBase
 
 from molora.data.messages import media_parts
@@ -14,7 +13,7 @@ from molora.data.sources import Source, open_source
 from molora.data_tools.drawing import curve, decoded, drawn, mapped
 from molora.data_tools.opening import Named, asked_by, open_processor, place_of, sources_of
 from molora.pack import Sample
-from molora.report.page import embedded
+from molora.report.page import embedded, fill
 from molora.routing import Router
 from molora.storage import write_text
 from molora.terminal import progress
@@ -44,10 +43,8 @@ def write_page(recipe: Recipe, path: Path, *, rows: int = 4, trust: Sequence[str
                 bars.advance(bar)
             about = named.stage.name if named.stage else f"at most {named.evaluation.max_new_tokens} tokens of answer"  # pyright: ignore[reportOptionalMemberAccess]
             sections.append({"key": named.key, "about": about, "num_rows": len(source), "cards": cards})
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(Path(__file__).with_name("show.html.j2").read_text(encoding="utf-8"))
-    names = list(processor.modalities)
-    write_text(path, template.render(run=recipe.run, sections=sections, modalities=names))
+    template, names = Path(__file__).with_name("show.html.j2"), list(processor.modalities)
+    write_text(path, fill(template, run=recipe.run, sections=sections, modalities=names))
 
 
 def _spread(length: int, count: int) -> list[int]:

@@ -25,9 +25,11 @@ def print_outcome(recipe: Recipe, outcome: Outcome) -> None:
     """Prints each stage and the evaluations with their rows and tokens, then what is wrong."""
     for index, stage in enumerate(recipe.stages):
         sources = [checked for checked in outcome.sources if checked.named.stage is stage]
+        length = f"{sources[0].steps:,} steps" if sources[0].steps else "steps"
+        packs = _packs(sources, stage.tokens_per_pack)
         say(
             styled(f"stages.{index} ({stage.name})", "bold"),
-            f": {stage.steps:,} steps of {stage.samples_per_step:,} samples{_packs(sources, stage.tokens_per_pack)}",
+            f": {length} of {stage.samples_per_step:,} samples{packs}",
         )
         _print_sources(sources)
         _print_histogram([length for checked in sources for length in checked.lengths])

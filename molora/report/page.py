@@ -89,11 +89,12 @@ def write(report: Report, folder: Path) -> Path:
     return folder / "report.html"
 
 
-def fill(name: str, **values: Any) -> str:
-    """A template of this folder, filled in; all of them have one style."""
+def fill(name: str | Path, **values: Any) -> str:
+    """A template, of this folder unless its path says otherwise, filled in; all of them have one style."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = _number
-    template, style = (Path(__file__).with_name(file).read_text(encoding="utf-8") for file in (name, "style.css.j2"))
+    here = Path(__file__).parent
+    template, style = ((here / file).read_text(encoding="utf-8") for file in (name, "style.css.j2"))
     return environment.from_string(template).render(values, style=style)
 
 

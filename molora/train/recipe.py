@@ -12,7 +12,7 @@ from molora.checkpoint.opening import ModelPlan
 from molora.checkpoint.run_folder import read_run
 from molora.checkpoint.trust import remember
 from molora.config import ConfigError, did_you_mean, environment_in, require
-from molora.data.mixture import MixtureConfig, mean_weight
+from molora.data.mixture import MixtureConfig
 from molora.data.processor import SampleTooLong
 from molora.data.sources import SourceConfig
 from molora.evaluate.judge import EvaluationConfig
@@ -186,11 +186,9 @@ def count_steps(stage: StageConfig, num_rows: Mapping[str, int]) -> int:
 
 
 def shares_of(stage: StageConfig, num_rows: Mapping[str, int]) -> dict[str, float]:
-    """What part of the samples each source of a stage gives on average; where a source is used up before the end, or
-    weights are of tokens, it gives another."""
+    """What part of the samples each source of a stage that counts epochs gives."""
     power = 0.0 if stage.mixture.temperature is None else 1 / stage.mixture.temperature
-    means = {name: mean_weight(source.weight, stage.steps) for name, source in stage.data.items()}
-    weights = {name: mean * num_rows[name] ** power for name, mean in means.items()}
+    weights = {name: float(stage.data[name].weight) * num_rows[name] ** power for name in stage.data}  # pyright: ignore[reportArgumentType]
     return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import os
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ import pytest
 
 from molora.cli.commands import main
 from molora.config import dump
-from molora.data.sources import MessagesConfig, SourceConfig
+from molora.data.sources import MessagesConfig, SourceConfig, mixed_order, open_source
 from molora.data_tools.check import Outcome, check
 from molora.data_tools.faults import KINDS, Fault
+from molora.seeding import seed_of
 from molora.testing import save_backbone
 from molora.train.recipe import Recipe
 from tests.data_tools.planted import ASKED, CASES, PLANTED, Planted, good, image, picture, recipe, row, turns, write
@@ -92,6 +95,25 @@ def test_a_clean_recipe_has_no_findings(clean: Recipe) -> None:
     # 4 x 4 patches of 8 pixels a side of 16, and a separator a row; the hum of 0.25 s has 23 frames, eight to a token.
     assert planted.tokens["vision"] == 6 and planted.tokens["audio"] == 3
     assert planted.tokens.total() == sum(planted.lengths) and len(planted.lengths) == 8
+
+
+def test_rows_and_epochs_of_a_mixture_are_those_of_the_order_of_training(clean: Recipe) -> None:
+    stage = clean.stages[0]
+    planted = stage.data["planted"]
+    changing = replace(planted, weight=[(0, 1.0), (400, 0.25)])
+    stage.data = {"one": changing, "two": replace(planted, limit=4, max_epochs=50)}
+    stage.steps = 1000
+    one, two = [each for each in check(clean, show=False).sources if each.named.stage is stage]
+    sources = [open_source(config, "test") for config in stage.data.values()]
+    seed = seed_of(clean.seed, stage.name)
+    order = mixed_order(stage.data.values(), sources, stage.mixture, seed=seed, samples_per_step=6)
+    taken = Counter(order[k][0] for k in range(6000))
+    assert two.epochs == 50 == taken[1] / 4
+    assert one.epochs == taken[0] / 8 and one.rows_per_step == taken[0] / 1000
+
+    stage.data, stage.steps, stage.epochs = {"one": planted}, 0, 3.0
+    (only,) = [each for each in check(clean, show=False).sources if each.named.stage is stage]
+    assert (only.steps, only.epochs) == (4, 3.0)
 
 
 def test_workers_find_the_same_in_the_same_order(home: Path, found: Outcome) -> None:
