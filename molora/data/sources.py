@@ -184,7 +184,13 @@ class EncodedSamples(Dataset[Sample | Skipped]):
             return Skipped(id, str(error))
         except ValueError as error:
             kind = type(error) if type(error) in (MediaError, SampleTooLong, RoutingError) else ValueError
-            raise kind(f"{where}: {error}") from error
+            raise kind(f"{where}: {placed(error, self.sources[source], row)}") from error
+
+
+def placed(error: ValueError, source: Any, row: int) -> str:
+    """What an error says, behind the file and place of its row, if the source tells them and the error does not."""
+    place = source.where(row) if hasattr(source, "where") else ""
+    return str(error) if str(error).startswith(place) else f"{place}: {error}"
 
 
 def check_length(sample: Sample, max_tokens: int) -> None:
