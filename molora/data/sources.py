@@ -187,12 +187,6 @@ class EncodedSamples(Dataset[Sample | Skipped]):
             raise kind(f"{where}: {placed(error, self.sources[source], row)}") from error
 
 
-def placed(error: ValueError, source: Any, row: int) -> str:
-    """What an error says, behind the file and place of its row, if the source tells them and the error does not."""
-    place = source.where(row) if hasattr(source, "where") else ""
-    return str(error) if str(error).startswith(place) else f"{place}: {error}"
-
-
 def check_length(sample: Sample, max_tokens: int) -> None:
     """Raises SampleTooLong for a sample that no pack of a stage has room for."""
     if len(sample) > max_tokens:
@@ -200,3 +194,9 @@ def check_length(sample: Sample, max_tokens: int) -> None:
             f"sample {sample.id}: has {len(sample)} tokens, but a pack of this stage holds {max_tokens}; raise "
             "tokens_per_pack, or leave such samples out with `too_long: skip`"
         )
+
+
+def placed(error: ValueError, source: Any, row: int) -> str:
+    """What an error says, behind the file and place of its row, if the source tells them and the error does not."""
+    place = source.where(row) if hasattr(source, "where") else ""
+    return str(error) if str(error).startswith(place) else f"{place}: {error}"
