@@ -295,7 +295,7 @@ class EncodedSamples(Dataset[Sample | Skipped]):
             return Skipped(id, str(error))
         except ValueError as error:
             kind = type(error) if type(error) in (MediaError, SampleTooLong, RoutingError) else ValueError
-            raise kind(f"{where}: {error}") from error
+            raise kind(f"{where}: {placed(error, self.sources[source], row)}") from error
 
     def _mean_tokens(self, source: int) -> float:
         """The mean length of some of a source's samples, the same whenever it is worked out. Raises ConfigError if none
@@ -323,3 +323,9 @@ def check_length(sample: Sample, max_tokens: int) -> None:
             f"sample {sample.id}: has {len(sample)} tokens, but a pack of this stage holds {max_tokens}; raise "
             "tokens_per_pack, or leave such samples out with `too_long: skip`"
         )
+
+
+def placed(error: ValueError, source: Any, row: int) -> str:
+    """What an error says, behind the file and place of its row, if the source tells them and the error does not."""
+    place = source.where(row) if hasattr(source, "where") else ""
+    return str(error) if str(error).startswith(place) else f"{place}: {error}"

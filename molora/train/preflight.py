@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from molora.config import ConfigError, did_you_mean
 from molora.data.processor import Processor
-from molora.data.sources import Source, SourceConfig, check_length, check_samples, mixed_order, open_source
+from molora.data.sources import Source, SourceConfig, check_length, check_samples, mixed_order, open_source, placed
 from molora.evaluate.judge import EvaluationConfig
 from molora.evaluate.metrics import open_metrics, scores
 from molora.evaluate.metrics.choices import as_if_likely
@@ -67,7 +67,7 @@ class Trial:
                 raise ConfigError(f"{self.where}, row {row + 1}: {error}") from error
             except ValueError as error:
                 if not isinstance(error, self.skips):
-                    raise ValueError(f"{self.where}, row {row + 1}: {error}") from error
+                    raise ValueError(f"{self.where}, row {row + 1}: {placed(error, self.source, row)}") from error
                 faults.append(error)
             except ImportError:  # what is not installed here is no fault of the row
                 raise

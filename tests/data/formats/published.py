@@ -393,8 +393,8 @@ def image_classes(folder: Path) -> None:
         picture(folder / "train" / name)
 
 
-def captions_beside(folder: Path) -> None:
-    for number in range(2):
+def captions_beside(folder: Path, count: int = 2) -> None:
+    for number in range(count):
         picture(folder / f"pictures/{number}.jpg")
         write(folder / f"pictures/{number}.txt", f"picture {number}\n")
 

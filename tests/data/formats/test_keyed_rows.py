@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from molora.config import ConfigError
+from molora.data.formats import keyed_rows as module
 from molora.data.formats.keyed_rows import KeyedRows
 from molora.data.sources import SourceConfig, open_source
 
@@ -54,6 +55,13 @@ def test_items_are_those_that_json_reads(tmp_path: Path, indent: int | None, asc
 def test_a_file_without_the_list_says_why(tmp_path: Path, text: str | bytes, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         keyed(tmp_path, text)
+
+
+def test_a_file_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_LIST_BYTES", 20)
+    assert len(keyed(tmp_path, '{"data": [{"a": 1}]}')) == 1
+    with pytest.raises(ConfigError, match="over 20 bytes, .* write the list as JSON Lines"):
+        keyed(tmp_path, '{"data": [{"a": 10}]}')
 
 
 def test_an_item_that_is_no_object_is_named_when_it_is_read(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ import pytest
 
 from molora.config import read
 from molora.data.sources import SourceConfig, open_source
+from molora.modality import MediaError
 from molora.testing import save_backbone
 from molora.train.loop import train
 from molora.train.recipe import Recipe
-from tests.data.formats.published import ALL, Published
+from tests.data.formats.published import ALL, Published, captions_beside, esc50, replace
 
 EACH = pytest.mark.parametrize("published", ALL, ids=lambda published: published.name)
 MODALITIES = {
@@ -87,3 +88,46 @@ def test_a_wrong_row_is_named_by_its_file_and_place(published: Published, folder
     config = recipe(published, folder, "backbone").stages[0].data["rows"]
     with pytest.raises(ValueError, match=published.says):
         rows(config)
+
+
+def broken(name: str, folder: Path, backbone: Path) -> str:
+    """What a training says of a published dataset whose media were changed."""
+    (published,) = (each for each in ALL if each.name == name)
+    with pytest.raises(ValueError) as told:
+        train(recipe(published, folder, backbone), show=False)
+    return str(told.value)
+
+
+def test_a_training_names_the_row_of_a_medium_that_it_cannot_use(
+    tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    esc50(tmp_path)
+    (tmp_path / "audio/1-100038-A-14.wav").write_bytes(b"no sound")
+    said = broken("esc50", tmp_path, backbone)
+    assert said.startswith("stages.0.data.rows, row 2: meta/esc50.csv, row 2: sample rows/1@0: ")
+    assert "1-100038-A-14.wav': cannot be decoded" in said
+
+
+def test_a_training_fetches_no_url_that_a_row_names(
+    tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    esc50(tmp_path)
+    replace("meta/esc50.csv", "1-100038-A-14.wav", "http://127.0.0.1:9/a.wav")(tmp_path)
+    said = broken("esc50", tmp_path, backbone)
+    assert ": meta/esc50.csv, row 2: " in said and "URLs are not fetched unless you allow it" in said
+
+
+def test_a_row_that_only_a_step_meets_is_named_by_its_file_too(
+    tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training tries a few rows before its first step, and not those between."""
+    monkeypatch.chdir(tmp_path)
+    captions_beside(tmp_path, 100)
+    (tmp_path / "pictures/41.jpg").write_bytes(b"no picture")
+    (published,) = (each for each in ALL if each.name == "captions_beside")
+    config = recipe(published, tmp_path, backbone)
+    config.stages[0].samples_per_step = 50
+    with pytest.raises(MediaError, match=r"data source 'rows', row \d+: /.*/pictures/41.jpg: sample rows/"):
+        train(config, show=False)
