@@ -105,7 +105,7 @@ def _of_tar(path: Path) -> Iterator[dict[str, Any]]:
     row: dict[str, Any] = {}
     with tarfile.open(path, "r|") as tar:
         for member in tar:
-            tar.members.clear()
+            tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
             key, _, ending = member.name.partition(".")
             if row and row["id"] != key:
                 yield row

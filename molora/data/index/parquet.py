@@ -59,19 +59,16 @@ class ParquetRows:
         }
         self.names: list[str] = list(index.about["columns"])
         self.read: list[str] | None = None
-        self.loaded: OrderedDict[int, list[tuple[str, Any]]] = OrderedDict()
+        self.loaded: OrderedDict[int, list[tuple[str, list[Any]]]] = OrderedDict()
         self.kept = 2
 
     def __getitem__(self, row: int) -> Mapping[str, Any]:
         at = bisect_right(self.ends, row)
         place = row - (self.ends[at - 1] if at else 0)
-        values = {name: cells[place].as_py() for name, cells in self._group(at)}
-        for name in self.features.keys() & values.keys():
-            values[name] = named_value(values[name], self.features[name])
-        return values
+        return {name: cells[place] for name, cells in self._group(at)}
 
-    def _group(self, at: int) -> list[tuple[str, Any]]:
-        """The columns of a row group, each in one piece."""
+    def _group(self, at: int) -> list[tuple[str, list[Any]]]:
+        """The columns of a row group as values, which takes less time for all at once."""
         if at in self.loaded:
             self.loaded.move_to_end(at)
             return self.loaded[at]
@@ -85,8 +82,10 @@ class ParquetRows:
                 f"data source {self.name}, row group {self.groups[at] + 1}: cannot be read ({reason}); download "
                 "the file again"
             ) from error
-        columns = table.combine_chunks()
-        self.loaded[at] = [(name, columns[name].chunk(0)) for name in columns.column_names]
+        columns = {name: table[name].to_pylist() for name in table.column_names}
+        for name in self.features.keys() & columns.keys():
+            columns[name] = [named_value(value, self.features[name]) for value in columns[name]]
+        self.loaded[at] = list(columns.items())
         return self.loaded[at]
 
     def where(self, row: int) -> str:

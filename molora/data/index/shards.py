@@ -152,17 +152,18 @@ class _Files:
         self.wanted: Callable[[Iterable[str]], Any] = _all
         self.process = os.getpid()
         self.open: OrderedDict[int, Any] = OrderedDict()
+        self.last: tuple[int, Any, int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """For a worker that is not forked: the files that are open stay here."""
-        return {**vars(self), "open": OrderedDict()}
+        return {**vars(self), "open": OrderedDict(), "last": None}
 
     def __len__(self) -> int:
         return self.ends[-1]
 
     def __getitem__(self, row: int) -> Mapping[str, Any]:
-        file, row = self._find(row)
-        values = self._opened(file)[row]
+        rows, place = self._at(row)
+        values = rows[place]
         if self.either:
             chosen = {
                 column: next((values[name] for name in names if values.get(name) is not None), None)
@@ -172,8 +173,8 @@ class _Files:
         return values
 
     def where(self, row: int) -> str:
-        file, row = self._find(row)
-        return self._opened(file).where(row)
+        rows, place = self._at(row)
+        return rows.where(place)
 
     def folder(self, row: int) -> Path:
         return self.folders[self._find(row)[0]]
@@ -195,6 +196,7 @@ class _Files:
                 stop = min(each.stop, self.ends[file])
                 of_file.setdefault(file, []).append(range(first, first + stop - each.start))
                 each = range(stop, each.stop)
+        self.last = None
         for file in self.open.keys() | of_file.keys():
             self._opened(file).will_read(of_file.get(file, []))
 
@@ -220,6 +222,13 @@ class _Files:
     def _find(self, row: int) -> tuple[int, int]:
         file = bisect_right(self.ends, row)
         return file, row - (self.ends[file - 1] if file else 0)
+
+    def _at(self, row: int) -> tuple[Any, int]:
+        """The rows of the file that a row is in, and its number there; a row is asked for several times in turn."""
+        if self.last is None or self.last[0] != row or self.process != os.getpid():
+            file, place = self._find(row)
+            self.last = row, self._opened(file), place
+        return self.last[1], self.last[2]
 
     def _opened(self, file: int) -> Any:
         """The rows of a file. What was open in another process is not touched."""
