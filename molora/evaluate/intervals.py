@@ -6,9 +6,9 @@ Letters: Q questions, G groups of questions, B resamples.
 Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 13 (percentiles) and 8.3 (groups).
 """
 
-import json
+import hashlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,11 +39,23 @@ class Difference(NamedTuple):
 
 
 def medium_of(item: Judged) -> Hashable:
-    """What questions about the same media share: the places of the media, or the question's own id if it has no media
-    or media without a place."""
-    found = [part.get("path") or part.get("url") for _, part in media_parts(item.messages)]
-    named = found and all(isinstance(place, str) for place in found)
-    return json.dumps(found) if named else (item.id,)
+    """What questions about the same media share: the files or addresses of the media, or their content. A question
+    without media shares nothing."""
+    return tuple(_identity(part) for _, part in media_parts(item.messages)) or item.id
+
+
+def _identity(part: Mapping[str, Any]) -> Hashable:
+    place = part.get("path") or part.get("url")
+    if isinstance(place, str) and "bytes" not in part:  # beside bytes it names a place in an archive
+        return place
+    return tuple((key, _digest(value)) for key, value in sorted(part.items()))
+
+
+def _digest(value: Any) -> str:
+    if isinstance(value, Mapping):  # as columns of datasets hold media
+        return repr([(key, _digest(value[key])) for key in sorted(value)])
+    content = value if isinstance(value, bytes) else value.tobytes() if hasattr(value, "tobytes") else None
+    return repr(value) if content is None else hashlib.sha256(content).hexdigest()
 
 
 def interval(
@@ -58,7 +70,7 @@ def interval(
     """The interval of each number of a metric over answered questions. Resamples in which nothing can be counted for a
     number are left out of its interval. Questions of fewer than two groups have no interval."""
     found = _resampled(metric, [judged], group, resamples, seed)
-    return {name: Interval(*_ends(values_B, level)) for name, (values_B,) in found.items()}
+    return {name: Interval(*_ends(values_B[1:], level)) for name, (values_B,) in found.items()}
 
 
 def paired(
@@ -80,12 +92,11 @@ def paired(
             "same questions"
         )
     other = [others[item.id] for item in judged]
-    found = _resampled(metric, [judged, other], group, resamples, seed)
-    here, there = (metric.score(side) if found else {} for side in (judged, other))
-    return {
-        name: Difference(here[name] - there[name], *_ends(one_B - two_B, level))
-        for name, (one_B, two_B) in found.items()
+    found = {
+        name: one_B - two_B
+        for name, (one_B, two_B) in _resampled(metric, [judged, other], group, resamples, seed).items()
     }
+    return {name: Difference(float(above_B[0]), *_ends(above_B[1:], level)) for name, above_B in found.items()}
 
 
 def _ends(values_B: np.ndarray, level: float) -> list[float]:
@@ -95,24 +106,25 @@ def _ends(values_B: np.ndarray, level: float) -> list[float]:
 def _resampled(
     metric: Metric, sides: Sequence[Sequence[Judged]], group: Group, resamples: int, seed: int
 ) -> dict[str, list[np.ndarray]]:
-    """The numbers that all sides have, by name, each (B,) for every side, over the same draws of the questions."""
+    """The numbers that all sides have, by name: for every side those over all questions, and then those over the same
+    draws of the questions."""
     numbers: dict[Hashable, int] = {}
     group_Q = np.array([numbers.setdefault(group(item), len(numbers)) for item in sides[0]])
     if len(numbers) < 2:
         return {}
-    names = set.intersection(*(set(metric.score(side)) for side in sides))
     measures = [_measure(metric, side) for side in sides]
     draw = np.random.default_rng(seed)
     rows = max(1, _MAX_WEIGHTS // len(group_Q))
-    chunks: list[list[Mapping[str, np.ndarray]]] = []
+    chunks = [[measure(np.ones((1, len(group_Q)))) for measure in measures]]
     for start in range(0, resamples, rows):
         weights_BQ = _weights(draw, min(rows, resamples - start), len(numbers))[:, group_Q]
         chunks.append([measure(weights_BQ) for measure in measures])
     found = {
         name: [np.concatenate([chunk[side][name] for chunk in chunks]) for side in range(len(sides))]
-        for name in sorted(names)
+        for name in chunks[0][0]
+        if all(name in measured for measured in chunks[0])
     }
-    return {name: each for name, each in found.items() if not np.isnan(sum(each)).all()}
+    return {name: each for name, each in found.items() if not any(np.isnan(values_B[0]) for values_B in each)}
 
 
 def _weights(draw: np.random.Generator, number: int, groups: int) -> np.ndarray:

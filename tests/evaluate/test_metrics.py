@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,38 @@ def lengths(tmp_path: Path) -> str:
     return f"{tmp_path}/lengths.py:Lengths"
 
 
-def test_built_in_metrics_keep_the_contract_and_have_their_names() -> None:
-    names = {plugin.name for plugin in available("metric") if plugin.origin == "built-in"}
-    assert names == {"exact_match", "word_error_rate", "character_error_rate", "macro_f1", "bleu"}
-    for metric in open_metrics(sorted(names), "metrics"):
-        given: Metric = metric
-        assert set(given.score(JUDGED)) <= names and given.score(JUDGED)
+# Numbers of each built-in metric, for answers that all of them can score. `judge` needs a server: see test_judge_model.
+NUMBERS = {
+    "exact_match": {"exact_match"},
+    "macro_f1": {"macro_f1"},
+    "yes_no": {"yes_no_accuracy", "yes_no_precision", "yes_no_recall", "yes_no_f1", "yes_share"},
+    "multiple_choice": {"multiple_choice", "no_choice"},
+    "choice_likelihood": {"choice_likelihood"},
+    "vqa_accuracy": {"vqa_accuracy"},
+    "anls": {"anls"},
+    "relaxed_accuracy": {"relaxed_accuracy"},
+    "word_error_rate": {"word_error_rate"},
+    "character_error_rate": {"character_error_rate"},
+    "bleu": {"bleu"},
+    "chrf": {"chrf"},
+    "cider": {"cider"},
+    "rouge": {"rouge_1", "rouge_2", "rouge_l", "rouge_l_sum"},
+}
+LIBRARY = {"anls": "rapidfuzz", "bleu": "sacrebleu", "chrf": "sacrebleu", "rouge": "rouge_score"}
+
+
+def test_built_in_metrics_have_their_names() -> None:
+    assert {plugin.name for plugin in available("metric") if plugin.origin == "built-in"} == {*NUMBERS, "judge"}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_built_in_metrics_keep_the_contract(name: str) -> None:
+    pytest.importorskip(LIBRARY.get(name, "jiwer"))
+    several = {"answers": ["yes", "yes", "no"], "choices": ["yes", "no"], "choice": 0}
+    judged = [replace(item, **several, likelihoods=[(-1.0, 1), (-2.0, 1)]) for item in JUDGED]
+    (metric,) = open_metrics([name], "metrics")
+    given: Metric = metric
+    assert set(given.score(judged)) == NUMBERS[name] == set(given.score(judged[:1]))
 
 
 def test_a_metric_of_a_file_gives_its_numbers_over_all_answers_and_by_tag(lengths: str) -> None:

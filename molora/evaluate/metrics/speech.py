@@ -47,13 +47,14 @@ class WordErrorRate(Counted):
         wrong = [len(answer) for _, answer in pairs]
         spoken = [index for index, (expected, _) in enumerate(pairs) if expected]
         if spoken:
-            found = self.compare(*([" ".join(pairs[index][side]) for index in spoken] for side in (0, 1)))
+            expected, answers = ([" ".join(pairs[index][side]) for index in spoken] for side in (0, 1))
+            found = self.compare(expected, answers)
             for index, chunks in zip(spoken, found.alignments, strict=True):
                 steps = (chunk for chunk in chunks if chunk.type != "equal")
                 wrong[index] = sum(
                     max(step.ref_end_idx - step.ref_start_idx, step.hyp_end_idx - step.hyp_start_idx) for step in steps
                 )
-        return np.array([(count, len(expected)) for count, (expected, _) in zip(wrong, pairs, strict=True)])
+        return np.array([(count, len(said)) for count, (said, _) in zip(wrong, pairs, strict=True)])
 
     def of_sums(self, sums_BK: np.ndarray) -> dict[str, np.ndarray]:
         return {self.name: ratio(sums_BK[:, 0], sums_BK[:, 1])}

@@ -8,8 +8,10 @@ from typing import Literal
 from molora.config import ConfigError
 from molora.evaluate.metrics import Judged, Mean, NoOptions
 
-_NUMBERS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_DIGITS = {"zero": "0", **{word: str(number) for number, word in enumerate(_NUMBERS)}}
+_DIGITS = {
+    **{"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4"},
+    **{"five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"},
+}
 _ARTICLES = ("a", "an", "the")
 _SIGNS = ';/[]"{}()=+\\_-><@`,?!'
 # Words that the reference gives their apostrophe back, where exactly one is left out.
@@ -152,9 +154,10 @@ class RelaxedAccuracy(Mean):
 
 
 def final_answer(text: str) -> str:
-    """What follows the last "answer is" or "answer:" in its line, or the whole text, without a full stop at its end."""
-    found = re.findall(r"answer(?:\s+is|:)[:\s]*(\S[^\n]*)", text, flags=re.IGNORECASE)
-    return (found[-1] if found else text).strip().removesuffix(".").strip("* ")
+    """What follows the last "answer is" or "answer:" in its line, or the whole text, without marks around it."""
+    before, *found = re.split(r"answer(?:\s+is|:)", text, flags=re.IGNORECASE)
+    answer = found[-1].lstrip(" \t\n:*").partition("\n")[0] if found else before
+    return answer.strip().removesuffix(".").strip("* ")
 
 
 def _number(text: str) -> float | None:

@@ -83,7 +83,8 @@ def _pairs(grams: Grams) -> int:
 
 def caption_words(text: str) -> list[str]:
     """The words of a caption, in lower case and without punctuation."""
-    return [_BRACKETS.get(word, word) for word in _WORD.findall(text.lower().replace("\u2019", "'"))]
+    words: list[str] = _WORD.findall(text.lower().replace("\u2019", "'"))
+    return [_BRACKETS.get(word, word) for word in words]
 
 
 @dataclass(kw_only=True)
