@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from molora.encoders.mp3 import AGAIN
 from molora.encoders.sound_files import UNKNOWN_BYTES, pieces
-from molora.media import Sources
+from molora.media import Sources, open_file
 from molora.modality import MediaError
 
 # What encoders hear, and the frames that their features are made of: 25 ms every 10 ms.
@@ -114,7 +114,7 @@ def load_sound(part: Mapping[str, Any], *, max_seconds: float = 1800.0) -> Tenso
                 mixer.add(_scaled(wave_LC[start : start + _SAMPLES_AT_ONCE]))
             wave_L = mixer.wave_L()
         else:
-            wave_L, rate_hz = _decode(_CLIPS.read(key, value), span, max_seconds)
+            wave_L, rate_hz = _decode_source(key, value, span, max_seconds)
             if given_hz not in (None, rate_hz):
                 raise MediaError(f"is a file at {rate_hz} Hz beside a sampling_rate of {given_hz}; leave that out")
         wave_L = resample(torch.from_numpy(wave_L), rate_hz)
@@ -211,11 +211,30 @@ class _Span(NamedTuple):
         return wave_LC[first:last]
 
 
+def _decode_source(key: str, value: Any, span: _Span, max_seconds: float) -> tuple[np.ndarray, int]:
+    """The samples of a part of what a content part gives, and their rate in hertz. Of a part of a WAV no more is read
+    than that part: recordings of speech may be hours long, and their segments seconds."""
+    if key == "path" and not span.is_whole:
+        with open_file(value, MAX_FILE_BYTES) as (file, num_bytes):
+            if _is_one_wav(file, num_bytes):
+                wave_L, rate_hz, num = _decode_piece(_OpenFile(file, num_bytes), 0, span, max_seconds)
+                if num < span.samples(rate_hz)[1]:
+                    span.check(num, rate_hz)
+                return wave_L, rate_hz
+    return _decode(_CLIPS.read(key, value), span, max_seconds)
+
+
+def _is_one_wav(file: io.BufferedReader, num_bytes: int) -> bool:
+    """Whether a file is a WAV from its first byte to its last: nothing is joined to it, and its header is filled in."""
+    head = file.read(12)
+    return head[:4] == b"RIFF" and head[8:] == b"WAVE" and 8 + int.from_bytes(head[4:8], "little") == num_bytes
+
+
 def _decode(data: bytes, span: _Span, max_seconds: float) -> tuple[np.ndarray, int]:
     """The samples of a part of a file, its channels averaged, and their rate in hertz."""
     clips, rate_hz, num_samples = [], 0, 0
     for piece in (found := pieces(data, max_seconds if span.is_whole else math.inf)):
-        wave_L, piece_hz, num = _decode_piece(piece, num_samples, span, max_seconds)
+        wave_L, piece_hz, num = _decode_piece(_BoundedFile(piece), num_samples, span, max_seconds)
         if rate_hz not in (0, piece_hz):
             raise MediaError(f"is {len(found)} sounds joined, at {rate_hz} and {piece_hz} Hz; convert it to one rate")
         rate_hz, num_samples = piece_hz, num_samples + num
@@ -227,7 +246,9 @@ def _decode(data: bytes, span: _Span, max_seconds: float) -> tuple[np.ndarray, i
     return clips[0] if len(clips) == 1 else np.concatenate(clips), rate_hz
 
 
-def _decode_piece(data: bytes, before: int, span: _Span, max_seconds: float) -> tuple[np.ndarray, int, int]:
+def _decode_piece(
+    source: "_BoundedFile | _OpenFile", before: int, span: _Span, max_seconds: float
+) -> tuple[np.ndarray, int, int]:
     """The samples of a file that are in the span, their rate, and how many were passed; as many come `before`."""
     try:
         import soundfile
@@ -242,7 +263,7 @@ def _decode_piece(data: bytes, before: int, span: _Span, max_seconds: float) -> 
 
     mixer, num = _Mixer(), 0
     try:
-        with Forward(_BoundedFile(data)) as file:
+        with Forward(source) as file:
             rate_hz, channels, promised = file.samplerate, file.channels, file.frames
             is_mp3, knows = file.format == "MP3", file.frames != _UNKNOWN_FRAMES
             start, stop = span.samples(rate_hz)
@@ -261,7 +282,8 @@ def _decode_piece(data: bytes, before: int, span: _Span, max_seconds: float) -> 
             f"cannot be decoded, it is damaged or no audio ({error.error_string}); check that it plays, or convert it "
             "to wav or flac"
         ) from error
-    if data.startswith(b"NIST_1A") and (told := _NIST_SAMPLES.search(data[:1024])):
+    source.seek(0)
+    if (head := source.read(1024)).startswith(b"NIST_1A") and (told := _NIST_SAMPLES.search(head)):
         promised = int(told[1])
     if knows and num < min(promised - (_MP3_SPARE_SAMPLES if is_mp3 else 0), last):
         raise MediaError(f"is cut off or damaged: {promised} samples promised, {num} decoded; {AGAIN}")
@@ -307,8 +329,25 @@ class _BoundedFile(io.BytesIO):
         self._size = len(data)  # asking the buffer for it would copy the data
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self._size}[whence]
-        return super().seek(min(max(base + offset, 0), self._size))
+        return super().seek(_inside(offset, whence, self.tell(), self._size))
+
+
+class _OpenFile(io.BufferedReader):
+    """The same for a file on disk, of which only what is asked for is read."""
+
+    def __init__(self, file: io.BufferedReader, num_bytes: int) -> None:
+        super().__init__(file.raw)
+        self._size = num_bytes
+        self.seek(0)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        return super().seek(_inside(offset, whence, self.tell(), self._size))
+
+
+def _inside(offset: int, whence: int, at: int, num_bytes: int) -> int:
+    """The place that a seek leads to, but for places outside a file."""
+    base = {io.SEEK_SET: 0, io.SEEK_CUR: at, io.SEEK_END: num_bytes}[whence]
+    return min(max(base + offset, 0), num_bytes)
 
 
 class _Mixer:

@@ -17,6 +17,7 @@ from molora.encoders import sound
 from molora.encoders.logmel import log_mel
 from molora.encoders.sound import MIN_SAMPLES, SAMPLE_RATE_HZ, load_sound, resample
 from molora.encoders.sound_files import pieces
+from molora.media import Sources
 from molora.modality import MediaError
 
 soundfile = pytest.importorskip("soundfile")
@@ -477,3 +478,35 @@ def test_a_part_that_a_clip_does_not_have_is_refused(seconds: tuple[Any, Any], s
     for value in ({"bytes": encoded(WAVE)}, {"array": WAVE, "sampling_rate": 16_000}):
         with pytest.raises(MediaError, match=says):
             load_sound({"type": "audio", **value, "start_seconds": start, "end_seconds": end})
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.25, 0.75), (0.25, None), (None, 0.3), (0.5, 1.4)])
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_part_of_a_wav_on_disk_is_read_alone_unless_the_file_is_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: float | None, end: float | None, joined: bool
+) -> None:
+    data = encoded(tones(16_000)) * (1 + joined)
+    (tmp_path / "a.wav").write_bytes(data)
+    path, wanted = str(tmp_path / "a.wav"), load(data, start_seconds=start, end_seconds=end)
+    whole_files = []
+    read = Sources.read
+    monkeypatch.setattr(Sources, "read", lambda self, key, value: whole_files.append(key) or read(self, key, value))
+    assert torch.equal(load(path, "path", start_seconds=start, end_seconds=end), wanted)
+    assert whole_files == ["path"] * joined
+
+
+def test_a_part_of_a_file_that_cannot_be_read_is_refused_as_the_whole_is(tmp_path: Path) -> None:
+    wav = encoded(tones(16_000))
+    (tmp_path / "cut.wav").write_bytes(wav[: len(wav) // 2])
+    (tmp_path / "text.wav").write_bytes(b"RIFF\x10\0\0\0WAVE and no more..")
+    (tmp_path / "good.wav").write_bytes(wav)
+    with pytest.raises(MediaError, match="is cut off"):
+        load(str(tmp_path / "cut.wav"), "path", start_seconds=0.8)
+    with pytest.raises(MediaError, match="cannot be decoded"):
+        load(str(tmp_path / "text.wav"), "path", start_seconds=0.1)
+    with pytest.raises(MediaError, match=r"path '.*good.wav': has start_seconds 1, but lasts 1.000 seconds"):
+        load(str(tmp_path / "good.wav"), "path", start_seconds=1)
+    with pytest.raises(MediaError, match="No such file"):
+        load(str(tmp_path / "gone.wav"), "path", start_seconds=0.5)
+    with pytest.raises(MediaError, match="is a folder"):
+        load(str(tmp_path), "path", start_seconds=0.5)

@@ -36,15 +36,24 @@ class ChoiceConfig:
 
 
 class Chosen(NamedTuple):
-    """The options of a question, and which of them is right."""
+    """The options of a question, and which of them is right. An open question has no options, and its answer is what
+    was `said`."""
 
     texts: list[str]
     right: int
+    said: str
 
     @property
     def made(self) -> dict[str, str]:
         """The right option and its letter, by the names in `MADE`."""
+        if not self.texts:
+            return {"choice": self.said, "letter": self.said}
         return {"choice": self.texts[self.right], "letter": ascii_uppercase[self.right]}
+
+    @property
+    def judged(self) -> dict[str, Any]:
+        """What a row says of the options of its question."""
+        return {"choices": self.texts, "choice": self.right} if self.texts else {}
 
 
 class Choices:
@@ -69,22 +78,25 @@ class Choices:
         self.right = find_place(self.column, names, f"{where}: choice")
 
     def read(self, values: Mapping[str, Any], where: str) -> Chosen:
-        """The options of a row. Raises ValueError for fewer than two, and for a right one that is none of them."""
+        """The options of a row. Raises ValueError for a single one, and for a right one that is none of them."""
         assert self.right is not None, "bind comes first"
+        said = self.right.text(values, f"{where}: choice").strip()
         if self.is_list:
-            texts = texts_of(self.options[0].value(values, where), self.options[0].name, f"{where}: choices")
+            value = self.options[0].value(values, f"{where}: choices")
+            texts = texts_of(value, self.options[0].name, f"{where}: choices") if value not in (None, "") else []
         else:
             cells = [place.value(values, where) for place in self.options]
             while cells and (cells[-1] is None or cells[-1] == "" or cells[-1] != cells[-1]):  # NaN is not itself
                 cells.pop()  # a question with fewer options than there are columns
             named = zip(cells, self.options, strict=False)
             texts = [as_text(cell, place.name, f"{where}: choices") for cell, place in named]
+        if not texts:
+            return Chosen([], 0, said)
         if not 2 <= len(texts) <= len(ascii_uppercase) or not all(texts):
             raise ValueError(
                 f"{where}: choices: {texts!r:.200}; a question has from 2 to {len(ascii_uppercase)} options, none empty"
             )
-        said = self.right.text(values, f"{where}: choice").strip()
-        return Chosen(texts, self._index(said, texts, f"{where}: choice"))
+        return Chosen(texts, self._index(said, texts, f"{where}: choice"), said)
 
     def lines(self, chosen: Chosen) -> str:
         """All options, one a line."""

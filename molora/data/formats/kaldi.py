@@ -77,9 +77,7 @@ class _Utterances:
         recording, start, end = id, None, None
         if self.segments is not None:
             if id not in self.segment_rows:
-                raise ValueError(
-                    f"{where}: utterance {id!r:.80} is not in {self.segments.path}; add it, or take it out"
-                )
+                raise ValueError(f"{where}: {id!r:.80} is not in {self.segments.path}; add it, or take it out")
             where = self.segments.where(self.segment_rows[id])
             recording, start, end = self._segment(self.segments[self.segment_rows[id]], where)
         if recording not in self.recording_rows:

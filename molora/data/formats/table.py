@@ -46,7 +46,8 @@ class TableConfig:
     `answers` is the column of all accepted answers; without `answer`, the first is learned. "answers[*][text]" is the
     text of each item in a list. `choices` is the column of a question's options, or a column for each, and `choice`
     says which is right. Then `{choices}` in the prompt is a line for each option, as `choice_line` says, `{choice}` the
-    right option and `{letter}` its letter, which is learned without `answer`. `tags` are columns to report metrics by.
+    right option and `{letter}` its letter, which is learned without `answer`. In a row without options, all of these
+    but `{choices}` are what the column of `choice` says. `tags` are columns to report metrics by.
 
     `rows_under` is the key of a JSON file under which its list of rows stands. `split` may be a slice, such as
     "train[:90%]". `subset`, `split` by another name than train, and `revision` are a dataset's of the hub.
@@ -117,7 +118,7 @@ class Table:
         if self.choices is not None:
             chosen = self.choices.read(values, where)
             values = {**values, **chosen.made, "choices": self.choices.lines(chosen)}
-            judged = {"choices": chosen.texts, "choice": chosen.right}
+            judged = chosen.judged
         answers = self._answers(values, where)
         answer = answers[0] if self.answer is None else self.answer.fill(values, f"{where}: answer")
         if not answer and (self.answer is None or self.answer.fields):

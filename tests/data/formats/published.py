@@ -184,16 +184,20 @@ MMMU = [
     {
         "id": f"validation_Accounting_{number}",
         "question": "<image 1> Baxter Company has a relevant range of production. What is <image 2>?",
-        "options": "['$6', '$7', \"$8 (not $7's)\", '$9']",
+        "options": options,
         "explanation": "",
         "image_1": {"bytes": picture_bytes(number), "path": "1.png"},
         "image_2": {"bytes": picture_bytes(number), "path": "2.png"},
         "image_3": None,
         "answer": letter,
-        "question_type": "multiple-choice",
+        "question_type": "multiple-choice" if options != "[]" else "open",
         "subfield": "Managerial Accounting",
     }
-    for number, letter in ((1, "B"), (2, "C"))
+    for number, options, letter in (
+        (1, "['$6', '$7', \"$8 (not $7's)\", '$9']", "B"),
+        (2, "['0', '1', '2']", "C"),
+        (3, "[]", "12.5"),
+    )
 ]
 AI2D = [
     {
@@ -458,10 +462,10 @@ ALL = [
             *("validation.parquet", "{image: [image_1, image_2, image_3]}", '"{question}\\n{choices}"', ""),
             *("choices: options", "choice: {letter: answer}", 'choice_line: "({letter}) {choice}"'),
         ),
-        ["B", "C"],
+        ["B", "C", "12.5"],
         *(
-            respoil("validation.parquet", 1, options="[]"),
-            r"validation.parquet, row 2: choices: \[\]; a question has from 2",
+            respoil("validation.parquet", 1, options="['$6']"),
+            r"validation.parquet, row 2: choices: \['\$6'\]; a question has from 2",
         ),
     ),
     Published(

@@ -75,6 +75,16 @@ def test_the_right_option_is_said_by_its_number_letter_or_text(tmp_path: Path, c
     assert found["messages"][1]["content"] == "B: two"
 
 
+@pytest.mark.parametrize("options", [None, "", [], "[]"])
+def test_a_row_without_options_is_an_open_question(tmp_path: Path, options: Any) -> None:
+    row = {"q": "How many?", "options": options, "right": "12"}
+    for way in ("letter", "text", "number"):
+        found = table(tmp_path, row, prompt="{q} {choices}", choices="options", choice={way: "right"})[0]
+        assert found["messages"][0]["content"][0]["text"] == "How many? "
+        assert found["messages"][1]["content"] == "12"
+        assert "choices" not in found and "choice" not in found
+
+
 def test_a_line_of_an_option_that_holds_braces_is_the_option(tmp_path: Path) -> None:
     row = {"q": "q", "options": ["{letter}", "{choice}"], "right": 0}
     found = table(tmp_path, row, prompt="{choices}", choices="options", choice={"number": "right"}, answer="{choice}")[
@@ -108,7 +118,7 @@ def test_columns_of_a_tables_own_give_way_to_what_is_made_of_options(tmp_path: P
         ({"options": ["a", "b"], "right": None}, "letter", "choice: {right} is empty"),
         ({"options": ["a"], "right": 0}, "number", r"choices: \['a'\]; a question has from 2"),
         ({"options": ["a", ""], "right": 0}, "number", "none empty"),
-        ({"options": None, "right": 0}, "number", "choices: {options} is empty, not a list of texts"),
+        ({"options": {"A": "x"}, "right": 0}, "number", "choices: {options} is a group of A, not a list of texts"),
         ({"options": "one, two", "right": 0}, "number", "is text .'one, two'., not a list"),
         ({"options": [str(i) for i in range(27)], "right": 0}, "number", "from 2 to 26 options"),
     ],
