@@ -62,6 +62,29 @@ def generate(
     print()
 
 
+@app.command()
+def score(
+    model: options.Model,
+    messages: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="Rows that end with an answer.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Where likelihoods go, row by row.")],
+    modality: options.Modalities = None,
+    rule: options.Rules = None,
+    strict: options.Strict = False,
+    deterministic_batch: options.DeterministicBatch = False,
+    allow_urls: options.AllowUrls = False,
+    allow_private_addresses: options.AllowPrivateAddresses = False,
+    trust_plugin: options.Trust = None,
+) -> None:
+    """Tell how probable the model finds given answers: the last message of each row of {"id", "messages"}. A row of the
+    output has "log_probability" (natural logarithm), "num_tokens" and "is_greedy" (whether greedy decoding begins so).
+    The same call goes on where it stopped; a row that fails gets its error, and exit code 2 says so."""
+    from molora.inference.answers import score_rows
+
+    load = options.opener(model, modality, rule, allow_urls, allow_private_addresses, trust_plugin, deterministic_batch)
+    if not score_rows(load, messages, output, strict=strict):
+        raise typer.Exit(options.FAILED_ROWS)
+
+
 @app.command("eval")
 def evaluate(
     model: options.Model,
