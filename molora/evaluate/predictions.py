@@ -76,7 +76,8 @@ def open_predictions(
     ConfigError for a file that holds anything but answers."""
     path = folder / f"{name}.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
-    now = {**about, "format_version": FORMAT_VERSION, "questions": num_questions}
+    about = {"format_version": FORMAT_VERSION, **about}
+    now = {**about, "questions": num_questions}
     with hold(path):
         rows: dict[str, dict[str, Any]] = {}
         known = _read_about(path)
@@ -115,11 +116,11 @@ def read_predictions(folder: Path, name: str, about: Mapping[str, Any], how: str
     known = _read_about(path)
     if known is None or not path.is_file():
         raise ConfigError(f"{path}: no answers of evaluation {name!r} are kept there; {how}")
-    if differing := differences(known, about):
+    if differing := differences(known, {"format_version": FORMAT_VERSION, **about}):
         raise ConfigError(f"{path}: its answers are others: {'; '.join(differing)}; {how}")
     rows = {row["id"]: row for _, row in written_rows(path, str(path))}
-    if len(rows) != known["questions"]:
-        raise ConfigError(f"{path}: has {len(rows)} of {known['questions']} answers; {how}")
+    if len(rows) != known.get("questions"):
+        raise ConfigError(f"{path}: has {len(rows)} of {known.get('questions')} answers; {how}")
     judged = []
     for row in rows.values():
         try:

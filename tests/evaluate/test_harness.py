@@ -173,7 +173,9 @@ EXACT = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": Tru
 class TestLmEval:
     """Text alone."""
 
-    def run(self, home: Home, model: str, arguments: dict[str, Any], chat: bool) -> dict[str, Any]:
+    def run(
+        self, home: Home, model: str, arguments: dict[str, Any], tasks: Sequence[str], chat: bool = False
+    ) -> dict[str, Any]:
         from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
         import molora.evaluate.harness.lm_eval  # noqa: F401 (makes the name known)
@@ -195,6 +197,20 @@ class TestLmEval:
                 "target_delimiter": "",
                 "metric_list": [{"metric": "acc"}],
             },
+            continue_story={
+                "output_type": "generate_until",
+                "doc_to_text": "{{story}}",
+                "doc_to_target": "answer",
+                "generation_kwargs": {"until": [], "max_gen_toks": MAX_NEW_TOKENS},
+                "metric_list": [EXACT],
+            },
+            end_story={
+                "output_type": "multiple_choice",
+                "doc_to_text": "{{story}}",
+                "doc_to_choice": "choices",
+                "doc_to_target": "right",
+                "metric_list": [{"metric": "acc"}],
+            },
             read={
                 "output_type": "loglikelihood_rolling",
                 "doc_to_text": "",
@@ -205,7 +221,7 @@ class TestLmEval:
         return lm_eval.simple_evaluate(
             model=model,
             model_args=arguments,
-            tasks=["answer", "choose", "read"],
+            tasks=list(tasks),
             device="cpu",
             batch_size=1,
             task_manager=TaskManager(include_path=str(folder), include_defaults=False),
@@ -214,30 +230,33 @@ class TestLmEval:
         )
 
     def test_the_backbones_scores_are_those_of_hf(self, home: Home) -> None:
-        ours = self.run(home, "molora", {"run": str(home.folder / "run")}, False)
-        theirs = self.run(home, "hf", {"pretrained": str(home.folder / "backbone"), "dtype": "float32"}, False)
-        assert ours["results"]["answer"] == theirs["results"]["answer"]
-        assert ours["results"]["choose"] == theirs["results"]["choose"]
+        """Also where a text is longer than the context, so that its beginning is cut, or windows go over it."""
+        lengths = [len(question["story"]) for question in home.questions]
+        assert min(lengths) < 256 < max(lengths)
+        tasks = ("answer", "continue_story", "choose", "end_story", "read")
+        ours = self.run(home, "molora", {"run": str(home.folder / "run")}, tasks)
+        theirs = self.run(home, "hf", {"pretrained": str(home.folder / "backbone"), "dtype": "float32"}, tasks)
+        for task in tasks[:4]:
+            assert ours["results"][task] == theirs["results"][task]
         for metric in ("word_perplexity,none", "bits_per_byte,none"):
             one, other = (results["results"]["read"][metric] for results in (ours, theirs))
             assert one == pytest.approx(other, rel=1e-4)
-        lengths = []
-        for task in ("answer", "choose", "read"):
+        for task in tasks:
             for one, other in zip(ours["samples"][task], theirs["samples"][task], strict=True):
                 assert one["doc"] == other["doc"]
-                if task == "answer":
-                    assert one["resps"] == other["resps"]
-                    continue
-                lengths.append(len(one["doc"]["story"]))
                 for (mine,), (its,) in zip(one["resps"], other["resps"], strict=True):
+                    if task in tasks[:2]:
+                        assert mine == its
+                        continue
                     mine, its = (each if isinstance(each, tuple) else (each, None) for each in (mine, its))
                     assert float(mine[0]) == pytest.approx(float(its[0]), abs=1e-4 * max(1, abs(float(its[0]))))
                     assert mine[1] == its[1]
-        assert min(lengths) < 256 < max(lengths), "no text is longer than the context, so that no window was cut"
 
     def test_chat_scores_are_those_of_our_own_evaluation(self, home: Home) -> None:
         texts = [{**question, "picture": None, "sound": None} for question in home.questions]
-        results = self.run(home, "molora", {"run": str(home.folder / "run")}, True)["results"]
+        results = self.run(home, "molora", {"run": str(home.folder / "run")}, ("answer", "choose"), chat=True)[
+            "results"
+        ]
         assert results["answer"]["exact_match,none"] == home.own_score(texts)
         requests = [(home.messages(text), choice) for text in texts for choice in WORDS]
         found = [each.log_probability for each in home.loaded.likelihoods(requests)]
