@@ -124,7 +124,7 @@ class Evaluation:
         return scores(judged, self.metrics)
 
 
-def question(source: Source, index: int, without_media: bool) -> dict[str, Any]:
+def question(source: Source, index: int, without_media: bool = False) -> dict[str, Any]:
     """Splits a row into prompt and expected answer; the id gains the row number, so that it is unique."""
     row = source[index]
     *prompt, last = row["messages"]
