@@ -108,6 +108,10 @@ class Audio:
             return self.pretrained.prepare(item, augment)
         return Prepared({"features_SM": augment(log_mel([item]))}, num_encoded(num_frames(len(item))))
 
+    def blank(self, item: Tensor) -> Tensor:
+        """Silence of the same length."""
+        return torch.zeros_like(item)
+
     def collate(self, prepared: Sequence[Prepared]) -> dict[str, Tensor]:
         """All frames of features in order, and what says where clips begin."""
         if self.pretrained is not None:

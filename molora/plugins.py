@@ -25,6 +25,12 @@ Kind = Literal["modality", "router", "source", "metric"]
 _SOURCES = {
     "messages": "molora.data.sources:Messages",
     "table": "molora.data.formats.table:Table",
+    "coco_captions": "molora.data.formats.coco:CocoCaptions",
+    "vqa": "molora.data.formats.coco:Vqa",
+    "folder": "molora.data.formats.folders:Folder",
+    "transcripts": "molora.data.formats.transcripts:Transcripts",
+    "kaldi": "molora.data.formats.kaldi:Kaldi",
+    "nemo": "molora.data.formats.nemo:Nemo",
     "easy_vqa": "molora.data.easy_vqa:EasyVQA",
     "spoken_easy_vqa": "molora.data.easy_vqa:SpokenEasyVQA",
 }

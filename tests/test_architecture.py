@@ -65,6 +65,12 @@ LAZY = (
     "torchaudio",
 )
 
+# Files that another program loads as parts of it, with the library that it brings: their classes are made from its own.
+PARTS_OF = {
+    "molora.evaluate.harness.lm_eval": "lm_eval",
+    "molora.evaluate.harness.lmms_eval": "lmms_eval",
+}
+
 # Installed because something else needs them to work for us.
 NEEDED_UNSEEN = {
     "jinja2": "transformers renders chat templates with it",
@@ -236,6 +242,12 @@ def test_heavy_libraries_are_imported_where_they_are_used(path: Path) -> None:
         assert not (heavy and found.top), f"{found} at the top of the file; import it in the function that uses it"
 
 
+def test_what_another_program_loads_is_imported_by_nothing_else() -> None:
+    for path in SOURCES:
+        for found in ours(path):
+            assert found.module not in PARTS_OF, f"{found}, which only {PARTS_OF.get(found.module)} can load"
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)
 def test_no_model_or_tokenizer_brings_code_of_its_own(path: Path) -> None:
     """What opens one says so itself, whatever the default is."""
@@ -282,7 +294,12 @@ def test_setup_cfg_requires_what_is_imported_and_nothing_else() -> None:
         for found in imports(path)
         if found.module.split(".")[0] not in {*sys.stdlib_module_names, "molora"}
     ]
+    brought = set(PARTS_OF.values())
     for found in third_party:
+        if found.module in brought:
+            part = module_name(found.file)
+            assert not found.top or PARTS_OF.get(part) == found.module, f"{found}, but {part} is no part of it"
+            continue
         assert found.module in core or (not found.top and found.module in extra), (
             f"{found}, which a plain install does not bring (setup.cfg)"
         )

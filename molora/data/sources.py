@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch.utils.data import Dataset, Subset
 
 from molora.config import ConfigError, build, require
+from molora.data.formats.choices import judged_by
 from molora.data.formats.rows import JsonRows
 from molora.data.formats.table import row_id
 from molora.data.messages import conversation, media_parts, rooted
@@ -24,8 +25,11 @@ _MAX_WEIGHT = 1e9
 
 
 class Source(Protocol):
-    """Conversations by row; built as `Plugin(config)`, with a recipe's options read into its `config_type`. A row is
-    {"id", "messages"} and may have "tags", a list of names to report metrics by."""
+    """Conversations by row; built as `Plugin(config)`, with a recipe's options read into its `config_type`.
+
+    A row is {"id", "messages"} and may have "tags", a list of names to report metrics by; "answers", the list of all
+    that are accepted in place of the last message, which has the first; and "choices" with "choice", the texts of a
+    question's options and the number of the right one, counted from 0."""
 
     def __len__(self) -> int: ...
 
@@ -71,6 +75,10 @@ class Messages:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def where(self, row: int) -> str:
+        """The file and row, for errors."""
+        return self.rows.where(row)
+
     def id_of(self, row: int) -> str:
         """The id of a row, whose conversation may be faulty. Raises ValueError where that cannot be read either."""
         return row_id(self.rows[row].get("id"), row, self.rows.where(row))
@@ -83,6 +91,7 @@ class Messages:
             "id": row_id(value.get("id"), row, where),
             "messages": rooted(messages, self.rows.path.absolute().parent, self.media_root, where),
             "tags": read_tags(value.get("tags"), where),
+            **judged_by(value, where),
         }
 
 

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from molora.config import ConfigError, did_you_mean
 from molora.data.processor import Processor
 from molora.data.sources import Source, SourceConfig, check_length, open_source
-from molora.evaluate.judge import EvaluationConfig, judge, question
+from molora.evaluate.judge import EvaluationConfig
 from molora.evaluate.metrics import open_metrics, scores
 from molora.evaluate.metrics.choices import as_if_likely
+from molora.evaluate.questions import judge, question
 from molora.model.molora import MoLoRA
 from molora.train.optim import check_start, set_trainable
 from molora.train.recipe import Recipe, skipped_errors
@@ -75,11 +76,11 @@ class Trial:
 
     def _try_row(self, row: int, processor: Processor | None, max_tokens: int) -> None:
         if self.evaluation is not None:
-            asked = question(self.source, row, self.evaluation.without_media)
+            asked = question(self.source, row, self.evaluation.asked_with[0])
             if processor is None:
-                scores([as_if_likely(judge(asked, asked["expected"]))], self.metrics)
+                scores([as_if_likely(judge(asked, asked.expected))], self.metrics)
             else:
-                processor.encode(asked["prompt"], asked["id"], generate=True)
+                processor.encode(asked.prompt, asked.id, generate=True)
             return
         example = self.source[row]
         if processor is not None:

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from molora.config import ConfigError, build, dump, plain_yaml, read
-from molora.evaluate.judge import Evaluation, EvaluationConfig, Evaluations, judge, question
+from molora.evaluate.judge import Evaluation, EvaluationConfig, Evaluations
 from molora.evaluate.metrics import Judged, Metric, NoOptions, open_metrics, scores
 from molora.evaluate.metrics.text import ExactMatch
+from molora.evaluate.questions import judge, question
 from molora.plugin_kit import catalogue
 from molora.plugins import available, resolve
 from molora.train.recipe import Recipe

@@ -57,7 +57,9 @@ class Judged:
 class Metric(Protocol):
     """Compares answers with the expected ones; built as `Plugin(config)`, with a recipe's options read into its
     `config_type`. Building it raises ImportError or ValueError for what the metric needs and does not find, so that
-    this is told before the model answers. A class that says `needs = "likelihoods"` gets answers with `likelihoods`."""
+    this is told before the model answers. A class that says `needs = "likelihoods"` gets answers with `likelihoods`.
+    One that says `rates_each = True` has as its first number over one question how right that answer is, from 0 to 1;
+    it is also shown what the most frequent answer would get."""
 
     config_type: type
 
@@ -147,17 +149,22 @@ def scores(judged: Sequence[Judged], metrics: Iterable[Metric]) -> dict[str, flo
     ended, which every metric sees. Raises ValueError for a metric that gives no numbers."""
     metrics = list(metrics)
     answered = [item for item in judged if item.error is None]
-    by_tag: dict[str, list[Judged]] = {"": answered}
-    for item in answered:
-        for tag in item.tags:
-            by_tag.setdefault(tag, []).append(item)
     results: dict[str, float] = {}
-    for tag, items in by_tag.items():
+    for tag, items in by_tag(answered).items():
         found = {**_scored(items, metrics), "questions": len(items)}
         results |= {f"{name}/{tag}" if tag else name: value for name, value in found.items()}
     results["failed"] = len(judged) - len(answered)
     results["cut_off"] = sum(item.cut_off for item in answered)
     return results
+
+
+def by_tag(judged: Sequence[Judged]) -> dict[str, list[Judged]]:
+    """All of them, under the empty name, and those of each tag."""
+    tagged = {"": list(judged)}
+    for item in judged:
+        for tag in item.tags:
+            tagged.setdefault(tag, []).append(item)
+    return tagged
 
 
 def _scored(items: Sequence[Judged], metrics: Iterable[Metric]) -> dict[str, float]:

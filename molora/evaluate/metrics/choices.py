@@ -20,6 +20,7 @@ class MultipleChoice(Counted):
     Source: MMMU, parse_multi_choice_response of eval_utils.py, which guesses where no rule finds an option."""
 
     config_type = NoOptions
+    rates_each = True
 
     def __init__(self, config: NoOptions) -> None:
         pass

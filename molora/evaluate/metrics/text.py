@@ -12,6 +12,7 @@ class ExactMatch(Mean):
     """The share of answers that equal one of the accepted ones, but for case, spaces and a closing full stop."""
 
     config_type = NoOptions
+    rates_each = True
     name = "exact_match"
 
     def __init__(self, config: NoOptions) -> None:
@@ -25,6 +26,7 @@ class MacroF1(Weighted):
     """The mean F1 of the classes, which are the expected answers; an answer that is none of them is just a miss."""
 
     config_type = NoOptions
+    rates_each = True
 
     def __init__(self, config: NoOptions) -> None:
         pass
@@ -56,6 +58,7 @@ class YesNo(Counted):
     Source: POPE, evaluate.py (arXiv 2305.10355)."""
 
     config_type = NoOptions
+    rates_each = True
 
     def __init__(self, config: NoOptions) -> None:
         pass

@@ -33,6 +33,7 @@ class VqaAccuracy(Mean):
     Source: VQAv2, vqaEval.py of github.com/GT-Vision-Lab/VQA (arXiv 1505.00468)."""
 
     config_type = NoOptions
+    rates_each = True
     name = "vqa_accuracy"
 
     def __init__(self, config: NoOptions) -> None:
@@ -94,6 +95,7 @@ class Anls(Mean):
     of the Robust Reading Competition."""
 
     config_type = AnlsConfig
+    rates_each = True
     name = "anls"
 
     def __init__(self, config: AnlsConfig) -> None:
@@ -133,6 +135,7 @@ class RelaxedAccuracy(Mean):
     Source: ChartQA (arXiv 2203.10244), computed as by metrics.py of github.com/google-research/pix2struct."""
 
     config_type = RelaxedAccuracyConfig
+    rates_each = True
     name = "relaxed_accuracy"
 
     def __init__(self, config: RelaxedAccuracyConfig) -> None:
