@@ -1,7 +1,7 @@
 # `make PYTHON=python3.12 …` chooses the interpreter that the environment is made from.
 PYTHON ?= python3
 VENV := .venv
-EXTRAS := audio,datasets,demo,dev,docs,heif,open_clip
+EXTRAS := audio,datasets,demo,dev,docs,heif,metrics,open_clip
 BIN := $(VENV)/bin
 # Threads that wait without spinning leave the cores to others; as in molora/process.py.
 export OMP_WAIT_POLICY ?= passive

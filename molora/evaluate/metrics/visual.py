@@ -27,8 +27,8 @@ y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 
 
 class VqaAccuracy(Mean):
-    """The accuracy of VQAv2: an answer that three of the ten people gave is right, one that fewer gave is partly right,
-    averaged over all choices of nine people. Case, articles, signs and words for numbers do not count.
+    """The accuracy of VQAv2: an answer that three people gave is right, and one that fewer gave is partly right,
+    averaged over all choices of nine of the ten people. Case, articles, signs and words for numbers do not count.
 
     Source: VQAv2, vqaEval.py of github.com/GT-Vision-Lab/VQA (arXiv 1505.00468)."""
 
