@@ -3,10 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 EXTRAS := audio,datasets,demo,dev,docs,heif,open_clip
 BIN := $(VENV)/bin
-# Threads that wait without spinning leave the cores to others; as in molora/cli/commands.py.
+# Threads that wait without spinning leave the cores to others; as in molora/process.py.
 export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 5000
-# Memory that is freed is kept for the next tensor: by glibc's default large ones come anew from the system, page by page.
+# Memory that is freed is kept for the next tensor; as in molora/process.py.
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824
 # On a terminal pip shows its bars; in a log only what goes wrong. setuptools warns of every editable install.
 PIP_INSTALL := -m pip --disable-pip-version-check $(if $(MAKE_TERMOUT),,--quiet) install

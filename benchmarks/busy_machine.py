@@ -18,7 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-from molora.cli.commands import WAITING
+from molora.process import WAITING
 
 WARMUPS = 2
 POLICIES: dict[str, dict[str, str]] = {"molora": WAITING, "passive": {"OMP_WAIT_POLICY": "passive"}, "default": {}}

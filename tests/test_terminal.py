@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 
-from molora.cli import commands as cli
 from molora.terminal import console, print_table, progress, say, styled, visible, warn
 
 
@@ -61,24 +56,3 @@ def test_paragraphs_and_tables_fit_80_columns_and_paths_stay_whole(
     path = "/a/folder" * 20
     say(f"done: {path}")
     assert path in capsys.readouterr().out
-
-
-def test_waiting_threads_do_not_spin_unless_the_user_says_so() -> None:
-    code = (
-        "import os, sys; from molora.cli.commands import WAITING, main\nsys.argv = ['molora', '--help']\n"
-        "try: main()\nexcept SystemExit: pass\nprint(*map(os.environ.get, WAITING), 'torch' in sys.modules)"
-    )
-    for given, expected in (({}, "passive 5000"), ({"OMP_WAIT_POLICY": "active"}, "active None")):
-        environment = {key: value for key, value in os.environ.items() if key not in cli.WAITING} | given
-        told = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                f"{code}\nimport os; print(*map(os.environ.get, {[*cli.WAITING]}), 'torch' in sys.modules)",
-            ],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert told.stdout.splitlines()[-1] == f"{expected} False"

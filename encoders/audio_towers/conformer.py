@@ -159,16 +159,22 @@ class Subsampling(nn.Module):
         self.out = nn.Linear(channels * NUM_MEL_BINS // REDUCTION, config.width)
 
     def forward(self, features_NSM: Tensor, lengths_N: Tensor) -> Tensor:
-        maps_NCSM = features_NSM[:, None]
+        # Channels lie next to each other in memory from the start, or every convolution would copy its input.
+        maps_NCSM = features_NSM[..., None].permute(0, 3, 1, 2) * _inside(lengths_N, features_NSM)
         for layer in self.conv:
-            if isinstance(layer, nn.Conv2d) and layer.stride == (2, 2):
-                # Alone, a clip would have nothing here but the convolution's own padding of zeros.
-                steps = torch.arange(maps_NCSM.shape[2], device=maps_NCSM.device)
-                maps_NCSM = maps_NCSM.masked_fill((steps >= lengths_N[:, None])[:, None, :, None], 0.0)
+            if isinstance(layer, nn.ReLU):
+                # Alone, a clip would have nothing behind it but the convolution's own padding of zeros.
                 lengths_N = (lengths_N + 1) // 2
-                maps_NCSM = maps_NCSM.contiguous(memory_format=torch.channels_last)
-            maps_NCSM = layer(maps_NCSM)
+                maps_NCSM = maps_NCSM.mul_(_inside(lengths_N, maps_NCSM[:, 0])).relu_()
+            else:
+                maps_NCSM = layer(maps_NCSM)
         return self.out(maps_NCSM.transpose(1, 2).flatten(2))
+
+
+def _inside(lengths_N: Tensor, frames_NSM: Tensor) -> Tensor:
+    """1 where a clip has frames and 0 behind them, (N, 1, S, 1)."""
+    steps = torch.arange(frames_NSM.shape[1], device=frames_NSM.device)
+    return (steps < lengths_N[:, None])[:, None, :, None].to(frames_NSM.dtype)
 
 
 class DistanceBias(nn.Module):

@@ -26,6 +26,11 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     seed: int = 0,
+    max_running_samples: Annotated[int, typer.Option(min=1, help="Rows answered at a time.")] = 64,
+    kv_cache_gib: Annotated[
+        float | None, typer.Option(help="Memory for keys and values; rows wait for their share of it.")
+    ] = None,
+    prefill_tokens: Annotated[int, typer.Option(min=1, help="Tokens of prompts that enter in a step.")] = 2048,
     strict: options.Strict = False,
     deterministic_batch: options.DeterministicBatch = False,
     allow_urls: options.AllowUrls = False,
@@ -51,7 +56,14 @@ def generate(
         parts.append({"type": type, "path": path})
     if messages is None and not prompt and not parts:
         raise ConfigError("nothing to answer: give a PROMPT, a picture, or --messages with --output")
-    config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        max_running_samples=max_running_samples,
+        prefill_tokens=prefill_tokens,
+        kv_cache_gib=kv_cache_gib,
+    )
     load = options.opener(model, modality, rule, allow_urls, allow_private_addresses, trust_plugin, deterministic_batch)
     if messages is not None and output is not None:
         raise typer.Exit(0 if answer_rows(load, messages, output, config, strict=strict) else options.FAILED_ROWS)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from molora.cli import answer, check, convert, plugins, train
+from molora.process import settle_in
 
 app = typer.Typer(
     name="molora",
@@ -23,11 +24,6 @@ app.add_typer(plugins.router_app, name="router")
 app.add_typer(plugins.metric_app, name="metric")
 app.add_typer(convert.app, name="convert")
 
-# By OpenMP's default, threads spin while they wait for each other. Where another process is busy, they take the core
-# that they wait for. These sleep, after a moment long enough for the next product to come. OpenMP reads it when torch
-# is imported. Measured by benchmarks/busy_machine.py.
-WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "5000"}
-
 
 @app.callback()
 def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
@@ -39,8 +35,7 @@ def main() -> None:
     """Runs the command line; a user's mistake is one paragraph on standard error and exit code 1."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    if not WAITING.keys() & os.environ.keys():
-        os.environ.update(WAITING)
+    settle_in()
     try:
         app()
     except (ValueError, OSError, ImportError, RuntimeError) as error:

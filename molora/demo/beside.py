@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from molora.process import settle_in
+
 
 @contextmanager
 def beside(log: Path, function: Callable[..., object], *arguments: Any) -> Iterator[None]:
@@ -42,6 +44,7 @@ def beside(log: Path, function: Callable[..., object], *arguments: Any) -> Itera
 
 def _call(log: Path, threads: int, function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
     os.setpgid(0, 0)  # Ctrl-C is for the parent, which ends this process when it has to
+    settle_in()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(log, "ab") as file:
         for stream in (sys.stdout, sys.stderr):

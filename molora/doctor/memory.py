@@ -84,17 +84,17 @@ def main(
     `device_memory_gib`."""
     transformers.logging.set_verbosity_error()
     libraries = psutil.Process().memory_info().rss
-    name = None
     with console.status("building it without weights"):
         if Path(source).suffix in (".yaml", ".yml"):
             if modalities:
                 raise ConfigError(f"{source}: a recipe names its modalities itself; --modality goes with a backbone")
             recipe = read(Recipe, source, overrides)
-            name, needed = recipe.device, training_needs(recipe, trust)
+            kind = pick_device(recipe.device).type
+            needed = training_needs(recipe, trust, kind)
         else:
             config = build(AnsweringConfig, options(overrides), "--fit")
-            needed = answering_needs(on_meta(source, modalities, dtype=config.dtype, trust=trust), config)
-    kind = pick_device(name).type
+            kind = pick_device().type
+            needed = answering_needs(on_meta(source, modalities, dtype=config.dtype, trust=trust), config, kind)
     if kind == "cpu" and device_memory_gib is None:
         needed = replace(needed, process=Need("Python", libraries, "the interpreter and its libraries"))
     size = int((device_memory_gib or 0) * 2**30)

@@ -23,6 +23,7 @@ from molora.inference.generate import GenerationConfig, generate, tokens_kept
 from molora.media import MediaPolicy
 from molora.modality import MediaError, Modality
 from molora.model.molora import MoLoRA
+from molora.model.pages import page_tokens
 from molora.pack import Sample
 from molora.routing import RoutingError, name_of
 from molora.seeding import seed_of
@@ -125,8 +126,9 @@ class AnsweringConfig:
     dtype: str | None = None
 
 
-def answering_needs(model: MoLoRA, config: AnsweringConfig) -> MemoryNeeds:
-    """What a model on the meta device needs to answer: at the prefill of all prompts, and at the last tokens.
+def answering_needs(model: MoLoRA, config: AnsweringConfig, device_type: str = "cpu") -> MemoryNeeds:
+    """What a model on the meta device needs to answer on a kind of device, "cpu" or "cuda": at the prefill of all
+    prompts, and at the last tokens.
 
     Keys and values are exactly what the pool of pages takes, which is allocated before the first token. Prompts have an
     example of every modality that the router takes together, and text. The prefill was within 0.01 % of what the CPU's
@@ -135,10 +137,12 @@ def answering_needs(model: MoLoRA, config: AnsweringConfig) -> MemoryNeeds:
     """
     owned = weights(model)
     decoding = GenerationConfig(max_new_tokens=config.max_new_tokens, max_running_samples=config.max_running_samples)
-    return MemoryNeeds(owned, answering_moments(DryRun(model), decoding, config.prompt_tokens))
+    return MemoryNeeds(owned, answering_moments(DryRun(model), decoding, config.prompt_tokens, device_type))
 
 
-def answering_moments(dry: DryRun, config: GenerationConfig, prompt_tokens: int) -> tuple[Moment, Moment]:
+def answering_moments(
+    dry: DryRun, config: GenerationConfig, prompt_tokens: int, device_type: str
+) -> tuple[Moment, Moment]:
     """What answering holds at its two fullest moments: all prompts in one pack, and every answer's last token."""
     model = dry.model
     modalities = max(modality_sets(model), key=len)
@@ -148,9 +152,10 @@ def answering_moments(dry: DryRun, config: GenerationConfig, prompt_tokens: int)
         steps = generate(model, copies(sample, number), config)
         next(steps)
         begun, prefill = dry.alive, dry.fullest
-        kept = model.backbone.kept_layers()
+        dry_kept = model.backbone.kept_layers()
     tokens = tokens_kept(len(sample), config.max_new_tokens, model.backbone.max_tokens)
-    cached = kept.num_bytes(number * kept.pages_for(tokens), number)
+    kept = replace(dry_kept, page_tokens=page_tokens(device_type))
+    dry_cached, cached = (each.num_bytes(number * each.pages_for(tokens), number) for each in (dry_kept, kept))
     prompts = f"{number} x {len(sample):,} tokens of {name_of(sample.modalities)}"
     pages = f"{prompts}, {config.max_new_tokens:,} new ones each, in pages of {kept.page_tokens}"
     pack = min(config.prefill_tokens, number * len(sample))
@@ -159,7 +164,7 @@ def answering_moments(dry: DryRun, config: GenerationConfig, prompt_tokens: int)
         needs = (
             Need("KV cache", cached, pages),
             Need("logits", logits, logits_of(logits, f"{number} at a time", model)),
-            Need("activations", alive.num_bytes - alive.logits - cached, origin),
+            Need("activations", alive.num_bytes - alive.logits - dry_cached, origin),
         )
         return Moment(name, needs)
 
@@ -172,8 +177,8 @@ def answering_moments(dry: DryRun, config: GenerationConfig, prompt_tokens: int)
     )
 
 
-def training_needs(recipe: Recipe, trust: Sequence[str] = ()) -> MemoryNeeds:
-    """What a recipe needs in each of its stages and evaluations, in one process.
+def training_needs(recipe: Recipe, trust: Sequence[str] = (), device_type: str = "cpu") -> MemoryNeeds:
+    """What a recipe needs in each of its stages and evaluations, in one process on a kind of device, "cpu" or "cuda".
 
     Weights, gradients and the optimiser's state are exact. Activations are all else that a `train_step` holds at its
     fullest moment, kept for backward or just in use, if its pack is full: `tokens_per_pack` tokens of at most
@@ -219,7 +224,7 @@ def training_needs(recipe: Recipe, trust: Sequence[str] = ()) -> MemoryNeeds:
     for name, evaluation in recipe.evaluations.items():
         running = min(evaluation.max_running_samples, evaluation.data.limit or evaluation.max_running_samples)
         decoding = GenerationConfig(max_new_tokens=evaluation.max_new_tokens, max_running_samples=running)
-        moment = max(answering_moments(dry, decoding, 0), key=lambda moment: moment.num_bytes)
+        moment = max(answering_moments(dry, decoding, 0, device_type), key=lambda moment: moment.num_bytes)
         moments.append(Moment(f"evaluation {name}, {moment.name}", (optimiser, *moment.needs)))
     return MemoryNeeds(owned, tuple(moments), unknown=unknown)
 
@@ -346,7 +351,7 @@ def with_frames(model: MoLoRA, sample: Sample) -> Sample:
     items = []
     for item in sample.items:
         encoder: Any = model.encoders[item.modality]
-        trains = any(parameter.requires_grad for parameter in encoder.parameters())
-        frames_SC = None if trains else torch.zeros(item.prepared.num_tokens, encoder.width)
-        items.append(replace(item, frames_SC=frames_SC))
+        if not any(parameter.requires_grad for parameter in encoder.parameters()):
+            item = replace(item, frames_SC=torch.zeros_like(model.frames(item).frames_SC, device="cpu"))
+        items.append(item)
     return replace(sample, items=tuple(items))

@@ -20,10 +20,11 @@ from transformers import Cache
 
 from molora.model.attention import Noted, Paged, PageTable, Segments
 
-# The CPU attends to each page in turn: shorter pages take longer, longer ones leave more room unused. The kernel for
-# CUDA takes multiples of 256.
-_PAGE_TOKENS = 64
-_PAGE_TOKENS_ON_CUDA = 256
+
+def page_tokens(device_type: str) -> int:
+    """Tokens in a page on a kind of device. The CPU attends to each page in turn: shorter pages take longer, longer
+    ones leave more room unused. The kernel for CUDA takes multiples of 256."""
+    return 256 if device_type == "cuda" else 64
 
 
 @dataclass(frozen=True)
@@ -270,9 +271,9 @@ class Surveyor(Cache):
 
     def kept(self) -> KeptLayers:
         """What all layers were given for the token."""
-        layers, on_cuda = {}, False
+        layers, device_type = {}, "cpu"
         for index, (key, value) in self._seen.items():
             (_, heads, _, width), (_, value_heads, _, value_width) = key.states.shape, value.shape
             layers[index] = KeptLayer(key.window, (heads, width), (value_heads, value_width), value.dtype)
-            on_cuda = value.is_cuda
-        return KeptLayers(layers, _PAGE_TOKENS_ON_CUDA if on_cuda else _PAGE_TOKENS)
+            device_type = value.device.type
+        return KeptLayers(layers, page_tokens(device_type))

@@ -258,6 +258,10 @@ def test_a_mixed_batch_goes_to_a_file_and_resumes(home: Path, tmp_path: Path) ->
     assert {row["id"]: row["answer"] for row in again} == {id: row["answer"] for id, row in rows.items()}
     assert len(again) == 4
 
+    small = ("--max-running-samples", "1", "--kv-cache-gib", "1e-6", "--prefill-tokens", "7")
+    assert run_cli(*call[:-1], str(tmp_path / "none.jsonl"), *small) == 2
+    assert "kv_cache_gib=1e-06 holds 0" in (tmp_path / "none.jsonl").read_text()
+
 
 def test_given_answers_are_scored_into_a_file_and_a_bad_row_has_exit_code_2(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

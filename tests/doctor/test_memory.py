@@ -502,6 +502,14 @@ def test_keys_and_values_are_what_the_pool_holds_to_the_byte(
     assert (need(prefill, "KV cache"), need(last, "KV cache")) == (sizes[0], sizes[-1])
 
 
+def test_pages_are_counted_as_the_device_has_them(small: Path) -> None:
+    """The kernel for CUDA takes longer pages: 100 tokens take two of 64, or one of 256."""
+    config = AnsweringConfig(prompt_tokens=90, max_new_tokens=11, max_running_samples=5)
+    (cpu, _), (cuda, _) = (answering_needs(on_meta(str(small)), config, kind).moments for kind in ("cpu", "cuda"))
+    assert need(cuda, "KV cache") == 2 * need(cpu, "KV cache")
+    assert (need(cuda, "activations"), need(cuda, "logits")) == (need(cpu, "activations"), need(cpu, "logits"))
+
+
 def held_by(pool: PagePool) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in (*pool.keys.values(), *pool.values.values()))
 
