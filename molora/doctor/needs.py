@@ -247,7 +247,16 @@ def _heaviest_step(model: MoLoRA, recipe: Recipe, index: int) -> tuple[list[Samp
     processor = Processor(tokenizer, model.modalities, model.router.order, model.backbone.max_tokens, policy)
     seed, where, skips = seed_of(recipe.seed, stage.name), f"stages.{index}.data", (SampleTooLong, MediaError)
     size, most = stage.samples_per_step, stage.tokens_per_pack
-    dataset = EncodedSamples(stage.data, processor, seed=seed, max_tokens=most, skips=skips, where=where)
+    dataset = EncodedSamples(
+        stage.data,
+        processor,
+        seed=seed,
+        max_tokens=most,
+        skips=skips,
+        where=where,
+        mixture=stage.mixture,
+        samples_per_step=size,
+    )
     rows = size * min(count_steps(stage, dataset.num_rows), max(1, _SAMPLED_ROWS // size))
     encoded = [dataset[k] for k in range(rows)]
     steps = [[each for each in encoded[k : k + size] if isinstance(each, Sample)] for k in range(0, rows, size)]

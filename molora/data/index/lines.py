@@ -9,7 +9,7 @@ import numpy as np
 
 from molora.config import ConfigError
 from molora.data.formats.rows import MAX_ROW_BYTES, parse
-from molora.data.index.stored import Index, Scan
+from molora.data.index.stored import DataFile, Index, Scan
 
 _UTF8_MARK = b"\xef\xbb\xbf"
 _GZIP = b"\x1f\x8b"
@@ -55,13 +55,11 @@ class LineRows:
     def __init__(self, index: Index, numbers_as_text: bool) -> None:
         self.name = str(index.path)
         self.numbers_as_text = numbers_as_text
-        self.file = index.open()
-        self.descriptor = self.file.fileno()
+        self.file = DataFile(index)
         self.starts = index.arrays()["starts"]
 
     def __getitem__(self, row: int) -> Mapping[str, Any]:
-        start = self.starts.item(row)
-        data = os.pread(self.descriptor, self.starts.item(row + 1) - start, start)
+        data = self.file.read(self.starts.item(row), self.starts.item(row + 1))
         value = parse(data, self.where(row), self.numbers_as_text)
         if not isinstance(value, Mapping):
             raise ValueError(f"{self.where(row)}: expected an object, found {type(value).__name__}")
@@ -81,8 +79,7 @@ class LineRows:
 
     def will_read(self, rows: list[range]) -> None:
         for each in rows:
-            start, end = int(self.starts[each.start]), int(self.starts[each.stop])
-            os.posix_fadvise(self.descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
+            self.file.will_read(self.starts.item(each.start), self.starts.item(each.stop))
 
     def close(self) -> None:
         self.file.close()

@@ -45,7 +45,7 @@ class ParquetRows:
         from datasets import Features, Value
 
         self.name = str(index.path)
-        index.open().close()  # which says if it has changed
+        index.check(index.path.stat())
         self.file = _open(index.path)
         arrays = index.arrays()
         self.groups: list[int] = arrays["groups"].tolist()

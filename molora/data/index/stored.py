@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -57,13 +57,40 @@ class Index:
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"{self.file}: the index of {self.path} cannot be read ({error}); start again") from error
 
-    def open(self) -> BinaryIO:
-        """The data file, unbuffered. Raises ValueError if it has changed since it was indexed."""
-        file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (the caller closes it)
-        if state_of(os.fstat(file.fileno())) != self.state:
-            file.close()
+    def check(self, status: os.stat_result) -> None:
+        """Raises ValueError if the data file has changed since it was indexed."""
+        if state_of(status) != self.state:
             raise ValueError(f"data source {self.path}: has changed since it was opened; start again")
-        return file
+
+
+class DataFile:
+    """An indexed file, read by offset, which processes that share it may do at the same time. Raises ValueError if it
+    has changed since it was indexed."""
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
+        self.file = open(index.path, "rb", buffering=0)  # noqa: SIM115 (`close` closes it)
+        self.descriptor = self.file.fileno()
+        index.check(os.fstat(self.descriptor))
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Bytes from `start` up to `stop`. Raises ValueError unless all are there: an index that came with the data may
+        say anything."""
+        if 0 <= start <= stop <= self.index.state.num_bytes:
+            data = os.pread(self.descriptor, stop - start, start)
+            if len(data) == stop - start:
+                return data
+        raise ValueError(
+            f"data source {self.index.path}: its index has a row from byte {start} to {stop}, and not all of them can "
+            f"be read; remove {self.index.file}, and it is made anew"
+        )
+
+    def will_read(self, start: int, stop: int) -> None:
+        """Has the system read bytes into its memory, without waiting for them."""
+        os.posix_fadvise(self.descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        self.file.close()
 
 
 def state_of(status: os.stat_result) -> State:

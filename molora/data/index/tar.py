@@ -4,7 +4,6 @@ The key of a row is a member's path up to the first dot of its name; what follow
 the column that holds its content.
 """
 
-import os
 import tarfile
 from array import array
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,7 @@ import numpy as np
 
 from molora.config import ConfigError
 from molora.data.formats.rows import MAX_ROW_BYTES, parse
-from molora.data.index.stored import Index, Scan
+from molora.data.index.stored import DataFile, Index, Scan
 
 # Endings of members that hold text, by their last part; webdataset reads these as text too.
 _TEXT = ("caption", "class", "cls", "count", "id", "inx", "md", "text", "transcript", "txt")
@@ -108,7 +107,7 @@ class TarRows:
     def __init__(self, index: Index, numbers_as_text: bool) -> None:
         self.name = str(index.path)
         self.numbers_as_text = numbers_as_text
-        self.file = index.open()
+        self.file = DataFile(index)
         self.endings: list[str] = list(index.about["endings"])
         arrays = index.arrays()
         self.firsts, self.offsets, self.sizes = arrays["firsts"], arrays["offsets"], arrays["sizes"]
@@ -117,10 +116,8 @@ class TarRows:
     def __getitem__(self, row: int) -> Mapping[str, Any]:
         first, end = self.firsts[row : row + 2].tolist()
         offsets, sizes = self.offsets[first:end].tolist(), self.sizes[first:end].tolist()
-        start, stop = offsets[0], offsets[-1] + sizes[-1]
-        data = os.pread(self.file.fileno(), stop - start, start)
-        if len(data) < stop - start:
-            raise ValueError(f"{self.where(row)}: the file ends inside; download it again")
+        start = offsets[0]
+        data = self.file.read(start, offsets[-1] + sizes[-1])
         values: dict[str, Any] = {"id": self._key(row)}
         for offset, size, number in zip(offsets, sizes, self.ending_numbers[first:end].tolist(), strict=True):
             ending = self.endings[number]
@@ -154,9 +151,8 @@ class TarRows:
 
     def will_read(self, rows: list[range]) -> None:
         for each in rows:
-            first, end = int(self.firsts[each.start]), int(self.firsts[each.stop]) - 1
-            start, stop = int(self.offsets[first]), int(self.offsets[end] + self.sizes[end])
-            os.posix_fadvise(self.file.fileno(), start, stop - start, os.POSIX_FADV_WILLNEED)
+            first, end = self.firsts.item(each.start), self.firsts.item(each.stop) - 1
+            self.file.will_read(self.offsets.item(first), self.offsets.item(end) + self.sizes.item(end))
 
     def close(self) -> None:
         self.file.close()

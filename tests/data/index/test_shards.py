@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors import safe_open
 from typer.testing import CliRunner
@@ -21,8 +22,9 @@ from molora.cli.commands import app
 from molora.config import ConfigError
 from molora.data.index import build, tar
 from molora.data.index.build import files_of, indexed
+from molora.data.index.lines import LineRows
 from molora.data.index.shards import Shards
-from molora.data.index.stored import FOLDER, read_index
+from molora.data.index.stored import FOLDER, Scan, read_index, state_of, write_index
 from molora.data.mixture import MixtureConfig
 from molora.data.processor import Processor
 from molora.data.sources import EncodedSamples, Source, SourceConfig, open_source
@@ -231,6 +233,16 @@ def test_an_index_holds_for_the_file_as_it_was_and_no_other(tmp_path: Path, kind
     assert len(shards(str(path), **templates)) == 12, "a damaged index is made anew"
     with safe_open(stored, "pt") as index:
         assert json.loads(index.metadata()["about"])["num_rows"] == 12
+
+
+def test_an_index_that_says_what_is_not_there_is_refused(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", 3)
+    state = state_of(path.stat())
+    for starts in ([0, 10, 20, 2**40], [-8, 10, 20, 30], [30, 20, 10, 0]):
+        write_index(path, Scan(3, {"starts": np.array(starts)}, {}), state)
+        rows = LineRows(indexed([path])[0], numbers_as_text=False)
+        with pytest.raises(ValueError, match=r"a.jsonl: its index has a row from byte .* remove .*a.jsonl.safetensors"):
+            rows[0 if starts[0] else 2]
 
 
 def test_an_index_goes_to_the_cache_where_the_folder_takes_none(
