@@ -33,6 +33,8 @@ from molora.train.step import source_of
 # Files of a source are hashed whole up to so many bytes in all, which takes seconds; larger ones by names and sizes.
 HASHED_BYTES = 2**30
 _LISTED_FILES = 100
+# Options of sources whose values are files or folders.
+_FILE_KEYS = ("path", "paths", "file", "files", "folder", "manifest", "questions", "annotations")
 _LIBRARIES = ("molora", "torch", "transformers", "peft", "accelerate", "safetensors")
 
 
@@ -98,7 +100,7 @@ def _files(options: Any, key: str = "") -> Iterator[Path]:
     for name, value in items:
         if isinstance(value, (Mapping, list, tuple)):
             yield from _files(value, name)
-        elif isinstance(value, str) and name in ("path", "paths", "file", "files", "folder", "manifest"):
+        elif isinstance(value, str) and name in _FILE_KEYS:
             for path in map(Path, sorted(glob.glob(os.path.expanduser(value))) or [os.path.expanduser(value)]):
                 inside = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
                 yield from (each for each in inside if each.is_file())

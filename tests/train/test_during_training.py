@@ -20,7 +20,7 @@ import molora
 from molora.checkpoint.opening import open_model
 from molora.config import ConfigError, build
 from molora.data.mixture import MixtureConfig
-from molora.data.sources import SourceConfig
+from molora.data.sources import SourceConfig, open_source
 from molora.evaluate.metrics import Judged, NoOptions
 from molora.received import read_json
 from molora.testing import save_backbone
@@ -578,6 +578,18 @@ def test_a_source_may_say_where_its_rows_are_from() -> None:
     assert (told["rows"], told["fingerprint"], told["licence"], told["sha256"]) == (2, "abc", "MIT", None)
     stated = about_source(SourceConfig(kind="x", licence="CC0"), Told([1]))  # pyright: ignore[reportArgumentType]
     assert stated["licence"] == "CC0"
+
+
+def test_a_dataset_tells_its_licence_and_its_commit(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    url = f"hf://datasets/org/name@{'0a' * 20}/data/train.parquet"
+    told = datasets.DatasetInfo(license="cc0-1.0", download_checksums={url: {"num_bytes": 1, "checksum": None}})
+    datasets.Dataset.from_dict({"q": ["a", "b"], "a": ["1", "2"]}, info=told).save_to_disk(tmp_path / "saved")
+    options = {"path": str(tmp_path / "saved"), "prompt": "{q}", "answer": "{a}"}
+    config = SourceConfig(kind="table", options=options, limit=1)
+    about = about_source(config, open_source(config, "data"))
+    assert (about["rows"], about["licence"], about["fingerprint"]) == (1, "cc0-1.0", f"org/name@{'0a' * 20}")
+    assert {Path(file["path"]).suffix for file in about["files"]} == {".arrow", ".json"}
 
 
 def test_a_state_of_older_code_goes_on(home: Path, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def two_ranks(path: Path) -> list[Any]:
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("seconds")} for line in lines]
 
 
 def steps_logged(run: Path) -> int:

@@ -186,6 +186,15 @@ class Table:
         if "id" in names:
             check_column("id", names, self.label)
 
+    def provenance(self) -> dict[str, Any]:
+        """Of a dataset of `datasets`: its licence, and its commits on the hub, as far as it tells them."""
+        info = getattr(getattr(self.rows, "rows", None), "info", None)
+        if info is None:
+            return {}
+        urls = " ".join(info.download_checksums or ())
+        commits = sorted(set(re.findall(r"hf://datasets/(\S+?@[0-9a-f]{40})/", urls)))
+        return {"fingerprint": ", ".join(commits) or None, "licence": info.license or None}
+
     def _needed(self, names: Iterable[str]) -> list[str]:
         """The columns to read, of these: those that the recipe names, and the id. None at all if one is missing."""
         names = list(names)

@@ -89,6 +89,10 @@ class Shards:
         """The file and row, for errors."""
         return self.rows.where(row)
 
+    def provenance(self) -> dict[str, Any]:
+        """The files, for the card of a run."""
+        return {"files": [index.path for index in self.rows.indexes]}
+
     def will_read(self, rows: list[range]) -> None:
         """Has the system read what comes next."""
         self.rows.will_read(rows)
