@@ -1,6 +1,7 @@
 """Tables as conversations of one turn: files of rows, and datasets of the hub."""
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
