@@ -152,9 +152,12 @@ def test_multiple_choice_finds_the_option_that_an_answer_names(answer: str, foun
         assert measured([item], "multiple_choice") == wanted
 
 
-def test_multiple_choice_without_options_names_the_question() -> None:
-    with pytest.raises(ValueError, match="question 3:q: choice is None of 0 choices; .*needs the options of the row"):
-        measured([judged("B", "B", id="3:q")], "multiple_choice")
+def test_an_open_question_among_multiple_choice_counts_by_exact_match() -> None:
+    options = judged("B", OPTIONS[1], choices=OPTIONS, choice=1)
+    asked = [options, judged("42", "42", id="3:q"), judged("41", "42", id="4:q")]
+    assert measured(asked, "multiple_choice") == {"multiple_choice": pytest.approx(2 / 3), "no_choice": 0.0}
+    with pytest.raises(ValueError, match="question 3:q: choice is 4 of 2 choices; .*needs the options of the row"):
+        measured([judged("B", "B", id="3:q", choices=["a", "b"], choice=4)], "multiple_choice")
 
 
 def test_choices_are_compared_by_likelihood_as_lm_eval_does() -> None:

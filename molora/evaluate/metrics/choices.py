@@ -16,6 +16,7 @@ class MultipleChoice(Counted):
     option that an answer names is found by the first of these rules that finds one; where it finds several, the last
     counts. The answer is an option, or its letter, as exact match compares them; has a letter in brackets, as (B); has
     a letter that stands alone; begins with a letter and a full stop, colon or bracket; has the text of an option in it.
+    Of sets that have both kinds, a question without options is right where exact match says so.
 
     Source: MMMU, parse_multi_choice_response of eval_utils.py, which guesses where no rule finds an option."""
 
@@ -26,8 +27,13 @@ class MultipleChoice(Counted):
         pass
 
     def counts(self, judged: Sequence[Judged]) -> np.ndarray:
-        named = [(right_choice(item), named_choice(item.answer, item.choices)) for item in judged]
-        return np.array([(found == right, found is None, 1) for right, found in named])
+        return np.array([self._counted(item) for item in judged])
+
+    def _counted(self, item: Judged) -> tuple[bool, bool, int]:
+        if not item.choices and item.choice is None:
+            return item.correct, False, 1
+        right, named = right_choice(item), named_choice(item.answer, item.choices)
+        return named == right, named is None, 1
 
     def of_sums(self, sums_BK: np.ndarray) -> dict[str, np.ndarray]:
         right, none, questions = sums_BK.T
