@@ -10,9 +10,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from molora.terminal import console
 from tests.cli.test_cli import RECIPE, run_cli
 
 COLOURS = ("red", "green", "blue", "white")
+
+
+@pytest.fixture(autouse=True)
+def output_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command about a model that is no run turns its tables to standard error, for as long as the process lasts."""
+    monkeypatch.setattr(console, "stderr", False)
 
 
 @pytest.fixture(scope="module")
