@@ -1,7 +1,7 @@
 # `make PYTHON=python3.12 …` chooses the interpreter that the environment is made from.
 PYTHON ?= python3
 VENV := .venv
-EXTRAS := audio,datasets,demo,dev,docs,heif,open_clip
+EXTRAS := audio,datasets,demo,dev,docs,heif,metrics,open_clip
 BIN := $(VENV)/bin
 # Threads that wait without spinning leave the cores to others; as in molora/process.py.
 export OMP_WAIT_POLICY ?= passive
@@ -9,9 +9,11 @@ export GOMP_SPINCOUNT ?= 5000
 # Memory that is freed is kept for the next tensor; as in molora/process.py.
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824
 # On a terminal pip shows its bars; in a log only what goes wrong. setuptools warns of every editable install.
-PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check $(if $(MAKE_TERMOUT),,--quiet) install
+PIP_INSTALL := -m pip --disable-pip-version-check $(if $(MAKE_TERMOUT),,--quiet) install
+PIP := PYTHONWARNINGS=ignore $(BIN)/python $(PIP_INSTALL)
+HARNESS_PIP := PYTHONWARNINGS=ignore $(VENV)-harness/bin/python $(PIP_INSTALL)
 
-.PHONY: help demo test test-oldest check docs setup wheel-test release-check clean
+.PHONY: help demo test test-oldest test-harness check docs setup wheel-test release-check clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -25,6 +27,9 @@ test: $(VENV)/dev.stamp  ## run the tests, one process a core, at most eight
 test-oldest:  ## run the tests with the oldest libraries that setup.cfg allows, in .venv-oldest
 	$(MAKE) VENV=$(VENV)-oldest $(VENV)-oldest/oldest.stamp
 	$(MAKE) VENV=$(VENV)-oldest test
+
+test-harness: $(VENV)-harness/made.stamp  ## run the tests of molora under lm-eval and lmms-eval, in .venv-harness
+	HF_HUB_OFFLINE=1 $(VENV)-harness/bin/python -m pytest --quiet tests/evaluate/test_harness.py
 
 check: $(VENV)/dev.stamp  ## lint, format and types
 	$(BIN)/ruff check
@@ -52,7 +57,7 @@ release-check: $(VENV)/dev.stamp  ## build the wheel and the sdist in dist/, and
 	$(BIN)/python .ci/release.py dist
 
 clean:  ## remove the environments, build leftovers and caches; runs/ stays
-	rm -rf $(VENV) $(VENV)-oldest build dist site *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-harness build dist site *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written only when its step has finished, so an interrupted one is done again and a finished one is not.
@@ -79,3 +84,15 @@ $(VENV)/oldest.stamp: $(VENV)/made.stamp setup.cfg pyproject.toml
 	$(PIP) 'uv>=0.9'
 	$(BIN)/uv pip install --quiet --python $(VENV) --resolution lowest-direct --editable '.[$(EXTRAS)]'
 	@touch $@ $(VENV)/dev.stamp
+
+# What the harnesses bring beside what $(VENV) has, in an environment on top of it. lmms-eval asks for fifty more
+# packages, some at one version, for models and tasks that bring their own; those named here are what it imports itself.
+# It patches a private module that filelock 4 no longer has.
+$(VENV)-harness/made.stamp: $(VENV)/dev.stamp Makefile setup.cfg
+	@echo "installing lm-eval and lmms-eval into $(VENV)-harness, on top of $(VENV) (about 400 MB; a few minutes)"
+	$(BIN)/python -m venv --clear $(VENV)-harness
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(\"%s\")" % sysconfig.get_path("purelib"))' \
+	> "$$($(VENV)-harness/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth"
+	$(HARNESS_PIP) --editable '.[harness]' aiohttp 'filelock<4' loguru python-dotenv pytz tenacity
+	$(HARNESS_PIP) --no-deps 'lmms-eval>=0.7.3,<0.8'
+	@touch $@

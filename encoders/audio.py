@@ -84,6 +84,8 @@ class Audio:
 
     config_type: ClassVar[type] = AudioConfig
     part_type: ClassVar[str] = "audio"
+    # Of what `load` returns, so that tools can play it and listen to it.
+    sampling_rate_hz: ClassVar[int] = SAMPLE_RATE_HZ
 
     def __init__(self, name: str, config: AudioConfig) -> None:
         self.name, self.config = name, config
@@ -107,6 +109,10 @@ class Audio:
         if self.pretrained is not None:
             return self.pretrained.prepare(item, augment)
         return Prepared({"features_SM": augment(log_mel([item]))}, num_encoded(num_frames(len(item))))
+
+    def blank(self, item: Tensor) -> Tensor:
+        """Silence of the same length."""
+        return torch.zeros_like(item)
 
     def collate(self, prepared: Sequence[Prepared]) -> dict[str, Tensor]:
         """All frames of features in order, and what says where clips begin."""

@@ -7,9 +7,10 @@ import io
 import math
 import numbers
 import re
+import sys
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 from molora.encoders.mp3 import AGAIN
 from molora.encoders.sound_files import UNKNOWN_BYTES, pieces
-from molora.media import Sources
+from molora.media import Sources, open_file
 from molora.modality import MediaError
 
 # What encoders hear, and the frames that their features are made of: 25 ms every 10 ms.
@@ -32,7 +33,12 @@ MIN_SAMPLES = FRAME_SAMPLES
 # Half an hour of 24-bit stereo at 48 kHz is half of it.
 MAX_FILE_BYTES = 2**30
 _SOURCES = ("path", "url", "base64", "bytes", "audio", "array")
-_CLIPS = Sources(part_type="audio", keys=_SOURCES, max_file_bytes=MAX_FILE_BYTES)
+_CLIPS = Sources(
+    part_type="audio", keys=_SOURCES, max_file_bytes=MAX_FILE_BYTES, part_of=("start_seconds", "end_seconds")
+)
+
+# Ends of segments are rounded, so that they may lie a little beyond the clip's. Source: Kaldi's extract-segments.
+_MAX_OVERSHOOT_SECONDS = 0.5
 
 _MIN_HZ, _MAX_HZ = 1_000, 768_000
 _MAX_CHANNELS = 64
@@ -79,7 +85,8 @@ def load_sound(part: Mapping[str, Any], *, max_seconds: float = 1800.0) -> Tenso
     The part has one of `path`, `url`, `base64` (or a data URI), `bytes`, `audio` (any of the others, or a mapping of
     one, as columns of datasets are), `array`. Files are wav, flac, ogg, mp3 and whatever else soundfile reads. Beside
     an `array` stands its `sampling_rate` in hertz; it is L or L x C in numpy, L or C x L in torch, of floats in [-1, 1]
-    or of uint8, int16 or int32, which are scaled by their range. Channels are averaged. n samples at r hertz become
+    or of uint8, int16 or int32, which are scaled by their range. `start_seconds` and `end_seconds` ask for a part of
+    the sound, to which `max_seconds` then applies. Channels are averaged. n samples at r hertz become
     ceil(16000 n / r). Full scale is 1; peaks of lossy files and of resampled sound may lie a little beyond.
 
     A clip that was recorded or converted too loud, so that it is flat at full scale for much of its time, is refused. A
@@ -92,6 +99,7 @@ def load_sound(part: Mapping[str, Any], *, max_seconds: float = 1800.0) -> Tenso
     with _CLIPS.named(key, value):
         if key == "audio":
             raise MediaError("give a path, a URL, bytes, an array, or a mapping of array and sampling_rate")
+        span = _Span.of(part)
         given_hz = part.get("sampling_rate")
         if given_hz is not None and not (isinstance(given_hz, numbers.Real) and float(given_hz).is_integer()):
             raise _wrong_rate(given_hz)
@@ -99,13 +107,14 @@ def load_sound(part: Mapping[str, Any], *, max_seconds: float = 1800.0) -> Tenso
             if given_hz is None:
                 raise MediaError("is an array without its sampling_rate; give the rate in hertz beside it")
             wave_LC, rate_hz = _from_array(value), int(float(given_hz))
+            wave_LC = span.cut(wave_LC, rate_hz)
             _check_limits(rate_hz, wave_LC.shape[1], len(wave_LC), max_seconds)
             mixer = _Mixer()
             for start in range(0, len(wave_LC), _SAMPLES_AT_ONCE):
                 mixer.add(_scaled(wave_LC[start : start + _SAMPLES_AT_ONCE]))
             wave_L = mixer.wave_L()
         else:
-            wave_L, rate_hz = _decode(_CLIPS.read(key, value), max_seconds)
+            wave_L, rate_hz = _decode_source(key, value, span, max_seconds)
             if given_hz not in (None, rate_hz):
                 raise MediaError(f"is a file at {rate_hz} Hz beside a sampling_rate of {given_hz}; leave that out")
         wave_L = resample(torch.from_numpy(wave_L), rate_hz)
@@ -155,20 +164,92 @@ def _filters(rate_hz: int) -> tuple[Tensor, int, int]:
     return torch.cat(shifted), repeats * take, sinc.width
 
 
-def _decode(data: bytes, max_seconds: float) -> tuple[np.ndarray, int]:
-    """The samples of a file, its channels averaged, and their rate in hertz."""
+class _Span(NamedTuple):
+    """Which part of a sound is heard, in seconds; up to the sound's end if `end` is None."""
+
+    start: float
+    end: float | None
+
+    @classmethod
+    def of(cls, part: Mapping[str, Any]) -> Self:
+        """Raises MediaError for seconds that are none, and for a part that ends before it starts."""
+        start, end = part.get("start_seconds"), part.get("end_seconds")
+        for value in (start, end):
+            is_number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+            if value is not None and not is_number:
+                raise MediaError(
+                    f"has start_seconds {start!r:.40} and end_seconds {end!r:.40}; each is a number of seconds"
+                )
+        span = cls(float(start or 0), None if end is None else float(end))
+        if span.start < 0 or (span.end is not None and span.end <= span.start):
+            raise MediaError(
+                f"has start_seconds {start} and end_seconds {end}; a part starts at 0 or later, and ends later"
+            )
+        return span
+
+    @property
+    def is_whole(self) -> bool:
+        return self == (0.0, None)
+
+    def samples(self, rate_hz: int) -> tuple[int, int]:
+        """The first sample, and the one after the last."""
+        return round(self.start * rate_hz), sys.maxsize if self.end is None else round(self.end * rate_hz)
+
+    def check(self, num_samples: int, rate_hz: int) -> None:
+        """Raises MediaError for a part that starts or ends after the sound, which has so many samples."""
+        late = []
+        if not self.is_whole and self.start * rate_hz >= num_samples:
+            late = [f"start_seconds {self.start:g}"]
+        if self.end is not None and (self.end - _MAX_OVERSHOOT_SECONDS) * rate_hz > num_samples:
+            late.append(f"end_seconds {self.end:g}")
+        if late:
+            raise MediaError(f"has {' and '.join(late)}, but lasts {num_samples / rate_hz:.3f} seconds")
+
+    def cut(self, wave_LC: np.ndarray, rate_hz: int) -> np.ndarray:
+        self.check(len(wave_LC), rate_hz)
+        first, last = self.samples(rate_hz)
+        return wave_LC[first:last]
+
+
+def _decode_source(key: str, value: Any, span: _Span, max_seconds: float) -> tuple[np.ndarray, int]:
+    """The samples of a part of what a content part gives, and their rate in hertz. Of a part of a WAV no more is read
+    than that part: recordings of speech may be hours long, and their segments seconds."""
+    if key == "path" and not span.is_whole:
+        with open_file(value, MAX_FILE_BYTES) as (file, num_bytes):
+            if _is_one_wav(file, num_bytes):
+                wave_L, rate_hz, num = _decode_piece(_OpenFile(file, num_bytes), 0, span, max_seconds)
+                if num < span.samples(rate_hz)[1]:
+                    span.check(num, rate_hz)
+                return wave_L, rate_hz
+    return _decode(_CLIPS.read(key, value), span, max_seconds)
+
+
+def _is_one_wav(file: io.BufferedReader, num_bytes: int) -> bool:
+    """Whether a file is a WAV from its first byte to its last: nothing is joined to it, and its header is filled in."""
+    head = file.read(12)
+    return head[:4] == b"RIFF" and head[8:] == b"WAVE" and 8 + int.from_bytes(head[4:8], "little") == num_bytes
+
+
+def _decode(data: bytes, span: _Span, max_seconds: float) -> tuple[np.ndarray, int]:
+    """The samples of a part of a file, its channels averaged, and their rate in hertz."""
     clips, rate_hz, num_samples = [], 0, 0
-    for piece in (found := pieces(data, max_seconds)):
-        wave_L, piece_hz = _decode_piece(piece, num_samples, max_seconds)
+    for piece in (found := pieces(data, max_seconds if span.is_whole else math.inf)):
+        wave_L, piece_hz, num = _decode_piece(_BoundedFile(piece), num_samples, span, max_seconds)
         if rate_hz not in (0, piece_hz):
             raise MediaError(f"is {len(found)} sounds joined, at {rate_hz} and {piece_hz} Hz; convert it to one rate")
-        rate_hz, num_samples = piece_hz, num_samples + len(wave_L)
+        rate_hz, num_samples = piece_hz, num_samples + num
         clips.append(wave_L)
+        if num_samples >= span.samples(rate_hz)[1]:
+            break
+    else:
+        span.check(num_samples, rate_hz)
     return clips[0] if len(clips) == 1 else np.concatenate(clips), rate_hz
 
 
-def _decode_piece(data: bytes, before: int, max_seconds: float) -> tuple[np.ndarray, int]:
-    """The samples of a file, and their rate, that come after as many `before`."""
+def _decode_piece(
+    source: "_BoundedFile | _OpenFile", before: int, span: _Span, max_seconds: float
+) -> tuple[np.ndarray, int, int]:
+    """The samples of a file that are in the span, their rate, and how many were passed; as many come `before`."""
     try:
         import soundfile
     except ImportError as error:
@@ -182,29 +263,36 @@ def _decode_piece(data: bytes, before: int, max_seconds: float) -> tuple[np.ndar
 
     mixer, num = _Mixer(), 0
     try:
-        with Forward(_BoundedFile(data)) as file:
+        with Forward(source) as file:
             rate_hz, channels, promised = file.samplerate, file.channels, file.frames
             is_mp3, knows = file.format == "MP3", file.frames != _UNKNOWN_FRAMES
-            _check_limits(rate_hz, channels, before + (promised if knows else 0), max_seconds)
-            while len(block_LC := file.read(min(_SAMPLES_AT_ONCE, promised - num), dtype="float32", always_2d=True)):
+            start, stop = span.samples(rate_hz)
+            first, last = max(0, start - before), stop - before  # as this file counts
+            _check_limits(rate_hz, channels, min(before + promised if knows else 0, stop) - start, max_seconds)
+            if first and knows and file.subtype.startswith("PCM_"):
+                num = file.seek(min(first, promised))
+            ends = min(promised, last)
+            while len(block_LC := file.read(min(_SAMPLES_AT_ONCE, ends - num), dtype="float32", always_2d=True)):
+                mixer.add(block_LC[max(0, first - num) :])
                 num += len(block_LC)
-                mixer.add(block_LC)
-                _check_limits(rate_hz, channels, before + num, max_seconds)
+                _check_limits(rate_hz, channels, before + num - start, max_seconds)
             cut_off = _CUT_OFF.search(file.extra_info)
     except soundfile.LibsndfileError as error:
         raise MediaError(
             f"cannot be decoded, it is damaged or no audio ({error.error_string}); check that it plays, or convert it "
             "to wav or flac"
         ) from error
-    if data.startswith(b"NIST_1A") and (told := _NIST_SAMPLES.search(data[:1024])):
+    source.seek(0)
+    if (head := source.read(1024)).startswith(b"NIST_1A") and (told := _NIST_SAMPLES.search(head)):
         promised = int(told[1])
-    if knows and num < promised - (_MP3_SPARE_SAMPLES if is_mp3 else 0):
+    if knows and num < min(promised - (_MP3_SPARE_SAMPLES if is_mp3 else 0), last):
         raise MediaError(f"is cut off or damaged: {promised} samples promised, {num} decoded; {AGAIN}")
     if cut_off and cut_off["promised"] is None:
         raise MediaError(f"is cut off or damaged: pages of its stream are missing; {AGAIN}")
     if cut_off and int(cut_off["present"]) < int(cut_off["promised"]) < UNKNOWN_BYTES:
         raise MediaError(f"is cut off: {cut_off['promised']} bytes promised, {cut_off['present']} there; {AGAIN}")
-    return mixer.wave_L(), rate_hz
+    is_outside = not span.is_whole and not mixer.num_samples
+    return np.zeros(0, np.float32) if is_outside else mixer.wave_L(), rate_hz, num
 
 
 def _from_array(value: Any) -> np.ndarray:
@@ -241,8 +329,25 @@ class _BoundedFile(io.BytesIO):
         self._size = len(data)  # asking the buffer for it would copy the data
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self._size}[whence]
-        return super().seek(min(max(base + offset, 0), self._size))
+        return super().seek(_inside(offset, whence, self.tell(), self._size))
+
+
+class _OpenFile(io.BufferedReader):
+    """The same for a file on disk, of which only what is asked for is read."""
+
+    def __init__(self, file: io.BufferedReader, num_bytes: int) -> None:
+        super().__init__(file.raw)
+        self._size = num_bytes
+        self.seek(0)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        return super().seek(_inside(offset, whence, self.tell(), self._size))
+
+
+def _inside(offset: int, whence: int, at: int, num_bytes: int) -> int:
+    """The place that a seek leads to, but for places outside a file."""
+    base = {io.SEEK_SET: 0, io.SEEK_CUR: at, io.SEEK_END: num_bytes}[whence]
+    return min(max(base + offset, 0), num_bytes)
 
 
 class _Mixer:

@@ -188,6 +188,10 @@ class Vision:
         crops_BCHW = torch.from_numpy(crops.reshape(-1, 3, crop, crop))
         return Prepared({"crops_BCHW": crops_BCHW, "layout_4": torch.tensor(layout[:4])}, num_tokens)
 
+    def blank(self, item: Image.Image) -> Image.Image:
+        """Grey of the same size."""
+        return Image.new("RGB", item.size, "grey")
+
     def collate(self, prepared: Sequence[Prepared]) -> dict[str, Tensor]:
         """All crops in reading order, and a row of layout for each picture."""
         return {

@@ -116,3 +116,12 @@ class Modality(Protocol):
         """A few content parts that `load` takes, the same every time, of different sizes, without files or network.
         With them `molora modality check` and `molora verify` can try the plugin."""
         ...
+
+
+@runtime_checkable
+class HasBlank(Protocol):
+    """What a modality may have besides: items that say nothing, for baselines (`media: blank` of an evaluation)."""
+
+    def blank(self, item: Any) -> Any:
+        """An item of the same size, and so of as many tokens, that says nothing: a grey picture, silence."""
+        ...

@@ -36,6 +36,12 @@ class Sample:
     targets_T: Tensor
     items: tuple[Item, ...] = ()
 
+    @classmethod
+    def of_text(cls, id: str, token_ids: Sequence[int]) -> Sample:
+        """Text by its token ids, none of which is a target."""
+        token_ids_T = torch.tensor(token_ids, dtype=torch.long)
+        return cls(id, token_ids_T, torch.zeros_like(token_ids_T), torch.zeros_like(token_ids_T, dtype=torch.bool))
+
     @property
     def modalities(self) -> frozenset[str]:
         return frozenset(item.modality for item in self.items)

@@ -25,15 +25,32 @@ Kind = Literal["modality", "router", "source", "metric"]
 _SOURCES = {
     "messages": "molora.data.sources:Messages",
     "table": "molora.data.formats.table:Table",
+    "shards": "molora.data.index.shards:Shards",
+    "coco_captions": "molora.data.formats.coco:CocoCaptions",
+    "vqa": "molora.data.formats.coco:Vqa",
+    "folder": "molora.data.formats.folders:Folder",
+    "transcripts": "molora.data.formats.transcripts:Transcripts",
+    "kaldi": "molora.data.formats.kaldi:Kaldi",
+    "nemo": "molora.data.formats.nemo:Nemo",
     "easy_vqa": "molora.data.easy_vqa:EasyVQA",
     "spoken_easy_vqa": "molora.data.easy_vqa:SpokenEasyVQA",
 }
 _METRICS = {
     "exact_match": "molora.evaluate.metrics.text:ExactMatch",
+    "macro_f1": "molora.evaluate.metrics.text:MacroF1",
+    "yes_no": "molora.evaluate.metrics.text:YesNo",
+    "multiple_choice": "molora.evaluate.metrics.choices:MultipleChoice",
+    "choice_likelihood": "molora.evaluate.metrics.choices:ChoiceLikelihood",
+    "vqa_accuracy": "molora.evaluate.metrics.visual:VqaAccuracy",
+    "anls": "molora.evaluate.metrics.visual:Anls",
+    "relaxed_accuracy": "molora.evaluate.metrics.visual:RelaxedAccuracy",
     "word_error_rate": "molora.evaluate.metrics.speech:WordErrorRate",
     "character_error_rate": "molora.evaluate.metrics.speech:CharacterErrorRate",
-    "macro_f1": "molora.evaluate.metrics.text:MacroF1",
     "bleu": "molora.evaluate.metrics.translation:Bleu",
+    "chrf": "molora.evaluate.metrics.translation:Chrf",
+    "cider": "molora.evaluate.metrics.writing:Cider",
+    "rouge": "molora.evaluate.metrics.writing:Rouge",
+    "judge": "molora.evaluate.metrics.judge_model:JudgeModel",
 }
 
 # What a class must have to keep the contract of molora.modality, molora.routing, molora.data.sources or

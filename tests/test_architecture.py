@@ -34,8 +34,10 @@ MAY_IMPORT = {
     "plugin_kit": "data model checkpoint convert inference evaluate train testing",
     "doctor": "data model checkpoint convert inference evaluate train testing",
     "report": "data model checkpoint convert inference evaluate train",
+    "data_tools": "data model checkpoint convert inference evaluate train doctor report",
     "demo": "data model checkpoint convert inference evaluate train pretrain report",
-    "cli": "data model checkpoint convert inference evaluate train pretrain verify plugin_kit doctor report demo",
+    "cli": "data model checkpoint convert inference evaluate train pretrain verify plugin_kit doctor report data_tools "
+    "demo",
 }
 ROOT_ROOMS = ("", "config", "media")
 # What a function may import though its file may not: plugins import `testing`, and must not bring the model with them.
@@ -57,11 +59,19 @@ LAZY = (
     "matplotlib",
     "open_clip",
     "pillow_heif",
+    "rapidfuzz",
+    "rouge_score",
     "sacrebleu",
     "soundfile",
     "tensorboard",
     "torchaudio",
 )
+
+# Files that another program loads as parts of it, with the library that it brings: their classes are made from its own.
+PARTS_OF = {
+    "molora.evaluate.harness.lm_eval": "lm_eval",
+    "molora.evaluate.harness.lmms_eval": "lmms_eval",
+}
 
 # Installed because something else needs them to work for us.
 NEEDED_UNSEEN = {
@@ -234,6 +244,12 @@ def test_heavy_libraries_are_imported_where_they_are_used(path: Path) -> None:
         assert not (heavy and found.top), f"{found} at the top of the file; import it in the function that uses it"
 
 
+def test_what_another_program_loads_is_imported_by_nothing_else() -> None:
+    for path in SOURCES:
+        for found in ours(path):
+            assert found.module not in PARTS_OF, f"{found}, which only {PARTS_OF.get(found.module)} can load"
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)
 def test_no_model_or_tokenizer_brings_code_of_its_own(path: Path) -> None:
     """What opens one says so itself, whatever the default is."""
@@ -280,7 +296,12 @@ def test_setup_cfg_requires_what_is_imported_and_nothing_else() -> None:
         for found in imports(path)
         if found.module.split(".")[0] not in {*sys.stdlib_module_names, "molora"}
     ]
+    brought = set(PARTS_OF.values())
     for found in third_party:
+        if found.module in brought:
+            part = module_name(found.file)
+            assert not found.top or PARTS_OF.get(part) == found.module, f"{found}, but {part} is no part of it"
+            continue
         assert found.module in core or (not found.top and found.module in extra), (
             f"{found}, which a plain install does not bring (setup.cfg)"
         )

@@ -21,6 +21,7 @@ from molora.config import build, plain_yaml
 from molora.data.formats.table import TableConfig
 from molora.data.sources import MessagesConfig, SourceConfig
 from molora.plugin_kit.scaffold import new_plugin
+from molora.plugins import available, find
 from molora.testing import save_backbone
 from molora.train.recipe import StageConfig
 
@@ -117,6 +118,20 @@ def test_what_the_page_shows_is_what_the_commands_print(
     text = (here / "tide.py").read_text()
     (here / "longer.py").write_text(text.replace("num_tokens=len(patches_SW)", "num_tokens=len(patches_SW) + 1"))
     assert told("modality", "check", "longer.py:TideModality")[-5:] == found.splitlines()
+
+
+def test_the_sources_on_the_page_about_data_are_read() -> None:
+    text = (ROOT / "docs/how_to/data.md").read_text(encoding="utf-8")
+    sources = [
+        build(SourceConfig, source, name)
+        for block in re.findall(r"^```yaml\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+        for name, source in plain_yaml.parse(block)["data"].items()
+    ]
+    for source in sources:
+        plugin: Any = find("source", source.kind).plugin
+        build(plugin.config_type, source.options, "the page")
+    formats = {plugin.name for plugin in available("source") if plugin.spec.startswith("molora.data.formats.")}
+    assert {source.kind for source in sources} >= formats
 
 
 def follow(page: str) -> None:

@@ -244,7 +244,7 @@ def test_5_one_path_for_loss_evaluation_and_generation(
 
 def test_6_a_run_holds_nothing_that_can_execute(home: Path) -> None:
     kinds = {path.suffix for path in (home / "letters").rglob("*") if path.is_file() and "tfevents" not in path.name}
-    assert kinds == {".safetensors", ".json", ".jsonl", ".yaml"}
+    assert kinds == {".safetensors", ".json", ".jsonl", ".yaml", ".md"}
 
 
 def test_6_a_run_reloads_to_the_bit(home: Path, loaded: LoadedModel, samples: list[Sample]) -> None:

@@ -74,11 +74,11 @@ def generate(
     print()
 
 
-@app.command("eval")
-def evaluate(
+@app.command()
+def score(
     model: options.Model,
-    config: options.Config,
-    overrides: options.Overrides = None,
+    messages: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="Rows that end with an answer.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Where likelihoods go, row by row.")],
     modality: options.Modalities = None,
     rule: options.Rules = None,
     strict: options.Strict = False,
@@ -87,13 +87,60 @@ def evaluate(
     allow_private_addresses: options.AllowPrivateAddresses = False,
     trust_plugin: options.Trust = None,
 ) -> None:
-    """Answer the evaluations of a config or a recipe: a table, and JSON in MODEL/evaluation.json, or alone on standard
-    output if MODEL is no run. Questions that cannot be asked are counted, and exit code 2 says so."""
-    from molora.config import read
-    from molora.evaluate.judge import Evaluations
-    from molora.evaluate.results import evaluate_model
+    """Tell how probable the model finds given answers: the last message of each row of {"id", "messages"}. A row of the
+    output has "log_probability" (natural logarithm), "num_tokens" and "is_greedy" (whether greedy decoding begins so).
+    The same call goes on where it stopped; a row that fails gets its error, and exit code 2 says so."""
+    from molora.inference.answers import score_rows
 
-    evaluations = read(Evaluations, config, overrides or (), in_part=True).evaluations
     load = options.opener(model, modality, rule, allow_urls, allow_private_addresses, trust_plugin, deterministic_batch)
-    if not evaluate_model(load, Path(model), evaluations, rules=sorted(rule or ()), strict=strict):
+    if not score_rows(load, messages, output, strict=strict):
+        raise typer.Exit(options.FAILED_ROWS)
+
+
+@app.command("eval")
+def evaluate(
+    model: options.Model,
+    config: options.Config,
+    overrides: options.Overrides = None,
+    modality: options.Modalities = None,
+    rule: options.Rules = None,
+    strict: options.Strict = False,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where answers are kept; of a run, its `predictions` by default."),
+    ] = None,
+    anew: Annotated[bool, typer.Option("--anew", help="Ask all questions again, also those with an answer.")] = False,
+    rescore: Annotated[
+        bool, typer.Option("--rescore", help="Metrics again, of the answers that are kept, without the model.")
+    ] = False,
+    against: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Differences from another run on the same questions.")
+    ] = None,
+    deterministic_batch: options.DeterministicBatch = False,
+    allow_urls: options.AllowUrls = False,
+    allow_private_addresses: options.AllowPrivateAddresses = False,
+    trust_plugin: options.Trust = None,
+) -> None:
+    """Answer the evaluations of a config or a recipe: a table, JSON in MODEL/evaluation.json, or alone on standard
+    output if MODEL is no run, and the answers with a page to look at them in MODEL/predictions. An interrupted call
+    goes on where it stopped. Questions that cannot be asked are counted, and exit code 2 says so."""
+    from molora.config import ConfigError, read
+    from molora.evaluate.judge import Evaluations
+    from molora.evaluate.results import Place, compare, evaluate_model, rescore_model, show, show_comparisons
+    from molora.report.answers import write_pages
+
+    if rescore and anew:
+        raise ConfigError("--rescore and --anew contradict each other; leave one out")
+    evaluations = read(Evaluations, config, overrides or (), in_part=True).evaluations
+    place = Place(model, modality or (), sorted(rule or ()), predictions)
+    load = options.opener(model, modality, rule, allow_urls, allow_private_addresses, trust_plugin, deterministic_batch)
+    if rescore:
+        results = rescore_model(place, evaluations)
+    else:
+        results = evaluate_model(load, place, evaluations, strict=strict, anew=anew)
+    show(results, place)
+    if against is not None:
+        show_comparisons(compare(results, against), against)
+    write_pages(results, place)
+    if any(result.scores["failed"] for result in results):
         raise typer.Exit(options.FAILED_ROWS)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from molora.cli import answer, check, convert, plugins, train
+from molora.cli import answer, check, convert, data, plugins, train
 from molora.process import settle_in
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.add_typer(plugins.modality_app, name="modality")
 app.add_typer(plugins.router_app, name="router")
 app.add_typer(plugins.metric_app, name="metric")
 app.add_typer(convert.app, name="convert")
+app.add_typer(data.app, name="data")
 
 
 @app.callback()

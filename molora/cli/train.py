@@ -11,14 +11,24 @@ app = typer.Typer()
 
 
 @app.command()
-def train(config: options.Config, overrides: options.Overrides = None, trust_plugin: options.Trust = None) -> None:
+def train(
+    config: options.Config,
+    overrides: options.Overrides = None,
+    tiny: Annotated[
+        bool,
+        typer.Option("--tiny", help="A few steps of every stage on a tiny model and made rows, to see that it works."),
+    ] = False,
+    trust_plugin: options.Trust = None,
+) -> None:
     """Run a recipe: writes a run folder, and goes on where it stopped."""
     from molora.config import read
+    from molora.doctor.rehearsal import rehearsed
     from molora.terminal import say
     from molora.train.loop import train as run_recipe
     from molora.train.recipe import Recipe
 
     recipe = read(Recipe, config, overrides or ())
+    recipe = rehearsed(recipe) if tiny else recipe
     with options.stoppable():
         run = run_recipe(recipe, trust=trust_plugin or ())
     say(f"done: {run}")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from molora.data.sources import EncodedSamples, Skipped
+from molora.data.sources import EncodedSamples, Skipped, check_samples
 from molora.interrupt import leave_interrupts_to_parent
 from molora.modality import Prepared
 from molora.pack import Sample
@@ -30,7 +30,9 @@ _Place = tuple[int, int, torch.dtype, torch.Size]
 def step_loader(
     dataset: EncodedSamples, *, first_step: int, steps: int, samples_per_step: int, rank: int, ranks: int, workers: int
 ) -> Iterator[list[Sample | Skipped]]:
-    """Yields this rank's samples of each step from `first_step` on. Raises ValueError."""
+    """Yields this rank's samples of each step from `first_step` on. Raises ConfigError if there are not enough of them,
+    and ValueError for one that cannot be used."""
+    check_samples(dataset.order, steps, samples_per_step, dataset.where)
     starts = range(first_step * samples_per_step, steps * samples_per_step, samples_per_step)
     loader = DataLoader(
         _Caught(dataset),

@@ -1,43 +1,145 @@
 """An order of samples that is a pure function of seed and position. As it needs no state, training resumes anywhere and
 any rank or worker can compute its share."""
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
+import numpy as np
 import torch
 
+from molora.data.mixture import Mixture, Weight
 from molora.seeding import seed_of
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """Rows that are read together: where each block of consecutive rows ends, and how many blocks are mixed with each
+    other."""
+
+    ends: np.ndarray
+    per_window: int
+
+
+def even_blocks(num_rows: int, rows_per_block: int, per_window: int) -> Blocks:
+    """Blocks of the same number of rows, the last one smaller."""
+    ends = np.arange(rows_per_block, num_rows + rows_per_block, rows_per_block)
+    return Blocks(np.minimum(ends, num_rows), per_window)
+
+
 class Order:
-    """Which row of which source is sample number k: sources by weight, each shuffled anew in every epoch."""
+    """Which row of which source is sample number k: sources by weight, each shuffled anew in every epoch.
 
-    BLOCK = 4096
+    A source with `blocks` is shuffled by blocks, so that what is read lies together: blocks come in a new order in
+    every epoch, and the rows of a window of blocks are mixed. `will_read` is called with a source and the ranges of
+    rows of each window that the order enters. `max_epochs` of a source bounds its samples. With `one_source` all
+    samples of a step are of one source.
+    """
 
-    def __init__(self, lengths: Sequence[int], weights: Sequence[float], seed: int) -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        weights: Sequence[Weight],
+        seed: int,
+        *,
+        samples_per_step: int = 1,
+        max_epochs: Sequence[int | None] = (),
+        blocks: Sequence[Blocks | None] = (),
+        one_source: bool = False,
+        will_read: Callable[[int, list[range]], None] | None = None,
+    ) -> None:
         self.lengths = tuple(lengths)
-        self.weights = torch.tensor(weights, dtype=torch.float64)
-        self.seed = seed
-        self._blocks: list[torch.Tensor] = []  # the source of every sample of a block
-        self._before: list[torch.Tensor] = [torch.zeros(len(self.lengths), dtype=torch.long)]
-        self._shuffles: dict[tuple[int, int], torch.Tensor] = {}
+        self.samples_per_draw = samples_per_step if one_source else 1
+        most = [
+            None if epochs is None else epochs * length // self.samples_per_draw
+            for epochs, length in zip(max_epochs or [None] * len(lengths), lengths, strict=True)
+        ]
+        self.mixture = Mixture(weights, seed, most=most, draws_per_step=samples_per_step // self.samples_per_draw)
+        self._shuffles: list[_Shuffle] = [
+            _ShuffledRows(length, (seed, "rows", source))
+            if of_source is None
+            else _ShuffledBlocks(of_source, (seed, "blocks", source), will_read and partial(will_read, source))
+            for source, (length, of_source) in enumerate(
+                zip(lengths, blocks or [None] * len(self.lengths), strict=True)
+            )
+        ]
 
     def __getitem__(self, k: int) -> tuple[int, int, int]:
-        """Sample number k as (source, row, epoch of that source)."""
-        block, place = divmod(k, self.BLOCK)
-        while len(self._blocks) <= block:
-            generator = torch.Generator().manual_seed(seed_of(self.seed, "sources", len(self._blocks)))
-            sources = torch.multinomial(self.weights, self.BLOCK, replacement=True, generator=generator)
-            self._blocks.append(sources)
-            self._before.append(self._before[-1] + torch.bincount(sources, minlength=len(self.lengths)))
-        sources = self._blocks[block]
-        source = int(sources[place])
-        nth = int(self._before[block][source]) + int((sources[:place] == source).sum())
-        epoch, position = divmod(nth, self.lengths[source])
-        return source, int(self._shuffle(source, epoch)[position]), epoch
+        """Sample number k as (source, row, epoch of that source). Raises IndexError behind the last sample."""
+        draw, place = divmod(k, self.samples_per_draw)
+        source, number = self.mixture[draw]
+        epoch, position = divmod(number * self.samples_per_draw + place, self.lengths[source])
+        return source, self._shuffles[source].row(epoch, position), epoch
 
-    def _shuffle(self, source: int, epoch: int) -> torch.Tensor:
-        if (source, epoch) not in self._shuffles:
-            self._shuffles = {key: value for key, value in self._shuffles.items() if key[0] != source}
-            generator = torch.Generator().manual_seed(seed_of(self.seed, "rows", source, epoch))
-            self._shuffles[source, epoch] = torch.randperm(self.lengths[source], generator=generator)
-        return self._shuffles[source, epoch]
+    def num_samples(self, wanted: int) -> int:
+        """How many of the first `wanted` samples there are: all, unless every source is used up before."""
+        draws = self.mixture.num_draws(-(-wanted // self.samples_per_draw))
+        return min(wanted, draws * self.samples_per_draw)
+
+    def counts(self, wanted: int) -> list[int]:
+        """How many of the first `wanted` samples are of each source."""
+        draws = self.mixture.counts(-(-wanted // self.samples_per_draw))
+        return [count * self.samples_per_draw for count in draws]
+
+
+class _Shuffle(Protocol):
+    def row(self, epoch: int, position: int) -> int: ...
+
+
+class _ShuffledRows:
+    """All rows of an epoch, shuffled by one table."""
+
+    def __init__(self, num_rows: int, key: tuple[int, str, int]) -> None:
+        self.num_rows = num_rows
+        self.key = key
+        self._epoch = -1
+        self._table = torch.empty(0, dtype=torch.long)
+
+    def row(self, epoch: int, position: int) -> int:
+        if epoch != self._epoch:
+            self._table = _permutation(self.num_rows, (*self.key, epoch))
+            self._epoch = epoch
+        return int(self._table[position])
+
+
+class _ShuffledBlocks:
+    """The blocks of an epoch in a shuffled order, and the rows of each window of them shuffled. Its tables have an
+    entry for every block and for every row of one window."""
+
+    def __init__(
+        self, blocks: Blocks, key: tuple[int, str, int], will_read: Callable[[list[range]], None] | None
+    ) -> None:
+        self.starts = np.concatenate([[0], blocks.ends[:-1]])
+        self.lengths = np.diff(blocks.ends, prepend=0)
+        self.per_window = blocks.per_window
+        self.key = key
+        self.will_read = will_read
+        self._epoch = -1
+        self._first = self._last = 0  # the positions of the window
+        self._rows: list[int] = []
+
+    def row(self, epoch: int, position: int) -> int:
+        if epoch != self._epoch:
+            self._order = _permutation(len(self.lengths), (*self.key, epoch)).numpy()
+            self._window_ends = np.cumsum(self.lengths[self._order])[self.per_window - 1 :: self.per_window].tolist()
+            self._epoch, self._first, self._last = epoch, 0, 0
+        if not self._first <= position < self._last:
+            self._enter(bisect_right(self._window_ends, position))
+        return self._rows[position - self._first]
+
+    def _enter(self, window: int) -> None:
+        blocks = self._order[window * self.per_window : (window + 1) * self.per_window]
+        places = zip(self.starts[blocks].tolist(), self.lengths[blocks].tolist(), strict=True)
+        ranges = [range(start, start + length) for start, length in places]
+        rows = np.concatenate([np.arange(each.start, each.stop) for each in ranges])
+        self._rows = rows[_permutation(len(rows), (*self.key, self._epoch, "window", window)).numpy()].tolist()
+        self._first = self._window_ends[window - 1] if window else 0
+        self._last = self._first + len(rows)
+        if self.will_read is not None:
+            self.will_read(sorted(ranges, key=lambda each: each.start))
+
+
+def _permutation(size: int, key: tuple[int | str, ...]) -> torch.Tensor:
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed_of(*key)))

@@ -1,18 +1,21 @@
 """Training data: sources of conversations, and their samples in order, encoded."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch.utils.data import Dataset, Subset
+import numpy as np
+from torch.utils.data import Dataset
 
 from molora.config import ConfigError, build, require
+from molora.data.formats.choices import judged_by
 from molora.data.formats.rows import JsonRows
 from molora.data.formats.table import row_id
 from molora.data.messages import conversation, media_parts, rooted
-from molora.data.order import Order
+from molora.data.mixture import MixtureConfig, Weight, check_weight
+from molora.data.order import Blocks, Order, even_blocks
 from molora.data.processor import Processor, SampleTooLong
 from molora.modality import MediaError, Prepared
 from molora.pack import Sample
@@ -20,12 +23,23 @@ from molora.plugins import Finder, find
 from molora.routing import RoutingError
 from molora.seeding import seed_of
 
-_MAX_WEIGHT = 1e9
+# A longer source is shuffled by blocks of this many rows: a table of all its rows would take too much memory.
+_MAX_TABLE_ROWS, _ROWS_PER_BLOCK, _BLOCKS_PER_WINDOW = 2**24, 1024, 16
+
+# Rows of a source whose mean length stands for that of all.
+_MEASURED_ROWS = 64
 
 
 class Source(Protocol):
-    """Conversations by row; built as `Plugin(config)`, with a recipe's options read into its `config_type`. A row is
-    {"id", "messages"} and may have "tags", a list of names to report metrics by."""
+    """Conversations by row; built as `Plugin(config)`, with a recipe's options read into its `config_type`.
+
+    A row is {"id", "messages"} and may have "tags", a list of names to report metrics by; "answers", the list of all
+    that are accepted in place of the last message, which has the first; and "choices" with "choice", the texts of a
+    question's options and the number of the right one, counted from 0.
+
+    A source may also have `where(row)`, the file and row for errors; `blocks`, by which its rows are shuffled;
+    `will_read(ranges)`, which is told the ranges of rows that come next, in any order; and `provenance()`, which tells
+    of its data for the card of a run: {"files": paths, "fingerprint": text, "licence": text}, or some of these."""
 
     def __len__(self) -> int: ...
 
@@ -34,20 +48,26 @@ class Source(Protocol):
 
 @dataclass(kw_only=True)
 class SourceConfig:
-    """A source in a recipe: its `kind`, a built-in name or a plugin, and its `options`. `weight` is its share of the
-    samples; `limit` keeps the first rows only."""
+    """A source in a recipe: its `kind`, a built-in name or a plugin, and its `options`. `limit` keeps the first rows
+    only. `licence` is what its owner allows, for the run's card.
+
+    `weight` is its share of the samples, or a list of [step, share] from which steps on which share holds. After
+    `max_epochs` it leaves the mixture, and the other sources go on. With `rows_per_block` blocks of consecutive rows
+    are shuffled, and the rows of `blocks_per_window` of them mixed, so that what is read lies together; without, all
+    rows are shuffled, unless the source is made of shards or has over 16,777,216 rows."""
 
     kind: str
     options: dict[str, Any] = field(default_factory=dict)
-    weight: float = 1.0
+    weight: Weight = 1.0
     limit: int | None = None
+    licence: str | None = None
+    max_epochs: int | None = None
+    rows_per_block: int | None = None
+    blocks_per_window: int | None = None
 
     def __post_init__(self) -> None:
-        require(self, 1, "limit")
-        if not 0 < self.weight <= _MAX_WEIGHT:
-            raise ConfigError(
-                f"weight is {self.weight}; give a share above 0, up to {_MAX_WEIGHT:g}, or take the source out"
-            )
+        require(self, 1, "limit", "max_epochs", "rows_per_block", "blocks_per_window")
+        check_weight(self.weight)
 
 
 @dataclass(kw_only=True)
@@ -71,6 +91,10 @@ class Messages:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def where(self, row: int) -> str:
+        """The file and row, for errors."""
+        return self.rows.where(row)
+
     def id_of(self, row: int) -> str:
         """The id of a row, whose conversation may be faulty. Raises ValueError where that cannot be read either."""
         return row_id(self.rows[row].get("id"), row, self.rows.where(row))
@@ -83,6 +107,7 @@ class Messages:
             "id": row_id(value.get("id"), row, where),
             "messages": rooted(messages, self.rows.path.absolute().parent, self.media_root, where),
             "tags": read_tags(value.get("tags"), where),
+            **judged_by(value, where),
         }
 
 
@@ -101,7 +126,84 @@ def open_source(config: SourceConfig, where: str, find: Finder = find) -> Source
     except ConfigError as error:
         raise type(error)(f"{where}.kind: {error}") from error
     source: Any = source_class(build(source_class.config_type, config.options, f"{where}.options"))
-    return source if config.limit is None else Subset(source, range(min(config.limit, len(source))))
+    return source if config.limit is None else _FirstRows(source, min(config.limit, len(source)))
+
+
+class _FirstRows:
+    """The first rows of a source."""
+
+    def __init__(self, source: Any, num_rows: int) -> None:
+        self.source = source
+        self.rows = range(num_rows)
+        for name in ("where", "will_read", "provenance"):
+            if hasattr(source, name):
+                setattr(self, name, getattr(source, name))
+        if blocks := getattr(source, "blocks", None):
+            kept = np.searchsorted(blocks.ends, num_rows) + 1
+            self.blocks = Blocks(np.minimum(blocks.ends[:kept], num_rows), blocks.per_window)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return self.source[self.rows[row]]
+
+
+def mixed_order(
+    configs: Iterable[SourceConfig],
+    sources: Sequence[Source],
+    mixture: MixtureConfig,
+    *,
+    seed: int,
+    samples_per_step: int,
+    mean_tokens: Sequence[float] = (),
+    will_read: Callable[[int, list[range]], None] | None = None,
+) -> Order:
+    """The order of a stage's samples. `mean_tokens` are the lengths of a source's samples, where weights are shares of
+    tokens."""
+    configs = list(configs)
+    power = 0.0 if mixture.temperature is None else 1 / mixture.temperature
+    factors = [
+        len(source) ** power / tokens
+        for source, tokens in zip(sources, mean_tokens or [1.0] * len(sources), strict=True)
+    ]
+    return Order(
+        [len(source) for source in sources],
+        [_times(config.weight, factor) for config, factor in zip(configs, factors, strict=True)],
+        seed,
+        samples_per_step=samples_per_step,
+        max_epochs=[config.max_epochs for config in configs],
+        blocks=[_blocks(config, source) for config, source in zip(configs, sources, strict=True)],
+        one_source=mixture.batches == "one_source",
+        will_read=will_read,
+    )
+
+
+def check_samples(order: Order, steps: int, samples_per_step: int, where: str) -> None:
+    """Raises ConfigError if the sources of an order are used up before a stage ends."""
+    wanted = steps * samples_per_step
+    if (there := order.num_samples(wanted)) < wanted:
+        raise ConfigError(
+            f"{where}: the sources are used up after {there:,} samples ({there // samples_per_step:,} steps of "
+            f"{samples_per_step}), as their max_epochs and weights say, but the stage has {steps:,} steps; lower steps "
+            "to that, or raise max_epochs"
+        )
+
+
+def _times(weight: Weight, factor: float) -> Weight:
+    return [(step, share * factor) for step, share in weight] if isinstance(weight, list) else weight * factor
+
+
+def _blocks(config: SourceConfig, source: Source) -> Blocks | None:
+    """The blocks that a source is shuffled by; None if all its rows are shuffled at once."""
+    own: Blocks | None = getattr(source, "blocks", None)
+    rows = config.rows_per_block
+    if rows is None and own is None and len(source) > _MAX_TABLE_ROWS:
+        rows = _ROWS_PER_BLOCK
+    per_window = config.blocks_per_window or (_BLOCKS_PER_WINDOW if own is None else own.per_window)
+    if rows is not None:
+        return even_blocks(len(source), rows, per_window)
+    return own and Blocks(own.ends, per_window)
 
 
 def first_rows(configs: Iterable[SourceConfig], count: int, find: Finder = find) -> list[dict[str, Any]]:
@@ -143,20 +245,38 @@ class EncodedSamples(Dataset[Sample | Skipped]):
     max_tokens: int
     skips: tuple[type[ValueError], ...]
     where: str
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    samples_per_step: int = 1
 
     def __post_init__(self) -> None:
         if not self.configs:
             raise ConfigError(f"{self.where}: no data source")
         self.names = list(self.configs)
         self.sources = [open_source(config, f"{self.where}.{name}") for name, config in self.configs.items()]
-        self.order = Order([len(s) for s in self.sources], [c.weight for c in self.configs.values()], self.seed)
+        by_tokens = self.mixture.weights_of == "tokens"
+        self.order = mixed_order(
+            self.configs.values(),
+            self.sources,
+            self.mixture,
+            seed=self.seed,
+            samples_per_step=self.samples_per_step,
+            mean_tokens=[self._mean_tokens(source) for source in range(len(self.sources))] if by_tokens else (),
+            will_read=self._will_read,
+        )
+
+    @property
+    def num_rows(self) -> dict[str, int]:
+        """The rows of each source, by its name."""
+        return {name: len(source) for name, source in zip(self.names, self.sources, strict=True)}
 
     def __getitem__(self, k: int) -> Sample | Skipped:
         return self.encoded(k, {})
 
     def encoded(self, k: int, known: dict[Any, Prepared]) -> Sample | Skipped:
         """Sample number k. `known` is what `Processor.encode` keeps of a step's media."""
-        source, row, epoch = self.order[k]
+        return self._encoded(*self.order[k], known)
+
+    def _encoded(self, source: int, row: int, epoch: int, known: dict[Any, Prepared]) -> Sample | Skipped:
         where = f"data source {self.names[source]!r}, row {row + 1}"
         try:
             example = self.sources[source][row]
@@ -175,7 +295,25 @@ class EncodedSamples(Dataset[Sample | Skipped]):
             return Skipped(id, str(error))
         except ValueError as error:
             kind = type(error) if type(error) in (MediaError, SampleTooLong, RoutingError) else ValueError
-            raise kind(f"{where}: {error}") from error
+            raise kind(f"{where}: {placed(error, self.sources[source], row)}") from error
+
+    def _mean_tokens(self, source: int) -> float:
+        """The mean length of some of a source's samples, the same whenever it is worked out. Raises ConfigError if none
+        of them can be used."""
+        num_rows = len(self.sources[source])
+        rows = sorted({number * num_rows // _MEASURED_ROWS for number in range(_MEASURED_ROWS)})
+        samples = [self._encoded(source, row, 0, {}) for row in rows]
+        lengths = [len(sample) for sample in samples if isinstance(sample, Sample)]
+        if not lengths:
+            raise ConfigError(
+                f"{self.where}.{self.names[source]}: its share of the tokens needs the length of a sample, and none of "
+                f"{len(rows)} rows can be used; mend them, or give weights as shares of the samples"
+            )
+        return sum(lengths) / len(lengths)
+
+    def _will_read(self, source: int, rows: list[range]) -> None:
+        if hasattr(self.sources[source], "will_read"):
+            self.sources[source].will_read(rows)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def check_length(sample: Sample, max_tokens: int) -> None:
@@ -185,3 +323,9 @@ def check_length(sample: Sample, max_tokens: int) -> None:
             f"sample {sample.id}: has {len(sample)} tokens, but a pack of this stage holds {max_tokens}; raise "
             "tokens_per_pack, or leave such samples out with `too_long: skip`"
         )
+
+
+def placed(error: ValueError, source: Any, row: int) -> str:
+    """What an error says, behind the file and place of its row, if the source tells them and the error does not."""
+    place = source.where(row) if hasattr(source, "where") else ""
+    return str(error) if str(error).startswith(place) else f"{place}: {error}"

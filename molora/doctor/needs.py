@@ -29,7 +29,7 @@ from molora.routing import RoutingError, name_of
 from molora.seeding import seed_of
 from molora.testing.tiny import byte_tokenizer
 from molora.train.optim import PartOptimizer, count, set_trainable
-from molora.train.recipe import Recipe, StageConfig
+from molora.train.recipe import Recipe, StageConfig, count_steps
 from molora.train.step import train_step
 
 # Rows of a stage's data from which its packs are known.
@@ -203,7 +203,7 @@ def training_needs(recipe: Recipe, trust: Sequence[str] = (), device_type: str =
     moments, unknown = [], None
     cached = recipe.feature_cache is not None
     for index, (stage, (gradients, optimiser)) in enumerate(zip(recipe.stages, learned, strict=True)):
-        set_trainable(model, stage.train, stage.steps, f"stages.{index}.train")
+        set_trainable(model, stage.train, 1, f"stages.{index}.train")
         sets = [modalities for modalities in modality_sets(model) if model.trains(modalities)] or modality_sets(model)
         steps = []
         for full in [full_pack(model, modalities, stage) for modalities in sets]:
@@ -231,7 +231,7 @@ def training_needs(recipe: Recipe, trust: Sequence[str] = (), device_type: str =
 
 def _learned(model: MoLoRA, stage: StageConfig, where: str) -> tuple[Need, Need]:
     """Gradients and the optimiser's state of what a stage trains, made by its optimisers on the meta device."""
-    optimizers: dict[str, PartOptimizer] = set_trainable(model, stage.train, stage.steps, where)
+    optimizers: dict[str, PartOptimizer] = set_trainable(model, stage.train, 1, where)
     parameters = [p for optimizer in optimizers.values() for p in optimizer.parameters.values()]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
@@ -252,8 +252,17 @@ def _heaviest_step(model: MoLoRA, recipe: Recipe, index: int) -> tuple[list[Samp
     processor = Processor(tokenizer, model.modalities, model.router.order, model.backbone.max_tokens, policy)
     seed, where, skips = seed_of(recipe.seed, stage.name), f"stages.{index}.data", (SampleTooLong, MediaError)
     size, most = stage.samples_per_step, stage.tokens_per_pack
-    dataset = EncodedSamples(stage.data, processor, seed=seed, max_tokens=most, skips=skips, where=where)
-    rows = size * min(stage.steps, max(1, _SAMPLED_ROWS // size))
+    dataset = EncodedSamples(
+        stage.data,
+        processor,
+        seed=seed,
+        max_tokens=most,
+        skips=skips,
+        where=where,
+        mixture=stage.mixture,
+        samples_per_step=size,
+    )
+    rows = size * min(count_steps(stage, dataset.num_rows), max(1, _SAMPLED_ROWS // size))
     encoded = [dataset[k] for k in range(rows)]
     steps = [[each for each in encoded[k : k + size] if isinstance(each, Sample)] for k in range(0, rows, size)]
 

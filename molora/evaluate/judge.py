@@ -1,22 +1,25 @@
 """Evaluation by generation: the model answers, the answers are compared."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import yaml
 from rich.progress import Progress
 
-from molora.config import require
-from molora.data.messages import parts
-from molora.data.sources import Source, SourceConfig, open_source, read_tags
+from molora.config import ConfigError, require
+from molora.data.sources import SourceConfig, open_source
+from molora.evaluate.blind import Media, blanking, check_media, told
 from molora.evaluate.metrics import Judged, Named, open_metrics, scores
-from molora.evaluate.normalise import exact_match
+from molora.evaluate.metrics.choices import continuations
+from molora.evaluate.predictions import Predictions
+from molora.evaluate.questions import Question, judge, question
 from molora.inference.generate import Failed, GenerationConfig, attempt
 from molora.inference.load import LoadedModel
 from molora.pack import Sample
 from molora.ranks import Ranks
+from molora.received import check_name
 from molora.terminal import progress, warn
 
 _MAX_NAMED = 3
@@ -27,22 +30,48 @@ _OLD_KEYS = {"word_errors": "word_error_rate", "character_errors": "character_er
 @dataclass(kw_only=True)
 class EvaluationConfig:
     """Questions to answer, `max_running_samples` at a time, each in `max_new_tokens` at most; an answer that is cut off
-    there is counted and said. `without_media` leaves the media parts out, to see what the text alone gives away.
-    `metrics` are what the answers are scored by: exact_match, word_error_rate, character_error_rate, macro_f1, bleu, or
-    a plugin's, each by its name or, with options, as `{bleu: {tokeniser: zh}}`."""
+    there is counted and said. `media` says what the questions are asked with: `as is`, `none` (without their media, to
+    see what the text alone gives away), `blank` (grey pictures, silence, of the same size), `shuffled` (the medium of
+    another question), or one of these for each part type, as `{image: blank}`. Of a list `molora eval` asks with each,
+    and shows the others beside the first, which is what a training asks with. `metrics` are what the answers are scored
+    by: built-in ones, as exact_match or word_error_rate, or a plugin's, each by its name or, with options, as `{bleu:
+    {tokeniser: zh}}`."""
 
     data: SourceConfig
     max_new_tokens: int = 16
     max_running_samples: int = 128
-    without_media: bool = False
+    media: Media | list[Media] = "as is"
     metrics: list[Named] = field(default_factory=lambda: ["exact_match"])
 
     def __post_init__(self) -> None:
         require(self, 1, "max_new_tokens", "max_running_samples")
+        for media in self.asked_with:
+            check_media(media)
+        names = [told(media) for media in self.asked_with]
+        if not names or len(set(names)) < len(names):
+            raise ConfigError(f"media: {', '.join(names) or 'an empty list'}; name one or more, each once")
+
+    @property
+    def asked_with(self) -> list[Media]:
+        """Each of `media`, the first of which the others are shown beside."""
+        return self.media if isinstance(self.media, list) else [self.media]
+
+    def each(self, name: str) -> dict[str, "EvaluationConfig"]:
+        """The evaluations that this one is, by name: itself, and the same with each of the other `media`."""
+        first, *others = self.asked_with
+        return {
+            name: replace(self, media=first),
+            **{f"{name} ({told(media)})": replace(self, media=media) for media in others},
+        }
 
     @staticmethod
     def renewed(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         """The values of an older recipe as they are written now, with a line that says so."""
+        if isinstance(blind := values.get("without_media"), bool) and "media" not in values:
+            values = {key: value for key, value in values.items() if key != "without_media"}
+            if blind:
+                values["media"] = "none"
+                warn(f"{where}: without_media: recipes say what questions are asked with now; write media: none")
         metrics, old = values.get("metrics", ["exact_match"]), [key for key in (*_OLD_KEYS, "bleu") if key in values]
         if not old or not isinstance(metrics, list):
             return values
@@ -64,15 +93,22 @@ class Evaluations:
 
     evaluations: dict[str, EvaluationConfig]
 
+    def __post_init__(self) -> None:
+        for name in self.evaluations:
+            check_name(name, "evaluations")
+
 
 class Evaluation:
-    """An evaluation that is ready: its questions are open, and what its metrics need is there. Raises ConfigError for a
-    source or a metric that cannot be opened, ImportError for what a metric needs."""
+    """An evaluation that is ready: its questions are open, and what its metrics need is there; of several `media` it
+    asks with the first. Raises ConfigError for a source or a metric that cannot be opened, ImportError for what a
+    metric needs."""
 
     def __init__(self, name: str, config: EvaluationConfig) -> None:
         self.name = name
         self.config = config
+        self.media: Media = config.asked_with[0]
         self.metrics = open_metrics(config.metrics, f"evaluations.{name}.metrics")
+        self.needs_likelihoods = any(getattr(metric, "needs", None) == "likelihoods" for metric in self.metrics)
         self.source = open_source(config.data, f"evaluations.{name}.data")
 
     def run(
@@ -83,59 +119,72 @@ class Evaluation:
         ranks: Ranks | None = None,
         strict: bool = False,
         before_each: Callable[[], None] = lambda: None,
+        predictions: Predictions | None = None,
     ) -> list[Judged]:
         """Answers this rank's share of the questions, in order, with a bar. The last assistant message of a row is the
         expected answer. A question that cannot be read, asked or answered is judged with its `error`; `strict` raises
-        the first one's. `before_each` is called before an answer is counted."""
+        the first one's. `before_each` is called before an answer is counted. Answers that `predictions` has are taken
+        from there, and all others are added."""
+        loaded = blanking(loaded, self.media, f"evaluations.{self.name}.media")
         share = range(len(self.source)) if ranks is None else range(ranks.index, len(self.source), ranks.count)
         bars = bars or progress(shown=False)
         bar = bars.add_task(self.name, total=len(share), note="")
-        asked: dict[str, dict[str, Any]] = {}
+        asked: dict[str, Question] = {}
         judged: dict[str, Judged] = {}
+
+        def known(question: Question) -> bool:
+            """Whether the question has its answer already, which is then counted."""
+            asked[question.id] = question
+            item = None
+            if predictions is not None:
+                item = predictions.known(question, needs_likelihoods=self.needs_likelihoods)
+            if item is not None:
+                judged[item.id] = item
+                bars.advance(bar)
+            return item is not None
+
         limits = {name: getattr(self.config, name) for name in ("max_new_tokens", "max_running_samples")}
-        samples = self._samples(share, loaded, asked)
+        samples = self._samples(share, loaded, known)
         for answer in loaded.answers(samples, GenerationConfig(**limits), keep_going=not strict):
-            prompt, expected, tags = (asked[answer.id][key] for key in ("prompt", "expected", "tags"))
-            correct = answer.error is None and exact_match(answer.text, expected)
-            cut_off, error = answer.finished == "length", None if answer.error is None else str(answer.error)
-            judged[answer.id] = Judged(answer.id, prompt, expected, answer.text, correct, tags, cut_off, error)
+            error = None if answer.error is None else str(answer.error)
+            item = judge(asked[answer.id], answer.text, cut_off=answer.finished == "length", error=error)
+            judged[item.id] = item = with_likelihoods(loaded, item, strict) if self.needs_likelihoods else item
+            if predictions is not None:
+                predictions.add(item, answer.adapters)
             before_each()
             bars.advance(bar)
         bars.remove_task(bar)
         return [judged[id] for id in asked]
 
     def _samples(
-        self, rows: Iterable[int], loaded: LoadedModel, asked: dict[str, dict[str, Any]]
+        self, rows: Iterable[int], loaded: LoadedModel, known: Callable[[Question], bool]
     ) -> Iterator[Sample | Failed]:
-        """The questions in some rows as samples to answer; what is asked is put into `asked` by the sample's id."""
+        """The questions in some rows that are not `known`, as samples to answer."""
         for index in rows:
             unread = f"{index}:"
-            row = attempt(partial(question, self.source, index, self.config.without_media), unread)
-            if isinstance(row, Failed):
-                asked[unread] = {"prompt": [], "expected": "", "tags": []}
-                yield row
-            else:
-                asked[row["id"]] = row
-                yield attempt(partial(loaded.encode, row["prompt"], row["id"]), row["id"])
+            asked = attempt(partial(question, self.source, index, self.media), unread)
+            if isinstance(asked, Failed):
+                known(Question(unread, [], ""))
+                yield asked
+            elif not known(asked):
+                yield attempt(partial(loaded.encode, asked.prompt, asked.id), asked.id)
 
     def scores(self, judged: Sequence[Judged]) -> dict[str, float]:
         """See `molora.evaluate.metrics.scores`."""
         return scores(judged, self.metrics)
 
 
-def question(source: Source, index: int, without_media: bool) -> dict[str, Any]:
-    """Splits a row into prompt and expected answer; the id gains the row number, so that it is unique."""
-    row = source[index]
-    *prompt, last = row["messages"]
-    if last["role"] != "assistant" or not prompt:
-        raise ValueError(f"evaluation row {index + 1}: must end with an assistant message, the expected answer")
-    if without_media:
-        prompt = [{**m, "content": [part for part in parts(m) if part["type"] == "text"]} for m in prompt]
-    if other := next((part["type"] for part in parts(last) if part["type"] != "text"), None):
-        raise ValueError(f"evaluation row {index + 1}: the expected answer holds {other}; it can be text alone")
-    expected = "".join(part["text"] for part in parts(last))
-    tags = read_tags(row.get("tags"), f"evaluation row {index + 1}")
-    return {"id": f"{index}:{row['id']}", "prompt": prompt, "expected": expected, "tags": tags}
+def with_likelihoods(loaded: LoadedModel, item: Judged, strict: bool) -> Judged:
+    """The answer with the likelihood of each of its question's choices, or with the error that there is instead, which
+    `strict` raises."""
+    if item.error is not None or not item.choices:
+        return item
+    found = attempt(lambda: loaded.likelihoods([(item.messages, text) for text in continuations(item)]), item.id)
+    if not isinstance(found, Failed):
+        return replace(item, likelihoods=[(each.log_probability, each.num_tokens) for each in found])
+    if strict:
+        raise found.error
+    return replace(item, correct=False, error=str(found.error))
 
 
 def complaints(name: str, judged: Sequence[Judged], config: EvaluationConfig) -> list[str]:

@@ -2,16 +2,17 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from molora.config import ConfigError
+from molora.data.messages import Message
 from molora.data.sources import Messages, MessagesConfig
-from molora.inference.generate import GenerationConfig, attempt
+from molora.inference.generate import Failed, GenerationConfig, attempt
 from molora.inference.load import Answer, LoadedModel
 from molora.pack import Sample
 from molora.storage import hold, write_atomically
@@ -21,10 +22,14 @@ _BEGINNING = b'{"id": '
 _MAX_NAMED = 5
 
 
+# What is made of a row: its id, what is written of it, and the error that stands in its place.
+_Result = tuple[str, dict[str, Any], Exception | None]
+
+
 @dataclass
 class AnswerFile:
-    """Rows to answer and the file of their answers, which goes on where it stopped. A row that failed before is tried
-    again. `failed` names those that failed this time."""
+    """Rows to answer, or whose answers are to be scored, and the file of what is found, which goes on where it stopped.
+    A row that failed before is tried again. `failed` names those that failed this time."""
 
     source: Messages
     output: Path
@@ -46,22 +51,42 @@ class AnswerFile:
         advance: Callable[[], object] = lambda: None,
     ) -> None:
         """Answers the rows that have no answer, each written as it finishes. `strict` raises the first row's error."""
+
+        def results(samples: Iterable[Sample | Failed]) -> Iterator[_Result]:
+            for answer in loaded.answers(samples, config, keep_going=not strict):
+                yield answer.id, _told(answer), answer.error
+
+        self._write(loaded.encode, results, advance)
+
+    def score(self, loaded: LoadedModel, *, strict: bool = False, advance: Callable[[], object] = lambda: None) -> None:
+        """Writes the likelihood of the last message of each row that has none; else as `fill`."""
+
+        def results(samples: Iterable[Sample | Failed]) -> Iterator[_Result]:
+            for scored in loaded.scored(samples, keep_going=not strict):
+                yield scored.id, asdict(scored.likelihood) if scored.likelihood else {}, scored.error
+
+        self._write(loaded.encode_answered, results, advance)
+
+    def _write(
+        self,
+        encode: Callable[[Sequence[Message], str], Sample],
+        results: Callable[[Iterable[Sample | Failed]], Iterator[_Result]],
+        advance: Callable[[], object],
+    ) -> None:
         messages: dict[str, Any] = {}
 
         def encoded(row: int) -> Sample:
             messages[self.ids[row]] = self.source[row]["messages"]
-            return loaded.encode(messages[self.ids[row]], self.ids[row])
+            return encode(messages[self.ids[row]], self.ids[row])
 
         samples = (attempt(partial(encoded, row), self.ids[row]) for row in self.left)
 
-        # A half of a character has no bytes; its escape is JSON's own.
-        with open(self.output, "a", encoding="utf-8", errors="backslashreplace") as file:
-            for answer in loaded.answers(samples, config, keep_going=not strict):
-                line = {"id": answer.id, "messages": messages.pop(answer.id, None), **_told(answer)}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                file.flush()
-                if answer.error is not None:
-                    self.failed.append(f"{answer.id}: {answer.error}")
+        with appending(self.output) as write:
+            for id, found, error in results(samples):
+                told = found if error is None else {"error": str(error)}
+                write({"id": id, "messages": messages.pop(id, None), **told})
+                if error is not None:
+                    self.failed.append(f"{id}: {error}")
                 advance()
 
     def faults(self) -> str:
@@ -83,23 +108,34 @@ def answer_rows(
         loaded = load()
         bar = bars.add_task("generate", total=len(rows.ids), completed=len(rows.ids) - len(rows.left), note="")
         rows.fill(loaded, config, strict=strict, advance=lambda: bars.advance(bar))
+    return _told_of_faults(rows)
+
+
+def score_rows(load: Callable[[], LoadedModel], messages: Path, output: Path, *, strict: bool = False) -> bool:
+    """Writes the likelihoods of the answers that the rows of a file end with; else as `answer_rows`."""
+    with answer_file(messages, output, "log_probability") as rows, progress() as bars:
+        loaded = load()
+        bar = bars.add_task("score", total=len(rows.ids), completed=len(rows.ids) - len(rows.left), note="")
+        rows.score(loaded, strict=strict, advance=lambda: bars.advance(bar))
+    return _told_of_faults(rows)
+
+
+def _told_of_faults(rows: AnswerFile) -> bool:
     if faults := rows.faults():
-        warn(f"{output}: {faults}")
+        warn(f"{rows.output}: {faults}")
     return not faults
 
 
 def _told(answer: Answer) -> dict[str, Any]:
-    if answer.error is not None:
-        return {"error": str(answer.error)}
     counts = {"prompt_tokens": answer.prompt_tokens, "answer_tokens": answer.answer_tokens}
     return {"answer": answer.text, "adapters": list(answer.adapters), **counts, "finished": answer.finished}
 
 
 @contextmanager
-def answer_file(messages: Path, output: Path) -> Iterator[AnswerFile]:
-    """Opens rows, and keeps other processes from the file of their answers. A half-written last line, left by a kill,
-    is dropped. Raises ConfigError for ids that are not unique, and for an output that is the input, holds anything but
-    answers, or is in use; it is left as it is then."""
+def answer_file(messages: Path, output: Path, result: str = "answer") -> Iterator[AnswerFile]:
+    """Opens rows, and keeps other processes from the file of their answers, whose lines have the key `result`. A
+    half-written last line, left by a kill, is dropped. Raises ConfigError for ids that are not unique, and for an
+    output that is the input, holds anything but answers, or is in use; it is left as it is then."""
     source = Messages(MessagesConfig(path=str(messages)))
     ids = _ids(source)
     first: dict[str, int] = {}
@@ -110,14 +146,14 @@ def answer_file(messages: Path, output: Path) -> Iterator[AnswerFile]:
                 "id has its number from 0); give each an id of its own, or give none"
             )
     if not output.parent.is_dir():
-        raise ConfigError(f"--output {output}: no folder {output.parent}; make it first")
+        raise ConfigError(f"output {output}: no folder {output.parent}; make it first")
     if output.exists():
         if output.samefile(messages):
-            raise ConfigError(f"--output {output}: is {messages}, where the rows come from; give it another name")
+            raise ConfigError(f"output {output}: is {messages}, where the rows come from; give it another name")
         if not output.is_file():
-            raise ConfigError(f"--output {output}: is no file; name one")
+            raise ConfigError(f"output {output}: is no file; name one")
     with hold(output):
-        yield AnswerFile(source, output, ids, _answered(output), [])
+        yield AnswerFile(source, output, ids, _answered(output, result), [])
 
 
 def _ids(source: Messages) -> list[str]:
@@ -136,28 +172,54 @@ def _ids(source: Messages) -> list[str]:
     return [ids[row] for row in range(len(source))]
 
 
-def _answered(output: Path) -> set[str]:
+def _answered(output: Path, result: str) -> set[str]:
     """The ids that have an answer. Half a line and lines with an error are taken out of the file."""
-    if not output.exists():
-        return set()
     first: dict[str, int] = {}
-    half, errors = 0, 0
-    with open(output, "rb") as file:
+    errors = 0
+    for number, row in written_rows(output, f"output {output}", result):
+        if "error" in row:
+            errors += 1
+        elif first.setdefault(row["id"], number) != number:
+            lines = f"lines {first[row['id']]} and {number}"
+            raise ConfigError(f"output {output}: {lines} both answer {row['id']!r}; take one away")
+    if errors:
+        write_atomically(Path(os.path.realpath(output)), lambda temporary: _copy_answers(output, temporary))
+    return set(first)
+
+
+def row_bytes(row: Mapping[str, Any]) -> bytes:
+    """A row as the line of a file."""
+    # A half of a character has no bytes; its escape is JSON's own.
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+
+
+@contextmanager
+def appending(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Gives what writes rows to the end of a file, each at once, so that a kill loses no more than half a line."""
+    with open(path, "ab") as file:
+
+        def write(row: Mapping[str, Any]) -> None:
+            file.write(row_bytes(row))
+            file.flush()
+
+        yield write
+
+
+def written_rows(path: Path, where: str, result: str = "answer") -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows that `appending` wrote, each with the number of its line; none if there is no file. Half a line at the
+    end, left by a kill, is taken out of the file when all others are read. Raises ConfigError, beginning with `where`,
+    for a line without the key `result`."""
+    if not path.exists():
+        return
+    half = 0
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n") and line[: len(_BEGINNING)] == _BEGINNING[: len(line)]:
                 half = len(line)
             elif line.strip():
-                row = _answer(line, output, number)
-                if "error" in row:
-                    errors += 1
-                elif first.setdefault(row["id"], number) != number:
-                    lines = f"lines {first[row['id']]} and {number}"
-                    raise ConfigError(f"--output {output}: {lines} both answer {row['id']!r}; take one away")
-    if errors:
-        write_atomically(Path(os.path.realpath(output)), lambda temporary: _copy_answers(output, temporary))
-    elif half:
-        os.truncate(output, output.stat().st_size - half)
-    return set(first)
+                yield number, _answer(line, where, number, result)
+    if half:
+        os.truncate(path, path.stat().st_size - half)
 
 
 def _copy_answers(output: Path, to: Path) -> None:
@@ -166,12 +228,12 @@ def _copy_answers(output: Path, to: Path) -> None:
         new.writelines(line for line in whole if "error" not in json.loads(line))
 
 
-def _answer(line: bytes, output: Path, number: int) -> dict[str, Any]:
+def _answer(line: bytes, where: str, number: int, result: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
         row = None
-    if not (isinstance(row, dict) and isinstance(row.get("id"), str) and ("answer" in row or "error" in row)):
-        told = f"line {number} is no answer of molora: {line[:40]!r}"
-        raise ConfigError(f"--output {output}: {told}; name a new file, or this one's right name")
+    if not (isinstance(row, dict) and isinstance(row.get("id"), str) and (result in row or "error" in row)):
+        told = f"line {number} is no {result.replace('_', '-')} of molora: {line[:40]!r}"
+        raise ConfigError(f"{where}: {told}; name a new file, or this one's right name")
     return row

@@ -28,7 +28,8 @@ LEAST_TEMPERATURE = 1e-6
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How answers are decoded. `temperature` 0 is greedy; `top_p` keeps the likeliest tokens up to that mass.
+    """How answers are decoded. `temperature` 0 is greedy; `top_p` keeps the likeliest tokens up to that mass. An answer
+    ends before the first of the texts `stop` that it would hold.
 
     `prefill_tokens` of prompts enter in a step, so that samples that run do not wait long for those that come.
     `kv_cache_gib` is the memory for keys and values: samples wait until enough of it is free for prompt and answer, and
@@ -43,9 +44,11 @@ class GenerationConfig:
     max_running_samples: int = 64
     prefill_tokens: int = 2048
     kv_cache_gib: float | None = None
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         sized = self.kv_cache_gib is None or 0 < self.kv_cache_gib < math.inf
+        stops = isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)
         tempered = self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature < math.inf
         for name, ok, needed in (
             ("max_new_tokens", _positive(self.max_new_tokens), "a whole number, 1 or more"),
@@ -54,6 +57,7 @@ class GenerationConfig:
             ("max_running_samples", _positive(self.max_running_samples), "a whole number, 1 or more"),
             ("prefill_tokens", _positive(self.prefill_tokens), "a whole number, 1 or more"),
             ("kv_cache_gib", sized, "a number above 0"),
+            ("stop", stops, "a tuple of texts that are not empty"),
         ):
             if not ok:
                 raise ValueError(f"generation: {name} cannot be {getattr(self, name)}; give {needed}")
@@ -91,8 +95,8 @@ def attempt(make: Callable[[], T], id: str) -> T | Failed:
 
 @dataclass(frozen=True)
 class Step:
-    """One new token of one sample. `finished` is set on its last one: "stop" (a stop token, not part of the answer),
-    "length", or "error": there is no token (-1) then, and `error` says why."""
+    """One new token of one sample. `finished` is set on its last one: "stop" (a stop token, not part of the answer, or
+    the end of a text that ends it), "length", or "error": there is no token (-1) then, and `error` says why."""
 
     id: str
     token_id: int
@@ -177,11 +181,13 @@ def generate(
     *,
     keep_going: bool = False,
     frames: FrameMemory | None = None,
+    is_over: Callable[[Sequence[int]], bool] = lambda tokens: False,
 ) -> Iterator[Step]:
     """Decodes samples, yielding tokens as they come; samples enter as others finish.
 
     A sample's tokens do not depend on its neighbours: it has a generator, seeded by the config's seed and the sample's
-    id. Ids must be unique. `frames` remembers those of media that appear again.
+    id. Ids must be unique. `frames` remembers those of media that appear again. `is_over` says of an answer's tokens so
+    far whether they are to be its last, as a text of the config's `stop` is complete.
 
     With `keep_going` a sample that fails (could not be made, collated or encoded, does not fit into `kv_cache_gib`, or
     has logits that are no numbers) ends with a step that has its error, and the others go on as if it had never been
@@ -223,7 +229,7 @@ def generate(
                 finished = "error"
             else:
                 sample.answer.append(token_id)
-                if token_id in model.backbone.stop_ids:
+                if token_id in model.backbone.stop_ids or is_over(sample.answer):
                     finished = "stop"
                 elif len(sample.answer) == config.max_new_tokens or sample.length >= model.backbone.max_tokens:
                     finished = "length"
@@ -262,19 +268,19 @@ def _entering(
             packs = [[sample] for sample in filled] if model.deterministic_batch else [filled]
             return [Prompts(model, pack, pages, seeds) for pack in packs]
         except Exception:
-            faults = _faults(model, samples)
-            if not faults:
+            failed_alone = faults(model, samples)
+            if not failed_alone:
                 raise
-            for id, error in faults.items():
+            for id, error in failed_alone.items():
                 yield failed(id, error)
                 admission.pool.release(pages[id])
-            entering = [(sample, held) for sample, held in entering if sample.id not in faults]
+            entering = [(sample, held) for sample, held in entering if sample.id not in failed_alone]
     return []
 
 
-def _faults(model: MoLoRA, samples: Sequence[Sample]) -> dict[str, Exception]:
+def faults(model: MoLoRA, samples: Sequence[Sample]) -> dict[str, Exception]:
     """The samples that fail on their own before they reach the backbone, with their errors."""
-    faults: dict[str, Exception] = {}
+    found: dict[str, Exception] = {}
     for sample in samples:
         try:
             pack = collate([sample], model.modalities, model.router.order).to(model.device)
@@ -282,5 +288,5 @@ def _faults(model: MoLoRA, samples: Sequence[Sample]) -> dict[str, Exception]:
         except Exception as error:
             fault = SampleFailed(f"sample {sample.id}: {type(error).__name__}: {error}; --debug shows where")
             fault.__cause__ = error
-            faults[sample.id] = fault
-    return faults
+            found[sample.id] = fault
+    return found

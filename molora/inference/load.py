@@ -1,10 +1,13 @@
 """Opening what was trained: a run, or a backbone with modality folders, as something that answers."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 from molora.checkpoint.assembly import RouterConfig
 from molora.checkpoint.opening import Layout, open_model, plan_model
@@ -13,23 +16,33 @@ from molora.data.messages import Message
 from molora.data.processor import Processor
 from molora.inference.frames import FrameMemory
 from molora.inference.generate import Failed, GenerationConfig, Step, attempt, generate
+from molora.inference.likelihood import Scored, score
 from molora.media import MediaPolicy
+from molora.modality import Prepared
 from molora.model.molora import MoLoRA
 from molora.pack import Sample
 from molora.ranks import pick_device
 
+# What a likelihood is asked for: a prompt, which is a conversation, and how its answer begins.
+Request = tuple[Sequence[Message], str]
+
 
 @dataclass(frozen=True)
 class Answer:
-    """A finished answer, ended by the model ("stop"), by a limit ("length") or by an "error", and `error` says why."""
+    """A finished answer, ended by the model ("stop"), by a limit ("length") or by an "error", and `error` says why.
+    `text` is what its tokens say, without the spaces around it."""
 
     id: str
     text: str
     adapters: tuple[str, ...]
     prompt_tokens: int
-    answer_tokens: int
+    token_ids: tuple[int, ...]
     finished: Literal["stop", "length", "error"]
     error: Exception | None = None
+
+    @property
+    def answer_tokens(self) -> int:
+        return len(self.token_ids)
 
 
 class LoadedModel:
@@ -68,9 +81,55 @@ class LoadedModel:
         given = [answers[id].error or answers[id].text for id in ids]
         return given[0] if single else given
 
+    def likelihoods(self, requests: Sequence[Request], *, errors: Literal["raise", "return"] = "raise") -> list[Any]:
+        """How probable each request's continuation is as the answer to its prompt, a `Likelihood` each, in their order.
+
+        What the model writes to end an answer is not counted, so that a continuation may be an answer's beginning.
+        Media of a prompt that several requests share are encoded once. With `errors="return"` a request that cannot be
+        scored has its error in its place; else the error is raised, and names the request by its place.
+
+        Raises what `encode_answered` raises, SampleFailed and NotFinite as `generate` does.
+        """
+        known: dict[Any, Prepared] = {}
+
+        def sample(index: int) -> Sample:
+            prompt, continuation = requests[index]
+            if index and prompt is not requests[index - 1][0]:
+                known.clear()
+            answered = [*prompt, {"role": "assistant", "content": continuation}]
+            return self.encode_answered(answered, str(index), known)
+
+        samples = (attempt(partial(sample, index), str(index)) for index in range(len(requests)))
+        scored = self.scored(samples, keep_going=errors == "return")
+        return [each.error or each.likelihood for each in scored]
+
     def encode(self, messages: Sequence[Message], id: str = "0") -> Sample:
         """A conversation as a sample to answer."""
         return self.processor.encode(messages, id, generate=True)
+
+    def encode_answered(
+        self, messages: Sequence[Message], id: str = "0", known: dict[Any, Prepared] | None = None
+    ) -> Sample:
+        """A conversation as a sample whose targets are the tokens of its last message, an assistant's, as training has
+        them, but for those that end it. `known` is what `Processor.encode` keeps of media.
+
+        Raises what `Processor.encode` raises, and ValueError for a conversation that does not end with an answer."""
+        if not messages or not isinstance(messages[-1], Mapping) or messages[-1].get("role") != "assistant":
+            raise ValueError(f"sample {id}: does not end with an assistant message, the answer to score; add it")
+        turns = [*map(_unlearned, messages[:-1]), {**messages[-1], "train": True}]
+        sample = self.processor.encode(turns, id, known=known)
+        stop_ids = self.model.backbone.stop_ids
+        places = sample.targets_T.nonzero().squeeze(1).tolist()
+        said = list(takewhile(lambda place: int(sample.token_ids_T[place]) not in stop_ids, places))
+        if not said:
+            raise ValueError(f"sample {id}: its answer is empty, which leaves nothing to score; write one")
+        targets_T = torch.zeros_like(sample.targets_T)
+        targets_T[said] = True
+        return replace(sample, targets_T=targets_T)
+
+    def scored(self, samples: Iterable[Sample | Failed], *, keep_going: bool = False) -> Iterator[Scored]:
+        """The likelihoods of the targets of samples, in their order; see `molora.inference.likelihood.score`."""
+        return score(self.model, samples, keep_going=keep_going, frames=self.frames)
 
     def answers(
         self, samples: Iterable[Sample | Failed], config: GenerationConfig | None = None, *, keep_going: bool = False
@@ -87,36 +146,63 @@ class LoadedModel:
                     known[sample.id] = sample
                 yield sample
 
-        steps = generate(self.model, remembered(), config, keep_going=keep_going, frames=self.frames)
-        for step, tokens in _gathered(steps):
+        for step, tokens in self._steps(remembered(), config, keep_going):
             if step.finished:
                 sample = known.pop(step.id, None)
                 modalities = frozenset() if sample is None else sample.modalities
                 adapters = () if sample is None else tuple(sorted(self.model.router.adapters(modalities)))
-                text = self.processor.decode(tokens).strip()
-                yield Answer(step.id, text, adapters, len(sample or ()), len(tokens), step.finished, step.error)
+                text = self.text(tokens, config).strip()
+                yield Answer(step.id, text, adapters, len(sample or ()), tuple(tokens), step.finished, step.error)
 
     def stream(self, messages: Sequence[Message], config: GenerationConfig | None = None) -> Iterator[str]:
         """Pieces of the answer to one conversation, as text that is final."""
         shown = ""
-        for step, tokens in _gathered(generate(self.model, [self.encode(messages)], config, frames=self.frames)):
-            text = self.processor.decode(tokens)
+        for step, tokens in self._steps([self.encode(messages)], config, False):
+            text = self.text(tokens, config)
             # A character that spans several tokens shows as U+FFFD until its last one.
             if text.startswith(shown) and (step.finished or not text.endswith("\ufffd")):
-                yield text[len(shown) :]
-                shown = text
+                final = len(text) - (0 if step.finished else _open(text, config.stop if config else ()))
+                yield text[len(shown) : final]
+                shown = text[: max(final, len(shown))]
+
+    def text(self, tokens: Sequence[int], config: GenerationConfig | None = None) -> str:
+        """What an answer's tokens say, up to the first text of the config's `stop`."""
+        text = self.processor.decode(tokens)
+        found = [text.find(stop) for stop in (config.stop if config else ())]
+        return text[: min((place for place in found if place >= 0), default=None)]
+
+    def _steps(
+        self, samples: Iterable[Sample | Failed], config: GenerationConfig | None, keep_going: bool
+    ) -> Iterator[tuple[Step, list[int]]]:
+        """Every step with the tokens of its sample's answer so far, of which a stop token is none."""
+        stops = config.stop if config else ()
+        # The tokens of the longest, if each is a quarter of a character.
+        last = 4 * max(map(len, stops), default=0)
+
+        def is_over(tokens: Sequence[int]) -> bool:
+            ending = self.processor.decode(tokens[-last:]) if stops else ""
+            return any(stop in ending for stop in stops)
+
+        answers: dict[str, list[int]] = {}
+        for step in generate(self.model, samples, config, keep_going=keep_going, frames=self.frames, is_over=is_over):
+            tokens = answers.setdefault(step.id, [])
+            if step.finished != "error" and step.token_id not in self.model.backbone.stop_ids:
+                tokens.append(step.token_id)
+            if step.finished:
+                del answers[step.id]
+            yield step, tokens
 
 
-def _gathered(steps: Iterable[Step]) -> Iterator[tuple[Step, list[int]]]:
-    """Every step with the tokens of its sample's answer so far, of which a stop token is none."""
-    answers: dict[str, list[int]] = {}
-    for step in steps:
-        tokens = answers.setdefault(step.id, [])
-        if step.finished in (None, "length"):
-            tokens.append(step.token_id)
-        if step.finished:
-            del answers[step.id]
-        yield step, tokens
+def _unlearned(message: Any) -> Any:
+    """An earlier turn, which is not scored; what is no message is refused later."""
+    is_answer = isinstance(message, Mapping) and message.get("role") == "assistant"
+    return {**message, "train": False} if is_answer else message
+
+
+def _open(text: str, stops: Sequence[str]) -> int:
+    """How many characters at the end of a text may begin a stop."""
+    begun = [n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+    return max(begun, default=0)
 
 
 def load(

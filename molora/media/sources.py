@@ -7,6 +7,7 @@ import urllib.parse
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,22 @@ from molora.media.urls import fetch
 from molora.modality import MediaError
 
 # Keys beside a source that ask for another picture or clip than the whole one.
-_CHANGE = ("bbox", "box", "crop", "duration", "end", "offset", "resized_height", "resized_width", "start")
+_CHANGE = (
+    *("bbox", "box", "crop", "duration", "end", "end_seconds", "offset"),
+    *("resized_height", "resized_width", "start", "start_seconds"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
     """What the parts of one medium may be given as. `part_type` names the medium in messages and is itself a source, of
-    anything. `max_file_bytes`: a larger file is refused."""
+    anything. `max_file_bytes`: a larger file is refused. `part_of`: keys beside a source that ask for a part of it,
+    which the medium's reader honours."""
 
     part_type: str
     keys: tuple[str, ...]
     max_file_bytes: int
+    part_of: tuple[str, ...] = ()
 
     def flat(self, part: Mapping[str, Any]) -> Mapping[str, Any]:
         """The part with what a mapping under `part_type` holds, such as {bytes, path} of a dataset's column, beside the
@@ -44,9 +50,11 @@ class Sources:
     def choose(self, part: Mapping[str, Any]) -> tuple[str, Any]:
         """The one source that a part has and its value. Under `part_type`, the source that its value turns out to be;
         that key again if it is none of the others. Raises MediaError for a part with no source or with several."""
-        if unread := sorted(key for key in _CHANGE if part.get(key) is not None):
+        if unread := sorted(key for key in _CHANGE if key not in self.part_of and part.get(key) is not None):
+            instead = f"give {' and '.join(self.part_of)}, or " if self.part_of else ""
             raise MediaError(
-                f"has {', '.join(unread)}, which nothing reads and would change what is seen or heard; change the file"
+                f"has {', '.join(unread)}, which nothing reads and would change what is seen or heard; {instead}change "
+                "the file"
             )
         given = [key for key in self.keys if part.get(key) is not None]
         if len(given) != 1:
@@ -92,28 +100,40 @@ class Sources:
 
 
 def read_file(path: str | os.PathLike[str], max_bytes: int) -> bytes:
-    """The bytes of a regular file.
+    """The bytes of a regular file, never beyond the size it says, since some files of the system have no end. Raises
+    MediaError as `open_file` does, and for a file that is shorter than it says."""
+    with open_file(path, max_bytes) as (file, num_bytes):
+        try:
+            data = file.read(num_bytes)
+        except OSError as error:
+            raise _unread(path, error) from error
+    if len(data) < num_bytes:
+        raise MediaError(f"ends after {len(data)} of its {num_bytes} bytes; is it being written? try again")
+    return data
 
-    Opened without waiting, so that no pipe or device can hold it up, and never read beyond the size it says, since some
-    files of the system have no end.
 
-    Raises: MediaError for one that cannot be read, is no regular file, is empty or too large.
-    """
+@contextmanager
+def open_file(path: str | os.PathLike[str], max_bytes: int) -> Iterator[tuple[BufferedReader, int]]:
+    """A regular file and its size in bytes. It is opened without waiting, so that no pipe or device can hold it up.
+    Raises MediaError for one that cannot be read, is no regular file or too large."""
     try:
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise MediaError(no_file(status.st_mode))
-            check_size(status.st_size, max_bytes)
-            data = file.read(status.st_size)
+        # The caller's `with` closes it.
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY))  # noqa: SIM115
     except IsADirectoryError:
         raise MediaError(no_file(stat.S_IFDIR)) from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise MediaError(f"{reason} ({Path(path).absolute()}); check the path") from error
-    if len(data) < status.st_size:
-        raise MediaError(f"ends after {len(data)} of its {status.st_size} bytes; is it being written? try again")
-    return data
+        raise _unread(path, error) from error
+    with file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise MediaError(no_file(status.st_mode))
+        check_size(status.st_size, max_bytes)
+        yield file, status.st_size
+
+
+def _unread(path: str | os.PathLike[str], error: Exception) -> MediaError:
+    reason = error.strerror if isinstance(error, OSError) else error
+    return MediaError(f"{reason} ({Path(path).absolute()}); check the path")
 
 
 def _read_data_uri(value: str, max_bytes: int) -> bytes:

@@ -76,19 +76,26 @@ def write(report: Report, folder: Path) -> Path:
     without its metric, a metric that is not finite and media that cannot be shown, and ImportError if there is a
     history but no matplotlib to plot it."""
     figures = _figures(report)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["number"] = _number
-    template = environment.from_string(Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8"))
-    html = template.render(
-        figures,
+    html = fill(
+        "report.html.j2",
+        **figures,
         table=_table(figures),
-        pictures=[[_shown(medium) for medium in example.media] for example in report.examples],
+        pictures=[[embedded(medium) for medium in example.media] for example in report.examples],
         panels=_panels(report.history),
         stages=_stages(report.history),
     )
     write_text(folder / "report.json", json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     write_text(folder / "report.html", html)
     return folder / "report.html"
+
+
+def fill(name: str | Path, **values: Any) -> str:
+    """A template, of this folder unless its path says otherwise, filled in; all of them have one style."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["number"] = _number
+    here = Path(__file__).parent
+    template, style = ((here / file).read_text(encoding="utf-8") for file in (name, "style.css.j2"))
+    return environment.from_string(template).render(values, style=style)
 
 
 def _figures(report: Report) -> dict[str, Any]:
@@ -142,7 +149,7 @@ def _table(figures: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any] | 
     return [(measure, [cell(condition, measure) for condition in metrics]) for measure in measures]
 
 
-def _shown(medium: Media) -> dict[str, Any]:
+def embedded(medium: Media) -> dict[str, Any]:
     """What the page needs to show a medium; small pictures are enlarged pixel by pixel, to stay crisp."""
     kind = medium.mime.partition("/")[0]
     if kind not in ("image", "audio"):

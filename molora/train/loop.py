@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molora.checkpoint.format import tensor_hash
+from molora.checkpoint.format import FORMAT_VERSION, tensor_hash
 from molora.checkpoint.modality_folder import copy_modality, read_about, save_modality
 from molora.checkpoint.opening import open_model
 from molora.checkpoint.run_folder import latest_state, read_state, save_state, write_run
@@ -24,20 +24,22 @@ from molora.evaluate.judge import Evaluation, EvaluationConfig, complaints
 from molora.inference.load import LoadedModel
 from molora.interrupt import Interrupt, Stopped
 from molora.model import lora
-from molora.model.molora import MoLoRA
 from molora.pack import Sample
 from molora.ranks import Ranks, launched_ranks
 from molora.received import read_json
 from molora.seeding import seed_of
-from molora.storage import hold, write_json, write_text
+from molora.storage import hold, settle, write_folder, write_json, write_text
 from molora.terminal import progress, say, warn
+from molora.train.card import Totals, about_sources, is_of, read_so_far, write_card
 from molora.train.frame_cache import FeatureCache
 from molora.train.log import MetricsLog
-from molora.train.optim import PartOptimizer, copy_parts, count, matches, set_trainable
-from molora.train.preflight import Trial, open_trials, try_model
+from molora.train.optim import PartOptimizer, copy_parts, matches, set_trainable
+from molora.train.phases import PhaseClock
+from molora.train.preflight import Trial, describe, open_trials, try_model
 from molora.train.recipe import Recipe, StageConfig, plan_recipe, remember_plugins, skipped_errors
-from molora.train.resume import Position, environment, resumed_position
-from molora.train.step import TrainingError, train_step
+from molora.train.resume import Best, Position, check_environment, environment, planned_steps, resumed_position
+from molora.train.step import TrainingError, check_skipped, train_step
+from molora.train.trackers import check_trackers
 
 # What a full disk, a quota or a limit on the size of files says.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -66,8 +68,10 @@ def train(recipe: Recipe, *, show: bool = True, trust: Sequence[str] = ()) -> Pa
         state = latest_state(folder)
     except (OSError, ValueError) as error:  # such as a name that no file system takes
         raise ConfigError(f"run: {recipe.run:.200} cannot be made ({error!s:.200}); give another run=") from error
-    position = Position() if state is None else resumed_position(state, recipe)
-    trials = open_trials(recipe, position)
+    check_trackers(recipe.trackers)
+    steps = planned_steps(recipe, state)
+    position = Position() if state is None else resumed_position(state, recipe, steps)
+    trials = open_trials(recipe, steps, position)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
@@ -75,7 +79,7 @@ def train(recipe: Recipe, *, show: bool = True, trust: Sequence[str] = ()) -> Pa
     with hold(folder):
         if latest_state(folder) != state:
             raise ConfigError(f"{folder}: another process trained it meanwhile; start again to go on from there")
-        run = _Run(recipe, ranks, position, show and ranks.is_main, trust)
+        run = _Run(recipe, steps, ranks, position, show and ranks.is_main, trust)
         try:
             run.begin(state, trials)
             with run.bars, run.interrupt:
@@ -98,8 +102,11 @@ def train(recipe: Recipe, *, show: bool = True, trust: Sequence[str] = ()) -> Pa
 class _Run:
     """A recipe in progress: the model, where it stands, and what it leaves on disk."""
 
-    def __init__(self, recipe: Recipe, ranks: Ranks, position: Position, show: bool, trust: Sequence[str]) -> None:
+    def __init__(
+        self, recipe: Recipe, steps: list[int], ranks: Ranks, position: Position, show: bool, trust: Sequence[str]
+    ) -> None:
         self.recipe = recipe
+        self.steps = steps  # of each stage
         self.ranks = ranks
         self.interrupt = Interrupt()
         self.show = show
@@ -108,7 +115,11 @@ class _Run:
         self.model, self.processor = open_model(self.plan, ranks.device)
         self.model.backbone.activation_checkpointing = recipe.activation_checkpointing
         self.pristine = {name: tensor_hash(encoder.state_dict()) for name, encoder in self.model.encoders.items()}
-        self.log = MetricsLog(self.folder, ranks)
+        self.log = MetricsLog(recipe, ranks)
+        self.clock = PhaseClock(ranks.device)
+        self.clock.watch(self.model.encoders.values())
+        self.totals = [Totals() for _ in recipe.stages]
+        self.best: Best | None = None
         self.bars = progress(shown=show)
         self.position = position
         self.optimizers: dict[str, PartOptimizer] = {}
@@ -118,13 +129,13 @@ class _Run:
 
     def begin(self, state: Path | None, trials: Mapping[str, Trial]) -> None:
         """Tries all that is to come on the model, opens the run folder and puts the latest state back, if any."""
-        try_model(self.recipe, self.model, self.processor, trials)
+        try_model(self.recipe, self.steps, self.model, self.processor, trials)
         if state:
             self._restore(state)
         else:
             self.log.truncate({})
         if self.show and state:
-            done, total = self._steps_done(), sum(stage.steps for stage in self.recipe.stages)
+            done, total = self._steps_done(), sum(self.steps)
             if self.position.stage < len(self.recipe.stages):
                 name = self.recipe.stages[self.position.stage].name
                 say(f"{self.folder}: resuming from step {done} of {total}, in stage {name}")
@@ -136,56 +147,71 @@ class _Run:
             remember_plugins(self.recipe)
             write_text(self.folder / "config.yaml", dump(self.recipe))
             if state:  # a kill may have come between the state and the folders made from it
-                self._export()
+                self._export(self.folder)
         self.ranks.wait()
-        self.log.open()
+        self.log.open(resumes=state is not None)
 
     def _steps_done(self) -> int:
-        return sum(stage.steps for stage in self.recipe.stages[: self.position.stage]) + self.position.step
+        return sum(self.steps[: self.position.stage]) + self.position.step
 
     def go_on(self) -> None:
-        """Does what is left: evaluations that were due when the run stopped, and the stages to come."""
+        """Does what is left: evaluations that were due when the run stopped, the stages to come, and the card."""
+        due = bool(self.position.evaluate)
         self._evaluate_due()
         for index in range(self.position.stage, len(self.recipe.stages)):
             self.run_stage(index)
+        if self.ranks.is_main and (due or not is_of(self.folder, self._steps_done())):
+            self._write_card()
+        if self.show and self.best and (keep := self.recipe.keep_best):
+            told = f"step {self.best.step}, with {keep.evaluation}/{keep.metric} {self.best.value:.4f}"
+            say(f"the best was {told}; it is in {self.folder / 'best'}")
 
     def run_stage(self, index: int) -> None:
         """Trains a stage from where the run stands to the stage's end."""
-        stage = self.recipe.stages[index]
+        stage, steps, totals = self.recipe.stages[index], self.steps[index], self.totals[index]
         first_step = self.position.step
-        self.optimizers = set_trainable(self.model, stage.train, stage.steps, f"stages.{index}.train")
+        self.optimizers = set_trainable(self.model, stage.train, steps, f"stages.{index}.train")
         if not first_step:
             copy_parts(self.model, stage.start_from)
         for part, optimizer in self.optimizers.items() if first_step else ():
             optimizer.load(self.optimizer_tensors, self.position.part_steps.get(part, 0))
         if self.recipe.feature_cache is not None:
             self.features = FeatureCache(Path(self.recipe.feature_cache), self.model)
+        samples = EncodedSamples(
+            stage.data,
+            self.processor,
+            seed=seed_of(self.recipe.seed, stage.name),
+            max_tokens=stage.tokens_per_pack,
+            skips=skipped_errors(stage),
+            where=f"stages.{index}.data",
+            mixture=stage.mixture,
+            samples_per_step=stage.samples_per_step,
+        )
+        if self.ranks.is_main and not totals.data:
+            totals.data = about_sources(stage, samples)
         loader = step_loader(
-            EncodedSamples(
-                stage.data,
-                self.processor,
-                seed=seed_of(self.recipe.seed, stage.name),
-                max_tokens=stage.tokens_per_pack,
-                skips=skipped_errors(stage),
-                where=f"stages.{index}.data",
-            ),
+            samples,
             first_step=first_step,
-            steps=stage.steps,
+            steps=steps,
             samples_per_step=stage.samples_per_step,
             rank=self.ranks.index,
             ranks=self.ranks.count,
             workers=self.recipe.data_workers,
         )
         if self.show:
-            describe(self.model, stage)
-        bar = self.bars.add_task(stage.name, total=stage.steps, completed=first_step, note="")
+            describe(self.model, stage, steps, samples.num_rows)
+        bar = self.bars.add_task(stage.name, total=steps, completed=first_step, note="")
+        self.clock.start("loading")
         for step, encoded in enumerate(loader, start=first_step):
             row = self._step(stage, step, encoded)
+            if stage.epochs:
+                row["epoch"] = stage.epochs * (step + 1) / steps
+            skipped = check_skipped(self.folder, stage, self.position.skipped, row)
             notes = [f"{key[5:]} {value:.3f}" for key, value in row.items() if key.startswith("loss/")]
             notes += [f"{row['skipped']} samples skipped"] if row["skipped"] else []
             self.bars.update(bar, advance=1, note=", ".join(notes))
-            finished = step + 1 == stage.steps
-            self.position = Position(index + 1) if finished else Position(index, step + 1)
+            finished = step + 1 == steps
+            self.position = Position(index + 1) if finished else Position(index, step + 1, skipped=skipped)
             if finished or (stage.evaluate_every_steps and (step + 1) % stage.evaluate_every_steps == 0):
                 self.position.evaluate = list(self.recipe.evaluations)
             if (step + 1) % self.recipe.log_every_steps == 0:
@@ -196,11 +222,19 @@ class _Run:
             if stopping:
                 self._stop(stopping)
             self._evaluate_due()
+            self.clock.start("loading")
+        if self.show:
+            say(f"{stage.name}: {totals.shares()}")
+        if self.ranks.is_main:
+            self._write_card()
+
+    def _stage(self) -> int:
+        """The stage of the last step that was done."""
+        return self.position.stage - (self.position.step == 0)
 
     def _about(self) -> dict[str, Any]:
         """What every row of the log says: the stage and the step of the run that it is about."""
-        index = self.position.stage - (self.position.step == 0)
-        return {"stage": self.recipe.stages[index].name, "step": self._steps_done()}
+        return {"stage": self.recipe.stages[self._stage()].name, "step": self._steps_done()}
 
     def _asked_to_stop(self) -> int:
         """The signal that asked a rank to stop, the same on every rank; 0 if none did."""
@@ -213,7 +247,7 @@ class _Run:
 
     def _stop(self, number: int) -> None:
         """Says how the run, which is saved, goes on."""
-        at = f"step {self._steps_done()} of {sum(stage.steps for stage in self.recipe.stages)}"
+        at = f"step {self._steps_done()} of {sum(self.steps)}"
         told = f"stopped by {signal.Signals(number).name} after {at}, which is saved"
         how = f"go on with: molora train {self.folder / 'config.yaml'}"
         raise Stopped(f"{told}; {how}", number)
@@ -230,22 +264,27 @@ class _Run:
         )
 
     def _step(self, stage: StageConfig, step: int, encoded: Sequence[Sample | Skipped]) -> dict[str, Any]:
-        started = time.monotonic()
+        self.clock.to("other")
         # Dropout is the one thing drawn from the global generator; seeding it per step needs no state to resume.
         torch.manual_seed(seed_of(self.recipe.seed, stage.name, "step", step, self.ranks.index))
         self.model.train()
         samples = [sample for sample in encoded if isinstance(sample, Sample)]
         if self.features is not None:
+            self.clock.to("encoding")
             samples = self.features.fill(samples)
-        row = train_step(self.model, self.processor, samples, stage.tokens_per_pack, self.optimizers, self.ranks)
+        how = (stage.tokens_per_pack, self.optimizers, self.ranks, self.clock)
+        row = train_step(self.model, self.processor, samples, *how)
         ids = sorted(self.ranks.gather([sample.id for sample in samples]))
         row["samples"] = len(ids)
         row["samples_digest"] = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
-        reasons = sorted(self.ranks.gather([sample.reason for sample in encoded if isinstance(sample, Skipped)]))
-        row["skipped"] = len(reasons)
-        if reasons:
-            row["skipped_because"] = reasons
-        row["seconds"] = time.monotonic() - started
+        skipped = self.ranks.gather([(each.reason, each.id) for each in encoded if isinstance(each, Skipped)])
+        row["skipped"] = len(skipped)
+        if skipped:
+            row["skipped_because"] = sorted(reason for reason, _ in skipped)
+        seconds = self.clock.read()
+        row["seconds"] = sum(seconds.values())
+        row |= {f"seconds/{phase}": value for phase, value in seconds.items()}
+        self.totals[self.position.stage].add(row, ids, [id for _, id in skipped])
         return row
 
     def _evaluate_due(self) -> None:
@@ -253,20 +292,45 @@ class _Run:
         if not self.position.evaluate:
             return
         left: list[str] = []
+        started = time.monotonic()
         for name in self.position.evaluate:
             if name in self.recipe.evaluations:
                 row, fault = self._evaluate(name, self.recipe.evaluations[name])
                 self.log.write({**self._about(), **row})
+                if not fault:
+                    self._keep_if_best(name, row)
                 if fault:
                     left.append(name)
                     self.failed.append(f"evaluation {name} at step {self._steps_done()} failed: {fault}")
                     if self.show:
                         warn(self.failed[-1])
+        self.totals[self._stage()].spend("evaluation", time.monotonic() - started)
         ended = self.position.stage == len(self.recipe.stages)
         self.position.evaluate = left if ended else []
         if ended and self.ranks.is_main:
             path = self._state() / "state.json"
-            write_json(path, {**read_json(path), "evaluate": left, "logs": self.log.lengths()})
+            write_json(path, {**read_json(path), **self._so_far(), "evaluate": left})
+
+    def _keep_if_best(self, name: str, row: Mapping[str, Any]) -> None:
+        """Puts the model, and the state that was saved before an evaluation, into `best/` if its row says so. A run
+        that is killed meanwhile evaluates again, and so decides the same."""
+        keep = self.recipe.keep_best
+        if keep is None or keep.evaluation != name:
+            return
+        value = row.get(f"{keep.evaluation}/{keep.metric}")
+        if value is None:
+            if self.show:
+                warn(f"keep_best: at step {self._steps_done()} {keep.evaluation} gave no {keep.metric}")
+            return
+        if self.best is not None and not (value > self.best.value if keep.highest else value < self.best.value):
+            return
+        self.best = Best(self._steps_done(), self.recipe.stages[self._stage()].name, value)
+        if self.ranks.is_main:
+            with write_folder(self.folder / "best") as draft:
+                self._export(draft)
+                shutil.copytree(self._state(), draft / "state" / self._state().name)
+                settle(draft / "state" / self._state().name)
+                write_json(draft / "best.json", {"format_version": FORMAT_VERSION, **asdict(keep), **asdict(self.best)})
 
     def _evaluate(self, name: str, config: EvaluationConfig) -> tuple[dict[str, Any], str | None]:
         """An evaluation's row of the log; and what was wrong, the same on every rank."""
@@ -287,6 +351,7 @@ class _Run:
             try:
                 everyone = sorted(self.ranks.gather(judged), key=lambda item: item.row)
                 results = evaluation.scores(everyone)
+                self.log.write_answers(self._steps_done(), name, everyone)
                 if self.show:
                     for complaint in complaints(name, everyone, config):
                         warn(complaint)
@@ -309,26 +374,36 @@ class _Run:
                 "recipe": plain(self.recipe),
                 "backbone": asdict(self.model.backbone.identity),
                 "environment": self._environment(),
-                "logs": self.log.lengths(),
+                "steps": self.steps,
+                **self._so_far(),
             }
             tensors = {"weights": self._trained(), "optimizer": moments}
             save_state(self.folder, self._state().name, tensors, about)
-            self._export()
+            self._export(self.folder)
         self.ranks.wait()
 
-    def _export(self) -> None:
-        """Writes the modality folders and what makes the folder a run."""
+    def _so_far(self) -> dict[str, Any]:
+        """What a state says of what a run has given: how long its logs are, its best evaluation, what was seen."""
+        best = None if self.best is None else asdict(self.best)
+        return {"logs": self.log.lengths(), "best": best, "totals": [asdict(totals) for totals in self.totals]}
+
+    def _write_card(self) -> None:
+        of_stages = list(zip(self.recipe.stages, self.steps, self.totals, strict=True))
+        write_card(self.recipe, self.model, self._steps_done(), of_stages, self.best, self._environment())
+
+    def _export(self, run: Path) -> None:
+        """Writes the modality folders and what makes a folder a run."""
         trained = {parameter.split(".")[1] for parameter in self._trained()}
         for name, plan in self.plan.modalities.items():
             source = self.recipe.modalities[name].path
-            folder = self.folder / "modalities" / name
+            folder = run / "modalities" / name
             if source is not None and name not in trained and read_about(Path(source))["name"] == name:
                 # Saved again it would be the same modality in other bytes: they name the backbone's path, for one.
                 copy_modality(Path(source), folder)
             else:
                 save_modality(self.model, name, plan, folder, self.pristine)
         write_run(
-            self.folder,
+            run,
             self.model.backbone.identity,
             list(self.model.modalities),
             self.plan.router,
@@ -361,29 +436,13 @@ class _Run:
         for warning in self.model.backbone.identity.check(about["backbone"], str(state)):
             if self.show:
                 warn(warning)
-        then, now = about["environment"], self._environment()
-        different = [f"{key} {then.get(key)!r} then, {now[key]!r} now" for key in now if now[key] != then.get(key)]
-        if different and not self.recipe.allow_changed_environment:
-            dtype = str(then.get("dtype")).removeprefix("torch.")
-            back = f"give backbone.dtype={dtype} as it was, or " if now["dtype"] != then.get("dtype") else ""
-            told = f"{self.folder}: resuming exactly needs the environment it was saved in ({'; '.join(different)})"
-            raise ConfigError(f"{told}; {back}set allow_changed_environment=true to go on all the same")
+        if not self.recipe.allow_changed_environment:
+            check_environment(about["environment"], self._environment(), self.folder)
         try:
             trained_then = [stage["train"] for stage in about["recipe"]["stages"][: about["stage"] + 1]]
             lora.load_exactly(self._matching(trained_then), tensors["weights"], str(state))
         except ValueError as error:
             raise ConfigError(f"{error}; did the plugin's code change? give another run=") from error
         self.optimizer_tensors = tensors["optimizer"]
+        self.best, self.totals = read_so_far(about, state, self.totals)
         self.log.truncate(about["logs"])
-
-
-def describe(model: MoLoRA, stage: StageConfig) -> None:
-    """Prints what trains in a stage and what is frozen."""
-    say(f"{stage.name}: {stage.steps} steps of {stage.samples_per_step} samples")
-    backbone = count(model.backbone.parameters())
-    for part, parameters in model.parts().items():
-        training = count(p for p in parameters.values() if p.requires_grad)
-        word = "trains" if training else "frozen"
-        say(f"  {word}  {part:<24} {training or count(parameters.values()):>12,} parameters")
-        backbone -= count(parameters.values()) if part.startswith("adapters.") else 0  # which lie in its layers
-    say(f"  frozen  {'backbone':<24} {backbone:>12,} parameters")

@@ -1,15 +1,18 @@
 """What a recipe names, opened and tried before training: a typo shows in seconds, and not after the last step."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from molora.config import ConfigError, did_you_mean
 from molora.data.processor import Processor
-from molora.data.sources import Source, SourceConfig, check_length, open_source
-from molora.evaluate.judge import EvaluationConfig, question
-from molora.evaluate.metrics import Judged, open_metrics, scores
+from molora.data.sources import Source, SourceConfig, check_length, check_samples, mixed_order, open_source, placed
+from molora.evaluate.judge import EvaluationConfig
+from molora.evaluate.metrics import open_metrics, scores
+from molora.evaluate.metrics.choices import as_if_likely
+from molora.evaluate.questions import judge, question
 from molora.model.molora import MoLoRA
-from molora.train.optim import check_start, set_trainable
-from molora.train.recipe import Recipe, skipped_errors
+from molora.terminal import say
+from molora.train.optim import check_start, count, set_trainable
+from molora.train.recipe import Recipe, StageConfig, shares_of, skipped_errors
 from molora.train.resume import Position
 
 # Rows of a source that are tried, spread over it; more of them if none of these can be used.
@@ -44,6 +47,7 @@ class Trial:
         if not len(self.source):
             raise ConfigError(f"{where}: no rows")
         self.metrics = open_metrics(evaluation.metrics, f"{where[: -len('.data')]}.metrics") if evaluation else []
+        self.scored: set[str] = set()  # what the metrics call their numbers
         self._try(None)
 
     def encode(self, processor: Processor, max_tokens: int) -> None:
@@ -63,7 +67,7 @@ class Trial:
                 raise ConfigError(f"{self.where}, row {row + 1}: {error}") from error
             except ValueError as error:
                 if not isinstance(error, self.skips):
-                    raise ValueError(f"{self.where}, row {row + 1}: {error}") from error
+                    raise ValueError(f"{self.where}, row {row + 1}: {placed(error, self.source, row)}") from error
                 faults.append(error)
             except ImportError:  # what is not installed here is no fault of the row
                 raise
@@ -74,12 +78,11 @@ class Trial:
 
     def _try_row(self, row: int, processor: Processor | None, max_tokens: int) -> None:
         if self.evaluation is not None:
-            asked = question(self.source, row, self.evaluation.without_media)
+            asked = question(self.source, row, self.evaluation.asked_with[0])
             if processor is None:
-                right = Judged(asked["id"], asked["prompt"], asked["expected"], asked["expected"], True, asked["tags"])
-                scores([right], self.metrics)
+                self.scored |= scores([as_if_likely(judge(asked, asked.expected))], self.metrics).keys()
             else:
-                processor.encode(asked["prompt"], asked["id"], generate=True)
+                processor.encode(asked.prompt, asked.id, generate=True)
             return
         example = self.source[row]
         if processor is not None:
@@ -93,25 +96,41 @@ def _spread(length: int, few: int, many: int) -> list[int]:
     return list(dict.fromkeys(rows))[:many]
 
 
-def open_trials(recipe: Recipe, position: Position) -> dict[str, Trial]:
-    """Every source that is still needed, opened and tried, by its key in the recipe. Raises ConfigError, ValueError."""
+def open_trials(recipe: Recipe, steps: Sequence[int], position: Position) -> dict[str, Trial]:
+    """Every source that is still needed, opened and tried, by its key in the recipe, whose stages have so many steps.
+    Raises ConfigError, ValueError."""
     trials: dict[str, Trial] = {}
     for index, stage in list(enumerate(recipe.stages))[position.stage :]:
         for name, config in stage.data.items():
             where = f"stages.{index}.data.{name}"
             trials[where] = Trial(where, config, skips=skipped_errors(stage))
+        sources = [trials[f"stages.{index}.data.{name}"].source for name in stage.data]
+        order = mixed_order(
+            stage.data.values(), sources, stage.mixture, seed=recipe.seed, samples_per_step=stage.samples_per_step
+        )
+        check_samples(order, steps[index], stage.samples_per_step, f"stages.{index}.data")
     for name, evaluation in recipe.evaluations.items():
         if trials or name in position.evaluate:
             where = f"evaluations.{name}.data"
             trials[where] = Trial(where, evaluation.data, evaluation=evaluation)
+    if recipe.keep_best and (trial := trials.get(f"evaluations.{recipe.keep_best.evaluation}.data")):
+        metric = recipe.keep_best.metric
+        names = sorted({name.partition("/")[0] for name in trial.scored})  # a tag may be that of rows not tried
+        if metric.partition("/")[0] not in names:
+            near = did_you_mean(metric, names)
+            told = f"keep_best.metric: evaluation {recipe.keep_best.evaluation!r} gives no {metric!r}"
+            raise ConfigError(f"{told}; {near}it gives {', '.join(names)}")
     return trials
 
 
-def try_model(recipe: Recipe, model: MoLoRA, processor: Processor, trials: Mapping[str, Trial]) -> None:
-    """Raises ConfigError or ValueError for what a recipe asks of its model and the model cannot do."""
+def try_model(
+    recipe: Recipe, steps: Sequence[int], model: MoLoRA, processor: Processor, trials: Mapping[str, Trial]
+) -> None:
+    """Raises ConfigError or ValueError for what a recipe asks of its model and the model cannot do. `steps` are those
+    of its stages."""
     _check_names(recipe, model)
     for index, stage in enumerate(recipe.stages):
-        set_trainable(model, stage.train, stage.steps, f"stages.{index}.train")
+        set_trainable(model, stage.train, steps[index], f"stages.{index}.train")
         check_start(model, stage.start_from, f"stages.{index}.start_from")
         for name in stage.data:
             if trial := trials.get(f"stages.{index}.data.{name}"):
@@ -119,6 +138,22 @@ def try_model(recipe: Recipe, model: MoLoRA, processor: Processor, trials: Mappi
     for name in recipe.evaluations:
         if trial := trials.get(f"evaluations.{name}.data"):
             trial.encode(processor, 0)
+
+
+def describe(model: MoLoRA, stage: StageConfig, steps: int, num_rows: Mapping[str, int]) -> None:
+    """Prints how long a stage is, how often each source comes if epochs are counted, what trains and what is frozen."""
+    say(f"{stage.name}: {steps} steps of {stage.samples_per_step} samples")
+    if stage.epochs:
+        for name, share in shares_of(stage, num_rows).items():
+            times = steps * stage.samples_per_step * share / num_rows[name]
+            say(f"  {stage.epochs:g} epochs: source {name}, {num_rows[name]:,} rows, {times:.2f} times")
+    backbone = count(model.backbone.parameters())
+    for part, parameters in model.parts().items():
+        training = count(p for p in parameters.values() if p.requires_grad)
+        word = "trains" if training else "frozen"
+        say(f"  {word}  {part:<24} {training or count(parameters.values()):>12,} parameters")
+        backbone -= count(parameters.values()) if part.startswith("adapters.") else 0  # which lie in its layers
+    say(f"  frozen  {'backbone':<24} {backbone:>12,} parameters")
 
 
 def _check_names(recipe: Recipe, model: MoLoRA) -> None:

@@ -3,9 +3,10 @@
 import itertools
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from molora.pack import Pack, Sample
 from molora.ranks import Ranks
 from molora.routing import Routing, name_of
 from molora.train.optim import PartOptimizer
+from molora.train.phases import PhaseClock
+from molora.train.recipe import StageConfig
 
 
 class TrainingError(RuntimeError):
@@ -30,67 +33,126 @@ def train_step(
     tokens_per_pack: int,
     optimizers: Mapping[str, PartOptimizer],
     ranks: Ranks | None = None,
+    clock: PhaseClock | None = None,
 ) -> dict[str, Any]:
     """One update from this rank's samples of a global step; returns the step's metrics, the same on every rank.
 
-    `ranks` are the processes that train together, this one alone if they are left out.
+    `ranks` are the processes that train together, this one alone if they are left out. `clock` is told each phase.
 
     Each sample's loss is divided by the global target tokens of its group (its set of modalities), and each part is
     reduced, clipped and stepped on its own, so nothing shared couples modalities that train together.
     """
     ranks = ranks or Ranks(model.device)
-    targets: dict[frozenset[str], int] = {}
-    for counted in ranks.gather([{sample.modalities: 0 for sample in samples}]):
-        targets.update(counted)
-    for sample in samples:
-        targets[sample.modalities] += sample.num_targets
-    groups = sorted(targets, key=sorted)
-    totals = ranks.sum(torch.tensor([float(targets[g]) for g in groups], device=model.device))
-    targets = {group: int(total) for group, total in zip(groups, totals.tolist(), strict=True)}
+    clock = clock or PhaseClock(model.device)
+    targets = _global_targets(samples, ranks)
+    groups = [key for key in targets if isinstance(key, frozenset)]
     done: list[tuple[Pack, Routing, Tensor]] = []
     training = model.training_parts()
     parts = {group: model.parts_of(group) for group in groups}
     for trains in (False, True):
         chosen = [sample for sample in samples if bool(parts[sample.modalities] & training) == trains]
+        clock.to("loading")
         for pack in processor.packs(chosen, tokens_per_pack):
             pack = pack.to(model.device)
+            clock.to("forward")
             with nullcontext() if trains else torch.no_grad():
                 losses = model.losses(pack)
                 shares_N = torch.tensor([1 / max(1, targets[m]) for m in pack.modalities], device=model.device)
                 counts_N = torch.tensor(losses.num_targets, device=model.device)
                 loss = ((losses.sums_N + losses.router_N * counts_N) * shares_N).sum()
             if trains:
+                clock.to("backward")
                 loss.backward()
             done.append((replace(pack, media={}), losses.routing, losses.sums_N.detach()))
-    # What the device has computed is read once all of it is under way.
-    sums = dict.fromkeys(groups, 0.0)
-    shares: list[tuple[str, dict[str, float]]] = []
-    for pack, routing, sums_N in done:
-        for modalities, value in zip(pack.modalities, sums_N.tolist(), strict=True):
-            sums[modalities] += value
-        shares += routed_shares(pack, routing)
-    reduced = ranks.sum(torch.tensor([sums[g] for g in groups], device=model.device, dtype=torch.float64))
-    means = {g: value / max(1, targets[g]) for g, value in zip(groups, reduced.tolist(), strict=True)}
+            clock.to("loading")
+    clock.to("other")
+    means, shares = _results(done, targets, ranks)
     if not all(math.isfinite(mean) for mean in means.values()):
         ids = ", ".join(sample.id for sample in samples[:4])
-        shown = {name_of(g): mean for g, mean in means.items()}
+        shown = {name_of(group): means[group] for group in groups}
         told = f"the loss is not finite ({shown}); stopped before the optimiser"
         raise TrainingError(f"{told}. The step's samples: {ids}, …")
     row: dict[str, Any] = {}
-    for group, mean in means.items():
-        name = name_of(group)
-        row[f"loss/{name}"], row[f"targets/{name}"] = mean, targets[group]
-    shares = ranks.gather(shares)
+    for key, mean in means.items():
+        of, name = ("source_", key) if isinstance(key, str) else ("", name_of(key))
+        row[f"{of}loss/{name}"], row[f"{of}targets/{name}"] = mean, targets[key]
+    row |= _mean_shares(ranks.gather(shares))
+    present = frozenset().union(*(parts[group] for group in groups if targets[group]))
+    clock.to("optimizer")
+    for part, optimizer in optimizers.items():
+        if part in present:
+            _reduce_gradients(optimizer, ranks)
+            row[f"gradient_norm/{part}"], row[f"learning_rate/{part}"] = optimizer.step()
+    clock.to("other")
+    return row
+
+
+def source_of(id: str) -> str | None:
+    """The data source that a sample's id begins with, `source/row@epoch`; None for a sample that is of none."""
+    name, slash, _ = id.partition("/")
+    return name if slash else None
+
+
+def check_skipped(run: Path, stage: StageConfig, before: Sequence[str], row: Mapping[str, Any]) -> list[str]:
+    """Why samples of a stage were left out up to a step, if their number has a limit. Raises TrainingError if it is
+    passed: the data are not what was expected."""
+    if stage.skip_limit is None:
+        return []
+    skipped = [*before, *row.get("skipped_because", [])]
+    if len(skipped) > stage.skip_limit:
+        raise TrainingError(
+            f"{run}: {len(skipped)} samples of stage {stage.name} could not be used, and its skip_limit is "
+            f"{stage.skip_limit}; mend them, or raise it:\n  " + "\n  ".join(skipped)
+        )
+    return skipped
+
+
+# What a loss is averaged over: samples with the same set of modalities, or of the same source.
+_Key = frozenset[str] | str
+
+
+def _keys_of(modalities: frozenset[str], id: str) -> tuple[_Key, ...]:
+    source = source_of(id)
+    return (modalities,) if source is None else (modalities, source)
+
+
+def _global_targets(samples: Sequence[Sample], ranks: Ranks) -> dict[_Key, int]:
+    """Target tokens of every rank's samples, by group and by source, in the same order on every rank."""
+    counts: Counter[_Key] = Counter()
+    for sample in samples:
+        for key in _keys_of(sample.modalities, sample.id):
+            counts[key] += sample.num_targets
+    keys = {key for keys in ranks.gather([list(counts)]) for key in keys}
+    ordered = sorted(keys, key=lambda key: (isinstance(key, str), [key] if isinstance(key, str) else sorted(key)))
+    totals = ranks.sum(torch.tensor([float(counts[key]) for key in ordered], device=ranks.device))
+    return {key: int(total) for key, total in zip(ordered, totals.tolist(), strict=True)}
+
+
+def _results(
+    done: Iterable[tuple[Pack, Routing, Tensor]], targets: Mapping[_Key, int], ranks: Ranks
+) -> tuple[dict[_Key, float], list[tuple[str, dict[str, float]]]]:
+    """The mean loss of every rank's targets by group and source, and this rank's shares of adapters. What the device
+    has computed is read here, once all of it is under way."""
+    sums = dict.fromkeys(targets, 0.0)
+    shares: list[tuple[str, dict[str, float]]] = []
+    for pack, routing, sums_N in done:
+        for modalities, id, value in zip(pack.modalities, pack.ids, sums_N.tolist(), strict=True):
+            for key in _keys_of(modalities, id):
+                sums[key] += value
+        shares += routed_shares(pack, routing)
+    reduced = ranks.sum(torch.tensor(list(sums.values()), device=ranks.device, dtype=torch.float64))
+    means = {key: value / max(1, targets[key]) for key, value in zip(sums, reduced.tolist(), strict=True)}
+    return means, shares
+
+
+def _mean_shares(shares: Sequence[tuple[str, dict[str, float]]]) -> dict[str, float]:
+    """The mean weight of each adapter over the samples of each group that a router gave weights."""
+    row: dict[str, float] = {}
     samples_of = Counter(name for name, _ in shares)
     for name, taken in shares:
         for adapter, share in taken.items():
             key = f"routing/{name}/{adapter}"
             row[key] = row.get(key, 0.0) + share / samples_of[name]
-    present = frozenset().union(*(parts[group] for group in groups if targets[group]))
-    for part, optimizer in optimizers.items():
-        if part in present:
-            _reduce_gradients(optimizer, ranks)
-            row[f"gradient_norm/{part}"], row[f"learning_rate/{part}"] = optimizer.step()
     return row
 
 

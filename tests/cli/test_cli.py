@@ -263,6 +263,31 @@ def test_a_mixed_batch_goes_to_a_file_and_resumes(home: Path, tmp_path: Path) ->
     assert "kv_cache_gib=1e-06 holds 0" in (tmp_path / "none.jsonl").read_text()
 
 
+def test_given_answers_are_scored_into_a_file_and_a_bad_row_has_exit_code_2(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import molora
+
+    out, call = tmp_path / "out.jsonl", ("score", str(home / "run"), str(home / "rows.jsonl"))
+    assert run_cli(*call, str(out)) == 0
+    lines = out.read_text().splitlines(keepends=True)
+    rows = {row["id"]: row for row in map(json.loads, lines)}
+    loaded = molora.load(home / "run")
+    for row in rows.values():
+        *prompt, answer = row["messages"]
+        (found,) = loaded.likelihoods([(prompt, answer["content"])])
+        assert row["log_probability"] == pytest.approx(found.log_probability, rel=1e-4, abs=1e-4)
+        assert (row["num_tokens"], row["is_greedy"]) == (found.num_tokens, found.is_greedy)
+    out.write_text("".join(lines[:2]) + lines[2][:9])  # a kill while the third was written
+    assert run_cli(*call, str(out)) == 0
+    assert [json.loads(line)["id"] for line in out.read_text().splitlines()] == [f"row {i}" for i in range(4)]
+    questions = [{**row, "messages": row["messages"][:-1]} for row in rows.values()]
+    (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions[:1]))
+    capsys.readouterr()
+    assert run_cli("score", str(home / "run"), str(tmp_path / "bad.jsonl"), str(tmp_path / "bad_out.jsonl")) == 2
+    assert "does not end with an assistant message" in " ".join(capsys.readouterr().err.split())
+
+
 def test_one_answer_is_streamed_and_equals_the_api(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import molora
 

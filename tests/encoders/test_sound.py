@@ -17,6 +17,7 @@ from molora.encoders import sound
 from molora.encoders.logmel import log_mel
 from molora.encoders.sound import MIN_SAMPLES, SAMPLE_RATE_HZ, load_sound, resample
 from molora.encoders.sound_files import pieces
+from molora.media import Sources
 from molora.modality import MediaError
 
 soundfile = pytest.importorskip("soundfile")
@@ -403,3 +404,109 @@ def test_the_bytes_of_a_clip_are_not_copied_to_move_in_them() -> None:
         assert tracemalloc.get_traced_memory()[1] < len(data) // 2
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("kind", "subtype"), [*KINDS, ("WAV", "PCM_24"), ("FLAC", "PCM_16"), ("OGG", "OPUS")])
+@pytest.mark.parametrize(("start", "end"), [(0, 0.5), (0.25, 0.75), (0.25, None), (None, 0.3), (1.5, 2.0), (0.9, 2.2)])
+def test_a_part_of_a_clip_is_that_part_of_the_whole(
+    kind: str, subtype: str, start: float | None, end: float | None
+) -> None:
+    data = encoded(tones(16_000, seconds=2.0), 16_000, kind, subtype)
+    whole = load(data)
+    first, last = round(16_000 * (start or 0)), None if end is None else round(16_000 * end)
+    assert torch.equal(load(data, start_seconds=start, end_seconds=end), whole[first:last])
+
+
+@pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG"])
+def test_a_part_may_lie_across_sounds_that_were_joined_and_in_one_of_unknown_length(kind: str) -> None:
+    subtype = "VORBIS" if kind == "OGG" else "PCM_16"
+    data = encoded(tones(16_000), 16_000, kind, subtype) + encoded(tones(16_000, (700.0,)), 16_000, kind, subtype)
+    for start, end in ((0.2, 0.4), (0.8, 1.3), (1.25, 1.75), (1.0, None)):
+        last = None if end is None else round(16_000 * end)
+        assert torch.equal(load(data, start_seconds=start, end_seconds=end), load(data)[round(16_000 * start) : last])
+    if kind == "FLAC":
+        alone = streamed(encoded(tones(16_000), 16_000, kind, subtype))
+        assert torch.equal(load(alone, start_seconds=0.5), load(alone)[8000:])
+
+
+def test_a_part_of_an_array_and_at_another_rate() -> None:
+    wave = tones(8_000, (440.0,), seconds=2.0)
+    part = load(wave, "array", sampling_rate=8_000, start_seconds=0.5, end_seconds=1.5)
+    assert torch.equal(part, load(wave[4_000:12_000], "array", sampling_rate=8_000))
+    assert torch.equal(part, load(encoded(wave, 8_000, "WAV", "DOUBLE"), start_seconds=0.5, end_seconds=1.5))
+    assert len(load(encoded(wave, 8_000), start_seconds=0.5)) == 24_000
+
+
+def test_the_limit_of_seconds_is_on_the_part_that_is_heard() -> None:
+    for kind, subtype in KINDS:
+        data = encoded(tones(16_000, seconds=3.0), 16_000, kind, subtype)
+        assert len(load_sound({"bytes": data, "start_seconds": 1, "end_seconds": 2}, max_seconds=1.5)) == 16_000
+        with pytest.raises(MediaError, match="max_seconds is 1.5"):
+            load_sound({"bytes": data, "start_seconds": 1}, max_seconds=1.5)
+
+
+def test_what_is_not_heard_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(tones(16_000, seconds=4.0), 16_000, "FLAC", "PCM_16")
+    read, numbers = soundfile.SoundFile.read, []
+
+    def counted(self: Any, frames: int, **rest: Any) -> Any:
+        block = read(self, frames, **rest)
+        numbers.append(len(block))
+        return block
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", counted)
+    load(data, start_seconds=3, end_seconds=3.5)
+    assert sum(numbers) == 8_000
+
+
+@pytest.mark.parametrize(
+    ("seconds", "says"),
+    [
+        ((1.0, None), "has start_seconds 1, but lasts 1.000 seconds"),
+        ((0.5, 1.6), "has end_seconds 1.6, but lasts 1.000 seconds"),
+        ((3, 4), "has start_seconds 3 and end_seconds 4, but lasts 1.000 seconds"),
+        ((-0.1, None), "has start_seconds -0.1 and end_seconds None; a part starts at 0 or later"),
+        ((0.5, 0.5), "a part starts at 0 or later, and ends later"),
+        ((0.5, 0.51), "lasts 160 samples at 16 kHz, and 400"),
+        (("0.5", None), "has start_seconds '0.5' .* each is a number of seconds"),
+        ((0, float("nan")), "each is a number of seconds"),
+        ((True, None), "each is a number of seconds"),
+    ],
+)
+def test_a_part_that_a_clip_does_not_have_is_refused(seconds: tuple[Any, Any], says: str) -> None:
+    start, end = seconds
+    for value in ({"bytes": encoded(WAVE)}, {"array": WAVE, "sampling_rate": 16_000}):
+        with pytest.raises(MediaError, match=says):
+            load_sound({"type": "audio", **value, "start_seconds": start, "end_seconds": end})
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.25, 0.75), (0.25, None), (None, 0.3), (0.5, 1.4)])
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_part_of_a_wav_on_disk_is_read_alone_unless_the_file_is_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: float | None, end: float | None, joined: bool
+) -> None:
+    data = encoded(tones(16_000)) * (1 + joined)
+    (tmp_path / "a.wav").write_bytes(data)
+    path, wanted = str(tmp_path / "a.wav"), load(data, start_seconds=start, end_seconds=end)
+    whole_files = []
+    read = Sources.read
+    monkeypatch.setattr(Sources, "read", lambda self, key, value: whole_files.append(key) or read(self, key, value))
+    assert torch.equal(load(path, "path", start_seconds=start, end_seconds=end), wanted)
+    assert whole_files == ["path"] * joined
+
+
+def test_a_part_of_a_file_that_cannot_be_read_is_refused_as_the_whole_is(tmp_path: Path) -> None:
+    wav = encoded(tones(16_000))
+    (tmp_path / "cut.wav").write_bytes(wav[: len(wav) // 2])
+    (tmp_path / "text.wav").write_bytes(b"RIFF\x10\0\0\0WAVE and no more..")
+    (tmp_path / "good.wav").write_bytes(wav)
+    with pytest.raises(MediaError, match="is cut off"):
+        load(str(tmp_path / "cut.wav"), "path", start_seconds=0.8)
+    with pytest.raises(MediaError, match="cannot be decoded"):
+        load(str(tmp_path / "text.wav"), "path", start_seconds=0.1)
+    with pytest.raises(MediaError, match=r"path '.*good.wav': has start_seconds 1, but lasts 1.000 seconds"):
+        load(str(tmp_path / "good.wav"), "path", start_seconds=1)
+    with pytest.raises(MediaError, match="No such file"):
+        load(str(tmp_path / "gone.wav"), "path", start_seconds=0.5)
+    with pytest.raises(MediaError, match="is a folder"):
+        load(str(tmp_path), "path", start_seconds=0.5)

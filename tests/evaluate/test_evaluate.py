@@ -14,9 +14,10 @@ import pytest
 
 from molora.config import ConfigError
 from molora.data.sources import SourceConfig
-from molora.evaluate.judge import EvaluationConfig, complaints, question
+from molora.evaluate.judge import EvaluationConfig, complaints
 from molora.evaluate.metrics import Judged, Named, open_metrics, scores
 from molora.evaluate.normalise import FULL_STOPS, exact_match, words
+from molora.evaluate.questions import question
 from molora.evaluate.results import record
 
 
@@ -74,10 +75,10 @@ def test_a_question_without_media_keeps_its_text() -> None:
         "id": "r",
         "messages": [{"role": "user", "content": [picture, text]}, {"role": "assistant", "content": "x"}],
     }
-    assert question(rows([row]), 0, without_media=True)["prompt"] == [{"role": "user", "content": [text]}]
-    assert question(rows([row]), 0, without_media=False)["prompt"][0]["content"] == [picture, text]
+    assert question(rows([row]), 0, "none").prompt == [{"role": "user", "content": [text]}]
+    assert question(rows([row]), 0).prompt[0]["content"] == [picture, text]
     with pytest.raises(ValueError, match="row 1: must end with an assistant message"):
-        question(rows([{"id": "r", "messages": row["messages"][:1]}]), 0, without_media=False)
+        question(rows([{"id": "r", "messages": row["messages"][:1]}]), 0)
 
 
 @pytest.mark.parametrize(
@@ -89,13 +90,13 @@ def test_a_question_without_media_keeps_its_text() -> None:
 )
 def test_a_row_of_a_plugins_source_is_checked_too(row: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        question(rows([{"id": "0", **row}]), 0, False)
+        question(rows([{"id": "0", **row}]), 0)
 
 
 def test_tags_of_a_plugins_source_are_read_as_those_of_files() -> None:
     given = {"id": "0", "messages": [ASKED, ANSWERED], "tags": ["", "a", "a"]}
-    assert question(rows([given]), 0, False)["tags"] == ["a"]
-    assert question(rows([{**given, "tags": "abc"}]), 0, False)["tags"] == ["abc"]
+    assert question(rows([given]), 0).tags == ["a"]
+    assert question(rows([{**given, "tags": "abc"}]), 0).tags == ["abc"]
 
 
 def test_word_errors_are_counted_over_all_answers_without_punctuation() -> None:
@@ -379,7 +380,7 @@ def test_a_tokeniser_that_cannot_be_used_is_told_when_the_recipe_is_read(
 
 def test_results_of_one_model_gather_and_those_of_another_go(tmp_path: Path) -> None:
     path, one, other = tmp_path / "evaluation.json", {"vision": "1"}, {"vision": "2"}
-    seeing, blind = {"without_media": False}, {"without_media": True}
+    seeing, blind = {"media": "as is"}, {"media": "none"}
     assert record(path, one, {"a": {"exact_match": 1.0}}, {"a": seeing}) == []
     assert record(path, one, {"b": {"exact_match": 0.5}}, {"b": blind}) == []
     assert json.loads(path.read_text())["settings"] == {"a": seeing, "b": blind}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from molora.config import ConfigError, build, dump, plain_yaml, read
 from molora.evaluate.judge import Evaluation, EvaluationConfig, Evaluations
 from molora.evaluate.metrics import Judged, Metric, NoOptions, open_metrics, scores
 from molora.evaluate.metrics.text import ExactMatch
+from molora.evaluate.questions import judge, question
 from molora.plugin_kit import catalogue
 from molora.plugins import available, resolve
 from molora.train.recipe import Recipe
@@ -43,6 +45,7 @@ class Lengths:
 class Nothing:
     config_type = LengthsConfig
 """
+ASKED = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "yes"}]
 JUDGED = [Judged("0:a", [], "yes", "Yes.", True, ["short"]), Judged("1:b", [], "yes", "no way", False)]
 
 
@@ -52,12 +55,38 @@ def lengths(tmp_path: Path) -> str:
     return f"{tmp_path}/lengths.py:Lengths"
 
 
-def test_built_in_metrics_keep_the_contract_and_have_their_names() -> None:
-    names = {plugin.name for plugin in available("metric") if plugin.origin == "built-in"}
-    assert names == {"exact_match", "word_error_rate", "character_error_rate", "macro_f1", "bleu"}
-    for metric in open_metrics(sorted(names), "metrics"):
-        given: Metric = metric
-        assert set(given.score(JUDGED)) <= names and given.score(JUDGED)
+# Numbers of each built-in metric, for answers that all of them can score. `judge` needs a server: see test_judge_model.
+NUMBERS = {
+    "exact_match": {"exact_match"},
+    "macro_f1": {"macro_f1"},
+    "yes_no": {"yes_no_accuracy", "yes_no_precision", "yes_no_recall", "yes_no_f1", "yes_share"},
+    "multiple_choice": {"multiple_choice", "no_choice"},
+    "choice_likelihood": {"choice_likelihood"},
+    "vqa_accuracy": {"vqa_accuracy"},
+    "anls": {"anls"},
+    "relaxed_accuracy": {"relaxed_accuracy"},
+    "word_error_rate": {"word_error_rate"},
+    "character_error_rate": {"character_error_rate"},
+    "bleu": {"bleu"},
+    "chrf": {"chrf"},
+    "cider": {"cider"},
+    "rouge": {"rouge_1", "rouge_2", "rouge_l", "rouge_l_sum"},
+}
+LIBRARY = {"anls": "rapidfuzz", "bleu": "sacrebleu", "chrf": "sacrebleu", "rouge": "rouge_score"}
+
+
+def test_built_in_metrics_have_their_names() -> None:
+    assert {plugin.name for plugin in available("metric") if plugin.origin == "built-in"} == {*NUMBERS, "judge"}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_built_in_metrics_keep_the_contract(name: str) -> None:
+    pytest.importorskip(LIBRARY.get(name, "jiwer"))
+    several = {"answers": ["yes", "yes", "no"], "choices": ["yes", "no"], "choice": 0}
+    judged = [replace(item, **several, likelihoods=[(-1.0, 1), (-2.0, 1)]) for item in JUDGED]
+    (metric,) = open_metrics([name], "metrics")
+    given: Metric = metric
+    assert set(given.score(judged)) == NUMBERS[name] == set(given.score(judged[:1]))
 
 
 def test_a_metric_of_a_file_gives_its_numbers_over_all_answers_and_by_tag(lengths: str) -> None:
@@ -128,11 +157,25 @@ def test_numbers_that_would_be_mistaken_are_refused(numbers: dict[str, Any], say
 
 def test_the_metric_of_the_page_works_as_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).parents[2] / "docs/reference/answers.md").read_text()
+    _, page = page.split("### A metric of your own")
     code, *recipes = re.findall(r"```python\n(.*?)```|    (metrics: [^\n]*lengths[^\n]*)\n", page, re.DOTALL)
     (tmp_path / "lengths.py").write_text(code[0])
     monkeypatch.chdir(tmp_path)
     named = [build(EvaluationConfig, {"data": {"kind": "x"}, **plain_yaml.parse(text)}, "page") for _, text in recipes]
     assert scores(JUDGED, open_metrics(named[0].metrics, "page"))["added_characters"] == (1 + 3) / 2
+
+
+def test_an_answer_is_right_if_it_equals_one_that_is_accepted() -> None:
+    rows: Any = [{"id": "q", "messages": ASKED, "answers": ["yes", "Of course!"]}, {"id": "r", "messages": ASKED}]
+    asked = question(rows, 0)
+    judged = [judge(asked, answer) for answer in ("of  course!", "Yes.", "no")]
+    assert [item.correct for item in judged] == [True, True, False]
+    assert {tuple(item.answers) for item in judged} == {("yes", "Of course!")}
+    (exact_match, macro_f1) = open_metrics(["exact_match", "macro_f1"], "metrics")
+    assert exact_match.score(judged) == {"exact_match": 2 / 3}
+    assert macro_f1.score(judged) == {"macro_f1": pytest.approx(2 * 2 / (3 + 2))}  # both are answers of the class yes
+    alone = question(rows, 1)
+    assert judge(alone, "yes").answers == ["yes"] and not judge(alone, "of course!").correct
 
 
 def test_no_metric_sees_a_question_that_failed(lengths: str) -> None:

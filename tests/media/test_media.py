@@ -388,3 +388,16 @@ def test_a_key_that_asks_for_another_picture_is_refused() -> None:
     assert sources.choose({"type": "image", "path": "a.png", "width": 3}) == ("path", "a.png")
     with pytest.raises(MediaError, match="has crop, which nothing reads"):
         sources.choose({"type": "image", "path": "a.png", "crop": [0, 0, 1, 1]})
+
+
+def test_a_part_of_a_medium_is_refused_unless_its_reader_honours_the_key() -> None:
+    pictures = Sources(part_type="image", keys=("path",), max_file_bytes=9)
+    clips = Sources(part_type="audio", keys=("path",), max_file_bytes=9, part_of=("start_seconds", "end_seconds"))
+    part = {"path": "a", "start_seconds": 1.0, "end_seconds": 2.0}
+    assert clips.choose(part) == ("path", "a")
+    with pytest.raises(MediaError, match="has end_seconds, start_seconds, which nothing reads .*; change the file"):
+        pictures.choose(part)
+    with pytest.raises(
+        MediaError, match="has duration, which nothing .*; give start_seconds and end_seconds, or change"
+    ):
+        clips.choose({"path": "a", "duration": 1})

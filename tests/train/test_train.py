@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -14,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from molora.checkpoint.opening import open_model
 from molora.cli.commands import main
 from molora.config import ConfigError, build, dump
 from molora.data.sources import SourceConfig
+from molora.evaluate.metrics import Judged, NoOptions
 from molora.interrupt import Stopped
 from molora.received import read_json
 from molora.storage import hold
@@ -40,6 +42,21 @@ from molora.train.step import TrainingError, train_step
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["molora.cli.commands", "molora.train.loop", "molora.testing"])
+
+
+class Answered:
+    """A metric that is another number for other answers."""
+
+    config_type = NoOptions
+
+    def __init__(self, config: NoOptions) -> None: ...
+
+    def score(self, judged: Sequence[Judged]) -> dict[str, float]:
+        answers = "\n".join(item.answer for item in judged)
+        return {"answered": int(hashlib.sha256(answers.encode()).hexdigest()[:6], 16) / 16**6}
+
+
+METRICS = ["exact_match", f"{__file__}:Answered"]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +118,7 @@ def recipe(home: Path, run: Path, **changes: Any) -> Recipe:
                 "evaluate_every_steps": 3,
             },
         ],
-        "evaluations": {"rows": {"data": {**rows["rows"], "limit": 4}, "max_new_tokens": 2}},
+        "evaluations": {"rows": {"data": {**rows["rows"], "limit": 4}, "max_new_tokens": 2, "metrics": METRICS}},
         "save_every_steps": 2,
         "device": "cpu",
         **changes,
@@ -114,14 +131,19 @@ def outcome(run: Path) -> dict[str, Any]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     (state,) = (run / "state").iterdir()
     about = {key: value for key, value in read_json(state / "state.json").items() if key not in ("logs", "recipe")}
+    for totals in about["totals"]:
+        assert totals.pop("seconds").keys() >= {"loading", "forward"} or not totals["steps"]
+    best = [path for path in sorted((run / "best").rglob("*")) if path.is_file() and path.name != "state.json"]
     return {
-        "rows": [{key: value for key, value in row.items() if key != "seconds"} for row in rows],
+        "rows": [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows],
         "state": about,
         "tensors": {
             p.name: {k: v.tolist() for k, v in load_file(p).items()} for p in sorted(state.glob("*.safetensors"))
         },
         "files": {
-            str(p.relative_to(run)): p.read_bytes() for p in sorted((run / "modalities").rglob("*")) if p.is_file()
+            str(p.relative_to(run)): p.read_bytes()
+            for p in [*sorted((run / "modalities").rglob("*")), *best]
+            if p.is_file()
         },
     }
 
@@ -167,12 +189,13 @@ def test_a_run_killed_at_twenty_moments_ends_like_one_that_was_not(home: Path, t
     warm.start()
     warm.join()
     started = time.monotonic()
-    straight = spawn(recipe(home, tmp_path / "straight"))
+    keep = {"evaluation": "rows", "metric": "answered", "highest": True}
+    straight = spawn(recipe(home, tmp_path / "straight", keep_best=keep))
     straight.join()
     assert straight.exitcode == 0
     took = time.monotonic() - started
 
-    killed = recipe(home, tmp_path / "killed")
+    killed = recipe(home, tmp_path / "killed", keep_best=keep)
     moments = random.Random(7)
     # Ten kills in the middle of saves, ten at any time, in turn.
     kills = 0
@@ -198,6 +221,7 @@ def test_a_run_killed_at_twenty_moments_ends_like_one_that_was_not(home: Path, t
     assert len(steps) == len(set(steps)), "a step was logged twice"
     for key in expected:
         assert ours[key] == expected[key], f"{key} differ after {kills} kills"
+    assert "best/best.json" in expected["files"] and expected["state"]["best"]["step"] in range(1, 13)
 
 
 def test_a_finished_run_does_nothing_more(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -272,6 +296,7 @@ def two_processes(recipe_path: Path, launched: bool) -> None:
         assert process.exitcode == 0, recipe_path.with_name(f"rank {rank}").read_text()[-3000:]
 
 
+COMPARED = ("loss/", "routing/", "source_loss/")
 LEARNED = {
     "plugin": "learned",
     "options": {"modalities": ["letters", "numbers"], "scope": "token", "balance": 0.1, "z": 0.01},
@@ -310,9 +335,10 @@ def test_two_processes_train_like_one(home: Path, tmp_path: Path, learned: bool)
     alone = 0
     for row, expected in zip(ours, theirs, strict=True):
         assert row["samples_digest"] == expected["samples_digest"]
-        losses = {key: value for key, value in expected.items() if key.startswith(("loss/", "routing/"))}
+        losses = {key: value for key, value in expected.items() if key.startswith(COMPARED)}
         alone += len(losses) > 1 and "loss/text" in losses
-        assert {key for key in row if key.startswith(("loss/", "routing/"))} == losses.keys()
+        assert {key for key in row if key.startswith(COMPARED)} == losses.keys()
+        assert row["source_targets/rows"] == expected["source_targets/rows"]
         for key, value in losses.items():
             assert abs(row[key] - value) <= 1e-5 * max(1.0, abs(value)), f"step {row['step']}: {key}"
     assert alone > 10, "in no step did one rank see text alone"
@@ -624,7 +650,7 @@ def test_samples_that_cannot_be_learned_from_stop_the_run_or_are_counted(
     config.stages[0].tokens_per_pack = tokens_per_pack
     other = {"too_long": "unusable", "unusable": "too_long"}[option]
     setattr(config.stages[0], other, "skip")
-    with pytest.raises(ValueError, match=f"stages.0.data.rows, row 2: {says}"):
+    with pytest.raises(ValueError, match=f"stages.0.data.rows, row 2: .*odd.jsonl, row 2: {says}"):
         train(config, show=False)
     setattr(config.stages[0], other, "error")
     setattr(config.stages[0], option, "skip")

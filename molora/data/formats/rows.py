@@ -141,16 +141,20 @@ class JsonRows(_Rows):
     def __init__(self, path: Path, *, numbers_as_text: bool) -> None:
         super().__init__(path)
         self.numbers_as_text = numbers_as_text
-        with self.open() as file:
-            file.seek(self.start)
-            is_list = file.read(4096).lstrip().startswith(b"[")
-        for start, end in self._in_list() if is_list else self._in_lines():
+        for start, end in self.spans():
             if end - start > MAX_ROW_BYTES:
                 raise ConfigError(f"{self.next_row()}: {end - start} bytes; a row has at most {MAX_ROW_BYTES}")
             self.starts.append(start)
             self.ends.append(end)
         if not self.starts:
             raise ConfigError(f"data source {path}: no rows")
+
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """Where each object begins and ends."""
+        with self.open() as file:
+            file.seek(self.start)
+            is_list = file.read(4096).lstrip().startswith(b"[")
+        return self._in_list() if is_list else self._in_lines()
 
     def __getitem__(self, row: int) -> Mapping[str, Any]:
         value = parse(self.read(self.starts[row], self.ends[row]), self.where(row), self.numbers_as_text)
@@ -318,6 +322,34 @@ class CellRows(_Rows):
                 )
             self.starts.append(begin)
             self.ends.append(position)
+
+
+class LineRows(_Rows):
+    """The lines of a file that are not empty, as text."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        for offset, line in self.lines():
+            if line.strip():
+                self.starts.append(offset)
+                self.ends.append(offset + len(line))
+
+    def __getitem__(self, row: int) -> str:
+        text = _decoded(self.read(self.starts[row], self.ends[row]), self.starts[row], self.where(row))
+        return text.rstrip("\r\n")
+
+    def by_first_word(self) -> dict[str, int]:
+        """Which row begins with each word. Raises ConfigError for two that begin with the same."""
+        found: dict[str, int] = {}
+        for offset, line in self.lines():
+            if line.strip():
+                word = _decoded(line.split(maxsplit=1)[0], offset, self.where(len(found)))
+                if word in found:
+                    raise ConfigError(
+                        f"{self.where(len(found))}: {word!r:.80} stands in row {found[word] + 1} too; take one out"
+                    )
+                found[word] = len(found)
+        return found
 
 
 class _Ragged(ConfigError):

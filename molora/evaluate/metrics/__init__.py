@@ -1,13 +1,18 @@
 """Metrics: what turns the answers of an evaluation into numbers. The contract of all; the built-in ones lie beside it.
 
+Letters: Q questions, K counts of a question, B resamples of the questions.
+
 A recipe names metrics as it names other plugins: by a built-in name, by `path/to/file.py:Class`, by
 `package.module:Class`, or by a name that an installed package declares in the entry-point group `molora.metrics`.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+import numpy as np
 
 from molora.config import ConfigError, build
 from molora.plugins import find
@@ -21,7 +26,10 @@ COUNTS = ("questions", "failed", "cut_off")
 
 @dataclass(frozen=True)
 class Judged:
-    """One answered question. `cut_off` says that a limit ended the answer, `error` why there is none."""
+    """One answered question. `cut_off` says that a limit ended the answer, `error` why there is none. `answers` are all
+    that are accepted, of which `expected` is one. A multiple-choice question has its options as `choices`, and `choice`
+    is the index of the right one. If a metric needs them, `likelihoods` has for each of the `choices` the natural
+    logarithm of its probability as the answer, and the number of its tokens."""
 
     id: str
     messages: list[dict[str, Any]]
@@ -31,6 +39,14 @@ class Judged:
     tags: list[str] = field(default_factory=list)
     cut_off: bool = False
     error: str | None = None
+    answers: list[str] = field(default_factory=list)
+    choices: list[str] = field(default_factory=list)
+    choice: int | None = None
+    likelihoods: list[tuple[float, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.answers:
+            object.__setattr__(self, "answers", [self.expected])
 
     @property
     def row(self) -> int:
@@ -41,7 +57,9 @@ class Judged:
 class Metric(Protocol):
     """Compares answers with the expected ones; built as `Plugin(config)`, with a recipe's options read into its
     `config_type`. Building it raises ImportError or ValueError for what the metric needs and does not find, so that
-    this is told before the model answers."""
+    this is told before the model answers. A class that says `needs = "likelihoods"` gets answers with `likelihoods`.
+    One that says `rates_each = True` has as its first number over one question how right that answer is, from 0 to 1;
+    it is also shown what the most frequent answer would get."""
 
     config_type: type
 
@@ -53,6 +71,56 @@ class Metric(Protocol):
 @dataclass
 class NoOptions:
     """The options of a metric that has none."""
+
+
+class Weighted(ABC):
+    """A metric that can count a question more than once, as a bootstrap does, without reading its answer again."""
+
+    @abstractmethod
+    def weighted(self, judged: Sequence[Judged]) -> Callable[[np.ndarray], Mapping[str, np.ndarray]]:
+        """Reads the answers, and returns what makes numbers by name (B,) of the weights (B, Q) of the questions. What
+        nothing can be counted for is NaN."""
+
+    def score(self, judged: Sequence[Judged]) -> dict[str, float]:
+        found = self.weighted(judged)(np.ones((1, len(judged))))
+        return {name: float(values_B[0]) for name, values_B in found.items() if not np.isnan(values_B[0])}
+
+
+class Counted(Weighted):
+    """A metric that is a function of what is counted for each question and summed over the questions."""
+
+    @abstractmethod
+    def counts(self, judged: Sequence[Judged]) -> np.ndarray:
+        """What is counted for each question, (Q, K)."""
+
+    @abstractmethod
+    def of_sums(self, sums_BK: np.ndarray) -> Mapping[str, np.ndarray]:
+        """The numbers by name, (B,), that sums of the counts give."""
+
+    def weighted(self, judged: Sequence[Judged]) -> Callable[[np.ndarray], Mapping[str, np.ndarray]]:
+        counts_QK = np.asarray(self.counts(judged), dtype=float)
+        return lambda weights_BQ: self.of_sums(weights_BQ @ counts_QK)
+
+
+class Mean(Counted):
+    """A metric that is the mean of a number for each question."""
+
+    name: str
+
+    @abstractmethod
+    def values(self, judged: Sequence[Judged]) -> Sequence[float]:
+        """The number of each question."""
+
+    def counts(self, judged: Sequence[Judged]) -> np.ndarray:
+        return np.array([(value, 1.0) for value in self.values(judged)])
+
+    def of_sums(self, sums_BK: np.ndarray) -> dict[str, np.ndarray]:
+        return {self.name: ratio(sums_BK[:, 0], sums_BK[:, 1])}
+
+
+def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """`above` by `below`, NaN where there is nothing to divide by."""
+    return np.divide(above, below, out=np.full(np.shape(above), np.nan), where=below != 0)
 
 
 def specs_of(named: Iterable[Named]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -81,17 +149,22 @@ def scores(judged: Sequence[Judged], metrics: Iterable[Metric]) -> dict[str, flo
     ended, which every metric sees. Raises ValueError for a metric that gives no numbers."""
     metrics = list(metrics)
     answered = [item for item in judged if item.error is None]
-    by_tag: dict[str, list[Judged]] = {"": answered}
-    for item in answered:
-        for tag in item.tags:
-            by_tag.setdefault(tag, []).append(item)
     results: dict[str, float] = {}
-    for tag, items in by_tag.items():
+    for tag, items in by_tag(answered).items():
         found = {**_scored(items, metrics), "questions": len(items)}
         results |= {f"{name}/{tag}" if tag else name: value for name, value in found.items()}
     results["failed"] = len(judged) - len(answered)
     results["cut_off"] = sum(item.cut_off for item in answered)
     return results
+
+
+def by_tag(judged: Sequence[Judged]) -> dict[str, list[Judged]]:
+    """All of them, under the empty name, and those of each tag."""
+    tagged = {"": list(judged)}
+    for item in judged:
+        for tag in item.tags:
+            tagged.setdefault(tag, []).append(item)
+    return tagged
 
 
 def _scored(items: Sequence[Judged], metrics: Iterable[Metric]) -> dict[str, float]:

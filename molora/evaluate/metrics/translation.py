@@ -1,9 +1,29 @@
-"""Metrics of translations."""
+"""Metrics of translations, by sacrebleu."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
 
-from molora.evaluate.metrics import Judged
+import numpy as np
+
+from molora.config import ConfigError
+from molora.evaluate.metrics import Counted, Judged
+
+
+class _BySacrebleu(Counted):
+    """A metric of sacrebleu's over all answers together, against all accepted ones of each."""
+
+    name: str
+    # sacrebleu's own bootstrap adds up the statistics of sentences by the same two methods.
+    metric: Any
+
+    def counts(self, judged: Sequence[Judged]) -> np.ndarray:
+        references = list(zip_longest(*(item.answers for item in judged)))  # None where a question has fewer
+        return np.array(self.metric._extract_corpus_statistics([item.answer for item in judged], references))
+
+    def of_sums(self, sums_BK: np.ndarray) -> dict[str, np.ndarray]:
+        return {self.name: np.array([self.metric._compute_score_from_stats(list(sums_K)).score for sums_K in sums_BK])}
 
 
 @dataclass(kw_only=True)
@@ -13,10 +33,11 @@ class BleuConfig:
     tokeniser: str = "13a"
 
 
-class Bleu:
-    """BLEU of all answers together against one expected answer each, from 0 to 100, by sacrebleu."""
+class Bleu(_BySacrebleu):
+    """BLEU of all answers together against the accepted answers of each, from 0 to 100, by sacrebleu."""
 
     config_type = BleuConfig
+    name = "bleu"
 
     def __init__(self, config: BleuConfig) -> None:
         try:
@@ -36,6 +57,29 @@ class Bleu:
                 "another, as 13a"
             ) from error
 
-    def score(self, judged: Sequence[Judged]) -> dict[str, float]:
-        answers, expected = [item.answer for item in judged], [item.expected for item in judged]
-        return {"bleu": self.metric.corpus_score(answers, [expected]).score}
+
+@dataclass(kw_only=True)
+class ChrfConfig:
+    """`word_order` is the longest sequence of words that is counted beside those of characters: 0 for chrF, 2 for
+    chrF++."""
+
+    word_order: int = 0
+
+    def __post_init__(self) -> None:
+        if self.word_order < 0:
+            raise ConfigError(f"word_order is {self.word_order}; give 0 for chrF, 2 for chrF++")
+
+
+class Chrf(_BySacrebleu):
+    """chrF of all answers together against the accepted answers of each, from 0 to 100, by sacrebleu; with
+    `word_order: 2` it is chrF++."""
+
+    config_type = ChrfConfig
+    name = "chrf"
+
+    def __init__(self, config: ChrfConfig) -> None:
+        try:
+            from sacrebleu.metrics.chrf import CHRF
+        except ImportError as error:
+            raise ImportError("chrF needs sacrebleu: pip install 'molora[audio]'") from error
+        self.metric = CHRF(word_order=config.word_order)

@@ -1,0 +1,1 @@
+"""Random access to the rows of large files: where they are is found once, and kept."""

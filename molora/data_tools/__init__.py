@@ -1,0 +1,1 @@
+"""A recipe's data before anything trains: checked, shown and converted."""

@@ -1,0 +1,222 @@
+"""Any source to files that others read: JSONL of messages with media beside it, or tar shards of webdataset."""
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from molora.config import ConfigError
+from molora.data.messages import media, parts
+from molora.data.sources import Source, SourceConfig, open_source
+from molora.data_tools.opening import place_of
+from molora.media import Sources
+from molora.media.policy import SCHEMES, scheme
+from molora.modality import MediaError
+from molora.received import check_name
+from molora.storage import write_folder
+from molora.terminal import progress
+
+# A larger file of one medium is refused; modalities refuse such files too.
+_FILES = Sources(part_type="media", keys=(), max_file_bytes=2**30)
+
+# How files begin, and the endings that programs know them by.
+_ENDINGS = (
+    (b"\x89PNG", ".png"),
+    (b"\xff\xd8\xff", ".jpg"),
+    (b"GIF8", ".gif"),
+    (b"fLaC", ".flac"),
+    (b"OggS", ".ogg"),
+    (b"ID3", ".mp3"),
+    (b"\xff\xfb", ".mp3"),
+)
+_RIFF_ENDINGS = {b"WAVE": ".wav", b"WEBP": ".webp"}
+
+# Types of parts whose content may stand under the type itself, and the keys that hold the content of any.
+_MEDIA_TYPES = ("image", "audio", "video")
+_CONTENTS = ("array", "bytes", "base64", "path", "url")
+
+
+@dataclass
+class Written:
+    """How much was written."""
+
+    num_rows: int = 0
+    num_media: int = 0
+
+
+class _Files(Protocol):
+    """Where rows and their media go."""
+
+    def medium(self, row: int, data: bytes, ending: str) -> str:
+        """Keeps a file; returns the path that the row names it by."""
+        ...
+
+    def row(self, row: int, values: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def convert(
+    sources: Mapping[str, SourceConfig],
+    target: Path,
+    *,
+    limit: int | None = None,
+    rows_per_shard: int | None = None,
+    show: bool = True,
+) -> Written:
+    """Writes sources into a new folder: NAME.jsonl with media in NAME.media/, or NAME-000000.tar and so on, of
+    `rows_per_shard` rows each, a row being KEY.json and its media KEY.0.png, KEY.1.wav ….
+
+    Media are the files that they were, byte for byte; arrays become PNG or WAV without loss. URLs stay URLs. The folder
+    is there when all rows are written, and not before.
+
+    Raises: ConfigError for a folder that is there already and for sources that cannot be opened, ValueError naming the
+    row that cannot be written, or a source whose name is none of a file.
+    """
+    if target.exists():
+        raise ConfigError(f"{target}: is there already; name a new folder")
+    opened = {check_name(name, str(target)): open_source(config, name) for name, config in sources.items()}
+    written = Written()
+    with write_folder(target) as draft, progress(shown=show) as bars:
+        for name, source in opened.items():
+            num_rows = len(source) if limit is None else min(limit, len(source))
+            bar = bars.add_task(name, total=num_rows, note="")
+            files = _Lines(draft, name) if rows_per_shard is None else _Shards(draft, name, rows_per_shard)
+            with closing(files):
+                for row in range(num_rows):
+                    _write_row(source, row, name, files, written)
+                    bars.advance(bar)
+    return written
+
+
+def _write_row(source: Source, row: int, name: str, files: _Files, written: Written) -> None:
+    where = place_of(source, row, name)
+    example = source[row]
+    messages: list[dict[str, Any]] = []
+    for i, message in enumerate(example["messages"]):
+        if isinstance(message["content"], str):
+            messages.append(dict(message))
+            continue
+        content = []
+        for j, part in enumerate(parts(message)):
+            if part["type"] == "text":
+                content.append(dict(part))
+                continue
+            try:
+                content.append(_part(part, lambda data, ending: files.medium(row, data, ending)))
+            except (ValueError, OSError, TypeError) as error:
+                raise ValueError(f"{where}: message {i}, part {j} ({part['type']}): {error}") from error
+            written.num_media += 1
+        messages.append({**message, "content": content})
+    try:
+        files.row(row, {**example, "messages": messages})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: holds what JSON cannot ({error}); only media may be bytes or arrays") from error
+    written.num_rows += 1
+
+
+def _part(part: Mapping[str, Any], keep: Callable[[bytes, str], str]) -> dict[str, Any]:
+    """A part with its content in a file that `keep` writes. What a plugin's part holds otherwise stays as it is."""
+    kind = part["type"]
+    if part.get(kind) is not None and kind in _MEDIA_TYPES:
+        part = {**{key: value for key, value in part.items() if key != kind}, **media(kind, part[kind])}
+    found = next((key for key in (*_CONTENTS, kind) if part.get(key) is not None), kind)
+    value = part.get(found)
+    rest = {key: value for key, value in part.items() if key != found}
+    if isinstance(value, (Image.Image, np.ndarray, Tensor)):
+        return {**rest, "path": keep(*_encoded(value, rest.get("sampling_rate")))}
+    if found not in _CONTENTS or found == "array" or (found == "url" and scheme(str(value)) in SCHEMES):
+        return dict(part)
+    data = _FILES.read(found, value)
+    ending = Path(str(value)).suffix if found == "path" else ""
+    return {**rest, "path": keep(data, ending or _ending(data))}
+
+
+def _encoded(value: Any, rate_hz: Any) -> tuple[bytes, str]:
+    """A picture as PNG, or a waveform as WAV if it has a rate, and the ending of its name."""
+    file = io.BytesIO()
+    if rate_hz is not None:
+        try:
+            import soundfile
+        except ImportError as error:
+            raise ImportError("writing clips needs soundfile: pip install 'molora[audio]'") from error
+        wave = np.asarray(value.movedim(0, -1) if isinstance(value, Tensor) else value)
+        kinds = {"int16": "PCM_16", "int32": "PCM_32", "uint8": "PCM_U8", "float64": "DOUBLE"}
+        soundfile.write(file, wave, int(rate_hz), format="WAV", subtype=kinds.get(wave.dtype.name, "FLOAT"))
+        return file.getvalue(), ".wav"
+    if not isinstance(value, Image.Image):
+        pixels = np.asarray(value.movedim(0, -1) if isinstance(value, Tensor) and value.ndim == 3 else value)
+        if pixels.dtype != np.uint8:
+            raise MediaError(f"an array of {pixels.dtype} has no file format that keeps it; give uint8 pixels")
+        value = Image.fromarray(pixels.squeeze(2) if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
+    value.save(file, format="PNG")
+    return file.getvalue(), ".png"
+
+
+def _ending(data: bytes) -> str:
+    if data[:4] == b"RIFF":
+        return _RIFF_ENDINGS.get(data[8:12], ".bin")
+    return next((ending for start, ending in _ENDINGS if data.startswith(start)), ".bin")
+
+
+class _Lines:
+    """NAME.jsonl, and media under the hash of their content, so that one medium of many rows is one file."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.media = folder / f"{name}.media"
+        self.file = open(folder / f"{name}.jsonl", "w", encoding="utf-8")  # noqa: SIM115 (close closes it)
+
+    def medium(self, row: int, data: bytes, ending: str) -> str:
+        path = self.media / f"{hashlib.sha256(data).hexdigest()[:32]}{ending}"
+        if not path.exists():
+            self.media.mkdir(exist_ok=True)
+            path.write_bytes(data)
+        return f"{self.media.name}/{path.name}"
+
+    def row(self, row: int, values: Mapping[str, Any]) -> None:
+        self.file.write(_json(values) + "\n")
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class _Shards:
+    """NAME-000000.tar and so on. Members of a row stand together, its KEY.json first, which names its media."""
+
+    def __init__(self, folder: Path, name: str, rows_per_shard: int) -> None:
+        self.stem, self.rows_per_shard = folder / name, rows_per_shard
+        self.tar: tarfile.TarFile | None = None
+        self.waiting: list[tuple[str, bytes]] = []
+
+    def medium(self, row: int, data: bytes, ending: str) -> str:
+        self.waiting.append((f"{row:09}.{len(self.waiting)}{ending}", data))
+        return self.waiting[-1][0]
+
+    def row(self, row: int, values: Mapping[str, Any]) -> None:
+        shard, place = divmod(row, self.rows_per_shard)
+        if place == 0:
+            self.close()
+            self.tar = tarfile.open(f"{self.stem}-{shard:06}.tar", "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+        assert self.tar is not None, "rows come in order, from the first on"
+        for name, data in ((f"{row:09}.json", _json(values).encode()), *self.waiting):
+            about = tarfile.TarInfo(name)
+            about.size = len(data)
+            self.tar.addfile(about, io.BytesIO(data))
+        self.waiting = []
+
+    def close(self) -> None:
+        if self.tar is not None:
+            self.tar.close()
+
+
+def _json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, ensure_ascii=False, allow_nan=False)

@@ -1,0 +1,137 @@
+"""A recipe in small: its stages, parts, columns and templates as they stand, with a tiny backbone, tiny towers and a
+few made rows, so that a mistake shows in a minute and not after a download."""
+
+import io
+import wave
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from molora.config import ConfigError, did_you_mean
+from molora.config.plain_yaml import parse
+from molora.data.sources import SourceConfig
+from molora.storage import write_atomically
+from molora.testing.tiny import save_backbone
+from molora.train.recipe import Recipe
+
+# What public datasets hold, column by column.
+_DATASETS = Path(__file__).parents[1] / "configs" / "datasets.yaml"
+
+_ROWS = 4
+_STEPS = 2
+_SAMPLES = 2
+_TOWERS: dict[str, dict[str, Any]] = {
+    "vision": {
+        "crop_pixels": 32,
+        "max_crops": 1,
+        "pool": 2,
+        "tower": {"kind": "convit", "pretrained": False, "convit": {"width": 16, "depth": 1, "heads": 2}},
+    },
+    "audio": {
+        "tower": {"conformer": {"width": 16, "blocks": 1, "heads": 2, "mlp_width": 24, "subsampling_channels": 4}}
+    },
+}
+
+
+def rehearsed(recipe: Recipe) -> Recipe:
+    """The recipe in small, in a run folder beside its own whose name ends in `-tiny`, as those do of modalities that
+    another run trained. Datasets of the hub become rows of the same columns; other sources keep their first rows.
+
+    Raises ConfigError for a dataset of the hub whose columns `configs/datasets.yaml` does not have."""
+    run = Path(f"{recipe.run}-tiny")
+    # Adapters name layers as the backbone's family does.
+    family = "phi4-mini" if any("qkv_proj" in str(m.adapter) for m in recipe.modalities.values()) else "llama"
+    backbone = run.parent / f"tiny-{family}"
+    if not backbone.exists():
+        backbone.parent.mkdir(parents=True, exist_ok=True)
+        save_backbone(backbone, family)
+    stages = [
+        replace(
+            stage,
+            data={name: _tiny_source(source, run) for name, source in stage.data.items()},
+            steps=_STEPS,
+            epochs=0.0,
+            samples_per_step=_SAMPLES,
+        )
+        for stage in recipe.stages
+    ]
+    return replace(
+        recipe,
+        run=str(run),
+        backbone=replace(recipe.backbone, path=str(backbone), revision=None, dtype="float32"),
+        modalities={name: _tiny_modality(modality) for name, modality in recipe.modalities.items()},
+        stages=stages,
+        evaluations={
+            name: replace(evaluation, data=replace(_tiny_source(evaluation.data, run), limit=_SAMPLES))
+            for name, evaluation in recipe.evaluations.items()
+        },
+        data_workers=0,
+    )
+
+
+def _tiny_modality(modality: Any) -> Any:
+    if modality.path is not None:
+        path = Path(modality.path)
+        run = path.parents[1]
+        return replace(modality, path=str(run.with_name(f"{run.name}-tiny") / path.relative_to(run)))
+    options = {**modality.options, **_TOWERS.get(str(modality.plugin), {})}
+    return replace(modality, options=options, adapter={**modality.adapter, "r": 4})
+
+
+def _tiny_source(source: SourceConfig, run: Path) -> SourceConfig:
+    """A source of a hub's dataset as one of made rows; any other as it is."""
+    path = source.options.get("path")
+    if source.kind != "table" or not isinstance(path, str) or Path(path).exists():
+        return source
+    options = {key: value for key, value in source.options.items() if key not in ("subset", "split", "revision")}
+    known: Any = parse(_DATASETS.read_text(encoding="utf-8"))
+    if path not in known:
+        near = did_you_mean(path, known)
+        raise ConfigError(
+            f"{path}: neither a file here, nor among the datasets of the hub whose columns are known; {near}give a "
+            f"file, or add its columns to {_DATASETS}"
+        )
+    file = run / "rows" / f"{path.replace('/', '--')}.parquet"
+    write_atomically(file, lambda temporary: write_rows(known[path]["columns"], temporary))
+    return replace(source, options={**options, "path": str(file)}, limit=None)
+
+
+def write_rows(columns: Mapping[str, Any], path: Path) -> None:
+    """Writes made rows with these columns, each said as in `configs/datasets.yaml`, as a parquet file."""
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [{name: _made(shape, row) for name, shape in columns.items()} for row in range(_ROWS)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def _made(shape: Any, row: int) -> Any:
+    """A value of a shape: a kind by its name, a list of one shape, or shapes by name."""
+    if isinstance(shape, list):
+        return [_made(shape[0], row), _made(shape[0], row + 1)]
+    if isinstance(shape, Mapping):
+        return {name: _made(inner, row) for name, inner in shape.items()}
+    if shape in ("image", "audio"):
+        return {"bytes": (_picture if shape == "image" else _clip)(row), "path": None}
+    return {"text": f"words of row {row}", "number": row}[shape]
+
+
+def _picture(row: int) -> bytes:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(row).integers(0, 256, (30, 40, 3), np.uint8)
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def _clip(row: int) -> bytes:
+    """Half a second of a tone, 16-bit WAV at 16 kHz."""
+    tone = np.sin(np.arange(8000) * (0.1 + 0.02 * row)) * 2**14
+    file = io.BytesIO()
+    with wave.open(file, "wb") as writer:
+        writer.setparams((1, 2, 16_000, 0, "NONE", ""))
+        writer.writeframes(tone.astype("<i2").tobytes())
+    return file.getvalue()

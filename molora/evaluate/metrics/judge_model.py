@@ -1,0 +1,182 @@
+"""A metric that asks another model, at an OpenAI-compatible address, how good each answer is."""
+
+import http.client
+import json
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from molora.config import ConfigError, require
+from molora.data.messages import parts
+from molora.evaluate.metrics import Counted, Judged, ratio
+from molora.terminal import warn
+
+_PROMPT = """How well does the answer agree with the accepted one?
+
+Question: {question}
+Accepted answer: {expected}
+Answer: {answer}
+
+Write one number from {lowest:g} (wrong) to {highest:g} (right) and nothing else."""
+
+_MAX_REPLY_BYTES = 2**20
+_MAX_WAIT_SECONDS = 60.0
+# What may pass when one asks again: the server is busy, restarts or had no time.
+_PASSING = (408, 409, 425, 429, 500, 502, 503, 504)
+
+
+@dataclass(kw_only=True)
+class JudgeConfig:
+    """`url` is where the server's `chat/completions` lies, as http://127.0.0.1:8000/v1, and `model` its name there.
+    `prompt` may name {question}, {expected}, {answer}, {lowest} and {highest}; the judge sees no media. The last line
+    of its reply must be a number from `lowest` to `highest`, alone or after "score:". `key_variable` names the
+    environment variable that holds the server's key, if it asks for one. `parallel` requests run at a time. A request
+    that has no answer in `timeout_seconds`, or that a busy server refuses, is sent again up to `retries` times, the
+    first time after `wait_seconds` and then after twice as long each time."""
+
+    url: str
+    model: str
+    prompt: str = _PROMPT
+    lowest: float = 0.0
+    highest: float = 10.0
+    key_variable: str | None = None
+    max_tokens: int = 512
+    parallel: int = 8
+    timeout_seconds: float = 60.0
+    retries: int = 3
+    wait_seconds: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(self, 1, "max_tokens", "parallel")
+        require(self, 0, "retries")
+        if not re.match(r"https?://[^/]", self.url):
+            raise ConfigError(f"url is {self.url!r}; give an http or https address, as http://127.0.0.1:8000/v1")
+        if not self.lowest < self.highest:
+            raise ConfigError(f"lowest is {self.lowest:g} and highest {self.highest:g}; lowest must be less")
+        if self.timeout_seconds <= 0 or self.wait_seconds < 0:
+            raise ConfigError("timeout_seconds must be above 0, and wait_seconds not below")
+        try:
+            self.prompt.format(question="", expected="", answer="", lowest=0.0, highest=1.0)
+        except (KeyError, IndexError, ValueError) as error:
+            raise ConfigError(
+                f"prompt: {error!r} is no part of it; it may name {{question}}, {{expected}}, {{answer}}, {{lowest}} "
+                "and {highest}, and writes other braces twice"
+            ) from error
+
+
+class NoScore(ValueError):
+    """Why the judge gave an answer no score."""
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A server that sends elsewhere would get the key there."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+class JudgeModel(Counted):
+    """The mean score that a judge model gives the answers, and how many it gave none (`judge_failed`), which are not in
+    the mean. Each answer is judged once.
+
+    Source: LLM-as-a-judge (arXiv 2306.05685)."""
+
+    config_type = JudgeConfig
+
+    def __init__(self, config: JudgeConfig) -> None:
+        self.config = config
+        self.headers = {"Content-Type": "application/json"}
+        if config.key_variable is not None:
+            key = os.environ.get(config.key_variable)
+            if not key or not (key.isascii() and key.isprintable()):
+                told = "has no" if not key else "has no key, but other characters, in"
+                raise ValueError(f"key_variable: the environment {told} {config.key_variable}; set it to the key")
+            self.headers["Authorization"] = f"Bearer {key}"
+        self.opener = urllib.request.build_opener(_NoRedirects)
+        self.scores: dict[tuple[str, str], float | NoScore] = {}
+        try:
+            self.send("models", None)
+        except urllib.error.HTTPError as error:
+            if error.code in (401, 403):
+                raise ValueError(f"url: {config.url} refuses the key ({error.code}); see key_variable") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise ValueError(f"url: {config.url} does not answer ({_said(error)}); start the server first") from error
+
+    def counts(self, judged: Sequence[Judged]) -> np.ndarray:
+        new = {(item.id, item.answer): item for item in judged if (item.id, item.answer) not in self.scores}
+        with ThreadPoolExecutor(self.config.parallel) as threads:
+            given = list(threads.map(self.ask, new.values()))
+        self.scores.update(zip(new, given, strict=True))
+        if missing := [each for each in given if isinstance(each, NoScore)]:
+            warn(f"judge: {len(missing)} of {len(given)} answers have no score; the first: {missing[0]}")
+        found = [self.scores[item.id, item.answer] for item in judged]
+        return np.array([(0.0, 0, 1) if isinstance(each, NoScore) else (each, 1, 0) for each in found])
+
+    def of_sums(self, sums_BK: np.ndarray) -> dict[str, np.ndarray]:
+        total, scored, failed = sums_BK.T
+        return {"judge": ratio(total, scored), "judge_failed": failed}
+
+    def ask(self, item: Judged) -> float | NoScore:
+        """The judge's score of an answer, or why there is none."""
+        config = self.config
+        facts = {"question": _question(item), "expected": " or ".join(dict.fromkeys(item.answers))}
+        text = config.prompt.format(**facts, answer=item.answer, lowest=config.lowest, highest=config.highest)
+        body = {
+            "model": config.model,
+            "messages": [{"role": "user", "content": text}],
+            "max_tokens": config.max_tokens,
+            "temperature": 0,
+        }
+        for tried in range(config.retries + 1):
+            wait_seconds = config.wait_seconds * 2**tried
+            try:
+                return self.read(self.send("chat/completions", body))
+            except NoScore as error:
+                return error
+            except urllib.error.HTTPError as error:
+                if error.code not in _PASSING or tried == config.retries:
+                    return NoScore(f"{config.url} answers {error.code} {error.reason}")
+                asked = error.headers.get("Retry-After", "")
+                wait_seconds = max(wait_seconds, float(asked)) if asked.isdecimal() else wait_seconds
+            except (OSError, http.client.HTTPException) as error:
+                if tried == config.retries:
+                    return NoScore(f"{config.url} does not answer ({_said(error)})")
+            time.sleep(min(wait_seconds, _MAX_WAIT_SECONDS))
+        raise AssertionError("the last try returns")
+
+    def send(self, place: str, body: Mapping[str, Any] | None) -> bytes:
+        """What the server replies at a place below the address."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.config.url.rstrip('/')}/{place}", data, self.headers)
+        with self.opener.open(request, timeout=self.config.timeout_seconds) as reply:
+            return reply.read(_MAX_REPLY_BYTES + 1)
+
+    def read(self, reply: bytes) -> float:
+        """The score in a server's reply. Raises NoScore."""
+        try:
+            said = json.loads(reply)["choices"][0]["message"]["content"].strip()
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise NoScore(f"no chat completion: {reply[:100]!r}") from error
+        last = said.rpartition("\n")[2].strip(" *")
+        found = re.fullmatch(r"(?:score\s*:[\s*]*)?([+-]?\d+(?:\.\d+)?)", last, flags=re.IGNORECASE)
+        if found is None or not self.config.lowest <= float(found[1]) <= self.config.highest:
+            raise NoScore(f"the reply ends with {last[:100]!r}, no number in the range")
+        return float(found[1])
+
+
+def _question(item: Judged) -> str:
+    """The last message of a question as text, its media by their types."""
+    last = parts(item.messages[-1]) if item.messages else []
+    return "\n".join(part["text"] if part["type"] == "text" else f"[{part['type']}]" for part in last)
+
+
+def _said(error: Exception) -> str:
+    return str(getattr(error, "reason", error)) or type(error).__name__

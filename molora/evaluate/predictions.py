@@ -1,0 +1,148 @@
+"""The answers of an evaluation, kept so that an evaluation goes on where it stopped, and any metric can be computed
+from them again.
+
+In a folder, `NAME.jsonl` has a line for every question, with its prompt, the accepted answers and the model's;
+`NAME.json` says which model, settings and versions they are of; and `media/` holds the pictures and sounds that are in
+no file of their own, by the hash of their bytes.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from molora.config import ConfigError
+from molora.evaluate.kept_media import found_again, kept
+from molora.evaluate.metrics import Judged
+from molora.evaluate.questions import Question, judge
+from molora.inference.answers import appending, row_bytes, written_rows
+from molora.received import read_json
+from molora.storage import hold, write_atomically, write_json
+from molora.terminal import say
+
+FORMAT_VERSION = "1.0"
+
+
+@dataclass
+class Predictions:
+    """The answers to an evaluation's questions in a file, to which `write` adds. `rows` has the last one by id."""
+
+    path: Path
+    rows: dict[str, dict[str, Any]]
+    write: Callable[[Mapping[str, Any]], None]
+
+    def known(self, asked: Question, *, needs_likelihoods: bool = False) -> Judged | None:
+        """The question with its answer, if there is one, with the likelihoods of its choices if it `needs` them: an
+        error is tried again, and so is a row that asks something else now."""
+        row = self.rows.get(asked.id)
+        if row is None or row["error"] is not None or row["messages"] != self._kept(asked.prompt):
+            return None
+        if needs_likelihoods and len(row["likelihoods"]) != len(asked.choices):
+            return None
+        item = judge(asked, row["answer"], cut_off=row["cut_off"], likelihoods=row["likelihoods"])
+        self.rows[asked.id] = {**row, **_facts(item)}
+        return item
+
+    def add(self, item: Judged, adapters: Sequence[str]) -> None:
+        """Writes an answer, at once."""
+        row = {"id": item.id, "messages": self._kept(item.messages), **_facts(item), "adapters": list(adapters)}
+        self.rows[item.id] = row
+        self.write(row)
+
+    def settle(self, judged: Sequence[Judged]) -> None:
+        """Puts the rows into the order of the questions, each once."""
+        lines = b"".join(row_bytes(self.rows[item.id]) for item in judged)
+        if self.path.read_bytes() != lines:
+            write_atomically(self.path, lambda temporary: temporary.write_bytes(lines))
+
+    def _kept(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The messages as the file says them."""
+        return json.loads(json.dumps(kept(messages, self.path.parent)))
+
+
+def _facts(item: Judged) -> dict[str, Any]:
+    names = ("expected", "answers", "choices", "choice", "answer", "tags", "cut_off", "error", "likelihoods")
+    return {name: getattr(item, name) for name in names}
+
+
+@contextmanager
+def open_predictions(
+    folder: Path, name: str, about: Mapping[str, Any], num_questions: int, *, anew: bool = False
+) -> Iterator[Predictions]:
+    """The file of an evaluation's answers, held so that no other process writes to it. Answers of another model, of
+    other settings or versions (`about`), and with `anew` all answers, are taken out first, which is said. Raises
+    ConfigError for a file that holds anything but answers."""
+    path = folder / f"{name}.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"format_version": FORMAT_VERSION, **about}
+    now = {**about, "questions": num_questions}
+    with hold(path):
+        rows: dict[str, dict[str, Any]] = {}
+        known = _read_about(path)
+        differing = [] if known is None else differences(known, about)
+        if path.exists() and not differing and known is not None and not anew:
+            rows = {row["id"]: row for _, row in written_rows(path, str(path))}
+            answered = sum(row["error"] is None for row in rows.values())
+            if answered:
+                say(f"{path}: has {answered} of {num_questions} answers of this model already; --anew asks again")
+        elif path.exists():
+            say(f"{path}: begun anew" + (f", as {'; '.join(differing)}" if differing else ""))
+            path.unlink()
+        if known != now:
+            write_json(_about(path), now)
+        with appending(path) as write:
+            yield Predictions(path, rows, write)
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any], above: str = "") -> list[str]:
+    """What differs between what answers are of and what they should be of, each with both values."""
+    found = []
+    for key in {**here, **(there if above else {})}:
+        one, other = there.get(key), here.get(key)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            found += differences(one, other, f"{above}{key}.")
+        elif one != other:
+            found.append(f"{above}{key} is {_short(one)} there and {_short(other)} here")
+    return found
+
+
+def read_predictions(folder: Path, name: str, about: Mapping[str, Any], how: str) -> tuple[list[Judged], list[Any]]:
+    """The answers to all questions of an evaluation, in order, and the adapters that each ran with. `how` says what to
+    do about answers that are not there. Raises ConfigError for answers that are missing, or of anything else than
+    `about`."""
+    path = folder / f"{name}.jsonl"
+    known = _read_about(path)
+    if known is None or not path.is_file():
+        raise ConfigError(f"{path}: no answers of evaluation {name!r} are kept there; {how}")
+    if differing := differences(known, {"format_version": FORMAT_VERSION, **about}):
+        raise ConfigError(f"{path}: its answers are others: {'; '.join(differing)}; {how}")
+    rows = {row["id"]: row for _, row in written_rows(path, str(path))}
+    if len(rows) != known.get("questions"):
+        raise ConfigError(f"{path}: has {len(rows)} of {known.get('questions')} answers; {how}")
+    judged = []
+    for row in rows.values():
+        try:
+            messages = found_again(row["messages"], folder)
+            names = ("expected", "tags", "answers", "choices", "choice")
+            asked = Question(row["id"], messages, **{name: row[name] for name in names})
+            given = {key: row[key] for key in ("cut_off", "error", "likelihoods")}
+            judged.append(judge(asked, row["answer"], **given))
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"{path}: the row {row['id']!r} lacks {error}; {how}") from error
+    order = sorted(range(len(judged)), key=lambda index: judged[index].row)
+    adapters = [row.get("adapters", []) for row in rows.values()]
+    return [judged[index] for index in order], [adapters[index] for index in order]
+
+
+def _short(value: Any) -> str:
+    return f"{json.dumps(value, sort_keys=True, ensure_ascii=False):.60}"
+
+
+def _about(path: Path) -> Path:
+    return path.with_name(f"{path.name.removesuffix('.jsonl')}.json")
+
+
+def _read_about(path: Path) -> dict[str, Any] | None:
+    return read_json(_about(path)) if _about(path).is_file() else None

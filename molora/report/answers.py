@@ -1,0 +1,151 @@
+"""The page of an evaluation: every question with its answer, errors first, to look at and to search."""
+
+import base64
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from molora.data.messages import parts
+from molora.evaluate.blind import told
+from molora.evaluate.kept_media import known_type
+from molora.evaluate.metrics import Judged
+from molora.evaluate.results import Place, Result, shown
+from molora.report.page import fill
+from molora.storage import write_text
+from molora.terminal import say
+
+# What a page holds of media itself, errors first; what comes after is shown from its file.
+EMBEDDED_BYTES = 24 * 2**20
+# From this score of one answer on it counts as right.
+_RIGHT = 0.5
+_ORDER = ("failed", "wrong", "right")
+
+
+def write_pages(results: Sequence[Result], place: Place) -> None:
+    """Writes the page of each evaluation beside its answers, and says where."""
+    folder = place.folder
+    if folder is None:
+        return
+    for result in results:
+        path = folder / f"{result.name}.html"
+        write_text(path, page(result, place.source, folder))
+        say(f"answers to look at: {path}")
+
+
+def page(result: Result, model: str, folder: Path, *, embedded_bytes: int = EMBEDDED_BYTES) -> str:
+    """The page of an evaluation, as it lies in `folder`. Media of up to `embedded_bytes` in all are part of it."""
+    media = _Media(folder, embedded_bytes)
+    rated = [_rated(item, result) for item in result.judged]
+    verdicts = [_verdict(item, each) for item, each in zip(result.judged, rated, strict=True)]
+    order = sorted(range(len(verdicts)), key=lambda index: _ORDER.index(verdicts[index]))
+    rows = [
+        _row(result.judged[index], media)
+        | {"verdict": verdicts[index], "scores": rated[index], "adapters": list(result.adapters[index])}
+        for index in order
+    ]
+    return fill(
+        "answers.html.j2",
+        title=result.name,
+        summary=_summary(result, model),
+        metrics=list(dict.fromkeys(metric for metric, *_ in _cells(result))),
+        table={
+            tag: {metric: cell for metric, where, *cell in _cells(result) if where == tag}
+            for tag in dict.fromkeys(tag for _, tag, *_ in _cells(result))
+        },
+        # Nothing that a row says can end the element that holds the data.
+        data=json.dumps({"rows": rows, "media": media.table}).replace("<", "\\u003c"),
+    )
+
+
+def _summary(result: Result, model: str) -> str:
+    asked_with = told(result.config.asked_with[0])
+    summary = f"{model}. Answers have at most {result.config.max_new_tokens} tokens."
+    if asked_with != "as is":
+        summary += f" Media of the questions: {asked_with}."
+    failed, cut_off = int(result.scores["failed"]), int(result.scores["cut_off"])
+    return f"{summary} {failed:,} questions failed and are in no score; {cut_off:,} answers were cut off."
+
+
+def _cells(result: Result) -> Iterator[tuple[str, str, str, str]]:
+    """Every score with its metric and tag, which is empty for all questions, as text, and with its interval."""
+    for name, value in result.scores.items():
+        metric, _, tag = name.partition("/")
+        if name not in ("failed", "cut_off"):
+            ends = result.intervals.get(name)
+            yield metric, tag, shown(name, value), "" if ends is None else f"{ends[0]:.4f} to {ends[1]:.4f}"
+
+
+def _rated(item: Judged, result: Result) -> dict[str, float]:
+    """What an answer gets by itself from the metrics that rate each."""
+    rating = [metric for metric in result.metrics if getattr(metric, "rates_each", False) and item.error is None]
+    return {name: value for metric in rating for name, value in metric.score([item]).items()}
+
+
+def _verdict(item: Judged, rated: Mapping[str, float]) -> str:
+    """By the first metric that rates each answer; by whether the answer equals an accepted one if none does."""
+    if item.error is not None:
+        return "failed"
+    return "right" if next(iter(rated.values()), float(item.correct)) >= _RIGHT else "wrong"
+
+
+def _row(item: Judged, media: "_Media") -> dict[str, Any]:
+    """A question and its answer as the page reads them; a medium is its place in the table of media."""
+    turns = [
+        {
+            "role": message["role"],
+            "parts": [part["text"] if part["type"] == "text" else media.add(part) for part in parts(message)],
+        }
+        for message in item.messages
+    ]
+    row = {"row": item.row + 1, "turns": turns, "answer": item.answer, "tags": item.tags, "error": item.error}
+    accepted = item.answers or [item.expected]
+    return row | {"accepted": accepted, "choices": item.choices, "choice": item.choice, "cut_off": item.cut_off}
+
+
+class _Media:
+    """The media of a page, each once: the content of a file while there is room, and then a link to the file."""
+
+    def __init__(self, folder: Path, embedded_bytes: int) -> None:
+        self.table: list[dict[str, str]] = []
+        self._folder = folder.absolute()
+        self._left = embedded_bytes
+        self._places: dict[str, int] = {}
+
+    def add(self, part: Mapping[str, Any]) -> int:
+        """The place of a part's medium in the table."""
+        key = json.dumps(part, sort_keys=True, default=repr)
+        if key not in self._places:
+            self._places[key] = len(self.table)
+            self.table.append(self._shown(part))
+        return self._places[key]
+
+    def _shown(self, part: Mapping[str, Any]) -> dict[str, str]:
+        """A medium as the page has it: its kind, where it comes from, and words for what cannot be shown."""
+        path = part.get("path")
+        if not isinstance(path, str):
+            others = {key: value for key, value in part.items() if key != "type"}
+            return {"kind": "words", "source": "", "words": f"{part['type']}: {json.dumps(others, default=repr):.300}"}
+        file = Path(path)
+        try:
+            with open(file, "rb") as opened:
+                beginning, size = opened.read(16), os.fstat(opened.fileno()).st_size
+        except OSError as error:
+            return {"kind": "words", "source": "", "words": f"{part['type']}: {path}: {error.strerror}"}
+        known = known_type(beginning)
+        if known is None:
+            return {"kind": "words", "source": self._link(file), "words": f"{part['type']}: {file.name}"}
+        kind = known[1].partition("/")[0]
+        if size > self._left:
+            return {"kind": kind, "source": self._link(file), "words": file.name}
+        self._left -= size
+        data = base64.b64encode(file.read_bytes()).decode()
+        return {"kind": kind, "source": f"data:{known[1]};base64,{data}", "words": file.name}
+
+    def _link(self, file: Path) -> str:
+        """From the page to a file: relative where the page's folder holds it, so that both can be moved."""
+        file = file.absolute()
+        if file.is_relative_to(self._folder):
+            return file.relative_to(self._folder).as_posix()
+        return file.as_uri()

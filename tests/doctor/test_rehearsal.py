@@ -1,0 +1,133 @@
+"""The recipes at full size: each in small on rows of its datasets' columns, and its shapes without weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+from transformers import LlamaConfig, Phi3Config, PretrainedConfig, SiglipConfig, WhisperConfig
+
+from molora.cli.commands import main
+from molora.config import ConfigError, read
+from molora.doctor.dry_run import on_meta
+from molora.doctor.needs import weights
+from molora.doctor.rehearsal import rehearsed
+from molora.inference.load import load
+from molora.train.loop import train
+from molora.train.optim import set_trainable
+from molora.train.recipe import Recipe
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+RECIPES = [*sorted(CONFIGS.glob("stages/*.yaml")), CONFIGS / "phi4_mini.yaml"]
+
+# What the repositories on the hub say of their shapes.
+_LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
+SHAPES: dict[str, PretrainedConfig] = {
+    "microsoft/Phi-4-mini-instruct": Phi3Config(
+        vocab_size=200064,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=32,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        original_max_position_embeddings=4096,
+        rope_parameters={**_LONGROPE, "short_factor": [1.0] * 48, "long_factor": [2.0] * 48},
+        tie_word_embeddings=True,
+        bos_token_id=199999,
+        eos_token_id=199999,
+        pad_token_id=199999,
+    ),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    ),
+    "google/siglip2-so400m-patch14-384": SiglipConfig(
+        vision_config={
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+            "patch_size": 14,
+            "image_size": 384,
+        }
+    ),
+    "google/siglip-so400m-patch14-384": SiglipConfig(
+        vision_config={
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+            "patch_size": 14,
+            "image_size": 384,
+        }
+    ),
+    "openai/whisper-large-v3-turbo": WhisperConfig(
+        d_model=1280, encoder_layers=32, encoder_attention_heads=20, encoder_ffn_dim=5120, num_mel_bins=128
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The cache of the hub, with descriptions and no weights."""
+    root = tmp_path_factory.mktemp("hub")
+    for name, config in SHAPES.items():
+        folder = root / f"models--{name.replace('/', '--')}"
+        config.save_pretrained(folder / "snapshots" / "1")
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text("1")
+        if name.startswith("openai"):
+            features = {
+                "feature_extractor_type": "WhisperFeatureExtractor",
+                "feature_size": 128,
+                "sampling_rate": 16000,
+            }
+            (folder / "snapshots" / "1" / "preprocessor_config.json").write_text(json.dumps(features))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(root))
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        yield root
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_full_recipe_trains_in_small(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["molora", "train", str(path), "--tiny"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    recipe = read(Recipe, path)
+    rows = [json.loads(line) for line in (tmp_path / f"{recipe.run}-tiny" / "metrics.jsonl").read_text().splitlines()]
+    trained = [row["stage"] for row in rows if "seconds" in row]
+    assert trained == [stage.name for stage in recipe.stages for _ in range(2)]
+    assert load(f"{recipe.run}-tiny").model.modalities.keys() == recipe.modalities.keys()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_full_recipe_has_the_shapes_and_parts_that_it_names(path: Path, hub: Path) -> None:
+    """On the meta device, at full size: every pattern of every stage trains something."""
+    recipe = read(Recipe, path)
+    model = on_meta(recipe)
+    for index, stage in enumerate(recipe.stages):
+        optimizers = set_trainable(model, stage.train, stage.steps, f"stages.{index}.train")
+        assert {part.partition(".")[0] for part in optimizers} == {name.partition(".")[0] for name in stage.train}
+    assert sum(need.num_bytes for need in weights(model)) > 2e8
+
+
+def test_a_recipe_that_drifts_from_code_or_data_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = CONFIGS / "phi4_mini.yaml"
+    with pytest.raises(ConfigError, match=r"no column 'pictures'; .*columns are \['image', 'question', 'answer'\]"):
+        train(rehearsed(read(Recipe, path, ["stages.0.data.questions.options.media.image=pictures"])))
+    with pytest.raises(ConfigError, match="flaviagiammarino/vqa-rad"):
+        rehearsed(read(Recipe, path, ["stages.0.data.questions.options.path=flaviagiammarino/vqa-rat"]))

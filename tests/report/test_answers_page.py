@@ -1,0 +1,133 @@
+"""The page of an evaluation: every question is on it, errors first, and a browser shows it."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+import wave
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from molora.data.sources import SourceConfig
+from molora.evaluate.judge import EvaluationConfig
+from molora.evaluate.metrics import Judged, open_metrics, scores
+from molora.evaluate.results import Result
+from molora.report.answers import page
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+HOSTILE = '</script><script>document.title = "taken"</script><img src=x onerror="document.title=1">'
+
+
+def judged(row: int, answer: str, parts: list[dict[str, Any]], **more: Any) -> Judged:
+    content = [*parts, {"type": "text", "text": f"question {row}"}]
+    return Judged(f"{row}:q", [{"role": "user", "content": content}], "yes", answer, answer == "yes", **more)
+
+
+def result(items: list[Judged]) -> Result:
+    metrics = open_metrics(["exact_match"], "metrics")
+    config = EvaluationConfig(data=SourceConfig(kind="messages"))
+    adapters = [["vision"] if len(item.messages[0]["content"]) > 1 else [] for item in items]
+    return Result("all & sundry", config, metrics, items, adapters, scores=scores(items, metrics))
+
+
+def data(text: str) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    assert found
+    return json.loads(found[1])
+
+
+def dom(path: Path) -> str:
+    """What a browser makes of a page that lies in a file."""
+    assert CHROMIUM
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
+    ran = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, check=True, timeout=120)
+    return ran.stdout
+
+
+def picture(folder: Path, name: str = "a.png") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (16, 24), "red").save(folder / name, "PNG")
+    return folder / name
+
+
+def sound(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    with wave.open(str(folder / "a.wav"), "wb") as file:
+        file.setparams((1, 2, 8000, 0, "NONE", ""))
+        file.writeframes(bytes(8000))
+    return folder / "a.wav"
+
+
+def test_errors_come_first_and_every_row_says_all_there_is_to_know(tmp_path: Path) -> None:
+    items = [
+        judged(0, "yes", [], tags=["t"]),
+        judged(1, "no", [], cut_off=True, choices=["yes", "no"], choice=0),
+        judged(2, "", [], error="no such file"),
+        judged(3, "yes", []),
+    ]
+    rows = data(page(result(items), "runs/x", tmp_path))["rows"]
+    assert [(row["row"], row["verdict"]) for row in rows] == [(3, "failed"), (2, "wrong"), (1, "right"), (4, "right")]
+    assert rows[0]["error"] == "no such file" and rows[0]["scores"] == {}
+    assert rows[1] == {
+        **{"row": 2, "turns": [{"role": "user", "parts": ["question 1"]}], "answer": "no", "accepted": ["yes"]},
+        **{"choices": ["yes", "no"], "choice": 0, "cut_off": True, "error": None, "tags": [], "adapters": []},
+        **{"verdict": "wrong", "scores": {"exact_match": 0.0}},
+    }
+
+
+def test_media_are_part_of_the_page_while_there_is_room_and_each_once(tmp_path: Path) -> None:
+    inside, outside = picture(tmp_path / "predictions/media"), picture(tmp_path / "data", "b.png")
+    (tmp_path / "data/notes.txt").write_text("no picture")
+    parts = [[{"type": "image", "path": str(path)}] for path in (inside, inside, outside)]
+    others = [{"type": "image", "path": str(tmp_path / "none.png")}, {"type": "numbers", "numbers": [1.0]}]
+    others.append({"type": "image", "path": str(tmp_path / "data/notes.txt")})
+    items = [judged(row, "yes", each) for row, each in enumerate([*parts, others])]
+
+    def media(embedded_bytes: int) -> list[dict[str, str]]:
+        return data(page(result(items), "x", tmp_path / "predictions", embedded_bytes=embedded_bytes))["media"]
+
+    one, *_ = found = media(inside.stat().st_size)
+    assert one["kind"] == "image" and one["source"].startswith("data:image/png;base64,")
+    assert found[1]["source"] == outside.as_uri()
+    assert [each["words"] for each in found[2:4]] == [
+        f"image: {tmp_path / 'none.png'}: No such file or directory",
+        'numbers: {"numbers": [1.0]}',
+    ]
+    assert found[4]["kind"] == "words" and "base64" not in found[4]["source"], "only pictures and sounds are taken in"
+    assert len(found) == 5
+    assert media(0)[0]["source"] == "media/a.png", "what lies in the folder moves with it"
+
+
+def test_what_an_answer_says_stays_text(tmp_path: Path) -> None:
+    text = page(result([judged(0, HOSTILE, [])]), HOSTILE, tmp_path)
+    assert HOSTILE not in text and text.count("</script>") == 2
+    assert data(text)["rows"][0]["answer"] == HOSTILE
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no browser here")
+def test_a_browser_shows_a_few_of_ten_thousand_rows_and_their_media(tmp_path: Path) -> None:
+    shown = {"type": "image", "path": str(picture(tmp_path / "data"))}
+    heard = {"type": "audio", "path": str(sound(tmp_path / "data"))}
+    items = [judged(row, HOSTILE if row % 2 else "yes", [shown, heard]) for row in range(10_000)]
+    watch = """<script>
+      state.text = "question 77"; draw();
+      setTimeout(() => {
+        const loaded = [document.querySelector("img").naturalWidth, document.querySelector("audio").duration];
+        document.body.append(element("pre", {id: "seen"}, JSON.stringify([rows.length, found.length, loaded])));
+      }, 2000);
+    </script>"""
+    for embedded_bytes in (0, 2**20):
+        text = page(result(items), "runs/x", tmp_path, embedded_bytes=embedded_bytes)
+        (tmp_path / "page.html").write_text(text.replace("</body>", f"{watch}</body>"))
+        tree = dom(tmp_path / "page.html")
+        seen = re.search(r'<pre id="seen">(.*?)</pre>', tree)
+        assert seen, tree[-2000:]
+        assert json.loads(html.unescape(seen[1])) == [10_000, 111, [16, 0.5]]
+        assert 40 <= tree.count("<article") < 111
+        assert "<title>all &amp; sundry</title>" in tree, "no answer ran as code"
