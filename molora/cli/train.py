@@ -22,13 +22,15 @@ def train(
 ) -> None:
     """Run a recipe: writes a run folder, and goes on where it stopped."""
     from molora.config import read
-    from molora.doctor.rehearsal import rehearsed
     from molora.terminal import say
     from molora.train.loop import train as run_recipe
     from molora.train.recipe import Recipe
 
     recipe = read(Recipe, config, overrides or ())
-    recipe = rehearsed(recipe) if tiny else recipe
+    if tiny:
+        from molora.doctor.rehearsal import rehearsed
+
+        recipe = rehearsed(recipe)
     with options.stoppable():
         run = run_recipe(recipe, trust=trust_plugin or ())
     say(f"done: {run}")

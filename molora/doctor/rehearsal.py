@@ -14,7 +14,7 @@ from PIL import Image
 from molora.config import ConfigError, did_you_mean
 from molora.config.plain_yaml import parse
 from molora.data.sources import SourceConfig
-from molora.storage import write_atomically
+from molora.storage import write_atomically, write_folder
 from molora.testing.tiny import save_backbone
 from molora.train.recipe import Recipe
 
@@ -39,20 +39,28 @@ _TOWERS: dict[str, dict[str, Any]] = {
 
 def rehearsed(recipe: Recipe) -> Recipe:
     """The recipe in small, in a run folder beside its own whose name ends in `-tiny`, as those do of modalities that
-    another run trained. Datasets of the hub become rows of the same columns; other sources keep their first rows.
+    another run trained. Datasets of the hub become rows of the same columns; other sources stay what they are. Nothing
+    is sent to trackers.
 
-    Raises ConfigError for a dataset of the hub whose columns `configs/datasets.yaml` does not have."""
+    Raises ConfigError for a dataset of the hub whose columns `configs/datasets.yaml` does not have, ImportError without
+    the `datasets` extra."""
     run = Path(f"{recipe.run}-tiny")
     # Adapters name layers as the backbone's family does.
     family = "phi4-mini" if any("qkv_proj" in str(m.adapter) for m in recipe.modalities.values()) else "llama"
     backbone = run.parent / f"tiny-{family}"
     if not backbone.exists():
-        backbone.parent.mkdir(parents=True, exist_ok=True)
-        save_backbone(backbone, family)
+        with write_folder(backbone) as folder:
+            save_backbone(folder, family)
+    known: Any = parse(_DATASETS.read_text(encoding="utf-8"))
+    made: dict[str, Path] = {}
+
+    def tiny(source: SourceConfig) -> SourceConfig:
+        return _tiny_source(source, run / "rows", known, made)
+
     stages = [
         replace(
             stage,
-            data={name: _tiny_source(source, run) for name, source in stage.data.items()},
+            data={name: tiny(source) for name, source in stage.data.items()},
             steps=_STEPS,
             epochs=0.0,
             samples_per_step=_SAMPLES,
@@ -66,10 +74,12 @@ def rehearsed(recipe: Recipe) -> Recipe:
         modalities={name: _tiny_modality(modality) for name, modality in recipe.modalities.items()},
         stages=stages,
         evaluations={
-            name: replace(evaluation, data=replace(_tiny_source(evaluation.data, run), limit=_SAMPLES))
+            name: replace(evaluation, data=replace(tiny(evaluation.data), limit=_SAMPLES))
             for name, evaluation in recipe.evaluations.items()
         },
         data_workers=0,
+        feature_cache=None,
+        trackers=[],
     )
 
 
@@ -82,29 +92,31 @@ def _tiny_modality(modality: Any) -> Any:
     return replace(modality, options=options, adapter={**modality.adapter, "r": 4})
 
 
-def _tiny_source(source: SourceConfig, run: Path) -> SourceConfig:
-    """A source of a hub's dataset as one of made rows; any other as it is."""
+def _tiny_source(source: SourceConfig, folder: Path, known: Mapping[str, Any], made: dict[str, Path]) -> SourceConfig:
+    """A source of a hub's dataset as one of rows in `folder`, `made` once for each dataset; any other as it is."""
     path = source.options.get("path")
     if source.kind != "table" or not isinstance(path, str) or Path(path).exists():
         return source
     options = {key: value for key, value in source.options.items() if key not in ("subset", "split", "revision")}
-    known: Any = parse(_DATASETS.read_text(encoding="utf-8"))
     if path not in known:
         near = did_you_mean(path, known)
         raise ConfigError(
             f"{path}: neither a file here, nor among the datasets of the hub whose columns are known; {near}give a "
             f"file, or add its columns to {_DATASETS}"
         )
-    file = run / "rows" / f"{path.replace('/', '--')}.parquet"
-    write_atomically(file, lambda temporary: write_rows(known[path]["columns"], temporary))
-    return replace(source, options={**options, "path": str(file)}, limit=None)
+    if path not in made:
+        made[path] = folder / f"{path.replace('/', '--')}.parquet"
+        write_atomically(made[path], lambda temporary: write_rows(known[path]["columns"], temporary))
+    return replace(source, options={**options, "path": str(made[path])}, limit=None)
 
 
 def write_rows(columns: Mapping[str, Any], path: Path) -> None:
     """Writes made rows with these columns, each said as in `configs/datasets.yaml`, as a parquet file."""
-    import pyarrow
-    from pyarrow import parquet
-
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ImportError("made rows are Parquet, which needs pyarrow: pip install 'molora[datasets]'") from error
     rows = [{name: _made(shape, row) for name, shape in columns.items()} for row in range(_ROWS)]
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 

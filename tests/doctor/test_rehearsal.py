@@ -25,6 +25,14 @@ RECIPES = [*sorted(CONFIGS.glob("stages/*.yaml")), CONFIGS / "phi4_mini.yaml"]
 
 # What the repositories on the hub say of their shapes.
 _LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
+_SIGLIP = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "image_size": 384,
+}
 SHAPES: dict[str, PretrainedConfig] = {
     "microsoft/Phi-4-mini-instruct": Phi3Config(
         vocab_size=200064,
@@ -51,26 +59,7 @@ SHAPES: dict[str, PretrainedConfig] = {
         max_position_embeddings=8192,
         tie_word_embeddings=True,
     ),
-    "google/siglip2-so400m-patch14-384": SiglipConfig(
-        vision_config={
-            "hidden_size": 1152,
-            "intermediate_size": 4304,
-            "num_hidden_layers": 27,
-            "num_attention_heads": 16,
-            "patch_size": 14,
-            "image_size": 384,
-        }
-    ),
-    "google/siglip-so400m-patch14-384": SiglipConfig(
-        vision_config={
-            "hidden_size": 1152,
-            "intermediate_size": 4304,
-            "num_hidden_layers": 27,
-            "num_attention_heads": 16,
-            "patch_size": 14,
-            "image_size": 384,
-        }
-    ),
+    **{f"google/{name}-so400m-patch14-384": SiglipConfig(vision_config=_SIGLIP) for name in ("siglip", "siglip2")},
     "openai/whisper-large-v3-turbo": WhisperConfig(
         d_model=1280, encoder_layers=32, encoder_attention_heads=20, encoder_ffn_dim=5120, num_mel_bins=128
     ),
