@@ -6,13 +6,14 @@ softmax and the optimiser are left out, as is usual.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from molora.model.molora import MoLoRA
 from molora.pack import Sample, collate
@@ -87,3 +88,32 @@ def decode_bytes(model: MoLoRA, prompts: Sequence[int], answers: Sequence[int]) 
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_width
     held = sum(sum(range(prompt + 1, prompt + answer)) for prompt, answer in zip(prompts, answers, strict=True))
     return float(size * (weights + held * per_token))
+
+
+class _Products(TorchDispatchMode):
+    """Keeps every call of an operation that multiplies matrices: products, convolutions, attention, their backwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Callable[[], object]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> object:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        if func.overloadpacket in flop_registry or name == "addmm_" or "attention" in name:
+            self.calls.append(lambda: func(*args, **kwargs))
+        return func(*args, **kwargs)
+
+
+def products_of(work: Callable[[], object]) -> Callable[[], None]:
+    """The matrix products that `work` makes, with their sizes and layouts, one after the other and nothing else: what
+    bounds every implementation that makes them with this library."""
+    with _Products() as products:
+        work()
+
+    def multiply() -> None:
+        with torch.no_grad():
+            for call in products.calls:
+                call()
+
+    return multiply
