@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from molora.config import did_you_mean
 from molora.modality import Origin, WeightSource
 
 Source = TypeVar("Source", bound=WeightSource)
+# Whose output an encoder gives: that of a block, counted from the end, or of what comes after the last one.
+Layer = int | Literal["final"]
 
 # Beyond any encoder. The largest that is known is 15,360 wide, with 64 layers.
 MAX_SIZE, MAX_LAYERS, MAX_LIST = 2**16, 1000, 16
@@ -116,17 +118,19 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: cannot be read ({error}); is the folder the right library's?") from error
 
 
-def check_source(config: WeightSource, layer: int | None) -> None:
+def check_source(config: WeightSource, layer: Layer | None) -> None:
     """Raises ValueError for a revision of nothing, and for a layer that does not count from the end."""
     if config.revision is not None and (config.path or not config.name):
         raise ValueError(f"revision {config.revision!r} is for weights named on the hub: give a name and no path")
-    if layer is not None and layer >= 0:
+    if isinstance(layer, int) and layer >= 0:
         raise ValueError(f"layer counts from the end and is negative, -1 being the last; got {layer}")
 
 
-def num_kept(layer: int, depth: int, where: str) -> int:
-    """How many of `depth` blocks an encoder needs so that `layer`, counted from the end, is its last. Raises ValueError
-    for more than it has."""
+def num_kept(layer: Layer, depth: int, where: str) -> int:
+    """How many of `depth` blocks an encoder needs so that `layer`, counted from the end, is its last; all of them for
+    `final`. Raises ValueError for more than it has."""
+    if layer == "final":
+        return depth
     if not -depth <= layer:
         raise ValueError(f"{where}: layer {layer} asked for, but the encoder has {depth} blocks")
     return depth + layer + 1

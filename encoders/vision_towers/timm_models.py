@@ -27,7 +27,7 @@ _TIMM_ARGUMENTS = (
     *("embed_norm_layer", "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate"),
     *("drop_path_rate", "weight_init", "fix_init", "depths", "dims", "window_size", "output_stride", "ls_init_value"),
     *("norm_eps", "layers", "cardinality", "base_width", "stem_width", "stem_type", "use_fc_norm", "rope_type"),
-    "use_rot_pos_emb",
+    *("use_rot_pos_emb", "pad_type", "bn_eps"),
 )
 
 # What a folder of timm's says of its weights, for timm to read them by. What else it may say is where to get others.
@@ -114,9 +114,11 @@ def timm_trunk(
     scratch = from_scratch(config, kind="timm", name=architecture, arguments=dict(arguments))
     if not _is_patch_transformer(model):
         return Built(FeatureTower(model, config.layer, crop_pixels, name), origin, scratch)
+    leave = model.norm if config.layer == "final" else None
     blocks = model.blocks[: num_kept(config.layer, len(model.blocks), f"tower {name}")]
     enter = nn.Sequential(model.pos_drop, model.norm_pre)
-    tower = PatchTower(model.patch_embed.proj, model.pos_embed[0], enter, blocks, model.patch_embed.grid_size[0])
+    grid = model.patch_embed.grid_size[0]
+    tower = PatchTower(model.patch_embed.proj, model.pos_embed[0], enter, blocks, grid, leave)
     tower.mean, tower.std = colours(model.pretrained_cfg)
     return Built(tower, origin, scratch)
 

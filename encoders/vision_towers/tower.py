@@ -3,6 +3,7 @@
 Letters: B crops, C width, H and W rows and columns (of pixels in `crops`, of patches elsewhere), N patches, positions.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from molora.encoders.pretrained_files import check_sizes, check_source, locate, num_kept
+from molora.encoders.pretrained_files import Layer, check_sizes, check_source, locate, num_kept
 from molora.modality import Origin, WeightSource
 
 Colour = tuple[float, float, float]
@@ -43,17 +44,19 @@ class TowerConfig(WeightSource):
     `arguments`) describes. `revision`: branch, tag or commit on the hub. `pretrained` off: random weights.
 
     `layer` counts from the end: -1 is the output of the last block of the tower (of a convolutional net: stage), -2 of
-    the one before; no norm is applied to it. `patch_pixels`: pixels per frame along a side before pooling, 14 unless
-    given, 8 for convit. `arguments` are sizes and parts of an architecture:
-    those of SiglipVisionConfig, or of timm's models (`patch_size`, `embed_dim`, `depth`, `num_heads`, …; one that timm
-    does not have is refused with the nearest name). Weights that timm's notes say want QuickGELU, as OpenAI's CLIP, get
-    it under timm's plain names too, unless `arguments` name another `act_layer`.
+    the one before; no norm is applied to it. `final`, for timm alone: what its model gives its pooling and classifier,
+    after a last norm or a convolution of the head (MobileNetV2: 1,280 features, where stage -1 has 320).
+
+    `patch_pixels`: pixels per frame along a side before pooling, 14 unless given, 8 for convit. `arguments` are sizes
+    and parts of an architecture: those of SiglipVisionConfig, or of timm's models (`patch_size`, `embed_dim`, `depth`,
+    `num_heads`, …; one that timm does not have is refused with the nearest name). Weights that timm's notes say want
+    QuickGELU, as OpenAI's CLIP, get it under timm's plain names too, unless `arguments` name another `act_layer`.
 
     Source of layer -2: Phi-4-multimodal's `hidden_states[-2]`.
     """
 
     kind: str
-    layer: int = -2
+    layer: Layer = -2
     patch_pixels: int | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     convit: ConvitConfig = field(default_factory=ConvitConfig)
@@ -72,6 +75,8 @@ class TowerConfig(WeightSource):
             raise ValueError("kind transformers needs a name or a path, or pretrained: false and its arguments")
         if self.arguments and self.kind not in ("transformers", "timm"):
             raise ValueError(f"arguments are for kind transformers and timm, not {self.kind}")
+        if self.layer == "final" and self.kind != "timm":
+            raise ValueError(f"layer final is for kind timm, not {self.kind}: give a number, -1 being the last layer")
         check_source(self, self.layer)
         if self.patch_pixels is not None and self.patch_pixels < 1:
             raise ValueError(f"patch_pixels is at least 1, got {self.patch_pixels}")
@@ -122,9 +127,18 @@ class PatchTower(Tower):
 
     masks = True
 
-    def __init__(self, patch: nn.Conv2d, table_NC: Tensor, enter: nn.Module, blocks: Iterable[nn.Module], grid: int):
+    def __init__(
+        self,
+        patch: nn.Conv2d,
+        table_NC: Tensor,
+        enter: nn.Module,
+        blocks: Iterable[nn.Module],
+        grid: int,
+        leave: nn.Module | None = None,
+    ):
         super().__init__()
         self.patch, self.enter, self.blocks = patch, enter, nn.ModuleList(blocks)
+        self.leave = leave or nn.Identity()
         self.table_NC = nn.Parameter(table_NC.detach().clone())
         self.width, self.grid = table_NC.shape[1], grid
         self.side = round(len(table_NC) ** 0.5)
@@ -138,7 +152,7 @@ class PatchTower(Tower):
         frames_BNC = self.enter(frames_BNC + self.table_NC[ids_BN])
         for block in self.blocks:
             frames_BNC = block(frames_BNC, mask_B11N)
-        return frames_BNC.unflatten(1, (self.grid, self.grid))
+        return self.leave(frames_BNC).unflatten(1, (self.grid, self.grid))
 
 
 def position_ids(valid_BHW: Tensor, side: int) -> Tensor:
@@ -153,15 +167,19 @@ def _spread(valid_BN: Tensor, side: int) -> Tensor:
 
 
 class FeatureTower(Tower):
-    """Any timm model through its feature API: a convolutional net's stage, or a block of a ViT with a class token. It
-    knows no patch masks: the white padding of a crop is picture to it."""
+    """Any timm model through its feature API: a convolutional net's stage, a block of a ViT with a class token, or the
+    final features of either. It knows no patch masks: the white padding of a crop is picture to it."""
 
-    def __init__(self, model: Any, layer: int, crop_pixels: int, name: str):
+    def __init__(self, model: Any, layer: Layer, crop_pixels: int, name: str):
         super().__init__()
         if not hasattr(model, "forward_intermediates"):
             raise ValueError(f"tower {name}: this timm model has no feature API (forward_intermediates); take another")
+        self.final = layer == "final"
         num_kept(layer, len(model.feature_info), f"tower {name}")
-        self.index = model.prune_intermediate_layers([layer], prune_norm=True, prune_head=True)[0]
+        if self.final:
+            model.reset_classifier(0)
+        else:
+            self.index = model.prune_intermediate_layers([layer], prune_norm=True, prune_head=True)[0]
         self.model: Any = model
         self.mean, self.std = colours(model.pretrained_cfg)
         try:  # some families declare no shapes, or shapes of another crop size
@@ -174,10 +192,21 @@ class FeatureTower(Tower):
         self.grid = rows
 
     def forward(self, crops_BCHW: Tensor, valid_BHW: Tensor | None = None) -> Tensor:
+        if self.final:
+            return self._as_map(self.model.forward_features(crops_BCHW))
         (frames_BCHW,) = self.model.forward_intermediates(
             crops_BCHW, indices=[self.index], stop_early=True, intermediates_only=True
         )
         return frames_BCHW.permute(0, 2, 3, 1)
+
+    def _as_map(self, features: Tensor) -> Tensor:
+        """Final features as frames_BHWC. Families return a map with channels first or last, or rows of patches behind
+        class tokens and registers."""
+        if features.ndim == 3:
+            patches_BNC = features[:, self.model.num_prefix_tokens :]
+            side = math.isqrt(patches_BNC.shape[1])
+            return patches_BNC.unflatten(1, (side, -1))
+        return features if getattr(self.model, "output_fmt", "NCHW") == "NHWC" else features.permute(0, 2, 3, 1)
 
 
 def colours(about: dict[str, Any]) -> tuple[Colour, Colour]:

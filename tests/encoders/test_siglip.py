@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
+import numpy as np
 import pytest
 import timm
 import torch
@@ -25,6 +27,7 @@ from molora.encoders.vision_towers.tower import PatchTower, Tower, TowerConfig, 
 from molora.modality import Origin
 
 CROP, PATCH, GRID = 56, 14, 4
+MOBILENET = Path(os.environ.get("MOLORA_TEST_DATA", ".")) / "weights/mobilenetv2_100"
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
 }  # fmt: skip
@@ -388,6 +391,7 @@ def test_a_pickle_runs_no_code(tmp_path):
         ({"kind": "transformers"}, "needs a name or a path, or pretrained: false"),
         ({"kind": "open_clip", "name": "x", "arguments": {"a": 1}}, "arguments are for kind transformers and timm"),
         ({"kind": "timm", "name": "resnet18", "layer": 2}, "layer counts from the end"),
+        ({"kind": "open_clip", "name": "RN50", "layer": "final"}, "layer final is for kind timm, not open_clip"),
         ({"kind": "timm", "path": "x", "revision": "main"}, "revision 'main' is for weights named on the hub"),
     ],
 )
@@ -472,6 +476,59 @@ def test_any_timm_model_gives_its_own_feature_map(name):
     again = build_library_tower(built.scratch, 64).tower.eval()
     again.load_state_dict(ours.state_dict())
     assert torch.equal(again(crops(2, 64)), ours(crops(2, 64)))
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_convnext", "test_vit", "swin_tiny", "tiny_siglip"])
+def test_final_features_are_what_timm_pools(name):
+    """Whatever the family returns: channels first, channels last, or patches behind class tokens."""
+    torch.manual_seed(0)
+    small: dict[str, Any] = {"embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2), "window_size": 4}
+    arguments = small if "swin" in name else {}
+    name, side = ("swin_tiny_patch4_window7_224", 64) if "swin" in name else (name, CROP if "siglip" in name else 64)
+    patch = {"tiny_siglip": 14, "test_efficientnet": 32, "test_convnext": 32, "test_vit": 16}.get(name, 8)
+    config = TowerConfig(
+        kind="timm", name=name, layer="final", pretrained=False, patch_pixels=patch, arguments=arguments
+    )
+    built = build_library_tower(config, side)
+    ours: Any = built.tower.eval()
+    size: dict[str, Any] = {"img_size": side} if "vit" in name or "swin" in name else {}
+    theirs: Any = timm.create_model(name, **size, **arguments).eval()
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            weight.copy_(0.3 * torch.randn_like(weight))
+    state = theirs.state_dict()
+    if isinstance(ours, PatchTower):
+        ours.patch.load_state_dict(theirs.patch_embed.proj.state_dict())
+        ours.table_NC.data.copy_(theirs.pos_embed[0])
+        ours.blocks.load_state_dict(theirs.blocks.state_dict())
+        ours.leave.load_state_dict(theirs.norm.state_dict())
+    else:
+        assert not ours.model.load_state_dict(state, strict=False).missing_keys
+    features = theirs.forward_features(crops(2, side))
+    if features.ndim == 3:
+        features = features[:, theirs.num_prefix_tokens :].unflatten(1, (side // patch, -1))
+    elif "swin" not in name:
+        features = features.permute(0, 2, 3, 1)
+    torch.testing.assert_close(ours(crops(2, side)), features, rtol=0, atol=1e-5)
+    again = build_library_tower(built.scratch, side).tower.eval()
+    again.load_state_dict(ours.state_dict())
+    assert torch.equal(again(crops(2, side)), ours(crops(2, side)))
+
+
+@pytest.mark.skipif(not MOBILENET.is_dir(), reason="set MOLORA_TEST_DATA to a folder with weights/mobilenetv2_100")
+def test_the_features_of_a_published_mobilenet_are_its_own(tmp_path):
+    """A file of weights with timm's config.json beside it, which says how its pictures are normalised."""
+    shutil.copy(MOBILENET / "model.safetensors", tmp_path)
+    about = json.loads((MOBILENET / "meta.json").read_text())
+    colours = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    config = {"architecture": about["timm_model"], "model_args": about["timm_kwargs"], "pretrained_cfg": colours}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tower = build_library_tower(TowerConfig(kind="timm", path=str(tmp_path), layer="final", patch_pixels=32), 224).tower
+    assert tower.mean == tower.std == (0.5, 0.5, 0.5) and (tower.width, tower.grid) == (1280, 7)
+    parity = np.load(MOBILENET / "parity.npz")
+    pixels = torch.from_numpy(parity["image"]).permute(2, 0, 1)[None] / 127.5 - 1
+    features = tower.eval()(pixels).mean((0, 1, 2)).detach().numpy()
+    np.testing.assert_allclose(features, parity["features_timm"], atol=1e-4)
 
 
 def test_other_timm_weights_are_checked_too(tmp_path):
