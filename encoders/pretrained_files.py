@@ -11,6 +11,7 @@ from torch import Tensor
 
 from molora import received
 from molora.config import did_you_mean
+from molora.hub import HubError, fetch_snapshot
 from molora.modality import Origin, WeightSource
 
 Source = TypeVar("Source", bound=WeightSource)
@@ -24,12 +25,9 @@ MAX_SIZE, MAX_LAYERS, MAX_LIST = 2**16, 1000, 16
 def fetch(repository: str, revision: str | None, wanted: Sequence[str]) -> tuple[Path, Origin]:
     """The files of a repository whose names match a pattern in `wanted`, as a folder, and the commit they are of.
     Raises ValueError if the hub has no such repository or cannot be reached and the files were not fetched before."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
     try:
-        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(wanted)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
+        folder = fetch_snapshot(repository, revision, wanted)
+    except HubError as error:
         raise ValueError(
             f"{repository} (revision {revision or 'main'}) cannot be fetched from the Hugging Face hub, of which "
             f"{', '.join(wanted)} is wanted: {error}; check the name, the network and the login, or give a local "

@@ -46,7 +46,7 @@ IN_FUNCTIONS = {"testing": "plugin_kit"}
 # Plugins arrive by name: only `plugins` reads the tables of the built-in ones, and what they may import is little.
 PLUGINS = ("molora.encoders", "molora.routers")
 PLUGIN_MAY_IMPORT = {
-    "molora.encoders": {"molora.config", "molora.media", "molora.modality", "molora.received"},
+    "molora.encoders": {"molora.config", "molora.hub", "molora.media", "molora.modality", "molora.received"},
     "molora.routers": {"molora.config", "molora.routing"},
 }
 

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from molora.config import ConfigError
 from molora.data.prompt import ChatTemplate
+from molora.hub import HubError, fetch_snapshot
 from molora.model.backbone import Backbone
 from molora.model.identity import Identity, describe, remember, weight_stamps
 from molora.plugins import Untrusted
@@ -113,12 +112,11 @@ def fetch(source: str, revision: str | None = None, *, weights: bool = True) -> 
             raise FileNotFoundError(f"backbone {source!r}: no such folder")
         wanted = [pattern for pattern in _FILES if weights or pattern != "*.safetensors"]
         try:
-            folder = Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            told = str(error).strip().partition("\n")[0]
+            folder = fetch_snapshot(source, revision, wanted)
+        except HubError as error:
             raise FileNotFoundError(
-                f"backbone {source!r}: no such folder in {Path.cwd()}, and the hub gives none under that id "
-                f"({type(error).__name__}: {told:.200}); check the name and the network, or give a local folder"
+                f"backbone {source!r}: no such folder in {Path.cwd()}, and the hub gives none under that id ({error}); "
+                "check the name and the network, or give a local folder"
             ) from error
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"backbone {folder}: no config.json; expected a folder that transformers can open")

@@ -16,8 +16,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
@@ -35,6 +33,7 @@ from molora.checkpoint.pretrained import damage_named, fetch, identify
 from molora.checkpoint.run_folder import read_run, write_run
 from molora.config import ConfigError
 from molora.convert.phi4mm import ADAPTERS, TARGETS, UNUSED_FILE, Layout, Release, adapters_to_hub, from_hub, to_hub
+from molora.hub import HubError, fetch_file
 from molora.model import lora
 from molora.received import SHARD_INDEX, Entry, TensorFile, copy_file, read_json, read_tensors, shard_names, stamps
 from molora.storage import (
@@ -118,8 +117,8 @@ def layout_of(source: str | Path) -> Layout | None:
         if Path(source).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
             return None
         try:
-            path = Path(hf_hub_download(str(source), path.name))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
+            path = fetch_file(str(source), path.name)
+        except HubError:
             return None  # whoever opens it as a backbone says what is wrong
     kind = read_json(path).get("model_type", "")
     if not isinstance(kind, str):

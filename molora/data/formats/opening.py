@@ -4,13 +4,15 @@ import glob
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from molora import hub
 from molora.config import ConfigError
 from molora.data.formats.keyed_rows import KeyedRows
 from molora.data.formats.rows import CellRows, JsonRows, check_file
@@ -234,6 +236,7 @@ def _dataset(config: Opened, path: Path, split: str, needed: Needed) -> TextFile
     if is_path and not path.exists():
         raise ConfigError(f"{where}: no such file or folder{'' if path.is_absolute() else f' in {Path.cwd()}'}")
     folder = path.absolute() if path.is_dir() else None
+    away = hub.fault() if folder is None else None
     saved = folder and next((n for n in ("dataset_dict.json", "state.json") if (folder / n).is_file()), None)
     for key, given in (("subset", config.subset), ("revision", config.revision)) if saved else ():
         if given is not None:
@@ -249,21 +252,36 @@ def _dataset(config: Opened, path: Path, split: str, needed: Needed) -> TextFile
                 )
         else:
             name = config.path if folder is None else str(path)
-            builder = datasets.load_dataset_builder(name, config.subset, revision=config.revision)
-            if builder.name in ("csv", "json") and builder.config.features is None:
-                files = builder.config.data_files[split]
-                paths = datasets.DownloadManager().download(list(files))
-                return TextFiles([_text_file(Path(path), config.rows_under) for path in paths])
-            rows = datasets.load_dataset(name, config.subset, split=split, revision=config.revision)
+            with _offline(datasets) if away else nullcontext():
+                builder = datasets.load_dataset_builder(name, config.subset, revision=config.revision)
+                if builder.name in ("csv", "json") and builder.config.features is None:
+                    files = builder.config.data_files[split]
+                    paths = datasets.DownloadManager().download(list(files))
+                    return TextFiles([_text_file(Path(path), config.rows_under) for path in paths])
+                rows = datasets.load_dataset(name, config.subset, split=split, revision=config.revision)
     except KeyError as error:
         raise ConfigError(f"{where}: no split {error}") from error
     except ConfigError:
         raise
     except Exception as error:  # those of datasets, pyarrow and the hub, of many kinds
+        if away:
+            told = f"{where}: no such file or folder in {Path.cwd()}; as a dataset of the hub it was not fetched before"
+            raise ConfigError(f"{told}, and {away}; check the path and the network") from error
         reason = str(error.__cause__ or error).partition("\n")[0]
         raise ConfigError(f"{where}: cannot be opened by datasets ({type(error).__name__}: {reason})") from error
     names = rows.column_names
     return _Arrow(rows.select_columns(needed(names) or names[:1]), names, config.path, folder)
+
+
+@contextmanager
+def _offline(datasets: Any) -> Iterator[None]:
+    """`datasets` opens what it has fetched before, and asks nobody."""
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 def _library() -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 
 from molora.evaluate.metrics import Counted, Judged, ratio
 from molora.evaluate.normalise import characters, words
+from molora.hub import fetch_file
 
 
 @dataclass(kw_only=True)
@@ -89,9 +90,7 @@ def _spellings(where: str) -> dict[str, str]:
     path = Path(where).expanduser() / "normalizer.json"
     try:
         if not path.is_file():
-            from huggingface_hub import hf_hub_download
-
-            path = Path(hf_hub_download(where, "normalizer.json"))
+            path = fetch_file(where, "normalizer.json")
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         told = " ".join(str(error).split())

@@ -1,0 +1,73 @@
+"""The Hugging Face hub: whether it answers is asked first, so that nobody waits for retries of what cannot work."""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+_WAIT_SECONDS = 3.0
+_MAX_TOLD = 200
+
+
+class HubError(FileNotFoundError):
+    """What neither the hub gives nor was fetched of it before."""
+
+
+def fault() -> str | None:
+    """Why the hub cannot be asked; None if it can. Then it is not tried again in this process."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "the hub is not asked, as HF_HUB_OFFLINE says"
+    try:
+        _reach(constants.ENDPOINT)
+    except Exception as error:  # of the hub's HTTP library, which changes with its versions
+        return f"the hub at {constants.ENDPOINT} cannot be reached ({_told(error)})"
+    return None
+
+
+@cache
+def _reach(endpoint: str) -> None:
+    """Returns for any answer at all."""
+    from huggingface_hub.utils import get_session
+
+    get_session().head(endpoint, timeout=_WAIT_SECONDS)
+
+
+def fetch_snapshot(repository: str, revision: str | None, wanted: Sequence[str]) -> Path:
+    """The files of a model's repository whose names match a pattern in `wanted`, as a folder that is named by their
+    commit: from the hub, or where it cannot be reached what was fetched before. Raises HubError."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    away = fault()
+    try:
+        return Path(
+            snapshot_download(
+                repository, revision=revision, allow_patterns=list(wanted), local_files_only=away is not None
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise HubError(_why(error, away)) from error
+
+
+def fetch_file(repository: str, name: str) -> Path:
+    """A file of a model's repository: from the hub, or where it cannot be reached as it was fetched before. Raises
+    HubError."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    away = fault()
+    try:
+        return Path(hf_hub_download(repository, name, local_files_only=away is not None))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise HubError(_why(error, away)) from error
+
+
+def _why(error: Exception, away: str | None) -> str:
+    return _told(error) if away is None else f"{away}, and the files were not fetched before"
+
+
+def _told(error: Exception) -> str:
+    """What an error says, in a line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:_MAX_TOLD]
