@@ -1,6 +1,6 @@
 """Routing: which adapter each token of a pack runs with, and how that reaches the layers.
 
-Letters: T tokens in a pack or slice, N samples, D backbone width, E adapters.
+Letters: T tokens in a pack or slice, K chosen tokens, N samples, D backbone width, E adapters.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -77,6 +78,18 @@ class Routing:
                 if weights_TE is not None:
                     weights_TE = weights_TE[first - piece.start : after - piece.start]
                 slices.append(Slice(piece.adapters, first - start, after - start, weights_TE))
+        return Routing(tuple(slices))
+
+    def only(self, chosen_K: Tensor) -> Routing:
+        """The same decision for some tokens of its pack, in rising order, as slices of a pack of these alone."""
+        slices = []
+        for piece in self.slices:
+            first, after = torch.searchsorted(chosen_K, torch.tensor([piece.start, piece.stop])).tolist()
+            if first < after:
+                weights_TE = piece.weights_TE
+                if weights_TE is not None:
+                    weights_TE = weights_TE[(chosen_K[first:after] - piece.start).to(weights_TE.device)]
+                slices.append(Slice(piece.adapters, first, after, weights_TE))
         return Routing(tuple(slices))
 
 

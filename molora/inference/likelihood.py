@@ -1,6 +1,6 @@
 """Likelihoods: how probable the model finds texts that are given, whatever the mix of their modalities.
 
-Letters: T tokens in a pack, K target positions, D backbone width, V vocabulary.
+Letters: T tokens in a sample, K target positions, D backbone width, V vocabulary.
 """
 
 import math
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from molora.inference.frames import FrameMemory
 from molora.inference.generate import Failed, NotFinite, faults
+from molora.inference.shared import hidden_at_targets
 from molora.model.loss import LOGITS_PER_CHUNK
 from molora.model.molora import MoLoRA
-from molora.pack import Sample, collate
+from molora.pack import Sample
 
 # What a pack holds, if no sample of it is longer: enough for large products, and little beside a model.
 TOKENS_PER_PACK = 4096
@@ -57,8 +58,8 @@ def score(
     keep_going: bool = False,
     frames: FrameMemory | None = None,
 ) -> Iterator[Scored]:
-    """The likelihoods of the targets of samples, in their order; a sample longer than a pack is a pack of its own.
-    `frames` remembers those of media that appear again, such as in the prompt of several continuations.
+    """The likelihoods of the targets of samples, in their order; a sample longer than a pack is a pack of its own. A
+    prompt of several neighbours runs once. `frames` remembers those of media that appear again.
 
     With `keep_going` a sample that fails (could not be made, collated or encoded, or has logits that are no numbers) is
     scored with its error, and the others as if it had never been there. Else its error is raised.
@@ -112,17 +113,15 @@ def _score_group(model: MoLoRA, samples: Sequence[Sample], frames: FrameMemory |
 
 def _score_pack(model: MoLoRA, samples: Sequence[Sample]) -> dict[str, Scored]:
     wanted = {sample.id: sample.token_ids_T[1:][sample.targets_T[1:]] for sample in samples}
-    pack = collate([_predicting(sample) for sample in samples], model.modalities, model.router.order)
-    predicting_K = pack.targets_T.nonzero().squeeze(1).to(model.device)
-    hidden_TD = model(pack.to(model.device))
+    ids, hidden_KD = hidden_at_targets(model, [_predicting(sample) for sample in samples])
     log_probabilities_K, greedy_K = _chosen(
         model.backbone.head,
-        hidden_TD[predicting_K],
-        torch.cat([wanted[id] for id in pack.ids]).to(model.device),
+        hidden_KD,
+        torch.cat([wanted[id] for id in ids]).to(model.device),
         model.backbone.vocab_size,
     )
-    counts = [len(wanted[id]) for id in pack.ids]
-    of_samples = zip(pack.ids, log_probabilities_K.split(counts), greedy_K.split(counts), strict=True)
+    counts = [len(wanted[id]) for id in ids]
+    of_samples = zip(ids, log_probabilities_K.split(counts), greedy_K.split(counts), strict=True)
     return {id: _scored(id, of_tokens, is_greedy) for id, of_tokens, is_greedy in of_samples}
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AttentionInterface, Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from molora.model import attention
 from molora.model.identity import Identity
-from molora.model.pages import Feed, KeptLayers, PagePool, Surveyor
+from molora.model.pages import KeptLayers, PagePool, Surveyor
 from molora.model.probe import compare, decoder, decoder_layers, run_stock
 from molora.model.rotary import wrap_rotary
 from molora.routing import Flow, current_flow, flowing
@@ -119,9 +119,7 @@ class Backbone(nn.Module):
         """The model's own input embeddings, (T, D)."""
         return self.model.get_input_embeddings()(token_ids_T)
 
-    def forward(
-        self, embeds_TD: Tensor, position_ids_T: Tensor, flow: Flow, cache: Feed | Surveyor | None = None
-    ) -> Tensor:
+    def forward(self, embeds_TD: Tensor, position_ids_T: Tensor, flow: Flow, cache: Cache | None = None) -> Tensor:
         """Final hidden states (T, D) of a pack of embeddings."""
         with flowing(flow):
             output = decoder(self.model)(

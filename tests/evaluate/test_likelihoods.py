@@ -22,8 +22,6 @@ from molora.routers.table import TableConfig, TableRouter
 from molora.testing import byte_tokenizer, tiny_model
 from molora.train.preflight import Trial
 
-pytest.importorskip("molora.inference.likelihood")
-
 SOURCE = """
 import json
 from dataclasses import dataclass
