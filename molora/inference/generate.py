@@ -5,16 +5,17 @@ Letters: N running samples, V vocabulary.
 
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import torch
+from torch import Tensor
 
 from molora.data.processor import SampleTooLong
 from molora.inference.frames import FrameMemory
-from molora.inference.running import Prompts, Running, next_logits
-from molora.inference.sampling import NO_TOKEN, choose
+from molora.inference.running import Asked, Prompts, Running, next_logits
+from molora.inference.sampling import NO_TOKEN, Decoding, TokenLikelihood, choose, likelihoods, positive
 from molora.model.molora import MoLoRA
 from molora.model.pages import PagePool, SamplePages
 from molora.pack import Sample, collate
@@ -22,14 +23,10 @@ from molora.seeding import seed_of
 
 T = TypeVar("T")
 
-# A softmax over smaller ones would divide by zero in single precision; such a temperature means greedy: 0.
-LEAST_TEMPERATURE = 1e-6
-
 
 @dataclass(frozen=True)
-class GenerationConfig:
-    """How answers are decoded. `temperature` 0 is greedy; `top_p` keeps the likeliest tokens up to that mass. An answer
-    ends before the first of the texts `stop` that it would hold.
+class GenerationConfig(Decoding):
+    """How answers are decoded, and how many samples run together.
 
     `prefill_tokens` of prompts enter in a step, so that samples that run do not wait long for those that come.
     `kv_cache_gib` is the memory for keys and values: samples wait until enough of it is free for prompt and answer, and
@@ -37,30 +34,18 @@ class GenerationConfig:
     when none of them runs any more, what a later one needs.
     """
 
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
     max_running_samples: int = 64
     prefill_tokens: int = 2048
     kv_cache_gib: float | None = None
-    stop: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
+    def _settings(self) -> list[tuple[str, bool, str]]:
         sized = self.kv_cache_gib is None or 0 < self.kv_cache_gib < math.inf
-        stops = isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)
-        tempered = self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature < math.inf
-        for name, ok, needed in (
-            ("max_new_tokens", _positive(self.max_new_tokens), "a whole number, 1 or more"),
-            ("temperature", tempered, f"0, which is greedy, or {LEAST_TEMPERATURE:g} or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("max_running_samples", _positive(self.max_running_samples), "a whole number, 1 or more"),
-            ("prefill_tokens", _positive(self.prefill_tokens), "a whole number, 1 or more"),
+        return [
+            *super()._settings(),
+            ("max_running_samples", positive(self.max_running_samples), "a whole number, 1 or more"),
+            ("prefill_tokens", positive(self.prefill_tokens), "a whole number, 1 or more"),
             ("kv_cache_gib", sized, "a number above 0"),
-            ("stop", stops, "a tuple of texts that are not empty"),
-        ):
-            if not ok:
-                raise ValueError(f"generation: {name} cannot be {getattr(self, name)}; give {needed}")
+        ]
 
 
 class SampleFailed(ValueError):
@@ -69,10 +54,6 @@ class SampleFailed(ValueError):
 
 class NotFinite(SampleFailed):
     """A sample whose logits are no numbers."""
-
-
-def _positive(number: int) -> bool:
-    return isinstance(number, int) and number >= 1
 
 
 @dataclass(frozen=True)
@@ -96,12 +77,16 @@ def attempt(make: Callable[[], T], id: str) -> T | Failed:
 @dataclass(frozen=True)
 class Step:
     """One new token of one sample. `finished` is set on its last one: "stop" (a stop token, not part of the answer, or
-    the end of a text that ends it), "length", or "error": there is no token (-1) then, and `error` says why."""
+    the end of a text that ends it), "length", or "error": there is no token (-1) then, and `error` says why.
+    `likelihood` is the token's, and `prompt` those of the prompt's tokens but its first, if the sample's decoding asks
+    for them; the latter come with the first token."""
 
     id: str
     token_id: int
     finished: Literal["stop", "length", "error"] | None
     error: Exception | None = None
+    likelihood: TokenLikelihood | None = None
+    prompt: tuple[TokenLikelihood, ...] = ()
 
 
 def tokens_kept(prompt_tokens: int, max_new_tokens: int, max_tokens: int) -> int:
@@ -109,24 +94,26 @@ def tokens_kept(prompt_tokens: int, max_new_tokens: int, max_tokens: int) -> int
     return max(prompt_tokens, min(prompt_tokens + max_new_tokens, max_tokens) - 1)
 
 
-class Admission:
-    """Samples on their way in, in their order, and the pool that they wait for."""
+class Batch:
+    """Samples that are answered together, each as its `Asked` says. A sample that is added waits for pages, enters,
+    goes through the backbone in chunks, takes a token a step, and leaves; between two steps others may be added, or
+    removed wherever they are.
 
-    def __init__(self, model: MoLoRA, samples: Iterable[Sample | Failed], config: GenerationConfig) -> None:
-        self._backbone = model.backbone
-        self._samples = iter(samples)
+    A sample's tokens do not depend on its neighbours: it has a generator of its own. `frames` remembers those of media
+    that appear again.
+    """
+
+    def __init__(self, model: MoLoRA, config: GenerationConfig, frames: FrameMemory | None = None) -> None:
+        self._model = model.eval()
         self._config = config
-        self._waiting: deque[Sample] = deque()
-        self._read_all = False
+        self._frames = frames
+        self._waiting: deque[Asked] = deque()
+        self._prompts: list[Prompts] = []
+        self._running: list[Running] = []
         self.pool = self._pool_as_configured()
 
-    @property
-    def is_over(self) -> bool:
-        """Whether no sample is to come."""
-        return self._read_all and not self._waiting
-
     def _pool_as_configured(self) -> PagePool:
-        config, backbone = self._config, self._backbone
+        config, backbone = self._config, self._model.backbone
         if config.kv_cache_gib is None:
             return backbone.page_pool(0, config.max_running_samples)
         kept = backbone.kept_layers()
@@ -134,46 +121,160 @@ class Admission:
         num_pages = kept.pages_within(int(config.kv_cache_gib * 2**30), config.max_running_samples, most)
         return backbone.page_pool(num_pages, config.max_running_samples)
 
-    def read(self, num_running: int) -> Iterator[Failed]:
-        """Reads as many samples as may run beside those that do; yields what is none, or can never fit."""
-        while len(self._waiting) < self._config.max_running_samples - num_running:
-            if (sample := next(self._samples, None)) is None:
-                self._read_all = True
-                return
-            if isinstance(sample, Failed):
-                yield sample
-            elif self._config.kv_cache_gib is not None and not self.pool.fits(self._tokens(sample)):
-                yield Failed(sample.id, self._too_long(sample))
-            else:
-                self._waiting.append(sample)
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
 
-    def enter(self, num_running: int) -> list[tuple[Sample, SamplePages]]:
-        """Those of the samples read that have pages now, for all the tokens that they can come to have."""
-        if self._waiting and not num_running and not self.pool.fits(self._tokens(self._waiting[0])):
-            needs = [self.pool.kept.pages_for(self._tokens(sample)) for sample in self._waiting]
+    @property
+    def num_running(self) -> int:
+        """Samples that hold pages."""
+        return len(self._running) + sum(len(prompts.to_come) for prompts in self._prompts)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more sample may run beside those that run or wait, if it has pages."""
+        return self.num_waiting + self.num_running < self._config.max_running_samples
+
+    def add(self, asked: Asked) -> None:
+        """Lets a sample wait for its turn. Ids must be unique. Raises SampleTooLong for one that could never enter."""
+        sized = self._config.kv_cache_gib is not None
+        if sized and not self.pool.fits(needs := self._tokens(asked)):
+            sample, has = asked.sample, self.pool.num_pages * self.pool.kept.page_tokens
+            raise SampleTooLong(
+                f"sample {sample.id}: needs keys and values of {needs:,} tokens ({len(sample):,} of its prompt), but "
+                f"kv_cache_gib={self._config.kv_cache_gib:g} holds {has:,}; raise it, lower max_new_tokens, or shorten "
+                "the prompt"
+            )
+        self._waiting.append(asked)
+
+    def remove(self, id: str) -> None:
+        """Takes a sample out, if it is still there, with its pages."""
+        self._waiting = deque(asked for asked in self._waiting if asked.sample.id != id)
+        gone = [sample for sample in self._running if sample.id == id]
+        self._running = [sample for sample in self._running if sample.id != id]
+        for prompts in self._prompts:
+            gone += prompts.drop(id)
+        self._prompts = [prompts for prompts in self._prompts if prompts.to_come]
+        for sample in gone:
+            self.pool.release(sample.pages)
+
+    @torch.no_grad()
+    def step(self) -> list[Step]:
+        """One token of every sample that runs, after waiting samples have entered and chunks of prompts were fed. A
+        sample that cannot be collated or encoded, or whose logits are no numbers, ends with its error."""
+        logits = next_logits(self._model, self.pool, self._running)
+        steps = self._enter()
+        fed = 0
+        while self._prompts and fed < self._config.prefill_tokens:
+            # In turn, so that a short prompt does not wait for all of a long one.
+            prompts = self._prompts.pop(0)
+            num_tokens, ended, their_logits = prompts.feed(self.pool, self._config.prefill_tokens)
+            fed, logits = fed + num_tokens, logits + their_logits
+            self._running += ended
+            if prompts.to_come:
+                self._prompts.append(prompts)
+        if self._running:
+            steps += self._choose(torch.cat(logits) if len(logits) > 1 else logits[0])
+        return steps
+
+    def _enter(self) -> list[Step]:
+        """Lets samples in that have pages now for all the tokens that they can come to have, embedded and routed, in
+        one pack or each by itself; returns a step for each that fails."""
+        if self._waiting and not self.num_running and not self.pool.fits(self._tokens(self._waiting[0])):
+            needs = [self.pool.kept.pages_for(self._tokens(asked)) for asked in self._waiting]
             del self.pool  # before there is another
-            self.pool = self._backbone.page_pool(sum(needs), self._config.max_running_samples)
-        entering = []
-        while self._waiting and num_running + len(entering) < self._config.max_running_samples:
+            self.pool = self._model.backbone.page_pool(sum(needs), self._config.max_running_samples)
+        entering: list[tuple[Asked, SamplePages]] = []
+        while self._waiting and self.num_running + len(entering) < self._config.max_running_samples:
             pages = self.pool.admit(self._tokens(self._waiting[0]))
             if pages is None:
                 break
             entering.append((self._waiting.popleft(), pages))
-        return entering
+        failed: list[Step] = []
+        while entering:
+            try:
+                self._prompts += self._prepared(entering)
+                break
+            except Exception:
+                faulty = faults(self._model, [asked.sample for asked, _ in entering])
+                if not faulty:
+                    raise
+                for asked, pages in entering:
+                    if asked.sample.id in faulty:
+                        failed.append(Step(asked.sample.id, -1, "error", faulty[asked.sample.id]))
+                        self.pool.release(pages)
+                entering = [(asked, pages) for asked, pages in entering if asked.sample.id not in faulty]
+        return failed
 
-    def _tokens(self, sample: Sample) -> int:
-        return tokens_kept(len(sample), self._config.max_new_tokens, self._backbone.max_tokens)
+    def _prepared(self, entering: Sequence[tuple[Asked, SamplePages]]) -> list[Prompts]:
+        samples = [asked.sample for asked, _ in entering]
+        filled = samples if self._frames is None else self._frames.fill(samples)
+        held = {asked.sample.id: (asked, pages) for asked, pages in entering}
+        packs = [[sample] for sample in filled] if self._model.deterministic_batch else [filled]
+        return [Prompts(self._model, pack, held) for pack in packs]
 
-    def _too_long(self, sample: Sample) -> SampleTooLong:
-        needs, has = self._tokens(sample), self.pool.num_pages * self.pool.kept.page_tokens
-        return SampleTooLong(
-            f"sample {sample.id}: needs keys and values of {needs:,} tokens ({len(sample):,} of its prompt), but "
-            f"kv_cache_gib={self._config.kv_cache_gib:g} holds {has:,}; raise it, lower max_new_tokens, or shorten the "
-            "prompt"
-        )
+    def _choose(self, logits_NV: Tensor) -> list[Step]:
+        """The next token of every running sample; those that end leave."""
+        running, backbone = self._running, self._model.backbone
+        tokens = _chosen(logits_NV, running)
+        told = _likelihoods(logits_NV, running, tokens)
+        steps: list[Step] = []
+        kept: list[Running] = []
+        for index, (sample, token_id) in enumerate(zip(running, tokens, strict=True)):
+            how = sample.asked.decoding
+            finished, error, prompt = None, None, ()
+            if token_id == NO_TOKEN:
+                finished, error = "error", _not_finite(sample.id, float(logits_NV[index].max()))
+            else:
+                prompt = () if sample.answer else tuple(sample.prompt_likelihoods)
+                sample.answer.append(token_id)
+                stops = token_id in backbone.stop_ids and not how.ignore_stop_tokens
+                if stops or sample.asked.is_over(sample.answer):
+                    finished = "stop"
+                elif len(sample.answer) == how.max_new_tokens or sample.length >= backbone.max_tokens:
+                    finished = "length"
+            steps.append(Step(sample.id, token_id, finished, error, told.get(index), prompt))
+            if finished is None:
+                kept.append(sample)
+            else:
+                self.pool.release(sample.pages)
+        # Neighbours by adapter, so that routing is one slice each.
+        self._running = sorted(kept, key=lambda sample: self._model.router.order(sample.modalities))
+        return steps
+
+    def _tokens(self, asked: Asked) -> int:
+        most = self._model.backbone.max_tokens
+        return tokens_kept(len(asked.sample), asked.decoding.max_new_tokens, most)
 
 
-@torch.no_grad()
+def _chosen(logits_NV: Tensor, running: Sequence[Running]) -> list[int]:
+    """A token for each sample; those that are drawn alike are drawn together."""
+    groups: dict[tuple[float, float, int | None], list[int]] = {}
+    for index, sample in enumerate(running):
+        how = sample.asked.decoding
+        groups.setdefault((how.temperature, how.top_p, how.top_k), []).append(index)
+    tokens = [NO_TOKEN] * len(running)
+    for (temperature, top_p, top_k), rows in groups.items():
+        logits = logits_NV if len(groups) == 1 else logits_NV[rows]
+        generators = [running[row].generator for row in rows]
+        drawn = choose(logits, generators, temperature=temperature, top_p=top_p, top_k=top_k)
+        for row, token_id in zip(rows, drawn, strict=True):
+            tokens[row] = token_id
+    return tokens
+
+
+def _likelihoods(logits_NV: Tensor, running: Sequence[Running], tokens: Sequence[int]) -> dict[int, TokenLikelihood]:
+    """Those of the tokens chosen, by row, for the samples that ask for them."""
+    asked = {
+        row: sample.asked.decoding.num_likeliest
+        for row, sample in enumerate(running)
+        if sample.asked.decoding.num_likeliest is not None and tokens[row] != NO_TOKEN
+    }
+    rows = list(asked)
+    found = likelihoods(logits_NV[rows], [tokens[row] for row in rows], list(asked.values())) if rows else []
+    return dict(zip(rows, found, strict=True))
+
+
 def generate(
     model: MoLoRA,
     samples: Iterable[Sample | Failed],
@@ -197,85 +298,31 @@ def generate(
     NotFinite for one whose logits are NaN or infinite, and the error of one that could not be made.
     """
     config = config or GenerationConfig()
-    model.eval()
-    admission = Admission(model, samples, config)
-    running: list[Running] = []
-    prompts: list[Prompts] = []
-
-    def failed(id: str, error: Exception) -> Step:
-        if not keep_going:
-            raise error
-        return Step(id, -1, "error", error)
-
-    while running or prompts or not admission.is_over:
-        logits = next_logits(model, admission.pool, running)
-        if not prompts:
-            prompts = yield from _entering(model, admission, len(running), config, frames, failed)
-        fed = 0
-        while prompts and fed < config.prefill_tokens:
-            num_tokens, ended, their_logits = prompts[0].feed(admission.pool, config.prefill_tokens)
-            fed, running, logits = fed + num_tokens, running + ended, logits + their_logits
-            prompts = prompts if prompts[0].to_come else prompts[1:]
-        if not running:
-            continue
-        logits_NV = torch.cat(logits) if len(logits) > 1 else logits[0]
-        generators = [sample.generator for sample in running]
-        tokens = choose(logits_NV, generators, temperature=config.temperature, top_p=config.top_p)
-        kept: list[Running] = []
-        for index, (sample, token_id) in enumerate(zip(running, tokens, strict=True)):
-            finished = None
-            if token_id == NO_TOKEN:
-                yield failed(sample.id, _not_finite(sample.id, float(logits_NV[index].max())))
-                finished = "error"
+    batch = Batch(model, config, frames)
+    source = iter(samples)
+    read_all = False
+    while not read_all or batch.num_waiting or batch.num_running:
+        refused: list[Step] = []
+        while not read_all and batch.has_room and not refused:
+            sample = next(source, None)
+            if sample is None:
+                read_all = True
+            elif isinstance(sample, Failed):
+                refused.append(Step(sample.id, -1, "error", sample.error))
             else:
-                sample.answer.append(token_id)
-                if token_id in model.backbone.stop_ids or is_over(sample.answer):
-                    finished = "stop"
-                elif len(sample.answer) == config.max_new_tokens or sample.length >= model.backbone.max_tokens:
-                    finished = "length"
-                yield Step(sample.id, token_id, finished)
-            if finished is None:
-                kept.append(sample)
-            else:
-                admission.pool.release(sample.pages)
-        # Neighbours by adapter, so that routing is one slice each.
-        running = sorted(kept, key=lambda sample: model.router.order(sample.modalities))
+                try:
+                    batch.add(Asked(sample, config, seed_of(config.seed, sample.id), is_over))
+                except SampleTooLong as error:
+                    refused.append(Step(sample.id, -1, "error", error))
+        for step in refused or batch.step():
+            if step.error is not None and not keep_going:
+                raise step.error
+            yield step
 
 
 def _not_finite(id: str, highest: float) -> NotFinite:
     advice = "look at its media, and at the weights it runs with"
     return NotFinite(f"sample {id}: its logits are not finite ({highest}); {advice}")
-
-
-def _entering(
-    model: MoLoRA,
-    admission: Admission,
-    num_running: int,
-    config: GenerationConfig,
-    frames: FrameMemory | None,
-    failed: Callable[[str, Exception], Step],
-) -> Generator[Step, None, list[Prompts]]:
-    """Lets samples in, embedded and routed, in one pack or each by itself; yields a step for each that fails."""
-    for fault in admission.read(num_running):
-        yield failed(fault.id, fault.error)
-    entering = admission.enter(num_running)
-    while entering:
-        samples = [sample for sample, _ in entering]
-        pages = {sample.id: held for sample, held in entering}
-        seeds = {sample.id: seed_of(config.seed, sample.id) for sample in samples}
-        try:
-            filled = samples if frames is None else frames.fill(samples)
-            packs = [[sample] for sample in filled] if model.deterministic_batch else [filled]
-            return [Prompts(model, pack, pages, seeds) for pack in packs]
-        except Exception:
-            failed_alone = faults(model, samples)
-            if not failed_alone:
-                raise
-            for id, error in failed_alone.items():
-                yield failed(id, error)
-                admission.pool.release(pages[id])
-            entering = [(sample, held) for sample, held in entering if sample.id not in failed_alone]
-    return []
 
 
 def faults(model: MoLoRA, samples: Sequence[Sample]) -> dict[str, Exception]:

@@ -5,29 +5,47 @@ Letters: T tokens in a pack, N running samples, D backbone width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from molora.inference.sampling import Decoding, TokenLikelihood, likelihoods
+from molora.model.loss import LOGITS_PER_CHUNK
 from molora.model.molora import MoLoRA
 from molora.model.pages import PagePool, SamplePages
 from molora.pack import Pack, Sample, collate
 from molora.routing import Routing
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A sample to answer, how it is decoded, the seed of what it draws, and whether an answer's tokens so far are to be
+    all of it."""
+
+    sample: Sample
+    decoding: Decoding
+    seed: int
+    is_over: Callable[[Sequence[int]], bool]
+
+
 @dataclass
 class Running:
     """A sample in the batch: everything needed to decode its next token or to prefill it again."""
 
-    id: str
+    asked: Asked
     modalities: frozenset[str]
     gates: Tensor | None
     prompt_TD: Tensor
     pages: SamplePages
     generator: torch.Generator
     answer: list[int] = field(default_factory=list)
+    prompt_likelihoods: list[TokenLikelihood] = field(default_factory=list)
+
+    @property
+    def id(self) -> str:
+        return self.asked.sample.id
 
     @property
     def length(self) -> int:
@@ -39,7 +57,7 @@ class Prompts:
     that samples that run already need not wait for all of it."""
 
     def __init__(
-        self, model: MoLoRA, samples: Sequence[Sample], pages: Mapping[str, SamplePages], seeds: Mapping[str, int]
+        self, model: MoLoRA, samples: Sequence[Sample], asked: Mapping[str, tuple[Asked, SamplePages]]
     ) -> None:
         pack = collate(samples, model.modalities, model.router.order).to(model.device)
         self._model = model
@@ -48,28 +66,38 @@ class Prompts:
         self._fed = 0
         gates = self._routing.gates or (None,) * len(pack)
         prompts = self._embeds_TD.split(pack.lengths)
-        self._samples = [
-            Running(id, modalities, gate, prompt, pages[id], torch.Generator().manual_seed(seeds[id]))
-            for id, modalities, gate, prompt in zip(pack.ids, pack.modalities, gates, prompts, strict=True)
-        ]
+        self._samples: list[Running] = []
+        self._dropped: set[str] = set()
+        for id, modalities, gate, prompt in zip(pack.ids, pack.modalities, gates, prompts, strict=True):
+            its, pages = asked[id]
+            generator = torch.Generator().manual_seed(its.seed)
+            self._samples.append(Running(its, modalities, gate, prompt, pages, generator))
 
     @property
     def to_come(self) -> list[Running]:
         """The samples whose prompts are not through yet."""
-        return self._samples
+        return [sample for sample in self._samples if sample.id not in self._dropped]
+
+    def drop(self, id: str) -> list[Running]:
+        """Leaves a sample out of what is to come; returns it, if it was there."""
+        dropped = [sample for sample in self.to_come if sample.id == id]
+        self._dropped |= {sample.id for sample in dropped}
+        return dropped
 
     def feed(self, pool: PagePool, num_tokens: int) -> tuple[int, list[Running], list[Tensor]]:
-        """Runs the next chunk. Returns its number of tokens, the samples whose prompts end in it, and the logits (1, V)
-        behind each."""
-        start = self._fed
-        stop = self._fed = min(start + num_tokens, len(self._embeds_TD))
+        """Runs the next chunk. Returns its number of tokens, the samples whose prompts end in it, and the logits (N, V)
+        behind them. A chunk ends before a sample that was dropped, whose tokens are passed over."""
+        while self._samples[0].id in self._dropped:
+            self._fed += self._left(self._samples.pop(0))
         inside: list[Running] = []
         lengths: list[int] = []
         for sample in self._samples:
-            if sum(lengths) < stop - start:
-                inside.append(sample)
-                left = len(sample.prompt_TD) - sample.pages.length
-                lengths.append(min(left, stop - start - sum(lengths)))
+            if sum(lengths) == num_tokens or sample.id in self._dropped:
+                break
+            inside.append(sample)
+            lengths.append(min(self._left(sample), num_tokens - sum(lengths)))
+        start = self._fed
+        stop = self._fed = start + sum(lengths)
         unread = torch.zeros(stop - start, dtype=torch.long, device=self._model.device)
         hidden_TD = self._model(
             continuation(inside, lengths, unread),
@@ -77,12 +105,30 @@ class Prompts:
             routing=self._routing.part(start, stop),
             feed=pool.feed([each.pages for each in inside], lengths, [len(each.prompt_TD) for each in inside]),
         )
-        ended = [sample for sample in inside if sample.pages.length == len(sample.prompt_TD)]
+        for sample, hidden in zip(inside, hidden_TD.split(lengths), strict=True):
+            if sample.asked.decoding.score_prompt:
+                sample.prompt_likelihoods += self._scored(sample, hidden)
+        ended = [sample for sample in inside if not self._left(sample)]
         self._samples = self._samples[len(ended) :]
         if not ended:
             return stop - start, [], []
         last = torch.tensor(lengths[: len(ended)], device=self._model.device).cumsum(0) - 1
         return stop - start, ended, [self._model.backbone.head(hidden_TD[last])]
+
+    def _left(self, sample: Running) -> int:
+        """Tokens of its prompt that are to come."""
+        return len(sample.prompt_TD) - sample.pages.length
+
+    def _scored(self, sample: Running, hidden_TD: Tensor) -> list[TokenLikelihood]:
+        """The likelihoods of the prompt's tokens that follow those of a chunk, which has been fed."""
+        backbone, stop = self._model.backbone, sample.pages.length
+        following = sample.asked.sample.token_ids_T[stop - len(hidden_TD) + 1 : stop + 1]
+        rows = max(1, LOGITS_PER_CHUNK // backbone.vocab_size)
+        found: list[TokenLikelihood] = []
+        for hidden, targets in zip(hidden_TD[: len(following)].split(rows), following.split(rows), strict=True):
+            count = sample.asked.decoding.num_likeliest or 0
+            found += likelihoods(backbone.head(hidden), targets.tolist(), [count] * len(targets))
+        return found
 
 
 def next_logits(model: MoLoRA, pool: PagePool, running: Sequence[Running]) -> list[Tensor]:

@@ -13,8 +13,9 @@ from torch import Tensor
 from molora.data.processor import SampleTooLong
 from molora.inference import generate as generation
 from molora.inference.frames import FrameMemory
-from molora.inference.generate import Admission, Failed, GenerationConfig, Step, generate
-from molora.inference.sampling import NO_TOKEN, choose
+from molora.inference.generate import Batch, GenerationConfig, Step, generate
+from molora.inference.running import Asked
+from molora.inference.sampling import NO_TOKEN, Decoding, choose
 from molora.model.backbone import Backbone
 from molora.model.identity import Identity
 from molora.model.lora import lora_config
@@ -23,6 +24,7 @@ from molora.model.pages import PagePool
 from molora.pack import Item, Sample, collate
 from molora.routers.learned import LearnedConfig, LearnedRouter
 from molora.routers.table import TableConfig, TableRouter
+from molora.seeding import seed_of
 from molora.testing import VOCAB_SIZE, Letters, Numbers, NumbersConfig, assert_close, tiny_model
 
 NAMES = ("numbers", "letters")
@@ -63,6 +65,10 @@ def answers(steps: Iterator[Step]) -> dict[str, list[int]]:
     return found
 
 
+def ask(sample: Sample, how: Decoding) -> Asked:
+    return Asked(sample, how, seed_of(how.seed, sample.id), lambda tokens: False)
+
+
 def gib(model: MoLoRA, num_pages: int, num_samples: int) -> float:
     return model.backbone.kept_layers().num_bytes(num_pages, num_samples) / 2**30
 
@@ -98,7 +104,7 @@ def logits_of(
     """The logits behind every token of an answer, by the id of its sample."""
     logits: list[Tensor] = []
 
-    def noting(logits_NV: Tensor, generators: Sequence[torch.Generator], **settings: float) -> list[int]:
+    def noting(logits_NV: Tensor, generators: Sequence[torch.Generator], **settings: Any) -> list[int]:
         logits.extend(logits_NV)
         return choose(logits_NV, generators, **settings)
 
@@ -140,26 +146,118 @@ def test_without_a_size_a_later_longer_sample_still_fits() -> None:
 
 
 def test_a_pool_is_made_once_and_empty_again_at_the_end() -> None:
-    """Requests of every kind, some of which fail, through one pool of the announced size."""
+    """Requests of every kind through one pool of the announced size."""
     model = make_model("gemma3")
-    few = make_samples(model, [1 + (7 * index) % 50 for index in range(60)])
-    samples: list[Sample | Failed] = [*few, Failed("broken", ValueError("no sample"))]
+    samples = make_samples(model, [1 + (7 * index) % 50 for index in range(60)])
     config = GenerationConfig(max_new_tokens=3, max_running_samples=7, kv_cache_gib=gib(model, 6, 7))
-    admission = Admission(model, samples, config)
-    pool = admission.pool
+    batch = Batch(model, config)
+    pool, free = batch.pool, batch.pool.num_free
     assert pool.num_bytes == pytest.approx(config.kv_cache_gib * 2**30, rel=0.01)  # pyright: ignore[reportOptionalOperand]
-    before, entered, faults = pool.num_free, 0, []
-    running: list[Any] = []
-    while not admission.is_over or running:
-        faults.extend(admission.read(len(running)))
-        entering = admission.enter(len(running))
-        entered += len(entering)
-        running.extend(entering)
-        assert len(running) <= 7 and admission.pool is pool
-        if running:
-            pool.release(running.pop(0)[1])
-    assert entered == 60 and [fault.id for fault in faults] == ["broken"]
-    assert pool.num_free == before
+    for sample in samples:
+        batch.add(ask(sample, config))
+    ended: list[str] = []
+    while batch.num_waiting or batch.num_running:
+        ended += [step.id for step in batch.step() if step.finished]
+        assert batch.num_running <= 7 and batch.pool is pool
+    assert sorted(ended) == sorted(sample.id for sample in samples) and pool.num_free == free
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_sample_that_is_removed_leaves_no_trace(deterministic: bool) -> None:
+    """While it waits, in the middle of its prompt or of its answer, and after it."""
+    model = make_model("phi4-mini")
+    model.deterministic_batch = deterministic
+    samples = make_samples(model, (30, 9, 100, 60, 20, 45, 12))
+    config = GenerationConfig(max_new_tokens=6, max_running_samples=5, prefill_tokens=32, kv_cache_gib=gib(model, 9, 5))
+    expected = answers(generate(model, samples, config))
+    for removed in ("s0", "s2", "s3", "s6", "none"):
+        for after in range(9):
+            batch = Batch(model, config)
+            free = batch.pool.num_free
+            for sample in samples:
+                batch.add(ask(sample, config))
+            found: list[Step] = []
+            for _ in range(after):
+                found += batch.step()
+            held, running = batch.pool.num_free, batch.num_running
+            batch.remove(removed)
+            assert (batch.pool.num_free[None] or 0) >= (held[None] or 0)
+            assert batch.num_running == running or batch.pool.num_free != held, "its pages are free at once"
+            count = len(found)
+            while batch.num_waiting or batch.num_running:
+                found += batch.step()
+            assert removed not in [step.id for step in found[count:]]
+            others = {id: tokens for id, tokens in answers(iter(found)).items() if id != removed}
+            assert others == {id: tokens for id, tokens in expected.items() if id != removed}
+            assert batch.pool.num_free == free
+
+
+def test_a_short_prompt_does_not_wait_for_all_of_a_long_one() -> None:
+    model = make_model("llama")
+    long, short = make_samples(model, (200, 9))
+    config = GenerationConfig(max_new_tokens=4, prefill_tokens=20, kv_cache_gib=gib(model, 8, 64))
+    batch = Batch(model, config)
+    batch.add(ask(long, config))
+    assert batch.step() == []
+    batch.add(ask(short, config))
+    steps = [step.id for _ in range(3) for step in batch.step()]
+    assert steps[:1] == ["s1"], "the second has a token before the tenth chunk of the first"
+
+
+def test_each_sample_is_decoded_in_its_own_way() -> None:
+    """Together as alone, whatever the settings of the others are."""
+    model = make_model("llama")
+    samples = make_samples(model, (9, 12, 14, 20, 13, 15))
+    ways = [
+        Decoding(max_new_tokens=5),
+        Decoding(max_new_tokens=9, temperature=1.5, seed=3),
+        Decoding(max_new_tokens=7, temperature=1.5, top_p=0.5, num_likeliest=2),
+        Decoding(max_new_tokens=3, temperature=0.7, top_k=4),
+        Decoding(max_new_tokens=6, temperature=1.5, seed=3, top_p=0.9, top_k=5),
+        Decoding(max_new_tokens=2, num_likeliest=0, score_prompt=True),
+    ]
+    config = GenerationConfig(kv_cache_gib=gib(model, 12, 64))
+    batch = Batch(model, config)
+    for sample, how in zip(samples, ways, strict=True):
+        batch.add(ask(sample, how))
+    found: list[Step] = []
+    while batch.num_waiting or batch.num_running:
+        found += batch.step()
+    together = answers(iter(found))
+    for sample, how in zip(samples, ways, strict=True):
+        alone = answers(generate(model, [sample], GenerationConfig(**vars(how))))
+        assert together[sample.id] == alone[sample.id] and len(together[sample.id]) == how.max_new_tokens
+    greedy = answers(generate(model, samples[3:4], GenerationConfig(max_new_tokens=3)))
+    assert (
+        answers(generate(model, samples[3:4], GenerationConfig(max_new_tokens=3, temperature=9.0, top_k=1))) == greedy
+    )
+
+
+@pytest.mark.parametrize("prefill_tokens", [7, 2048])
+def test_likelihoods_are_those_of_a_full_forward(prefill_tokens: int) -> None:
+    """Of every token of an answer and of its prompt, in chunks or not."""
+    model = make_model("llama")
+    samples = [sample for sample in make_samples(model, (9, 12, 14, 60)) if not sample.items]
+    how = Decoding(max_new_tokens=5, num_likeliest=3, score_prompt=True)
+    batch = Batch(model, GenerationConfig(kv_cache_gib=gib(model, 8, 64), prefill_tokens=prefill_tokens))
+    for sample in samples:
+        batch.add(ask(sample, how))
+    found: dict[str, list[Step]] = {sample.id: [] for sample in samples}
+    while batch.num_waiting or batch.num_running:
+        for step in batch.step():
+            found[step.id].append(step)
+    for sample in samples:
+        steps = found[sample.id]
+        ids = [*sample.token_ids_T.tolist(), *(step.token_id for step in steps)]
+        whole = Sample.of_text("whole", ids)
+        logits_TV = model.logits(collate([whole], model.modalities)).detach().log_softmax(-1)
+        told = [*steps[0].prompt, *(step.likelihood for step in steps)]
+        assert [each.token_id for each in told if each] == ids[1:]
+        own_T = logits_TV[:-1].gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
+        assert_close(torch.tensor([each.log_probability for each in told if each]), own_T, 1e-5, what="own")
+        likeliest = torch.tensor([[value for _, value in each.likeliest] for each in told if each])
+        assert_close(likeliest, logits_TV[:-1].topk(3).values, 1e-5, what="likeliest")
+        assert not any(step.prompt for step in steps[1:])
 
 
 def test_pages_come_back_from_samples_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
