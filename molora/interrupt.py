@@ -18,6 +18,9 @@ class Stopped(KeyboardInterrupt):
         super().__init__(message)
         self.exit_code = 128 + number
 
+    def __reduce__(self) -> tuple[type[Stopped], tuple[str, int]]:
+        return type(self), (str(self), self.exit_code - 128)
+
 
 class Interrupt:
     """While entered, notes the first signal that asks this process to stop in `number`, which is 0 before it. Outside

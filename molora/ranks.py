@@ -62,7 +62,8 @@ def launched_ranks(name: str | None = None) -> Ranks:
     from accelerate import Accelerator
 
     if name is None:
-        return _Launched(Accelerator())
+        # Told of no device, accelerate takes ranks on CPUs for processes that know nothing of each other.
+        return _Launched(Accelerator(cpu=not torch.accelerator.is_available()))
     device = pick_device(name)
     if device.type != "cpu" and device.index is not None:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:

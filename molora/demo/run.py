@@ -21,12 +21,13 @@ from molora.checkpoint.opening import model_hashes
 from molora.config import dump, read
 from molora.data.easy_vqa import CAPTION_QUESTION, TRANSCRIPT_QUESTION, caption, descriptions, read_split
 from molora.data.sources import SourceConfig, open_source
-from molora.demo.beside import beside
+from molora.demo.two import in_two
 from molora.evaluate.judge import Evaluation, EvaluationConfig, Evaluations
 from molora.evaluate.metrics import Judged, open_metrics, scores
 from molora.inference.generate import GenerationConfig
 from molora.inference.load import LoadedModel, load
 from molora.pretrain.loop import PretrainConfig, pretrain
+from molora.ranks import launched_ranks
 from molora.received import file_hash, read_json
 from molora.report.page import Example, Media, Report, read_history
 from molora.report.page import write as write_report
@@ -71,18 +72,12 @@ def run_demo(run: Path, *, quick: bool = False) -> Path:
     clock = _Clock(run / "seconds.json")
     with clock.phase("backbone"), progress() as bars:
         pretrain(backbone_config(run, quick), bars)
-    recipes = demo_recipes(run, quick)
-    log = run / "vision.log"
-    say(f"vision and audio train at the same time, in a process each; that of vision writes to {log}")
-    with clock.phase("vision and audio"), beside(log, _train_vision, run, quick):
-        train(recipes["audio"])
-    with clock.phase("spoken questions"):
-        train(recipes["spoken questions"])
+    for name in _RECIPES:
+        with clock.phase(name):
+            in_two(_train, run, quick, name)
     untouched = _untouched(run)
     with clock.phase("evaluation"):
-        with beside(run / "evaluation.log", _evaluate, run, quick, [WRITTEN]):
-            _evaluate(run, quick, [BLIND, SPOKEN, TRANSCRIPT])
-        judged = _evaluate(run, quick, evaluations(run, quick))
+        judged = in_two(_evaluate, run, quick, list(evaluations(run, quick)))
     loaded = load(run)
     _answer_live(loaded, run / "clips")
     path = write_report(_report(run, loaded, judged, untouched, clock, quick), run)
@@ -163,14 +158,16 @@ def _untouched(run: Path) -> int:
     return len(names)
 
 
-def _train_vision(run: Path, quick: bool) -> None:
-    """Trains vision and evaluates it, before there is audio."""
-    train(demo_recipes(run, quick)["vision"])
-    _evaluate(run, quick, [BEFORE])
+def _train(run: Path, quick: bool, name: str) -> None:
+    """Trains one of the demo's recipes, as one of the ranks there are. Vision is evaluated before there is audio."""
+    train(demo_recipes(run, quick)[name])
+    if name == "vision":
+        _evaluate(run, quick, [BEFORE])
 
 
 def _evaluate(run: Path, quick: bool, names: Iterable[str]) -> dict[str, list[Judged]]:
-    """Judged answers, read back if this very model gave them before."""
+    """Judged answers of all ranks, read back if this very model gave them before."""
+    ranks = launched_ranks()
     found = {}
     for name in names:
         config = evaluations(run, quick)[name]
@@ -180,10 +177,12 @@ def _evaluate(run: Path, quick: bool, names: Iterable[str]) -> dict[str, list[Ju
         if path.is_file() and (known := read_json(path))["of"] == about:
             found[name] = [Judged(**item) for item in known["answers"]]
             continue
-        with progress() as bars:
-            found[name] = Evaluation(name, config).run(loaded, bars)
-        answers = [asdict(item) for item in found[name]]
-        write_json(path, {"format_version": "1.0", "of": about, "answers": answers})
+        with progress(shown=ranks.is_main) as bars:
+            judged = Evaluation(name, config).run(loaded, bars, ranks=ranks)
+        found[name] = sorted(ranks.gather(judged), key=lambda item: item.row)
+        if ranks.is_main:
+            answers = [asdict(item) for item in found[name]]
+            write_json(path, {"format_version": "1.0", "of": about, "answers": answers})
     return found
 
 

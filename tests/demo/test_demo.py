@@ -21,14 +21,15 @@ pytest.importorskip("easy_vqa")
 pytest.importorskip("espeakng_loader")
 
 
-def test_the_quick_demo_runs_reports_and_reuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("two_threads")
+def test_the_quick_demo_runs_reports_and_reuses(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "demo"
     report = run_demo(run, quick=True)
     html = report.read_text()
     assert html.count("<img") >= 20 and html.count("<audio") >= 20 and "no picture" in html and "<svg" in html
     figures = json.loads((run / "report.json").read_text())
     assert figures["metrics"]["spoken question"]["questions"] == 40
-    told = capsys.readouterr().out
+    told = capfd.readouterr().out
     assert "frozen  backbone" in told and "exact match" in told and "bare backbone" in told
 
     kept = {p: p.read_bytes() for p in run.rglob("*.safetensors")}
@@ -49,6 +50,7 @@ def test_the_demo_trains_by_the_recipes_that_everybody_can_run() -> None:
     assert [[stage.steps for stage in recipe.stages] for recipe in recipes.values()] == [[180, 300], [400, 80], [150]]
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_the_quick_demo_differs_in_how_much_it_does_alone() -> None:
     whole, quick = (
         {"recipes": plain(demo_recipes(Path("runs/demo"), short)), "test": plain(evaluations(Path("runs/demo"), short))}
