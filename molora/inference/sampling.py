@@ -1,6 +1,6 @@
 """Choosing the next tokens of a batch, in one pass and with one transfer from the device.
 
-Letters: N samples, V vocabulary.
+Letters: N samples, L of them, V vocabulary, K of it.
 """
 
 import math
@@ -13,8 +13,11 @@ from torch import Tensor
 # In place of a token: the logits are not all numbers, or not finite where they are highest.
 NO_TOKEN = -1
 
-# A softmax over smaller ones would divide by zero in single precision; such a temperature means greedy: 0.
+# Nothing but the likeliest token is left below; such a temperature means greedy: 0.
 LEAST_TEMPERATURE = 1e-6
+
+# How many of the likeliest tokens are sorted first, and how many times as many where those are too few.
+_FIRST_SORTED, _MORE_SORTED = 64, 16
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,13 @@ def choose(
     """One token of every sample, the likeliest if `temperature` is 0. Each sample draws one number from its own
     generator (on the CPU), so its tokens do not depend on its neighbours."""
     highest_N, tokens_N = logits_NV.max(dim=-1)  # NaN is the highest
+    finite_N = highest_N.isfinite()
     if temperature > 0:
-        tokens_N = _draw(torch.softmax(logits_NV.float() / temperature, dim=-1), generators, top_p, top_k)
-    return torch.where(highest_N.isfinite(), tokens_N, NO_TOKEN).tolist()
+        # Below the highest, so that no temperature makes them overflow.
+        below_NV = (logits_NV.float() - highest_N[:, None]) / temperature
+        below_NV.masked_fill_(~finite_N[:, None], 0)
+        tokens_N = _draw(torch.softmax(below_NV, dim=-1), generators, top_p, top_k)
+    return torch.where(finite_N, tokens_N, NO_TOKEN).tolist()
 
 
 def likelihoods(logits_NV: Tensor, tokens: Sequence[int], num_likeliest: Sequence[int]) -> list[TokenLikelihood]:
@@ -105,12 +112,37 @@ def _draw(probabilities_NV: Tensor, generators: Sequence[torch.Generator], top_p
     drawn_N1 = torch.stack([torch.rand(1, generator=generator) for generator in generators]).to(probabilities_NV.device)
     if top_p == 1 and top_k is None:
         return _first_beyond(probabilities_NV, drawn_N1).squeeze(1)
-    ordered_NV, ids_NV = probabilities_NV.sort(dim=-1, descending=True, stable=True)
-    likelier_NV = ordered_NV.cumsum(-1) - ordered_NV
-    nucleus_NV = ordered_NV.masked_fill(likelier_NV >= top_p, 0)
-    if top_k is not None:
-        nucleus_NV[:, top_k:] = 0
-    return ids_NV.gather(1, _first_beyond(nucleus_NV, drawn_N1)).squeeze(1)
+    tokens_N = torch.zeros(len(generators), dtype=torch.long, device=probabilities_NV.device)
+    left_N = torch.arange(len(generators), device=probabilities_NV.device)
+    vocab_size = probabilities_NV.shape[1]
+    # A processor sorts no more than it must; a GPU sorts at once what it would otherwise have to be asked about.
+    count = vocab_size if probabilities_NV.is_cuda else _FIRST_SORTED
+    while len(left_N):
+        count = min(count, vocab_size)
+        ordered_LK, ids_LK = _likeliest(probabilities_NV[left_N], count)
+        likelier_LK = ordered_LK.cumsum(-1) - ordered_LK
+        beyond_LK = (likelier_LK >= top_p) | (ordered_LK == 0)
+        if top_k is not None:
+            beyond_LK[:, top_k:] = True
+        nucleus_LK = ordered_LK.masked_fill(beyond_LK, 0)
+        tokens_N[left_N] = ids_LK.gather(1, _first_beyond(nucleus_LK, drawn_N1[left_N])).squeeze(1)
+        if count == vocab_size:
+            break
+        # The nucleus is whole if its last token is likelier than the last that was sorted; of tokens that are as
+        # likely as that one, others may come first.
+        least_L1 = ordered_LK.masked_fill(beyond_LK, torch.inf).amin(-1, keepdim=True)
+        left_N = left_N[(least_L1 <= ordered_LK[:, -1:]).squeeze(1)]
+        count *= _MORE_SORTED
+    return tokens_N
+
+
+def _likeliest(probabilities_LV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest probabilities, in order, and their tokens, of equal ones the first before the last."""
+    if count == probabilities_LV.shape[1]:
+        return probabilities_LV.sort(dim=-1, descending=True, stable=True)
+    ids_LK = probabilities_LV.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
+    ordered_LK, order_LK = probabilities_LV.gather(1, ids_LK).sort(dim=-1, descending=True, stable=True)
+    return ordered_LK, ids_LK.gather(1, order_LK)
 
 
 def _first_beyond(masses_NV: Tensor, drawn_N1: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ class PageTable:
 
     @cached_property
     def places_NM(self) -> Tensor:
-        """Where a sample's pages are among those of `owners_P`; the first one for places that it has no page for."""
+        """Where a sample's pages are among those of `owners_P`; its first one for places that it has no page for."""
         if self.span:
             rows = [[page - self.span.start for page in held] for held in self.pages]
         else:
@@ -116,12 +116,13 @@ class PageTable:
 
     @cached_property
     def table_NM(self) -> Tensor:
-        """The samples' pages, filled up with page 0."""
+        """The samples' pages, each filled up with its first."""
         return self._filled(self.pages)
 
     def _filled(self, rows: list[list[int]]) -> Tensor:
+        # With a sample's own: what is no number in another's page would survive a share of 0.
         most = max(map(len, rows))
-        return torch.tensor([[*row, *[0] * (most - len(row))] for row in rows], device=self._device)
+        return torch.tensor([[*row, *row[:1] * (most - len(row))] for row in rows], device=self._device)
 
     @cached_property
     def used_N(self) -> Tensor:

@@ -299,15 +299,47 @@ def test_tokens_are_drawn_by_their_probabilities(top_p: float) -> None:
         assert choose(logits_V[None], [again], temperature=0.8, top_p=top_p) == [drawn[seed]]
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 0.7, 1e30])
+@pytest.mark.parametrize("top_k", [None, 1, 63, 64, 65, 2000])
+@pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.9, 0.9999, 1.0])
+def test_a_nucleus_is_that_of_a_full_sort(top_p: float, top_k: int | None, temperature: float) -> None:
+    """Of flat and of steep logits, with many that are equal, in a batch and alone."""
+    generator = torch.Generator().manual_seed(7)
+    logits = torch.randn(7, 3000, generator=generator) * torch.tensor([0, 0.1, 1, 2, 5, 30, 1e30])[:, None]
+    logits[1:, 100:200] = -torch.inf
+    logits = logits.bfloat16().float()  # which makes equals of what is near
+
+    def drawn(rows: list[int]) -> list[int]:
+        generators = [torch.Generator().manual_seed(row) for row in rows]
+        return choose(logits[rows], generators, temperature=temperature, top_p=top_p, top_k=top_k)
+
+    ordered, ids = torch.softmax((logits - logits.amax(1, keepdim=True)) / temperature, 1).sort(
+        dim=1, descending=True, stable=True
+    )
+    outside = (ordered.cumsum(1) - ordered >= top_p) | (torch.arange(3000) >= (top_k or 3000))
+    sums = ordered.masked_fill(outside, 0).cumsum(1)
+    expected = []
+    for row in range(7):
+        number = torch.rand(1, generator=torch.Generator().manual_seed(row))
+        expected.append(int(ids[row, int((sums[row] <= number * sums[row, -1]).sum())]))
+    if top_p < 1 or top_k is not None:  # else they are drawn in the order of the vocabulary
+        assert drawn([*range(7)]) == expected
+    assert [drawn([row]) for row in range(7)] == [[token] for token in drawn([*range(7)])]
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_logits_that_are_no_numbers_give_no_token(bad: float, temperature: float) -> None:
-    logits = torch.zeros(3, 7)
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+@pytest.mark.parametrize("vocab_size", [7, 1000])
+def test_logits_that_are_no_numbers_give_no_token(
+    bad: float, temperature: float, top_p: float, vocab_size: int
+) -> None:
+    logits = torch.zeros(3, vocab_size)
     logits[1, 4] = bad
     logits[2] = -torch.inf
     generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
-    first, *others = choose(logits, generators, temperature=temperature)
-    assert 0 <= first < 7 and others == [NO_TOKEN, NO_TOKEN]
+    first, *others = choose(logits, generators, temperature=temperature, top_p=top_p)
+    assert 0 <= first < vocab_size and others == [NO_TOKEN, NO_TOKEN]
 
 
 def test_media_that_appear_again_are_encoded_once() -> None:

@@ -189,6 +189,32 @@ def reference(
     return torch.stack(outputs)[None, None]
 
 
+@pytest.mark.parametrize("kind", ODDITIES)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_no_number_in_one_sample_reaches_no_other(bad: float, kind: str) -> None:
+    """In a step of samples with more and with fewer pages, of which the first holds what is no number."""
+    results = []
+    for first in (1.0, bad):
+        generator = torch.Generator().manual_seed(4)
+        pool = make_pool(80, 12)
+        lengths = [20, 5, 90, 33]
+        samples, _ = fill(pool, lengths, 1, generator)
+        for layer, kept in pool.kept.layers.items():
+            pool.keys[layer][samples[0].pages[kept.window]] *= first
+            pool.values[layer][samples[0].pages[kept.window]] *= first
+        new = torch.randn(2, 1, GROUPS, 4, WIDTH, generator=generator)
+        query = torch.randn(1, HEADS, 4, WIDTH, generator=generator)
+        feed = pool.feed(samples, [1] * 4, [length + 1 for length in lengths])
+        with flowing(Flow((1,) * 4)):
+            for layer, window in ((0, None), (1, 40)):
+                keys, values = feed.update(new[0], new[1], layer)
+                out, _ = packed_attention(Layer(), query, keys, values, None, sliding_window=window, **ODDITIES[kind])
+                results.append(out[0])
+    for as_it_is, beside_bad in zip(results[:2], results[2:], strict=True):
+        assert not beside_bad[0].isfinite().all()
+        assert torch.equal(as_it_is[1:], beside_bad[1:])
+
+
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_pages_one_by_one_are_the_gathered_keys(dtype: torch.dtype) -> None:
     """The two arrangements of a step: pages where they lie, and what a table gathers."""
