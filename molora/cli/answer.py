@@ -114,7 +114,8 @@ def evaluate(
         bool, typer.Option("--rescore", help="Metrics again, of the answers that are kept, without the model.")
     ] = False,
     against: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Differences from another run on the same questions.")
+        Path | None,
+        typer.Option(metavar="RUN", help="Differences from another run, or from answers in a folder."),
     ] = None,
     deterministic_batch: options.DeterministicBatch = False,
     allow_urls: options.AllowUrls = False,
@@ -125,22 +126,26 @@ def evaluate(
     output if MODEL is no run, and the answers with a page to look at them in MODEL/predictions. An interrupted call
     goes on where it stopped. Questions that cannot be asked are counted, and exit code 2 says so."""
     from molora.config import ConfigError, read
+    from molora.evaluate.compare import answers_of, compare, keep_comparisons, show_comparisons
     from molora.evaluate.judge import Evaluations
-    from molora.evaluate.results import Place, compare, evaluate_model, rescore_model, show, show_comparisons
+    from molora.evaluate.results import Place, evaluate_model, rescore_model, show
     from molora.report.answers import write_pages
 
     if rescore and anew:
         raise ConfigError("--rescore and --anew contradict each other; leave one out")
     evaluations = read(Evaluations, config, overrides or (), in_part=True).evaluations
     place = Place(model, modality or (), sorted(rule or ()), predictions)
+    others = {} if against is None else answers_of(against, evaluations)
     load = options.opener(model, modality, rule, allow_urls, allow_private_addresses, trust_plugin, deterministic_batch)
     if rescore:
         results = rescore_model(place, evaluations)
     else:
         results = evaluate_model(load, place, evaluations, strict=strict, anew=anew)
     show(results, place)
+    comparisons = [] if against is None else compare(results, against, others)
     if against is not None:
-        show_comparisons(compare(results, against), against)
-    write_pages(results, place)
+        show_comparisons(comparisons, against)
+        keep_comparisons(comparisons, place)
+    write_pages(results, place, comparisons)
     if any(result.scores["failed"] for result in results):
         raise typer.Exit(options.FAILED_ROWS)

@@ -147,10 +147,16 @@ class Evaluation:
         samples = self._samples(share, loaded, known)
         for answer in loaded.answers(samples, GenerationConfig(**limits), keep_going=not strict):
             error = None if answer.error is None else str(answer.error)
-            item = judge(asked[answer.id], answer.text, cut_off=answer.finished == "length", error=error)
+            item = judge(
+                asked[answer.id],
+                answer.text,
+                cut_off=answer.finished == "length",
+                error=error,
+                adapters=answer.adapters,
+            )
             judged[item.id] = item = with_likelihoods(loaded, item, strict) if self.needs_likelihoods else item
             if predictions is not None:
-                predictions.add(item, answer.adapters)
+                predictions.add(item)
             before_each()
             bars.advance(bar)
         bars.remove_task(bar)

@@ -46,10 +46,10 @@ def known_type(beginning: bytes) -> tuple[str, str] | None:
     return None
 
 
-def kept(messages: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:
+def kept(messages: Sequence[Mapping[str, Any]], folder: Path, above: Path | None = None) -> list[dict[str, Any]]:
     """The messages in plain values. Media that they hold themselves, as bytes, pictures or arrays, become files in
-    `folder`/media, each once, and paths that start from `folder`; other paths stay."""
-    return _changed(messages, lambda part: _kept_part(part, folder))
+    `folder`/media, or in `above`/media, each once, and paths that start from `folder`; other paths stay."""
+    return _changed(messages, lambda part: _kept_part(part, folder, (above or folder) / FOLDER))
 
 
 def found_again(messages: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:
@@ -73,7 +73,7 @@ def _changed(messages: Sequence[Any], change: Callable[[Mapping[str, Any]], dict
     return changed
 
 
-def _kept_part(part: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _kept_part(part: Mapping[str, Any], folder: Path, media: Path) -> dict[str, Any]:
     own = part.get(part["type"])
     if isinstance(own, Mapping):  # as columns of datasets hold media
         part = {**{key: value for key, value in part.items() if key != part["type"]}, **own}
@@ -83,7 +83,7 @@ def _kept_part(part: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             del plain[key]
             if key == "array":
                 plain.pop("sampling_rate", None)  # the file says it
-            return {**{k: _plain(v) for k, v in plain.items()}, "path": _file(content, folder)}
+            return {**{k: _plain(v) for k, v in plain.items()}, "path": os.path.relpath(_file(content, media), folder)}
     return {key: _plain(value) for key, value in plain.items()}
 
 
@@ -122,14 +122,14 @@ def _wav(wave_LC: np.ndarray, rate_hz: int) -> bytes:
     return b"RIFF" + struct.pack("<I", len(head) + len(data)) + head + data
 
 
-def _file(content: bytes, folder: Path) -> str:
-    """The path, from `folder`, of a file with that content, which is written if it is not there."""
+def _file(content: bytes, folder: Path) -> Path:
+    """The file with that content in a folder, which is written if it is not there."""
     beginning = content[:_BEGINNING_BYTES]
     ending, _ = known_type(beginning) or ("npy" if beginning.startswith(b"\x93NUMPY") else "bin", "")
-    path = folder / FOLDER / f"{hashlib.sha256(content).hexdigest()[:32]}.{ending}"
+    path = folder / f"{hashlib.sha256(content).hexdigest()[:32]}.{ending}"
     if not path.exists():
         write_atomically(path, lambda temporary: temporary.write_bytes(content))
-    return f"{FOLDER}/{path.name}"
+    return path
 
 
 def _plain(value: Any) -> Any:

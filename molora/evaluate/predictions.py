@@ -3,7 +3,7 @@ from them again.
 
 In a folder, `NAME.jsonl` has a line for every question, with its prompt, the accepted answers and the model's;
 `NAME.json` says which model, settings and versions they are of; and `media/` holds the pictures and sounds that are in
-no file of their own, by the hash of their bytes.
+no file of their own, by the hash of their bytes. The steps of a training have a folder each, and one such folder above.
 """
 
 import json
@@ -23,15 +23,20 @@ from molora.storage import hold, write_atomically, write_json
 from molora.terminal import say
 
 FORMAT_VERSION = "1.0"
+# What a line says of the question beside its messages, and of the answer beside its text.
+_OF_QUESTION = ("expected", "answers", "choices", "choice", "tags")
+_OF_ANSWER = ("cut_off", "error", "likelihoods", "adapters")
 
 
 @dataclass
 class Predictions:
-    """The answers to an evaluation's questions in a file, to which `write` adds. `rows` has the last one by id."""
+    """The answers to an evaluation's questions in a file, to which `write` adds. `rows` has the last one by id. The
+    folder of media lies `above`, or beside the file."""
 
     path: Path
     rows: dict[str, dict[str, Any]]
     write: Callable[[Mapping[str, Any]], None]
+    above: Path | None = None
 
     def known(self, asked: Question, *, needs_likelihoods: bool = False) -> Judged | None:
         """The question with its answer, if there is one, with the likelihoods of its choices if it `needs` them: an
@@ -41,30 +46,30 @@ class Predictions:
             return None
         if needs_likelihoods and len(row["likelihoods"]) != len(asked.choices):
             return None
-        item = judge(asked, row["answer"], cut_off=row["cut_off"], likelihoods=row["likelihoods"])
+        given = {key: row[key] for key in _OF_ANSWER}
+        item = judge(asked, row["answer"], **given)
         self.rows[asked.id] = {**row, **_facts(item)}
         return item
 
-    def add(self, item: Judged, adapters: Sequence[str]) -> None:
+    def add(self, item: Judged) -> None:
         """Writes an answer, at once."""
-        row = {"id": item.id, "messages": self._kept(item.messages), **_facts(item), "adapters": list(adapters)}
+        row = {"id": item.id, "messages": self._kept(item.messages), **_facts(item)}
         self.rows[item.id] = row
         self.write(row)
 
     def settle(self, judged: Sequence[Judged]) -> None:
         """Puts the rows into the order of the questions, each once."""
         lines = b"".join(row_bytes(self.rows[item.id]) for item in judged)
-        if self.path.read_bytes() != lines:
+        if not self.path.is_file() or self.path.read_bytes() != lines:
             write_atomically(self.path, lambda temporary: temporary.write_bytes(lines))
 
     def _kept(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The messages as the file says them."""
-        return json.loads(json.dumps(kept(messages, self.path.parent)))
+        return json.loads(json.dumps(kept(messages, self.path.parent, self.above)))
 
 
 def _facts(item: Judged) -> dict[str, Any]:
-    names = ("expected", "answers", "choices", "choice", "answer", "tags", "cut_off", "error", "likelihoods")
-    return {name: getattr(item, name) for name in names}
+    return {name: getattr(item, name) for name in (*_OF_QUESTION, "answer", *_OF_ANSWER)}
 
 
 @contextmanager
@@ -96,6 +101,18 @@ def open_predictions(
             yield Predictions(path, rows, write)
 
 
+def keep_predictions(folder: Path, name: str, about: Mapping[str, Any], judged: Sequence[Judged], above: Path) -> None:
+    """Writes the answers to all questions of an evaluation at once, with media in the folder `above`."""
+    path = folder / f"{name}.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    with hold(path):
+        predictions = Predictions(path, {}, lambda row: None, above)
+        for item in judged:
+            predictions.add(item)
+        predictions.settle(judged)
+        write_json(_about(path), {"format_version": FORMAT_VERSION, **about, "questions": len(judged)})
+
+
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], above: str = "") -> list[str]:
     """What differs between what answers are of and what they should be of, each with both values."""
     found = []
@@ -108,10 +125,9 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any], above: str = 
     return found
 
 
-def read_predictions(folder: Path, name: str, about: Mapping[str, Any], how: str) -> tuple[list[Judged], list[Any]]:
-    """The answers to all questions of an evaluation, in order, and the adapters that each ran with. `how` says what to
-    do about answers that are not there. Raises ConfigError for answers that are missing, or of anything else than
-    `about`."""
+def read_predictions(folder: Path, name: str, about: Mapping[str, Any], how: str) -> list[Judged]:
+    """The answers to all questions of an evaluation, in order. `how` says what to do about answers that are not there.
+    Raises ConfigError for answers that are missing, or of anything else than `about`."""
     path = folder / f"{name}.jsonl"
     known = _read_about(path)
     if known is None or not path.is_file():
@@ -125,15 +141,12 @@ def read_predictions(folder: Path, name: str, about: Mapping[str, Any], how: str
     for row in rows.values():
         try:
             messages = found_again(row["messages"], folder)
-            names = ("expected", "tags", "answers", "choices", "choice")
-            asked = Question(row["id"], messages, **{name: row[name] for name in names})
-            given = {key: row[key] for key in ("cut_off", "error", "likelihoods")}
+            asked = Question(row["id"], messages, **{name: row[name] for name in _OF_QUESTION})
+            given = {key: row[key] for key in _OF_ANSWER}
             judged.append(judge(asked, row["answer"], **given))
         except (KeyError, TypeError) as error:
             raise ConfigError(f"{path}: the row {row['id']!r} lacks {error}; {how}") from error
-    order = sorted(range(len(judged)), key=lambda index: judged[index].row)
-    adapters = [row.get("adapters", []) for row in rows.values()]
-    return [judged[index] for index in order], [adapters[index] for index in order]
+    return sorted(judged, key=lambda item: item.row)
 
 
 def _short(value: Any) -> str:

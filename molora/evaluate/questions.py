@@ -54,6 +54,7 @@ def judge(
     cut_off: bool = False,
     error: str | None = None,
     likelihoods: Iterable[Sequence[Any]] = (),
+    adapters: Iterable[str] = (),
 ) -> Judged:
     """A question with its answer, which is right if it equals one that is accepted."""
     correct = error is None and any(exact_match(answer, accepted) for accepted in asked.answers or [asked.expected])
@@ -70,4 +71,5 @@ def judge(
         choices=asked.choices,
         choice=asked.choice,
         likelihoods=[(log_probability, num_tokens) for log_probability, num_tokens in likelihoods],
+        adapters=list(adapters),
     )

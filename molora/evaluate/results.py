@@ -1,7 +1,9 @@
 """The evaluations of a model: asked or scored again, compared, shown as a table, and kept in the run's
-evaluation.json."""
+evaluation.json; and the answers that it gave while it was trained."""
 
 import json
+import re
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,28 +18,29 @@ import molora
 from molora.checkpoint.opening import locate, model_hashes
 from molora.config import ConfigError, plain
 from molora.convert.release import converted
-from molora.evaluate.intervals import Difference, Interval, interval, paired
+from molora.evaluate.intervals import Interval, interval
 from molora.evaluate.judge import Evaluation, EvaluationConfig, complaints
 from molora.evaluate.metrics import COUNTS, Judged, Metric, by_tag, open_metrics, scores
 from molora.evaluate.normalise import exact_match
-from molora.evaluate.predictions import open_predictions, read_predictions
+from molora.evaluate.predictions import keep_predictions, open_predictions, read_predictions
 from molora.inference.load import LoadedModel
 from molora.storage import hold, read_json, write_json
 from molora.terminal import console, print_table, progress, say, warn
 
 _LOCK_TRIES = 50
+# What the folder of answers of a step of a training is called.
+_STEP = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
 class Result:
-    """An evaluation with its answers, the adapters that each ran with, and what its metrics make of them. `beside` is
-    the evaluation that this one is a baseline of. `majority` is what the most frequent expected answer would get."""
+    """An evaluation with its answers, and what its metrics make of them. `beside` is the evaluation that this one is a
+    baseline of. `majority` is what the most frequent expected answer would get."""
 
     name: str
     config: EvaluationConfig
     metrics: Sequence[Metric]
     judged: Sequence[Judged]
-    adapters: Sequence[Sequence[str]] = ()
     beside: str | None = None
     scores: dict[str, float] = field(default_factory=dict)
     intervals: dict[str, Interval] = field(default_factory=dict)
@@ -47,7 +50,7 @@ class Result:
 @dataclass(frozen=True)
 class Place:
     """The model that is evaluated, by its `source` and the modalities and rules beside it, and the folder of its
-    answers, by default `predictions` in a run."""
+    answers: by default `predictions` in a run, where `step-N` has those that it gave at a step of its training."""
 
     source: str
     modalities: Sequence[Path] = ()
@@ -65,10 +68,53 @@ class Place:
         """Where answers are kept."""
         return self.predictions or (None if self.run is None else self.run / "predictions")
 
+    @property
+    def step(self) -> int | None:
+        """The step of the run's training whose answers these are; None for answers of the model as it is."""
+        if self.run is None or self.predictions is None:
+            return None
+        folder = self.predictions.resolve()
+        named = _STEP.fullmatch(folder.name)
+        return int(named[1]) if named and folder.parent == (self.run / "predictions").resolve() else None
+
+    @property
+    def told(self) -> str:
+        """Whose answers these are, in a few words."""
+        return self.source if self.step is None else f"{self.source} at step {self.step}"
+
     def about(self, config: EvaluationConfig) -> dict[str, Any]:
-        """What answers are of: this state of the model, and the settings that change answers."""
+        """What answers are of: this state of the model, or that of a step, and the settings that change answers."""
+        if self.step is not None:
+            return {"step": self.step, "settings": settings_of(config)}
         model = {**model_hashes(locate(converted(self.source), self.modalities)), "rules": list(self.rules)}
         return {"model": model, "settings": settings_of(config)}
+
+
+def environment_of(loaded: LoadedModel) -> dict[str, Any]:
+    """What answers depend on beside the model."""
+    return {
+        **{"molora": molora.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        **{"device": loaded.model.device.type, "dtype": str(loaded.model.backbone.model.dtype)},
+        "deterministic_batch": loaded.model.deterministic_batch,
+    }
+
+
+def keep_step(
+    run: Path, step: int, name: str, config: EvaluationConfig, loaded: LoadedModel, judged: Sequence[Judged]
+) -> None:
+    """Keeps the answers that a run gave at a step of its training, when its folder holds that state of the model."""
+    place = Place(str(run))
+    config = replace(config, media=config.asked_with[0])
+    about = {"step": step, **place.about(config), "environment": environment_of(loaded)}
+    folder = run / "predictions"
+    keep_predictions(folder / f"step-{step}", name, about, judged, folder)
+
+
+def forget_steps(run: Path, after: int) -> None:
+    """Removes the answers of later steps, from which a run does not go on."""
+    for folder in (run / "predictions").glob("step-*"):
+        if (named := _STEP.fullmatch(folder.name)) and int(named[1]) > after:
+            shutil.rmtree(folder)
 
 
 def settings_of(config: EvaluationConfig) -> dict[str, Any]:
@@ -86,27 +132,27 @@ def evaluate_model(
 ) -> list[Result]:
     """Runs evaluations on the model that `load` opens. Answers are kept as they come, so that the next call goes on
     from there; with `anew` it does not. What a run gets is recorded in its evaluation.json."""
+    if place.step is not None:
+        raise ConfigError(
+            f"--predictions {place.predictions}: has what the model answered at step {place.step} of its training; add "
+            "--rescore to score these answers, or name another folder"
+        )
     console.stderr = place.run is None
     ready = [(Evaluation(name, config), beside) for name, config, beside in _each(evaluations)]
     loaded = load()
-    environment = {
-        **{"molora": molora.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        **{"device": loaded.model.device.type, "dtype": str(loaded.model.backbone.model.dtype)},
-        "deterministic_batch": loaded.model.deterministic_batch,
-    }
     results = []
     with progress() as bars:
         for evaluation, beside in ready:
-            name, adapters = evaluation.name, []
+            name = evaluation.name
             if place.folder is None:
                 judged = evaluation.run(loaded, bars, strict=strict)
             else:
-                about = {**place.about(evaluation.config), "environment": environment}
+                about = {**place.about(evaluation.config), "environment": environment_of(loaded)}
                 with open_predictions(place.folder, name, about, len(evaluation.source), anew=anew) as predictions:
                     judged = evaluation.run(loaded, bars, strict=strict, predictions=predictions)
                     predictions.settle(judged)
-                judged, adapters = read_predictions(place.folder, name, about, "evaluate it again")
-            results.append(_result(name, evaluation.config, judged, adapters, beside))
+                judged = read_predictions(place.folder, name, about, "evaluate it again")
+            results.append(_result(name, evaluation.config, judged, beside))
             _record(place, results[-1])
     return results
 
@@ -117,14 +163,23 @@ def rescore_model(place: Place, evaluations: Mapping[str, EvaluationConfig]) -> 
     if place.folder is None:
         raise ConfigError(f"--rescore: {place.source} is no run; name the folder of its answers with --predictions")
     console.stderr = place.run is None
+    how = "leave --rescore out to ask the model"
+    if place.step is not None:
+        say(f"the answers of {place.told}")
+        evaluations = asked_first(evaluations)
+        how = f"score them as the training did: molora eval {place.run} {place.run}/config.yaml --rescore …"
     results = []
     for name, config, beside in _each(evaluations):
-        how = "leave --rescore out to ask the model"
-        judged, adapters = read_predictions(place.folder, name, place.about(config), how)
-        results.append(_result(name, config, judged, adapters, beside))
+        judged = read_predictions(place.folder, name, place.about(config), how)
+        results.append(_result(name, config, judged, beside))
     for result in results:
         _record(place, result)
     return results
+
+
+def asked_first(evaluations: Mapping[str, EvaluationConfig]) -> dict[str, EvaluationConfig]:
+    """Evaluations without their baselines."""
+    return {name: replace(config, media=config.asked_with[0]) for name, config in evaluations.items()}
 
 
 def _each(evaluations: Mapping[str, EvaluationConfig]) -> Iterator[tuple[str, EvaluationConfig, str | None]]:
@@ -140,13 +195,7 @@ def _each(evaluations: Mapping[str, EvaluationConfig]) -> Iterator[tuple[str, Ev
             yield each, asked, None if each == name else name
 
 
-def _result(
-    name: str,
-    config: EvaluationConfig,
-    judged: Sequence[Judged],
-    adapters: Sequence[Sequence[str]],
-    beside: str | None,
-) -> Result:
+def _result(name: str, config: EvaluationConfig, judged: Sequence[Judged], beside: str | None) -> Result:
     metrics = open_metrics(config.metrics, f"evaluations.{name}.metrics")
     answered = [item for item in judged if item.error is None]
     found = scores(judged, metrics)
@@ -160,8 +209,8 @@ def _result(
     majority = {}
     if rating and answered and beside is None:
         guessed = scores(as_majority(answered), rating)
-        majority = {key: value for key, value in guessed.items() if key in found and not _is_count(key)}
-    return Result(name, config, metrics, judged, adapters, beside, found, intervals, majority)
+        majority = {key: value for key, value in guessed.items() if key in found and not is_count(key)}
+    return Result(name, config, metrics, judged, beside, found, intervals, majority)
 
 
 def as_majority(judged: Sequence[Judged]) -> list[Judged]:
@@ -173,13 +222,13 @@ def as_majority(judged: Sequence[Judged]) -> list[Judged]:
     ]
 
 
-def _is_count(metric: str) -> bool:
+def is_count(metric: str) -> bool:
     return metric.partition("/")[0] in COUNTS
 
 
 def _record(place: Place, result: Result) -> None:
     """Keeps what a run got in its evaluation.json, and says what goes from there."""
-    if place.run is None:
+    if place.run is None or place.step is not None:
         return
     model = place.about(result.config)["model"]
     told = record(
@@ -225,62 +274,6 @@ def record(
     raise AssertionError("the last try returns or raises")
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """An evaluation of two models on the same questions: scores of both, and the differences of the first from the
-    second. `left_out` counts the questions that one of them did not answer."""
-
-    name: str
-    here: dict[str, float]
-    there: dict[str, float]
-    differences: dict[str, Difference]
-    left_out: int
-
-
-def compare(results: Sequence[Result], other: Path) -> list[Comparison]:
-    """Results beside those of another run, from the answers that are kept there. Raises ConfigError for answers that
-    are not there, or of other questions or settings."""
-    comparisons = []
-    for result in results:
-        how = f"evaluate it too, with the same config: molora eval {other} …"
-        about = {"settings": settings_of(result.config)}
-        there, _ = read_predictions(other / "predictions", result.name, about, how)
-        pairs = pair(result.judged, there, f"{other}: evaluation {result.name!r}")
-        both = [pair for pair in pairs if pair[0].error is None and pair[1].error is None]
-        if not both:
-            raise ConfigError(f"{other}: evaluation {result.name!r}: no question was answered by both models")
-        ours, theirs = [one for one, _ in both], [two for _, two in both]
-        comparisons.append(
-            Comparison(
-                result.name,
-                scores(ours, result.metrics),
-                scores(theirs, result.metrics),
-                differences(ours, theirs, result.metrics),
-                len(pairs) - len(both),
-            )
-        )
-    return comparisons
-
-
-def differences(ours: Sequence[Judged], theirs: Sequence[Judged], metrics: Sequence[Metric]) -> dict[str, Difference]:
-    """By how much the first answers are above the second to the same questions, by metric."""
-    return {name: value for metric in metrics for name, value in paired(metric, ours, theirs).items()}
-
-
-def pair(ours: Sequence[Judged], theirs: Sequence[Judged], where: str) -> list[tuple[Judged, Judged]]:
-    """The same questions, answered twice. Raises ConfigError for questions that differ."""
-    others = {item.id: item for item in theirs}
-    if len(ours) != len(theirs):
-        raise ConfigError(f"{where} has {len(theirs)} questions, and here are {len(ours)}; evaluate both anew")
-    for item in ours:
-        other = others.get(item.id)
-        if other is None or item.expected != other.expected:
-            told = f"expects {item.expected!r:.60} here and "
-            told = "is not there" if other is None else f"{told}{other.expected!r:.60} there"
-            raise ConfigError(f"{where}: question {item.id!r} {told}; evaluate both anew on the same data")
-    return [(item, others[item.id]) for item in ours]
-
-
 def show(results: Sequence[Result], place: Place) -> None:
     """Prints a table of scores, each with its interval and followed by its baselines, and then what one should know
     before one believes them. The scores of a model that is no run are printed as JSON too, alone on standard output."""
@@ -290,8 +283,8 @@ def show(results: Sequence[Result], place: Place) -> None:
             continue
         baselines = [other for other in results if other.beside == result.name]
         for metric, value in result.scores.items():
-            rows.append((result.name, metric, shown(metric, value), _ends(result.intervals.get(metric)), ""))
-            if _is_count(metric):
+            rows.append((result.name, metric, shown(metric, value), told_ends(result.intervals.get(metric)), ""))
+            if is_count(metric):
                 continue
             for other in baselines:
                 if metric in other.scores:
@@ -313,37 +306,14 @@ def show(results: Sequence[Result], place: Place) -> None:
         print(json.dumps({result.name: result.scores for result in results}))
 
 
-def show_comparisons(comparisons: Sequence[Comparison], other: Path) -> None:
-    """Prints the scores of two models beside each other, with their differences."""
-    rows = [
-        (
-            one.name,
-            metric,
-            shown(metric, value),
-            shown(metric, one.there[metric]),
-            f"{value - one.there[metric]:+.4f}",
-            _ends(one.differences[metric][1:] if metric in one.differences else None),
-        )
-        for one in comparisons
-        for metric, value in one.here.items()
-        if metric in one.there and not _is_count(metric)
-    ]
-    headings = ("evaluation", "metric", "here", "there", "difference", "95 % interval")
-    print_table(headings, rows, right=("here", "there", "difference"))
-    say(f"there is {other}; a difference whose interval holds 0 may be chance")
-    for one in comparisons:
-        if one.left_out:
-            warn(f"{one.name}: {one.left_out} questions that one of both did not answer are in no difference")
-
-
 def _beside(label: str, metric: str, value: float, other: float, ends: Interval | None) -> Sequence[str]:
-    return (label, metric, shown(metric, other), _ends(ends), f"{value - other:+.4f}")
+    return (label, metric, shown(metric, other), told_ends(ends), f"{value - other:+.4f}")
 
 
 def shown(metric: str, value: float) -> str:
     """A number of a metric as it is printed."""
-    return f"{value:.0f}" if _is_count(metric) else f"{value:.4f}"
+    return f"{value:.0f}" if is_count(metric) else f"{value:.4f}"
 
 
-def _ends(ends: Sequence[float] | None) -> str:
+def told_ends(ends: Sequence[float] | None) -> str:
     return "" if ends is None else f"{ends[0]:.4f} to {ends[1]:.4f}"

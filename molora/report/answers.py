@@ -6,9 +6,12 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from molora.data.messages import parts
 from molora.evaluate.blind import told
+from molora.evaluate.compare import Comparison
+from molora.evaluate.kept_media import FOLDER as MEDIA
 from molora.evaluate.kept_media import known_type
 from molora.evaluate.metrics import Judged
 from molora.evaluate.results import Place, Result, shown
@@ -23,26 +26,36 @@ _RIGHT = 0.5
 _ORDER = ("failed", "wrong", "right")
 
 
-def write_pages(results: Sequence[Result], place: Place) -> None:
-    """Writes the page of each evaluation beside its answers, and says where."""
+def write_pages(results: Sequence[Result], place: Place, comparisons: Sequence[Comparison] = ()) -> None:
+    """Writes the page of each evaluation beside its answers, with what it is compared with, and says where."""
     folder = place.folder
     if folder is None:
         return
+    compared = {comparison.name: comparison for comparison in comparisons}
     for result in results:
         path = folder / f"{result.name}.html"
-        write_text(path, page(result, place.source, folder))
+        write_text(path, page(result, place.told, folder, compared.get(result.name)))
         say(f"answers to look at: {path}")
 
 
-def page(result: Result, model: str, folder: Path, *, embedded_bytes: int = EMBEDDED_BYTES) -> str:
-    """The page of an evaluation, as it lies in `folder`. Media of up to `embedded_bytes` in all are part of it."""
+def page(
+    result: Result,
+    model: str,
+    folder: Path,
+    comparison: Comparison | None = None,
+    *,
+    embedded_bytes: int = EMBEDDED_BYTES,
+) -> str:
+    """The page of an evaluation, as it lies in `folder`, with the answers of another model beside. Media of up to
+    `embedded_bytes` in all are part of it."""
     media = _Media(folder, embedded_bytes)
     rated = [_rated(item, result) for item in result.judged]
     verdicts = [_verdict(item, each) for item, each in zip(result.judged, rated, strict=True)]
+    others = {} if comparison is None else {item.id: _other(item, result) for item in comparison.answers}
     order = sorted(range(len(verdicts)), key=lambda index: _ORDER.index(verdicts[index]))
     rows = [
         _row(result.judged[index], media)
-        | {"verdict": verdicts[index], "scores": rated[index], "adapters": list(result.adapters[index])}
+        | {"verdict": verdicts[index], "scores": rated[index], "other": others.get(result.judged[index].id)}
         for index in order
     ]
     return fill(
@@ -54,6 +67,7 @@ def page(result: Result, model: str, folder: Path, *, embedded_bytes: int = EMBE
             tag: {metric: cell for metric, where, *cell in _cells(result) if where == tag}
             for tag in dict.fromkeys(tag for _, tag, *_ in _cells(result))
         },
+        comparison=comparison and {"other": str(comparison.other), "rows": [*_differences(comparison)]},
         # Nothing that a row says can end the element that holds the data.
         data=json.dumps({"rows": rows, "media": media.table}).replace("<", "\\u003c"),
     )
@@ -75,6 +89,18 @@ def _cells(result: Result) -> Iterator[tuple[str, str, str, str]]:
         if name not in ("failed", "cut_off"):
             ends = result.intervals.get(name)
             yield metric, tag, shown(name, value), "" if ends is None else f"{ends[0]:.4f} to {ends[1]:.4f}"
+
+
+def _differences(comparison: Comparison) -> Iterator[tuple[str, ...]]:
+    """Every metric with its score here and there, the difference, and its interval."""
+    for metric, (value, low, high) in comparison.differences.items():
+        here, there = (shown(metric, scores[metric]) for scores in (comparison.here, comparison.there))
+        yield metric, here, there, f"{value:+.4f}", f"{low:+.4f} to {high:+.4f}"
+
+
+def _other(item: Judged, result: Result) -> dict[str, Any]:
+    """The answer of another model to a question."""
+    return {"verdict": _verdict(item, _rated(item, result)), "answer": item.answer, "error": item.error}
 
 
 def _rated(item: Judged, result: Result) -> dict[str, float]:
@@ -99,9 +125,9 @@ def _row(item: Judged, media: "_Media") -> dict[str, Any]:
         }
         for message in item.messages
     ]
-    row = {"row": item.row + 1, "turns": turns, "answer": item.answer, "tags": item.tags, "error": item.error}
-    accepted = item.answers or [item.expected]
-    return row | {"accepted": accepted, "choices": item.choices, "choice": item.choice, "cut_off": item.cut_off}
+    names = ("answer", "tags", "error", "choices", "choice", "cut_off", "adapters")
+    facts = {name: getattr(item, name) for name in names}
+    return {"row": item.row + 1, "turns": turns, "accepted": item.answers or [item.expected], **facts}
 
 
 class _Media:
@@ -144,8 +170,8 @@ class _Media:
         return {"kind": kind, "source": f"data:{known[1]};base64,{data}", "words": file.name}
 
     def _link(self, file: Path) -> str:
-        """From the page to a file: relative where the page's folder holds it, so that both can be moved."""
-        file = file.absolute()
-        if file.is_relative_to(self._folder):
-            return file.relative_to(self._folder).as_posix()
+        """From the page to a file: relative to one that is kept with the answers, so that all can be moved."""
+        file = Path(os.path.normpath(file.absolute()))
+        if any(file.is_relative_to(home) for home in (self._folder, self._folder.parent / MEDIA)):
+            return quote(os.path.relpath(file, self._folder))
         return file.as_uri()

@@ -21,6 +21,8 @@ from molora.config import ConfigError, dump, plain
 from molora.data.loader import step_loader
 from molora.data.sources import EncodedSamples, Skipped
 from molora.evaluate.judge import Evaluation, EvaluationConfig, complaints
+from molora.evaluate.metrics import Judged
+from molora.evaluate.results import forget_steps, keep_step
 from molora.inference.load import LoadedModel
 from molora.interrupt import Interrupt, Stopped
 from molora.model import lora
@@ -146,6 +148,7 @@ class _Run:
         if self.ranks.is_main:
             remember_plugins(self.recipe)
             write_text(self.folder / "config.yaml", dump(self.recipe))
+            forget_steps(self.folder, after=self._steps_done())
             if state:  # a kill may have come between the state and the folders made from it
                 self._export(self.folder)
         self.ranks.wait()
@@ -335,6 +338,7 @@ class _Run:
     def _evaluate(self, name: str, config: EvaluationConfig) -> tuple[dict[str, Any], str | None]:
         """An evaluation's row of the log; and what was wrong, the same on every rank."""
         fault, evaluation, judged, results = None, None, [], {}
+        loaded = LoadedModel(self.model, self.processor)
 
         def stop_if_asked() -> None:
             if self.interrupt.number and self.ranks.count == 1:
@@ -342,24 +346,31 @@ class _Run:
 
         try:
             evaluation = Evaluation(name, config)
-            loaded = LoadedModel(self.model, self.processor)
             judged = evaluation.run(loaded, self.bars, ranks=self.ranks, before_each=stop_if_asked)
         except Exception as error:  # whatever an evaluation does wrong, the training goes on
             fault = f"{type(error).__name__}: {error}"
         faults = [other for other in self.ranks.gather([fault]) if other is not None]
         if evaluation is not None and not faults:
+            everyone = sorted(self.ranks.gather(judged), key=lambda item: item.row)
             try:
-                everyone = sorted(self.ranks.gather(judged), key=lambda item: item.row)
-                results = evaluation.scores(everyone)
-                self.log.write_answers(self._steps_done(), name, everyone)
-                if self.show:
-                    for complaint in complaints(name, everyone, config):
-                        warn(complaint)
-            except Exception as error:  # the same answers, so the same error on every rank
-                faults = [f"{type(error).__name__}: {error}"]
+                results = self._scored(evaluation, loaded, everyone) if self.ranks.is_main else {}
+            except Exception as error:
+                fault = f"{type(error).__name__}: {error}"
+            results, fault = self.ranks.gather([(results, fault)])[0]  # those of the main process
+            faults = [] if fault is None else [fault]
         if faults:
             return {f"{name}/error": faults[0]}, faults[0]
         return {f"{name}/{key}": value for key, value in results.items()}, None
+
+    def _scored(self, evaluation: Evaluation, loaded: LoadedModel, judged: Sequence[Judged]) -> dict[str, float]:
+        """The scores of all answers to an evaluation, which are kept and shown."""
+        name, config = evaluation.name, evaluation.config
+        keep_step(self.folder, self._steps_done(), name, config, loaded, judged)
+        self.log.write_answers(self._steps_done(), name, judged)
+        if self.show:
+            for complaint in complaints(name, judged, config):
+                warn(complaint)
+        return evaluation.scores(judged)
 
     def _state(self) -> Path:
         """The folder of the state at the run's position."""

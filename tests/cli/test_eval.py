@@ -124,7 +124,9 @@ def test_two_runs_are_compared_on_the_same_questions(home: Path, capsys: pytest.
     assert evaluate(home, "--against", other, name="both") == 1
     told = " ".join(capsys.readouterr().err.split())
     assert "no answers of evaluation 'both' are kept there; evaluate it too, with the same config: molora eval" in told
+    assert not (home / "run/predictions/both.jsonl").exists(), "told before a question is asked"
     assert evaluate(home, run="longer", name="both") == 0
+    assert evaluate(home, name="both") == 0
     path = home / "longer/predictions/both.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps({**row, "answer": row["expected"]}) + "\n" for row in rows))
@@ -141,6 +143,12 @@ def test_two_runs_are_compared_on_the_same_questions(home: Path, capsys: pytest.
         if line.split()[1:3] == ["exact_match", "0.2500"][:2] and "1.0000" in line
     )
     assert row[2:5] == ["0.2500", "1.0000", "-0.7500"]
+    written = json.loads((home / "run/predictions/against/both.json").read_text())
+    assert (written["here"], written["there"], written["left_out"]) == (str(home / "run"), other, 0)
+    assert written["scores"]["there"]["exact_match"] == 1 and written["differences"]["exact_match"]["value"] == -0.75
+    assert f"{written['differences']['exact_match']['low']:.4f}" in row
+    page = (home / "run/predictions/both.html").read_text()
+    assert f"Beside {other}" in page and "<data>-0.7500</data>" in page
     (home / "rows.jsonl").write_text((home / "rows.jsonl").read_text().replace('"this"', '"those"'))
     try:
         assert evaluate(home, "--against", other, name="both") == 1
@@ -166,3 +174,40 @@ def test_a_model_that_is_no_run_keeps_answers_where_it_is_told_to(
 def test_a_name_that_is_no_file_name_is_refused(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate(home, name="../../elsewhere") == 1
     assert "becomes part of a path" in " ".join(capsys.readouterr().err.split())
+
+
+def test_answers_of_a_step_are_scored_shown_and_compared(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A training asks with the first of several `media`."""
+    run = tmp_path / "run"
+    asked = {"kind": "messages", "options": {"path": str(home / "rows.jsonl")}}
+    given = {"held_out": {"data": asked, "max_new_tokens": 2, "media": ["shuffled", "none"]}}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text((home / "recipe.yaml").read_text() + f"evaluations: {json.dumps(given)}\n")
+    overrides = (f"run={run}", "stages.0.steps=3", "stages.0.evaluate_every_steps=2")
+    assert run_cli("train", str(recipe), *overrides) == 0
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    scores = {row["step"]: row["held_out/exact_match"] for row in logged if "held_out/exact_match" in row}
+    assert scores.keys() == {2, 3}
+    again, config = ("--rescore", "--predictions", str(run / "predictions/step-2")), str(run / "config.yaml")
+    capsys.readouterr()
+    assert run_cli("eval", str(run), config, *again, "--against", str(run / "predictions/step-3")) == 0
+    told = capsys.readouterr().out
+    assert "step 2" in told and ["held_out", "exact_match", f"{scores[2]:.4f}"] in [
+        line.split()[:3] for line in told.splitlines()
+    ]
+    assert {path.name for path in (run / "predictions/step-2").iterdir()} == {
+        *("held_out.jsonl", "held_out.json", "held_out.html", "against")
+    }
+    assert "at step 2" in (run / "predictions/step-2/held_out.html").read_text()
+    assert not (run / "evaluation.json").exists(), "which tells of the model as it is"
+    assert run_cli("eval", str(run), config, "--against", str(run / "predictions/step-3")) == 0
+    rows = [(run / f"predictions/{place}held_out.jsonl").read_text() for place in ("", "step-3/")]
+    assert rows[0] == rows[1], "nothing was trained since"
+    assert run_cli("eval", str(run), config, *again[1:]) == 1
+    assert "add --rescore to score these answers" in " ".join(capsys.readouterr().err.split())
+    assert run_cli("eval", str(run), config, *again, "evaluations.held_out.max_new_tokens=3") == 1
+    assert "settings.max_new_tokens is 2 there and 3 here; score them as the training did" in " ".join(
+        capsys.readouterr().err.split()
+    )

@@ -60,8 +60,8 @@ def run(
     with open_predictions(folder, "test", about, len(evaluation.source)) as predictions:
         add = predictions.add
 
-        def counted(item: Judged, adapters: Any) -> None:
-            add(item, adapters)
+        def counted(item: Judged) -> None:
+            add(item)
             asked.append(item.id)
             if len(asked) == stop_after:
                 raise KeyboardInterrupt
@@ -97,10 +97,10 @@ def test_kept_answers_score_as_the_run_did(tmp_path: Path, loaded: LoadedModel) 
     with open_predictions(tmp_path / "kept", "test", ABOUT, 3) as predictions:
         judged = questions.run(loaded, predictions=predictions)
         predictions.settle(judged)
-    again, adapters = read_predictions(tmp_path / "kept", "test", ABOUT, "run it")
+    again = read_predictions(tmp_path / "kept", "test", ABOUT, "run it")
     assert again == judged and questions.scores(again) == questions.scores(judged)
     assert judged[1].error and "nineteen" in judged[1].error
-    assert adapters == [["numbers"], [], ["numbers"]]
+    assert [item.adapters for item in again] == [["numbers"], [], ["numbers"]]
     row = lines(tmp_path / "kept")[0]
     assert row.keys() == {
         *("id", "messages", "expected", "answers", "choices", "choice"),
@@ -136,7 +136,7 @@ def test_answers_of_another_model_or_other_settings_are_not_gone_on_from(
     capsys.readouterr()
     assert run(tmp_path / "kept", questions, loaded, {**ABOUT, **changed}) == ["0:q0", "1:q1"]
     assert f"begun anew, as {told}" in " ".join(capsys.readouterr().out.split())
-    assert len(read_predictions(tmp_path / "kept", "test", {**ABOUT, **changed}, "run it")[0]) == 2
+    assert len(read_predictions(tmp_path / "kept", "test", {**ABOUT, **changed}, "run it")) == 2
 
 
 def test_answers_that_are_not_all_there_are_not_scored(tmp_path: Path, loaded: LoadedModel) -> None:

@@ -26,14 +26,15 @@ HOSTILE = '</script><script>document.title = "taken"</script><img src=x onerror=
 
 def judged(row: int, answer: str, parts: list[dict[str, Any]], **more: Any) -> Judged:
     content = [*parts, {"type": "text", "text": f"question {row}"}]
-    return Judged(f"{row}:q", [{"role": "user", "content": content}], "yes", answer, answer == "yes", **more)
+    adapters = ["vision"] if parts else []
+    messages = [{"role": "user", "content": content}]
+    return Judged(f"{row}:q", messages, "yes", answer, answer == "yes", adapters=adapters, **more)
 
 
 def result(items: list[Judged]) -> Result:
     metrics = open_metrics(["exact_match"], "metrics")
     config = EvaluationConfig(data=SourceConfig(kind="messages"))
-    adapters = [["vision"] if len(item.messages[0]["content"]) > 1 else [] for item in items]
-    return Result("all & sundry", config, metrics, items, adapters, scores=scores(items, metrics))
+    return Result("all & sundry", config, metrics, items, scores=scores(items, metrics))
 
 
 def data(text: str) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def test_errors_come_first_and_every_row_says_all_there_is_to_know(tmp_path: Pat
     assert rows[1] == {
         **{"row": 2, "turns": [{"role": "user", "parts": ["question 1"]}], "answer": "no", "accepted": ["yes"]},
         **{"choices": ["yes", "no"], "choice": 0, "cut_off": True, "error": None, "tags": [], "adapters": []},
-        **{"verdict": "wrong", "scores": {"exact_match": 0.0}},
+        **{"verdict": "wrong", "scores": {"exact_match": 0.0}, "other": None},
     }
 
 

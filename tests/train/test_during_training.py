@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from molora.config import ConfigError, build
 from molora.data.mixture import MixtureConfig
 from molora.data.sources import SourceConfig, open_source
 from molora.evaluate.metrics import Judged, NoOptions
+from molora.evaluate.predictions import keep_predictions, read_predictions
 from molora.received import read_json
 from molora.testing import save_backbone
 from molora.train import trackers
@@ -301,6 +303,42 @@ def test_tensorboard_shows_the_same_questions_each_time_as_they_are_written(home
     ]
     assert [event.step for event in events.Scalars("test/exact_match")] == [2, 4, 6]
     assert len(events.Scalars("source_loss/many")) == 6
+
+
+def test_the_answers_of_each_evaluation_are_kept_and_those_of_lost_steps_are_not(home: Path, tmp_path: Path) -> None:
+    train(recipe(home, tmp_path / "straight"), show=False)
+    kept = tmp_path / "straight/predictions"
+    assert sorted(path.name for path in kept.iterdir()) == ["step-2", "step-4", "step-6"]
+    for step in (2, 4, 6):
+        judged = read_predictions(kept / f"step-{step}", "test", {"step": step}, "train")
+        (row,) = (row for row in log_of(tmp_path / "straight") if row["step"] == step and "test/drawn" in row)
+        assert Drawn(NoOptions()).score(judged)["drawn"] == row["test/drawn"] and len(judged) == 9
+        assert [item.adapters for item in judged[:2]] == [["numbers"], []]
+    broken = recipe(home, tmp_path / "broken")
+    train_until(broken, 5)
+    shutil.copytree(tmp_path / "broken/predictions/step-4", tmp_path / "broken/predictions/step-8")
+    train(broken, show=False)
+    for path in sorted(kept.glob("*/test.jsonl")):
+        assert path.read_bytes() == (tmp_path / "broken/predictions" / path.relative_to(kept)).read_bytes()
+    assert not (tmp_path / "broken/predictions/step-8").exists()
+
+
+def test_media_of_all_steps_lie_in_one_folder(home: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    items = [
+        Judged(
+            f"{row}:q",
+            [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (4, 4), "red")}]}],
+            *("yes", "no", False),
+        )
+        for row in range(2)
+    ]
+    for step in (1, 2):
+        keep_predictions(tmp_path / f"step-{step}", "test", {"step": step}, items, tmp_path)
+    assert len(list(tmp_path.rglob("*.png"))) == 1
+    (part,) = read_predictions(tmp_path / "step-2", "test", {"step": 2}, "train")[1].messages[0]["content"]
+    assert Image.open(part["path"]).getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_tensorboard_can_be_left_out(home: Path, tmp_path: Path) -> None:

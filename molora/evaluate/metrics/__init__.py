@@ -29,7 +29,7 @@ class Judged:
     """One answered question. `cut_off` says that a limit ended the answer, `error` why there is none. `answers` are all
     that are accepted, of which `expected` is one. A multiple-choice question has its options as `choices`, and `choice`
     is the index of the right one. If a metric needs them, `likelihoods` has for each of the `choices` the natural
-    logarithm of its probability as the answer, and the number of its tokens."""
+    logarithm of its probability as the answer, and the number of its tokens. `adapters` are those that it ran with."""
 
     id: str
     messages: list[dict[str, Any]]
@@ -43,6 +43,7 @@ class Judged:
     choices: list[str] = field(default_factory=list)
     choice: int | None = None
     likelihoods: list[tuple[float, int]] = field(default_factory=list)
+    adapters: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.answers:
