@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any, BinaryIO
 
 _WAIT_SECONDS = 3.0
 _MAX_TOLD = 200
@@ -68,6 +69,64 @@ def _why(error: Exception, away: str | None) -> str:
 
 
 def _told(error: Exception) -> str:
-    """What an error says, in a line."""
+    """What an error says, in a line, or what it came from: "an error happened" tells nobody anything."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:_MAX_TOLD]
+
+
+def list_dataset(repository: str, revision: str | None) -> tuple[str, dict[str, int]]:
+    """The commit that a revision of a dataset is at, and the bytes of each of its files. Raises HubError."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.hf_api import RepoFile
+
+    away = fault()
+    if away is not None:
+        raise HubError(away)
+    api = HfApi()
+    try:
+        commit = str(api.dataset_info(repository, revision=revision).sha)
+        entries = api.list_repo_tree(repository, recursive=True, revision=commit, repo_type="dataset")
+        return commit, {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:  # or no JSON, as a log-in page
+        raise HubError(_told(error)) from error
+
+
+def download(repository: str, commit: str, path: str, folder: Path) -> Path:
+    """A file of a dataset, written into a folder, with the library's retries. Raises HubError."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import tqdm
+
+    class Quiet(tqdm):
+        """No bar: several processes fetch, beside a bar of their own."""
+
+        def __init__(self, *given: Any, **more: Any) -> None:
+            super().__init__(*given, **{**more, "disable": True})
+
+    away = fault()
+    if away is not None:
+        raise HubError(away)
+    try:
+        return Path(
+            HfApi().hf_hub_download(
+                repository, path, repo_type="dataset", revision=commit, local_dir=folder, tqdm_class=Quiet
+            )
+        )
+    except (HfHubHTTPError, OSError) as error:
+        raise HubError(_told(error)) from error
+
+
+def open_remote(repository: str, commit: str, path: str) -> BinaryIO:
+    """A file of a dataset, of which only what is asked for is fetched. Raises HubError."""
+    from huggingface_hub import HfFileSystem
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return HfFileSystem().open(f"datasets/{repository}@{commit}/{path}", "rb")  # pyright: ignore[reportReturnType]
+    except (HfHubHTTPError, OSError) as error:
+        raise HubError(_told(error)) from error

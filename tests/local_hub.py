@@ -18,9 +18,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 COMMIT = "1" * 40
-_API = re.compile(
-    r"/api/(?:datasets|models)/(?P<repository>[^/]+/[^/]+)/(?P<what>revision|tree|paths-info)/(?P<revision>[^/]+)"
-)
+_API = re.compile(r"/api/(?:datasets|models)/(?P<repository>[^/]+/[^/]+)(?:/(?P<what>revision|tree|paths-info)/[^/]+)?")
 _FILE = re.compile(r"(?:/datasets)?/(?P<repository>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 
 
@@ -84,11 +82,11 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._send(200, b"a hub")
 
-    def _about(self, repository: str, what: str, body: bytes) -> Any:
+    def _about(self, repository: str, what: str | None, body: bytes) -> Any:
         files = self.server.repositories.get(repository)
         if files is None:
             return None
-        if what == "revision":
+        if what in (None, "revision"):
             return {"id": repository, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
         entries = [
             {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}

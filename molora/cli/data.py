@@ -91,12 +91,20 @@ def convert(
 def index(
     paths: Annotated[
         list[str],
-        typer.Argument(metavar="PATH…", help="tar, Parquet or JSONL: files, patterns, or train-{000..099}.tar."),
+        typer.Argument(
+            metavar="PATH…",
+            help="tar, Parquet or JSONL: files, patterns, train-{000..099}.tar, hf://datasets/OWNER/NAME/train-*.tar.",
+        ),
     ],
+    disk_gib: Annotated[
+        float | None,
+        typer.Option(metavar="GIB", min=0.001, help="Room on disk for files of the hub; 20 by default."),
+    ] = None,
 ) -> None:
     """Find where the rows of large files are, once: training reads them through the index, which is kept beside each
     file, or in the cache. Indexes that are there and hold are left as they are."""
     from molora.data.index.build import files_of, indexed
+    from molora.data.index.fetched import fetched
     from molora.terminal import progress, say
 
     with progress() as bars:
@@ -108,6 +116,7 @@ def index(
             made = missing
             bars.update(bar, completed=done, total=missing)
 
-        found = indexed(files_of(paths), show)
+        of_hub = fetched(paths, disk_gib)
+        found = indexed(files_of(paths), show) if of_hub is None else of_hub.indexed(show)
         bars.update(bar, completed=made, total=made)
     say(f"done: {sum(each.num_rows for each in found):,} rows in {len(found):,} files, {made:,} of them indexed anew")

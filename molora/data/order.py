@@ -17,10 +17,12 @@ from molora.seeding import seed_of
 @dataclass(frozen=True)
 class Blocks:
     """Rows that are read together: where each block of consecutive rows ends, and how many blocks are mixed with each
-    other."""
+    other. Where whole files have to be fetched, `file_ends` is where their rows end: no block lies in two of them, and
+    the rows of a file come together."""
 
     ends: np.ndarray
     per_window: int
+    file_ends: np.ndarray | None = None
 
 
 def even_blocks(num_rows: int, rows_per_block: int, per_window: int) -> Blocks:
@@ -34,7 +36,8 @@ class Order:
 
     A source with `blocks` is shuffled by blocks, so that what is read lies together: blocks come in a new order in
     every epoch, and the rows of a window of blocks are mixed. `will_read` is called with a source and the ranges of
-    rows of each window that the order enters. `max_epochs` of a source bounds its samples. With `one_source` all
+    rows of each window that the order enters, and with the rows of the file behind them if files have to be fetched.
+    `max_epochs` of a source bounds its samples. With `one_source` all
     samples of a step are of one source.
     """
 
@@ -48,7 +51,7 @@ class Order:
         max_epochs: Sequence[int | None] = (),
         blocks: Sequence[Blocks | None] = (),
         one_source: bool = False,
-        will_read: Callable[[int, list[range]], None] | None = None,
+        will_read: Callable[[int, list[range], range | None], None] | None = None,
     ) -> None:
         self.lengths = tuple(lengths)
         self.samples_per_draw = samples_per_step if one_source else 1
@@ -109,11 +112,15 @@ class _ShuffledBlocks:
     entry for every block and for every row of one window."""
 
     def __init__(
-        self, blocks: Blocks, key: tuple[int, str, int], will_read: Callable[[list[range]], None] | None
+        self,
+        blocks: Blocks,
+        key: tuple[int, str, int],
+        will_read: Callable[[list[range], range | None], None] | None,
     ) -> None:
         self.starts = np.concatenate([[0], blocks.ends[:-1]])
         self.lengths = np.diff(blocks.ends, prepend=0)
         self.per_window = blocks.per_window
+        self.file_ends = blocks.file_ends
         self.key = key
         self.will_read = will_read
         self._epoch = -1
@@ -122,15 +129,35 @@ class _ShuffledBlocks:
 
     def row(self, epoch: int, position: int) -> int:
         if epoch != self._epoch:
-            self._order = _permutation(len(self.lengths), (*self.key, epoch)).numpy()
-            self._window_ends = np.cumsum(self.lengths[self._order])[self.per_window - 1 :: self.per_window].tolist()
-            self._epoch, self._first, self._last = epoch, 0, 0
+            self._plan(epoch)
         if not self._first <= position < self._last:
             self._enter(bisect_right(self._window_ends, position))
         return self._rows[position - self._first]
 
+    def _plan(self, epoch: int) -> None:
+        """The blocks in the order of an epoch, the first block of each window, and the position where it ends. A window
+        ends where a file does."""
+        order = _permutation(len(self.lengths), (*self.key, epoch)).numpy()
+        places = np.arange(len(order))
+        begins = 0
+        if self.file_ends is not None:
+            of_block = np.searchsorted(self.file_ends, self.starts[order], side="right")
+            files = np.argsort(self._files(epoch))[of_block]
+            by_file = np.argsort(files, kind="stable")
+            order, files = order[by_file], files[by_file]
+            begins = np.searchsorted(files, files)
+        self._order = order
+        self._window_starts = np.append(np.flatnonzero((places - begins) % self.per_window == 0), len(order))
+        self._window_ends = np.cumsum(self.lengths[order])[self._window_starts[1:] - 1].tolist()
+        self._epoch, self._first, self._last = epoch, 0, 0
+
+    def _files(self, epoch: int) -> np.ndarray:
+        """The files in the order of an epoch."""
+        assert self.file_ends is not None
+        return _permutation(len(self.file_ends), (*self.key, epoch, "files")).numpy()
+
     def _enter(self, window: int) -> None:
-        blocks = self._order[window * self.per_window : (window + 1) * self.per_window]
+        blocks = self._order[self._window_starts[window] : self._window_starts[window + 1]]
         places = zip(self.starts[blocks].tolist(), self.lengths[blocks].tolist(), strict=True)
         ranges = [range(start, start + length) for start, length in places]
         rows = np.concatenate([np.arange(each.start, each.stop) for each in ranges])
@@ -138,7 +165,16 @@ class _ShuffledBlocks:
         self._first = self._window_ends[window - 1] if window else 0
         self._last = self._first + len(rows)
         if self.will_read is not None:
-            self.will_read(sorted(ranges, key=lambda each: each.start))
+            self.will_read(sorted(ranges, key=lambda each: each.start), self._behind(ranges[-1].start))
+
+    def _behind(self, row: int) -> range | None:
+        """The rows of the file that comes after the one with a row; None if no files are fetched."""
+        if self.file_ends is None:
+            return None
+        files = self._files(self._epoch)
+        (at,) = np.flatnonzero(files == np.searchsorted(self.file_ends, row, side="right")).tolist()
+        file = int(files[at + 1] if at + 1 < len(files) else self._files(self._epoch + 1)[0])
+        return range(int(self.file_ends[file - 1]) if file else 0, int(self.file_ends[file]))
 
 
 def _permutation(size: int, key: tuple[int | str, ...]) -> torch.Tensor:

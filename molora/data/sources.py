@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,8 +38,9 @@ class Source(Protocol):
     question's options and the number of the right one, counted from 0.
 
     A source may also have `where(row)`, the file and row for errors; `blocks`, by which its rows are shuffled;
-    `will_read(ranges)`, which is told the ranges of rows that come next, in any order; and `provenance()`, which tells
-    of its data for the card of a run: {"files": paths, "fingerprint": text, "licence": text}, or some of these."""
+    `will_read(ranges)`, which is told the ranges of rows that come next, in any order; where `blocks` has files,
+    `will_fetch(rows)`, which is told the rows of the file behind them; and `provenance()`, which tells of its data for
+    the card of a run: {"files": paths, "fingerprint": text, "licence": text}, or some of these."""
 
     def __len__(self) -> int: ...
 
@@ -135,12 +136,15 @@ class _FirstRows:
     def __init__(self, source: Any, num_rows: int) -> None:
         self.source = source
         self.rows = range(num_rows)
-        for name in ("where", "will_read", "provenance"):
+        for name in ("where", "will_read", "will_fetch", "provenance"):
             if hasattr(source, name):
                 setattr(self, name, getattr(source, name))
         if blocks := getattr(source, "blocks", None):
             kept = np.searchsorted(blocks.ends, num_rows) + 1
-            self.blocks = Blocks(np.minimum(blocks.ends[:kept], num_rows), blocks.per_window)
+            files = blocks.file_ends
+            if files is not None:
+                files = np.minimum(files[: np.searchsorted(files, num_rows) + 1], num_rows)
+            self.blocks = Blocks(np.minimum(blocks.ends[:kept], num_rows), blocks.per_window, files)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -157,7 +161,7 @@ def mixed_order(
     seed: int,
     samples_per_step: int,
     mean_tokens: Sequence[float] = (),
-    will_read: Callable[[int, list[range]], None] | None = None,
+    will_read: Callable[[int, list[range], range | None], None] | None = None,
 ) -> Order:
     """The order of a stage's samples. `mean_tokens` are the lengths of a source's samples, where weights are shares of
     tokens."""
@@ -202,8 +206,16 @@ def _blocks(config: SourceConfig, source: Source) -> Blocks | None:
         rows = _ROWS_PER_BLOCK
     per_window = config.blocks_per_window or (_BLOCKS_PER_WINDOW if own is None else own.per_window)
     if rows is not None:
+        if own is not None and own.file_ends is not None:
+            raise ConfigError("rows_per_block: the blocks of a source that is fetched lie in its files; leave it out")
         return even_blocks(len(source), rows, per_window)
-    return own and Blocks(own.ends, per_window)
+    return own and replace(own, per_window=per_window)
+
+
+def rows_at_hand(source: Source) -> range:
+    """The rows that can be looked at without fetching more than one file."""
+    own: Blocks | None = getattr(source, "blocks", None)
+    return range(len(source) if own is None or own.file_ends is None else int(own.file_ends[0]))
 
 
 def first_rows(configs: Iterable[SourceConfig], count: int, find: Finder = find) -> list[dict[str, Any]]:
@@ -300,7 +312,7 @@ class EncodedSamples(Dataset[Sample | Skipped]):
     def _mean_tokens(self, source: int) -> float:
         """The mean length of some of a source's samples, the same whenever it is worked out. Raises ConfigError if none
         of them can be used."""
-        num_rows = len(self.sources[source])
+        num_rows = len(rows_at_hand(self.sources[source]))
         rows = sorted({number * num_rows // _MEASURED_ROWS for number in range(_MEASURED_ROWS)})
         samples = [self._encoded(source, row, 0, {}) for row in rows]
         lengths = [len(sample) for sample in samples if isinstance(sample, Sample)]
@@ -311,9 +323,12 @@ class EncodedSamples(Dataset[Sample | Skipped]):
             )
         return sum(lengths) / len(lengths)
 
-    def _will_read(self, source: int, rows: list[range]) -> None:
-        if hasattr(self.sources[source], "will_read"):
-            self.sources[source].will_read(rows)  # pyright: ignore[reportAttributeAccessIssue]
+    def _will_read(self, source: int, rows: list[range], behind: range | None) -> None:
+        opened: Any = self.sources[source]
+        if hasattr(opened, "will_read"):
+            opened.will_read(rows)
+        if behind is not None:
+            opened.will_fetch(behind)
 
 
 def check_length(sample: Sample, max_tokens: int) -> None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from molora.data.messages import media_parts
 from molora.data.processor import Processor
-from molora.data.sources import Source, open_source
+from molora.data.sources import Source, open_source, rows_at_hand
 from molora.data_tools.drawing import curve, decoded, drawn, mapped
 from molora.data_tools.opening import Named, asked_by, open_processor, place_of, sources_of
 from molora.pack import Sample
@@ -35,7 +35,7 @@ def write_page(recipe: Recipe, path: Path, *, rows: int = 4, trust: Sequence[str
     sections = []
     with progress(shown=show) as bars:
         for named, source in opened:
-            chosen = _spread(len(source), rows)
+            chosen = _spread(len(rows_at_hand(source)), rows)
             bar = bars.add_task(named.key, total=len(chosen), note="")
             cards = []
             for row in chosen:

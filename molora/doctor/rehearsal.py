@@ -1,25 +1,32 @@
 """A recipe in small: its stages, parts, columns and templates as they stand, with a tiny backbone, tiny towers and a
 few made rows, so that a mistake shows in a minute and not after a download."""
 
+import base64
 import io
+import json
 import wave
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub import parse_hf_uri
 from PIL import Image
 
 from molora.config import ConfigError, did_you_mean
 from molora.config.plain_yaml import parse
 from molora.data.sources import SourceConfig
-from molora.storage import write_atomically, write_folder
+from molora.storage import write_atomically, write_folder, write_text
 from molora.testing.tiny import save_backbone
 from molora.train.recipe import Recipe
 
 # What public datasets hold, column by column.
 _DATASETS = Path(__file__).parents[1] / "configs" / "datasets.yaml"
+
+_OF_THE_HUB = ("subset", "split", "revision", "disk_gib")
+# The types of parts that the built-in modalities answer to.
+_PARTS = {"vision": "image", "audio": "audio"}
 
 _ROWS = 4
 _STEPS = 2
@@ -53,9 +60,10 @@ def rehearsed(recipe: Recipe) -> Recipe:
             save_backbone(folder, family)
     known: Any = parse(_DATASETS.read_text(encoding="utf-8"))
     made: dict[str, Path] = {}
+    media = [_PARTS[plugin] for modality in recipe.modalities.values() if (plugin := str(modality.plugin)) in _PARTS]
 
     def tiny(source: SourceConfig) -> SourceConfig:
-        return _tiny_source(source, run / "rows", known, made)
+        return _tiny_source(source, run / "rows", known, made, media)
 
     stages = [
         replace(
@@ -92,12 +100,22 @@ def _tiny_modality(modality: Any) -> Any:
     return replace(modality, options=options, adapter={**modality.adapter, "r": 4})
 
 
-def _tiny_source(source: SourceConfig, folder: Path, known: Mapping[str, Any], made: dict[str, Path]) -> SourceConfig:
-    """A source of a hub's dataset as one of rows in `folder`, `made` once for each dataset; any other as it is."""
+def _tiny_source(
+    source: SourceConfig, folder: Path, known: Mapping[str, Any], made: dict[str, Path], media: Sequence[str]
+) -> SourceConfig:
+    """A source of a hub's dataset as one of rows in `folder`, `made` once for each dataset; any other as it is. Those
+    of conversations show `media`."""
     path = source.options.get("path")
-    if source.kind != "table" or not isinstance(path, str) or Path(path).exists():
+    if not isinstance(path, str) or Path(path).exists():
         return source
-    options = {key: value for key, value in source.options.items() if key not in ("subset", "split", "revision")}
+    options = {key: value for key, value in source.options.items() if key not in _OF_THE_HUB}
+    if source.kind == "shards" and path.startswith("hf://"):
+        if "prompt" not in options:
+            return replace(source, kind="messages", options={"path": str(_conversations(folder, media))}, limit=None)
+        path = parse_hf_uri(path).id
+        options["media"] = {part: column.partition(";")[0] for part, column in options.get("media", {}).items()}
+    elif source.kind != "table":
+        return source
     if path not in known:
         near = did_you_mean(path, known)
         raise ConfigError(
@@ -107,7 +125,19 @@ def _tiny_source(source: SourceConfig, folder: Path, known: Mapping[str, Any], m
     if path not in made:
         made[path] = folder / f"{path.replace('/', '--')}.parquet"
         write_atomically(made[path], lambda temporary: write_rows(known[path]["columns"], temporary))
-    return replace(source, options={**options, "path": str(made[path])}, limit=None)
+    return replace(source, kind="table", options={**options, "path": str(made[path])}, limit=None)
+
+
+def _conversations(folder: Path, media: Sequence[str]) -> Path:
+    """A file of conversations in `folder`, each of which shows one medium of each type."""
+    path = folder / "conversations.jsonl"
+    rows = []
+    for row in range(_ROWS):
+        shown = [{"type": part, "base64": base64.b64encode(_MEDIA[part](row)).decode()} for part in media]
+        asked = {"role": "user", "content": [*shown, {"type": "text", "text": f"words of row {row}"}]}
+        rows.append(json.dumps({"messages": [asked, {"role": "assistant", "content": f"answer {row}"}]}))
+    write_text(path, "\n".join(rows))
+    return path
 
 
 def write_rows(columns: Mapping[str, Any], path: Path) -> None:
@@ -127,8 +157,8 @@ def _made(shape: Any, row: int) -> Any:
         return [_made(shape[0], row), _made(shape[0], row + 1)]
     if isinstance(shape, Mapping):
         return {name: _made(inner, row) for name, inner in shape.items()}
-    if shape in ("image", "audio"):
-        return {"bytes": (_picture if shape == "image" else _clip)(row), "path": None}
+    if shape in _MEDIA:
+        return {"bytes": _MEDIA[shape](row), "path": None}
     return {"text": f"words of row {row}", "number": row}[shape]
 
 
@@ -147,3 +177,6 @@ def _clip(row: int) -> bytes:
         writer.setparams((1, 2, 16_000, 0, "NONE", ""))
         writer.writeframes(tone.astype("<i2").tobytes())
     return file.getvalue()
+
+
+_MEDIA = {"image": _picture, "audio": _clip}

@@ -4,7 +4,16 @@ from collections.abc import Mapping, Sequence
 
 from molora.config import ConfigError, did_you_mean
 from molora.data.processor import Processor
-from molora.data.sources import Source, SourceConfig, check_length, check_samples, mixed_order, open_source, placed
+from molora.data.sources import (
+    Source,
+    SourceConfig,
+    check_length,
+    check_samples,
+    mixed_order,
+    open_source,
+    placed,
+    rows_at_hand,
+)
 from molora.evaluate.judge import EvaluationConfig
 from molora.evaluate.metrics import open_metrics, scores
 from molora.evaluate.metrics.choices import as_if_likely
@@ -57,7 +66,7 @@ class Trial:
     def _try(self, processor: Processor | None, max_tokens: int = 0) -> None:
         faults: list[ValueError] = []
         tried = 0
-        for row in _spread(len(self.source), TRIED_ROWS, TRIED_ROWS_AT_MOST):
+        for row in _spread(len(rows_at_hand(self.source)), TRIED_ROWS, TRIED_ROWS_AT_MOST):
             if tried >= TRIED_ROWS and len(faults) < tried:
                 return
             tried += 1

@@ -65,7 +65,9 @@ def test_a_window_of_blocks_is_read_together_and_mixed() -> None:
     lengths = np.random.default_rng(0).integers(1, 40, 100)
     blocks = Blocks(np.cumsum(lengths), per_window=8)
     told: list[list[range]] = []
-    order = Order([int(lengths.sum())], [1.0], 3, blocks=[blocks], will_read=lambda source, rows: told.append(rows))
+    order = Order(
+        [int(lengths.sum())], [1.0], 3, blocks=[blocks], will_read=lambda source, rows, behind: told.append(rows)
+    )
     rows = [order[k][1] for k in range(order.lengths[0])]
     assert sorted(rows) == list(range(order.lengths[0]))
     starts = {0, *blocks.ends[:-1].tolist()}

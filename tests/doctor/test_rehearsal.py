@@ -12,6 +12,7 @@ from transformers import LlamaConfig, Phi3Config, PretrainedConfig, SiglipConfig
 
 from molora.cli.commands import main
 from molora.config import ConfigError, read
+from molora.data.sources import SourceConfig, open_source
 from molora.doctor.dry_run import on_meta
 from molora.doctor.needs import weights
 from molora.doctor.rehearsal import rehearsed
@@ -120,3 +121,18 @@ def test_a_recipe_that_drifts_from_code_or_data_fails(tmp_path: Path, monkeypatc
         train(rehearsed(read(Recipe, path, ["stages.0.data.questions.options.media.image=pictures"])))
     with pytest.raises(ConfigError, match="flaviagiammarino/vqa-rad"):
         rehearsed(read(Recipe, path, ["stages.0.data.questions.options.path=flaviagiammarino/vqa-rat"]))
+
+
+@pytest.mark.parametrize("is_table", [True, False])
+def test_shards_of_the_hub_are_made_in_small_too(
+    is_table: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = read(Recipe, CONFIGS / "phi4_mini.yaml")
+    columns = {"prompt": "{question}", "answer": "{answer}", "media": {"image": "image;png"}} if is_table else {}
+    path = "hf://datasets/flaviagiammarino/vqa-rad/data/train-*.parquet" if is_table else "hf://datasets/some/talks"
+    options = {"path": path, "disk_gib": 5, **columns}
+    recipe.stages[0].data = {"shards": SourceConfig(kind="shards", options=options)}
+    (source,) = (open_source(config, "data") for config in rehearsed(recipe).stages[0].data.values())
+    parts = source[3]["messages"][0]["content"]
+    assert len(source) == 4 and [part["type"] for part in parts] == ["image", "text"]

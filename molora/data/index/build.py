@@ -34,7 +34,7 @@ def files_of(patterns: Iterable[str]) -> list[Path]:
     """
     found: list[Path] = []
     for pattern in patterns:
-        for path in _each(os.path.expanduser(pattern)):
+        for path in expanded(os.path.expanduser(pattern)):
             matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
             if not matches:
                 raise ConfigError(
@@ -52,7 +52,7 @@ def files_of(patterns: Iterable[str]) -> list[Path]:
     return found
 
 
-def _each(pattern: str) -> Iterator[str]:
+def expanded(pattern: str) -> Iterator[str]:
     """A path for everything that its braces stand for, in order."""
     braces = _BRACES.search(pattern)
     if not braces:
@@ -66,7 +66,7 @@ def _each(pattern: str) -> Iterator[str]:
     else:
         pieces = names.split(",")
     for piece in pieces:
-        yield from _each(pattern[: braces.start()] + piece + pattern[braces.end() :])
+        yield from expanded(pattern[: braces.start()] + piece + pattern[braces.end() :])
 
 
 def indexed(paths: Sequence[Path], told: Callable[[int, int], object] = lambda done, missing: None) -> list[Index]:
@@ -105,5 +105,8 @@ def _made(paths: Sequence[Path]) -> Iterator[Path]:
 
 def _make(path: Path) -> Path:
     state = state_of(path.stat())
-    write_index(path, SCANS[path.suffix.lower()](path), state)
+    scan = SCANS[path.suffix.lower()](path)
+    if state_of(path.stat()) != state:
+        raise ConfigError(f"data source {path}: changed while it was indexed; index it when it is complete")
+    write_index(path, scan, state)
     return path

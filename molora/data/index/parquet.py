@@ -15,7 +15,12 @@ from molora.data.index.stored import Index, Scan
 
 def scan(path: Path) -> Scan:
     """Finds the row groups of a file. Raises ConfigError for what is no Parquet."""
-    about = _open(path).metadata
+    return scan_opened(path, path)
+
+
+def scan_opened(file: Any, path: Path) -> Scan:
+    """The same of a file that is open, and called `path` in errors."""
+    about = _open(file, path).metadata
     groups = [about.row_group(number) for number in range(about.num_row_groups)]
     filled = [(number, group) for number, group in enumerate(groups) if group.num_rows]
     arrays = {
@@ -26,13 +31,13 @@ def scan(path: Path) -> Scan:
     return Scan(about.num_rows, arrays, {"columns": list(about.schema.to_arrow_schema().names)})
 
 
-def _open(path: Any) -> Any:
+def _open(file: Any, path: Path, metadata: Any = None) -> Any:
     try:
         from pyarrow import parquet
     except ImportError as error:
         raise ImportError("Parquet files need pyarrow: pip install 'molora[datasets]'") from error
     try:
-        return parquet.ParquetFile(path, pre_buffer=False)
+        return parquet.ParquetFile(file, metadata=metadata, pre_buffer=False)
     except Exception as error:  # pyarrow's own, of many kinds
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"data source {path}: cannot be read as parquet ({reason}); download it again") from error
@@ -45,12 +50,15 @@ class ParquetRows:
         from datasets import Features, Value
 
         self.name = str(index.path)
-        index.check(index.path.stat())
-        self.file = _open(index.path)
+        self.index = index
+        with index.open() as file:
+            opened = _open(file, index.path)
+            self.metadata, schema = opened.metadata, opened.schema_arrow
+        self.file = _open(index.path, index.path, self.metadata) if index.fetch is None else None
         arrays = index.arrays()
         self.groups: list[int] = arrays["groups"].tolist()
         self.ends: list[int] = arrays["ends"].tolist()
-        features = Features.from_arrow_schema(self.file.schema_arrow)
+        features = Features.from_arrow_schema(schema)
         # Values of other types are as they are stored.
         self.features = {
             name: feature
@@ -75,7 +83,7 @@ class ParquetRows:
         while len(self.loaded) >= self.kept:
             self.loaded.popitem(last=False)
         try:
-            table = self.file.read_row_group(self.groups[at], columns=self.read, use_threads=False)
+            table = self._read_group(self.groups[at])
         except Exception as error:  # pyarrow's own, of many kinds
             reason = str(error).partition("\n")[0]
             raise ValueError(
@@ -87,6 +95,13 @@ class ParquetRows:
             columns[name] = [named_value(value, self.features[name]) for value in columns[name]]
         self.loaded[at] = list(columns.items())
         return self.loaded[at]
+
+    def _read_group(self, number: int) -> Any:
+        if self.file is not None:
+            return self.file.read_row_group(number, columns=self.read, use_threads=False)
+        with self.index.open() as file:
+            opened = _open(file, self.index.path, self.metadata)
+            return opened.read_row_group(number, columns=self.read, use_threads=False)
 
     def where(self, row: int) -> str:
         return f"{self.name}, row {row + 1}"
@@ -107,4 +122,5 @@ class ParquetRows:
             del self.loaded[at]
 
     def close(self) -> None:
-        self.file.close()
+        if self.file is not None:
+            self.file.close()

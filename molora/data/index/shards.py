@@ -14,6 +14,7 @@ import numpy as np
 from molora.config import ConfigError
 from molora.data.formats.table import Table, TableConfig, row_id
 from molora.data.index.build import files_of, indexed
+from molora.data.index.fetched import fetched
 from molora.data.index.lines import LineRows
 from molora.data.index.parquet import ParquetRows
 from molora.data.index.stored import Index
@@ -42,6 +43,10 @@ class ShardsConfig:
     stands in the member that ends in json; its paths may name other members of the row.
 
     `media` maps a part type to the column that holds it; "jpg;png" is the first of these that a row has.
+
+    `hf://datasets/OWNER/NAME@REVISION/train-*.tar` names files of the hub. They are fetched when they are read, the
+    next one meanwhile, and those needed longest ago are removed, so that all take at most `disk_gib` in the cache (by
+    default 20).
     """
 
     path: str | list[str]
@@ -49,8 +54,11 @@ class ShardsConfig:
     answer: str | None = None
     media: dict[str, str] = field(default_factory=dict)
     media_root: str | None = None
+    disk_gib: float | None = None
 
     def __post_init__(self) -> None:
+        if self.disk_gib is not None and not self.disk_gib > 0:
+            raise ConfigError(f"disk_gib is {self.disk_gib}; expected a number of GiB above 0")
         if (self.prompt is None) != (self.answer is None):
             raise ConfigError("give both prompt and answer, or neither where the rows are conversations")
 
@@ -66,7 +74,7 @@ class Shards:
         self.media_root = Path(os.path.expanduser(config.media_root)) if config.media_root else None
         paths = [config.path] if isinstance(config.path, str) else config.path
         in_table = config.prompt is not None
-        self.rows = _Files(paths, config.media.values(), in_table)
+        self.rows = _Files(paths, config.media.values(), in_table, config.disk_gib)
         self.blocks = self.rows.blocks()
         self.table: Table | None = None
         if config.prompt is not None and config.answer is not None:
@@ -90,12 +98,18 @@ class Shards:
         return self.rows.where(row)
 
     def provenance(self) -> dict[str, Any]:
-        """The files, for the card of a run."""
+        """The files, or their commit on the hub, for the card of a run."""
+        if self.rows.fetched is not None:
+            return {"files": [], "fingerprint": f"{self.rows.fetched.repository}@{self.rows.fetched.commit}"}
         return {"files": [index.path for index in self.rows.indexes]}
 
     def will_read(self, rows: list[range]) -> None:
         """Has the system read what comes next."""
         self.rows.will_read(rows)
+
+    def will_fetch(self, rows: range) -> None:
+        """Has the file of some rows fetched from the hub."""
+        self.rows.will_fetch(rows)
 
     def _conversation(self, row: int) -> dict[str, Any]:
         where = self.rows.where(row)
@@ -136,21 +150,23 @@ def _all(names: Iterable[str]) -> None:
 class _Files:
     """The rows of all files, one after the other. A few files are open at a time, in each process by itself."""
 
-    def __init__(self, patterns: Sequence[str], columns: Iterable[str], in_table: bool) -> None:
-        paths = files_of(patterns)
+    def __init__(self, patterns: Sequence[str], columns: Iterable[str], in_table: bool, disk_gib: float | None) -> None:
+        self.fetched = fetched(patterns, disk_gib)
+        paths = files_of(patterns) if self.fetched is None else list(self.fetched.sizes)
         kinds = {path.suffix.lower() for path in paths}
         if len(kinds) > 1:
             raise ConfigError(
                 f"data source {', '.join(patterns)}: has files of {' and '.join(sorted(kinds))}; make a source of each"
             )
         self.name = ", ".join(patterns)
-        self.indexes = [index for index in indexed(paths, self._tell) if index.num_rows]
+        self.in_members = kinds == {".tar"}
+        self.in_groups = kinds == {".parquet"}
+        indexes = indexed(paths, self._tell) if self.fetched is None else self.fetched.indexed(self._tell)
+        self.indexes = [index for index in indexes if index.num_rows]
         self.ends = list(accumulate(index.num_rows for index in self.indexes))
         self.folders = [index.path.absolute().parent for index in self.indexes]
         if not self.ends:
             raise ConfigError(f"data source {self.name}: no rows")
-        self.in_members = kinds == {".tar"}
-        self.in_groups = kinds == {".parquet"}
         self.either = {column: column.split(";") for column in columns if ";" in column and self.in_members}
         self.in_table = in_table
         self.wanted: Callable[[Iterable[str]], Any] = _all
@@ -201,8 +217,14 @@ class _Files:
                 of_file.setdefault(file, []).append(range(first, first + stop - each.start))
                 each = range(stop, each.stop)
         self.last = None
+        if self.fetched is not None:
+            self.fetched.note(self.indexes[file].path for file in of_file)
         for file in self.open.keys() | of_file.keys():
             self._opened(file).will_read(of_file.get(file, []))
+
+    def will_fetch(self, rows: range) -> None:
+        if self.fetched is not None:
+            self.fetched.fetch_ahead(self.indexes[self._find(rows.start)[0]].path)
 
     def blocks(self) -> Blocks:
         """Blocks that lie in one file each, of about the same number of bytes; in Parquet row groups."""
@@ -221,7 +243,7 @@ class _Files:
         per_window = _BLOCKS_PER_WINDOW
         if self.in_groups:
             per_window = max(1, min(per_window, _WINDOW_BYTES // max(1, group_bytes)))
-        return Blocks(np.concatenate(ends), per_window)
+        return Blocks(np.concatenate(ends), per_window, None if self.fetched is None else np.array(self.ends))
 
     def _find(self, row: int) -> tuple[int, int]:
         file = bisect_right(self.ends, row)
@@ -258,4 +280,6 @@ class _Files:
     def _tell(self, done: int, missing: int) -> None:
         if not done and int(os.environ.get("RANK", 0)) == 0:
             files = "1 file" if missing == 1 else f"{missing:,} files"
+            if self.fetched is not None and not self.in_groups:
+                files += f", for which all {sum(self.fetched.sizes.values()) / 2**30:,.2g} GiB are fetched"
             say(f"{self.name}: finding the rows of {files}, once (`molora data index` does it ahead)")

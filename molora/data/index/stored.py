@@ -7,9 +7,11 @@ stamp that it names; for another it is made anew.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,13 +43,15 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Index:
-    """The index of the data file at `path`. Its arrays are in `file`."""
+    """The index of the data file at `path`. Its arrays are in `file`. A data file with a `fetch` may be taken away at
+    any time, and `fetch` puts it back."""
 
     path: Path
     file: Path
     state: State
     num_rows: int
     about: Mapping[str, Any]
+    fetch: Callable[[], object] | None = None
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays, mapped into memory for as long as they are used. Raises ConfigError if the index is gone."""
@@ -57,27 +61,37 @@ class Index:
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"{self.file}: the index of {self.path} cannot be read ({error}); start again") from error
 
-    def check(self, status: os.stat_result) -> None:
-        """Raises ValueError if the data file has changed since it was indexed."""
-        if state_of(status) != self.state:
+    def open(self) -> FileIO:
+        """The data file. Raises ValueError if it has changed since it was indexed."""
+        while True:
+            try:
+                file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (the caller closes it)
+            except FileNotFoundError:
+                if self.fetch is None:
+                    raise
+                self.fetch()
+                continue
+            if state_of(os.fstat(file.fileno())) == self.state:
+                return file
+            file.close()
             raise ValueError(f"data source {self.path}: has changed since it was opened; start again")
 
 
 class DataFile:
-    """An indexed file, read by offset, which processes that share it may do at the same time. Raises ValueError if it
-    has changed since it was indexed."""
+    """An indexed file, read by offset, which processes that share it may do at the same time. One that may be taken
+    away is open only while it is read, as its room on disk is free when nobody has it open. Raises ValueError if it has
+    changed since it was indexed."""
 
     def __init__(self, index: Index) -> None:
         self.index = index
-        self.file = open(index.path, "rb", buffering=0)  # noqa: SIM115 (`close` closes it)
-        self.descriptor = self.file.fileno()
-        index.check(os.fstat(self.descriptor))
+        self.file = index.open() if index.fetch is None else None
 
     def read(self, start: int, stop: int) -> bytes:
         """Bytes from `start` up to `stop`. Raises ValueError unless all are there: an index that came with the data may
         say anything."""
         if 0 <= start <= stop <= self.index.state.num_bytes:
-            data = os.pread(self.descriptor, stop - start, start)
+            with self.index.open() if self.file is None else nullcontext(self.file) as file:
+                data = os.pread(file.fileno(), stop - start, start)
             if len(data) == stop - start:
                 return data
         raise ValueError(
@@ -87,19 +101,21 @@ class DataFile:
 
     def will_read(self, start: int, stop: int) -> None:
         """Has the system read bytes into its memory, without waiting for them."""
-        os.posix_fadvise(self.descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
+        if self.file is not None:
+            os.posix_fadvise(self.file.fileno(), start, stop - start, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
 
 
 def state_of(status: os.stat_result) -> State:
     return State(status.st_size, status.st_mtime_ns)
 
 
-def read_index(path: Path) -> Index | None:
-    """The index of a data file; None if there is none that holds for the file as it is."""
-    state = state_of(path.stat())
+def read_index(path: Path, state: State | None = None) -> Index | None:
+    """The index of a data file; None if there is none that holds for the file in a state, or as it is."""
+    state = state or state_of(path.stat())
     for file in _places(path):
         try:
             with safe_open(file, "pt") as stored:
@@ -113,10 +129,7 @@ def read_index(path: Path) -> Index | None:
 
 
 def write_index(path: Path, scan: Scan, state: State) -> None:
-    """Keeps what was found in a data file that was in `state` before. Raises ConfigError if the file has changed
-    meanwhile, and if the index can be written nowhere."""
-    if state_of(path.stat()) != state:
-        raise ConfigError(f"data source {path}: changed while it was indexed; index it when it is complete")
+    """Keeps what was found in a data file in a state. Raises ConfigError if the index can be written nowhere."""
     about = json.dumps({**scan.about, "num_rows": scan.num_rows, "state": state})
     tensors = {name: torch.from_numpy(array) for name, array in scan.arrays.items()}
     save = partial(save_tensors, tensors, metadata={"format_version": _VERSION, "about": about})
