@@ -12,6 +12,7 @@ from rich.text import Text
 from molora.config import ConfigError, build, options, read
 from molora.doctor.dry_run import on_meta
 from molora.doctor.needs import AnsweringConfig, MemoryNeeds, Need, answering_needs, training_needs
+from molora.memory import free_bytes
 from molora.ranks import pick_device
 from molora.terminal import console, print_table, say, styled
 from molora.train.recipe import Recipe
@@ -31,8 +32,7 @@ class Device:
 def devices(kind: str) -> list[Device]:
     """This machine's devices of a kind, "cuda" or "cpu"."""
     if kind == "cpu":
-        memory = psutil.virtual_memory()
-        return [Device("CPU", memory.available, memory.total)]
+        return [Device("CPU", free_bytes(torch.device("cpu")), psutil.virtual_memory().total)]
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return [Device(f"GPU {i}, {name}", *torch.cuda.mem_get_info(i)) for i, name in enumerate(names)]
 

@@ -20,8 +20,12 @@ from molora.model.molora import MoLoRA
 from molora.model.pages import PagePool, SamplePages
 from molora.pack import Sample, collate
 from molora.seeding import seed_of
+from molora.terminal import warn
 
 T = TypeVar("T")
+
+# How much of the memory that is free keys and values may take: activations and logits need some too.
+_SHARE_TAKEN = 0.7
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class GenerationConfig(Decoding):
     `prefill_tokens` of prompts enter in a step, so that samples that run do not wait long for those that come.
     `kv_cache_gib` is the memory for keys and values: samples wait until enough of it is free for prompt and answer, and
     one that needs more than all of it is refused. None takes what the first `max_running_samples` samples need, and,
-    when none of them runs any more, what a later one needs.
+    when none of them runs any more, what a later one needs, but no more than 70 % of the memory that is free.
     """
 
     max_running_samples: int = 64
@@ -119,7 +123,36 @@ class Batch:
         kept = backbone.kept_layers()
         most = config.max_running_samples * kept.pages_for(backbone.max_tokens)
         num_pages = kept.pages_within(int(config.kv_cache_gib * 2**30), config.max_running_samples, most)
+        takes, free = kept.num_bytes(num_pages, config.max_running_samples), backbone.free_bytes()
+        if takes > free:
+            told = f"kv_cache_gib={config.kv_cache_gib:g} takes {_gib(takes)}, but {_gib(free)} of memory are free"
+            raise ValueError(f"generation: {told}; give less, or leave it out")
         return backbone.page_pool(num_pages, config.max_running_samples)
+
+    def _make_room(self) -> SampleTooLong | None:
+        """Makes a larger pool, as nothing runs and the first sample that waits does not fit; returns what is wrong if
+        it never will."""
+        kept, number = self.pool.kept, self._config.max_running_samples
+        needs = sum(kept.pages_for(self._tokens(asked)) for asked in self._waiting)
+        free = self._model.backbone.free_bytes() + self.pool.num_bytes
+        num_pages = kept.pages_within(int(_SHARE_TAKEN * free), number, needs)
+        first = self._waiting[0].sample
+        tokens = self._tokens(self._waiting[0])
+        if (least := kept.pages_for(tokens)) > num_pages:
+            return SampleTooLong(
+                f"sample {first.id}: needs keys and values of {tokens:,} tokens ({len(first):,} of its prompt), "
+                f"{_gib(kept.num_bytes(least, number))}, and {_gib(free)} of memory are free, of which "
+                f"{_SHARE_TAKEN:.0%} may be taken; shorten the prompt, lower max_new_tokens, or set kv_cache_gib"
+            )
+        if num_pages < needs:
+            warn(
+                f"keys and values of {len(self._waiting)} samples would take {_gib(kept.num_bytes(needs, number))}, "
+                f"and {_gib(free)} of memory are free, of which {_SHARE_TAKEN:.0%} are taken: samples wait for each "
+                "other. Lower max_new_tokens or max_running_samples, or set kv_cache_gib"
+            )
+        del self.pool  # before there is another
+        self.pool = self._model.backbone.page_pool(num_pages, number)
+        return None
 
     @property
     def num_waiting(self) -> int:
@@ -180,17 +213,16 @@ class Batch:
     def _enter(self) -> list[Step]:
         """Lets samples in that have pages now for all the tokens that they can come to have, embedded and routed, in
         one pack or each by itself; returns a step for each that fails."""
-        if self._waiting and not self.num_running and not self.pool.fits(self._tokens(self._waiting[0])):
-            needs = [self.pool.kept.pages_for(self._tokens(asked)) for asked in self._waiting]
-            del self.pool  # before there is another
-            self.pool = self._model.backbone.page_pool(sum(needs), self._config.max_running_samples)
+        failed: list[Step] = []
+        while self._waiting and not self.num_running and not self.pool.fits(self._tokens(self._waiting[0])):
+            if error := self._make_room():
+                failed.append(Step(self._waiting.popleft().sample.id, -1, "error", error))
         entering: list[tuple[Asked, SamplePages]] = []
         while self._waiting and self.num_running + len(entering) < self._config.max_running_samples:
             pages = self.pool.admit(self._tokens(self._waiting[0]))
             if pages is None:
                 break
             entering.append((self._waiting.popleft(), pages))
-        failed: list[Step] = []
         while entering:
             try:
                 self._prompts += self._prepared(entering)
@@ -245,6 +277,10 @@ class Batch:
     def _tokens(self, asked: Asked) -> int:
         most = self._model.backbone.max_tokens
         return tokens_kept(len(asked.sample), asked.decoding.max_new_tokens, most)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.3g} GiB"
 
 
 def _chosen(logits_NV: Tensor, running: Sequence[Running]) -> list[int]:

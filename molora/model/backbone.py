@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from molora.memory import free_bytes
 from molora.model import attention
 from molora.model.identity import Identity
 from molora.model.pages import KeptLayers, PagePool, Surveyor
@@ -74,6 +75,10 @@ class Backbone(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    def free_bytes(self) -> int:
+        """What its device has left for keys and values, and all else."""
+        return free_bytes(self.device)
 
     @property
     def stop_ids(self) -> frozenset[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -143,6 +144,39 @@ def test_without_a_size_a_later_longer_sample_still_fits() -> None:
     expected = {sample.id: answers(generate(model, [sample], alone))[sample.id] for sample in samples}
     config = GenerationConfig(max_new_tokens=6, max_running_samples=2)
     assert answers(generate(model, samples, config)) == expected
+
+
+def test_without_a_size_a_pool_leaves_memory_free(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Samples wait for each other, and one that would need more is refused, in a line that says what to do."""
+    model = make_model("llama")
+    pools: list[PagePool] = []
+    make = model.backbone.page_pool
+    monkeypatch.setattr(model.backbone, "page_pool", lambda *sizes: pools.append(make(*sizes)) or pools[-1])
+    samples = make_samples(model, (70, 9, 200, 33, 130, 64, 5))
+    config = GenerationConfig(max_new_tokens=4)
+    short = [samples[index] for index in (0, 1, 3, 4, 5, 6)]
+    expected = {sample.id: answers(generate(model, [sample], config))[sample.id] for sample in short}
+    pools.clear()
+    free = int(gib(model, 3, 64) * 2**30 / 0.69)
+    monkeypatch.setattr(model.backbone, "free_bytes", lambda: free - sum(pool.num_bytes for pool in pools[-1:]))
+    steps = list(generate(model, samples, config, keep_going=True))
+    assert answers(step for step in steps if not step.error) == expected
+    assert [pool.num_pages for pool in pools] == [0, 3]
+    (failed,) = [step for step in steps if step.error]
+    assert isinstance(failed.error, SampleTooLong) and failed.id == "s2"
+    assert re.search("needs keys and values of 203 tokens .200 of .* free, of which 70% may be", str(failed.error))
+    told = " ".join(capsys.readouterr().err.split())
+    assert "of 7 samples would take" in told and "samples wait for each other. Lower max_new_tokens" in told
+
+
+def test_a_pool_larger_than_what_is_free_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("llama")
+    config = GenerationConfig(kv_cache_gib=gib(model, 5, 64))
+    monkeypatch.setattr(model.backbone, "free_bytes", lambda: int(gib(model, 5, 64) * 2**30))
+    Batch(model, config)
+    monkeypatch.setattr(model.backbone, "free_bytes", lambda: int(gib(model, 5, 64) * 2**30) - 1)
+    with pytest.raises(ValueError, match=r"kv_cache_gib=.* takes .* GiB of memory are free; give less"):
+        Batch(model, config)
 
 
 def test_a_pool_is_made_once_and_empty_again_at_the_end() -> None:
