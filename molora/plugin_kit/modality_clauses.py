@@ -10,12 +10,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from molora.checkpoint.assembly import Blueprint
 from molora.config import ConfigError, build
-from molora.modality import MediaError, Modality, Prepared
+from molora.modality import HasBlank, MediaError, Modality, Prepared
 from molora.plugin_kit.catalogue import modalities
 from molora.plugin_kit.clauses import Fault, clause, kept, some, words_of
 from molora.plugin_kit.under_test import OTHER, OWN, SEED, ModalityUnderTest, tiny_molora
@@ -277,6 +279,58 @@ def inputs_kept(tested: ModalityUnderTest) -> str:
     with kept(tested.prepared, "collate changes the prepared items that it joins; copy what you change"):
         modality.collate(tested.prepared)
     return "load, prepare and collate leave what they are given as it was"
+
+
+@clause("blank", "prepare")
+def blank(tested: ModalityUnderTest) -> str:
+    if not isinstance(tested.make(), HasBlank):
+        return "has no method blank: evaluations cannot ask with blank media"
+    modality, advice = tested.make(), "return an item of the same size that says nothing: the same whatever the item holds"
+    for index in tested.every:
+        item = modality.load(tested.part(index))
+        with kept(item, f"blank changes the item of part {index}; make a new one"):
+            scramble(0)
+            one = modality.prepare(modality.blank(item))
+        scramble(1)
+        if fingerprint(modality.prepare(modality.blank(item))) != fingerprint(one):
+            raise Fault(f"blank gives another item for part {index} when called again; draw nothing in it")
+        whole = tested.prepared[index]
+        sizes = [(each.num_tokens, _shapes(each)) for each in (one, whole)]
+        if sizes[0] != sizes[1]:
+            raise Fault(f"blank of part {index} takes {_sized(one)}, the part itself {_sized(whole)}; {advice}")
+        if wrong := [name for name, tensor in one.tensors.items() if not tensor.isfinite().all()]:
+            raise Fault(f"blank of part {index} has {some(wrong)} that is not finite; {advice}")
+        other = modality.prepare(modality.blank(_otherwise(item)))
+        if fingerprint(one) == fingerprint(whole) or fingerprint(other) != fingerprint(one):
+            raise Fault(f"blank of part {index} still says what the item holds; {advice}")
+    return f"{len(tested.parts)} blank items, of the same size and without content"
+
+
+def _shapes(prepared: Prepared) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in prepared.tensors.items()}
+
+
+def _sized(prepared: Prepared) -> str:
+    shapes = ", ".join(f"{name} {shape}" for name, shape in _shapes(prepared).items())
+    return f"{prepared.num_tokens} tokens ({shapes})"
+
+
+def _otherwise(item: Any) -> Any:
+    """An item of the same size that holds something else: its values in reverse order, and half as large."""
+    if isinstance(item, Tensor):
+        turned = item.flip(tuple(range(item.ndim)))
+        return turned * 0.5 if item.is_floating_point() else turned // 2
+    if isinstance(item, np.ndarray):
+        return _otherwise(torch.from_numpy(item.copy())).numpy() if item.dtype.kind in "fiu" else item
+    if isinstance(item, Image.Image):
+        return Image.fromarray(_otherwise(np.asarray(item)), item.mode)
+    if isinstance(item, str):
+        return item[::-1]
+    if isinstance(item, (list, tuple)) and all(isinstance(value, float) for value in item):
+        return type(item)(value / 2 for value in reversed(item))
+    if isinstance(item, (list, tuple)):
+        return type(item)(map(_otherwise, item))
+    return {key: _otherwise(value) for key, value in item.items()} if isinstance(item, dict) else item
 
 
 @clause("order of calls", "prepare", "randomness")

@@ -635,6 +635,53 @@ class KeepsATensorOutOfItsState(Reshaping):
             return replace(frames, frames_SC=frames.frames_SC + self.shift)
 
 
+# Blank items -----------------------------------------------------------------------------------------------------
+
+
+class Blanks(Series):
+    """No fault: a line at zero for a series."""
+
+    def blank(self, item: Any) -> Any:
+        return torch.zeros_like(item)
+
+
+class BlanksToAnotherSize(Series):
+    def blank(self, item: Any) -> Any:
+        return torch.zeros(6)
+
+
+class BlanksByChance(Series):
+    def blank(self, item: Any) -> Any:
+        return torch.rand_like(item)
+
+
+class BlanksToTheItem(Series):
+    def blank(self, item: Any) -> Any:
+        return item
+
+
+class BlanksToTheMean(Series):
+    """One value for the whole series, and it tells of the series."""
+
+    def blank(self, item: Any) -> Any:
+        return torch.full_like(item, float(item.mean()))
+
+
+class BlanksToNoNumber(Series):
+    def blank(self, item: Any) -> Any:
+        return torch.zeros_like(item).log()
+
+
+class BlanksInPlace(Series):
+    def blank(self, item: Any) -> Any:
+        return item.zero_()
+
+
+class BlanksWithAnError(Series):
+    def blank(self, item: Any) -> Any:
+        return item.nothing
+
+
 # The process -----------------------------------------------------------------------------------------------------
 
 

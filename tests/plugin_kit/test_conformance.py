@@ -107,6 +107,13 @@ BROKEN: list[tuple[str, ...]] = [
     ("SavesAConfigThatReadsOtherwise", "saving", "saved_config(with_weights=True)"),
     ("SaysItCanBeFetched", "saving", "saved_config(with_weights=False)"),
     ("KeepsATensorOutOfItsState", "saving", "all that forward uses is in state_dict"),
+    ("BlanksToAnotherSize", "blank", "blank of part 0 takes 3 tokens (pairs_S2 (3, 2)), the part itself 2 tokens"),
+    ("BlanksByChance", "blank", "blank gives another item for part 0 when called again"),
+    ("BlanksToTheItem", "blank", "blank of part 0 still says what the item holds"),
+    ("BlanksToTheMean", "blank", "blank of part 0 still says what the item holds"),
+    ("BlanksToNoNumber", "blank", "blank of part 0 has pairs_S2 that is not finite"),
+    ("BlanksInPlace", "blank", "blank changes the item of part 0; make a new one"),
+    ("BlanksWithAnError", "blank", "BlanksWithAnError.blank raised AttributeError"),
     ("KeepsItsFrames", "memory", "forward leaves 3 tensors behind"),
     ("KeepsItsItems", "memory", "load, prepare and collate leave 0 tensors and 9"),
     ("ChangesTheDefaultDtype", "shared state", "collate changes the default dtype", "tokens equal frames"),
@@ -132,13 +139,14 @@ def by_check(findings: list[Finding]) -> dict[str, Finding]:
     [
         (spec("Series"), {}),
         (spec("Fetched"), {}),
+        (spec("Blanks"), {}),
         ("molora.testing:Numbers", {"projector_beside": ["neighbour"]}),
         ("molora.testing:Letters", {}),
         ("vision", {"crop_pixels": 16, "max_crops": 3, "pool": 1, "tower": CONVIT}),
         ("audio", {"tower": {"conformer": CONFORMER}, "beside": {"vision": "vision"}, "augment": AUGMENT}),
         (f"{HERE.parent / 'keyword_transformer.py'}:KeywordTransformer", {"weights": str(WEIGHTS)}),
     ],
-    ids=["series", "fetched", "numbers", "letters", "vision", "audio", "keyword transformer"],
+    ids=["series", "fetched", "blanks", "numbers", "letters", "vision", "audio", "keyword transformer"],
 )
 def test_good_plugins_keep_every_clause(plugin: str, options: dict[str, Any]) -> None:
     if "audio" in plugin or "keyword" in plugin:
@@ -167,7 +175,9 @@ def test_a_broken_plugin_fails_the_check_meant_for_it(
 def test_the_table_has_every_broken_plugin_and_breaks_every_check() -> None:
     module: types.ModuleType = sys.modules[resolve("modality", spec("Series")).__module__]
     plugins = {name for name, value in vars(module).items() if hasattr(value, "part_type")}
-    assert {row[0] for row in BROKEN} == plugins - {"Series", "Reshaping", "SkipsLayersInTraining", "Fetched"}
+    assert {row[0] for row in BROKEN} == plugins - {
+        *("Series", "Reshaping", "SkipsLayersInTraining", "Fetched", "Blanks")
+    }
     assert len(BROKEN) == len({row[0] for row in BROKEN}) >= 24
     assert {row[1] for row in BROKEN} == {*CHECKS} - {"imports"}, "and the plugin for that is a file of its own"
 
