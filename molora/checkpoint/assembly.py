@@ -7,7 +7,7 @@ from typing import Any
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
 
-from molora.checkpoint.pretrained import read_dtype
+from molora.checkpoint.stock import read_dtype
 from molora.config import ConfigError, build, plain
 from molora.data.processor import Processor
 from molora.media import MediaPolicy
@@ -21,8 +21,9 @@ from molora.routing import RoutingError, check_part
 
 @dataclass(kw_only=True)
 class BackboneConfig:
-    """A causal LM: `path` is a folder or a hub id, `revision` a branch, tag or commit on the hub. `dtype` casts its
-    weights; by default they keep their stored dtype."""
+    """A causal LM: `path` is a folder, a hub id, or `package:NAME` for the GGUF file in an installed Python package;
+    `revision` is a branch, tag or commit on the hub. `dtype` casts its weights; by default they keep their stored
+    dtype, those of a GGUF file fp32."""
 
     path: str
     dtype: str | None = None

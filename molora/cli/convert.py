@@ -28,3 +28,18 @@ def convert_phi4mm(
     else:
         import_release(source, target)
     print(f"done: {target}")
+
+
+@app.command("gguf")
+def convert_gguf(
+    source: Annotated[
+        str, typer.Argument(metavar="FILE|PACKAGE", help="A GGUF file, or an installed Python package that holds one.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write.")],
+    dtype: Annotated[str, typer.Option(help="What the weights are written in; fp32 loses nothing.")] = "float32",
+) -> None:
+    """GGUF, of llama.cpp: a file, or the one in an installed package, to a folder that transformers opens."""
+    from molora.checkpoint.gguf import find_gguf, unpack
+
+    unpack(find_gguf(source), target, dtype)
+    print(f"done: {target}")

@@ -14,7 +14,9 @@ import typer
 if TYPE_CHECKING:
     from molora.inference.load import LoadedModel
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A run folder, or a backbone: a folder or hub id.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A run folder, or a backbone: a folder, hub id or package:NAME.")
+]
 Modalities = Annotated[
     list[Path] | None, typer.Option("--modality", metavar="FOLDER", help="A modality folder; repeat.")
 ]

@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 import torch
@@ -29,19 +28,19 @@ from transformers import (
 from molora.checkpoint.assembly import RouterConfig
 from molora.checkpoint.format import check_format, tensor_hash
 from molora.checkpoint.modality_folder import describe_modality, files_in, read_blueprint
-from molora.checkpoint.pretrained import damage_named, fetch, identify
+from molora.checkpoint.pretrained import fetch, identify
 from molora.checkpoint.run_folder import read_run, write_run
+from molora.checkpoint.stock import damage_named
 from molora.config import ConfigError
 from molora.convert.phi4mm import ADAPTERS, TARGETS, UNUSED_FILE, Layout, Release, adapters_to_hub, from_hub, to_hub
 from molora.hub import HubError, fetch_file
 from molora.model import lora
 from molora.received import SHARD_INDEX, Entry, TensorFile, copy_file, read_json, read_tensors, shard_names, stamps
 from molora.storage import (
-    cache_folder,
     check_shapes,
+    made_once,
     save_tensors,
     write_atomically,
-    write_cached,
     write_folder,
     write_json,
     write_tensors,
@@ -105,11 +104,6 @@ class _Tensors(Mapping[str, Tensor]):
             raise ValueError(f"{told}; take the checkpoint as it was released")
 
 
-_ABOUT_KEPT = "Checkpoints that molora converted once, to open them faster. They can be deleted.\n"
-# Where the cache cannot be written, for as long as the process lives.
-_converted: list[TemporaryDirectory[str]] = []
-
-
 def layout_of(source: str | Path) -> Layout | None:
     """In which layout a folder, or what the hub has under an id, holds Phi-4-multimodal; None if it is another."""
     path = Path(source) / "config.json"
@@ -134,15 +128,12 @@ def converted(source: str | Path) -> str | Path:
     folders = [folder, *(folder / adapter for adapter, _ in ADAPTERS.values())]
     read = [path for place in folders if place.is_dir() for path in files_in(place.resolve())]
     key = hashlib.sha256(json.dumps([stamps(read), FORMAT_VERSION]).encode()).hexdigest()
-    kept = cache_folder() / _KEPT
-    if not (kept / key).is_dir() and not write_cached(kept / "about.txt", lambda path: path.write_text(_ABOUT_KEPT)):
-        _converted.append(TemporaryDirectory(prefix="molora-"))
-        kept = Path(_converted[-1].name)
-    run = kept / key
-    if not (run / "molora.json").is_file():
+
+    def convert(run: Path) -> None:
         say(f"converting {source}, this once, to {run}")
         import_release(source, run)
-    return run
+
+    return made_once(_KEPT, key, "molora.json", convert)
 
 
 def import_release(source: str | Path, run: Path) -> None:

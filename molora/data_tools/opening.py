@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from molora.checkpoint.pretrained import fetch, load_tokenizer
+from molora.checkpoint.pretrained import fetch
+from molora.checkpoint.stock import load_tokenizer
 from molora.data.processor import Processor
 from molora.data.sources import Source, SourceConfig
 from molora.doctor.dry_run import on_meta

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM
 
 from molora.checkpoint.assembly import BackboneConfig, assemble
 from molora.checkpoint.opening import plan_model
-from molora.checkpoint.pretrained import damage_named, fetch, read_config, read_dtype
+from molora.checkpoint.pretrained import fetch
+from molora.checkpoint.stock import damage_named, read_config, read_dtype
 from molora.config import ConfigError
 from molora.convert.release import layout_of
 from molora.model.backbone import Backbone

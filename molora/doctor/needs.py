@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from molora.checkpoint.pretrained import fetch, load_tokenizer
+from molora.checkpoint.pretrained import fetch
+from molora.checkpoint.stock import load_tokenizer
 from molora.config import ConfigError
 from molora.data.processor import Processor, SampleTooLong
 from molora.data.sources import EncodedSamples

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
 from molora.checkpoint.format import FORMAT_VERSION, check_format
-from molora.checkpoint.pretrained import read_dtype
+from molora.checkpoint.stock import read_dtype
 from molora.config import ConfigError, require
 from molora.interrupt import Interrupt, Stopped
 from molora.model.loss import target_losses

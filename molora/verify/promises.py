@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from molora.checkpoint.modality_folder import check_modality, read_about
-from molora.checkpoint.pretrained import open_stock
+from molora.checkpoint.stock import open_stock
 from molora.data.messages import Message
 from molora.data.processor import SampleTooLong
 from molora.inference.generate import GenerationConfig, generate

@@ -23,8 +23,9 @@ import molora
 from molora.checkpoint.assembly import RouterConfig, assemble, blueprint
 from molora.checkpoint.format import tensor_hash
 from molora.checkpoint.modality_folder import copy_modality, load_modality, read_blueprint, save_modality
-from molora.checkpoint.pretrained import load_backbone, read_config
+from molora.checkpoint.pretrained import load_backbone
 from molora.checkpoint.run_folder import write_run
+from molora.checkpoint.stock import read_config
 from molora.config import ConfigError
 from molora.doctor.dry_run import on_meta
 from molora.encoders.audio import AudioConfig

@@ -20,8 +20,9 @@ from molora import plugins
 from molora.checkpoint import trust
 from molora.checkpoint.assembly import RouterConfig, assemble, blueprint
 from molora.checkpoint.modality_folder import save_modality
-from molora.checkpoint.pretrained import load_backbone, open_stock
+from molora.checkpoint.pretrained import load_backbone
 from molora.checkpoint.run_folder import write_run
+from molora.checkpoint.stock import open_stock
 from molora.checkpoint.trust import Untrusted, find_received, remember
 from molora.cli.commands import app
 from molora.config import ConfigError, build
