@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -66,7 +67,7 @@ def write_folder(path: Path) -> Iterator[Path]:
     error the draft is removed, and what was at `path` is as it was. After a kill between the two renames `hold` puts it
     back."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.parent / f".molora-{secrets.token_hex(8)}.tmp"
+    draft = path.parent / f".molora-{_mark(path)}{secrets.token_hex(4)}.tmp"
     draft.mkdir()
     try:
         yield draft
@@ -77,6 +78,18 @@ def write_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
         raise
     sync(path.parent)
+
+
+def remove_drafts(path: Path) -> None:
+    """Removes what processes that were killed have written of the folder at `path`. Who calls it holds `path`."""
+    for draft in path.parent.glob(f".molora-{_mark(path)}????????.tmp"):
+        if _TEMPORARY.fullmatch(draft.name) and draft.is_dir() and not draft.is_symlink():
+            shutil.rmtree(draft)
+
+
+def _mark(path: Path) -> str:
+    """Tells drafts of one folder from those of others beside it."""
+    return hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]
 
 
 @contextlib.contextmanager

@@ -66,14 +66,17 @@ def convert(
     rows_per_shard: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Write tar shards of N rows, not JSONL and files.")
     ] = None,
+    strict: options.Strict = False,
 ) -> None:
     """Write rows as JSONL of messages with their media as files beside it, or as shards of webdataset: every source of
-    a recipe, or a file of conversations."""
+    a recipe, or a file of conversations.
+
+    A row that cannot be written, as its medium is missing, is left out and told; the exit code is 2 if any was."""
     from molora.config import ConfigError, read
     from molora.data.sources import SourceConfig
     from molora.data_tools.convert import convert as convert_data
     from molora.data_tools.opening import sources_of
-    from molora.terminal import say
+    from molora.terminal import say, warn
     from molora.train.recipe import Recipe
 
     if source.suffix in (".yaml", ".yml"):
@@ -83,8 +86,13 @@ def convert(
         raise ConfigError(f"{overrides[0]}: settings go with a recipe, and {source} is a file of conversations")
     else:
         sources = {source.name.partition(".")[0]: SourceConfig(kind="messages", options={"path": str(source)})}
-    written = convert_data(sources, target, limit=limit, rows_per_shard=rows_per_shard)
+    written = convert_data(sources, target, limit=limit, rows_per_shard=rows_per_shard, strict=strict)
+    for reason in written.why:
+        warn(f"left out: {reason}")
+    if written.num_left_out > len(written.why):
+        warn(f"and {written.num_left_out - len(written.why):,} more rows are left out")
     say(f"done: {target}, {written.num_rows:,} rows, {written.num_media:,} media")
+    raise typer.Exit(options.FAILED_ROWS if written.num_left_out else 0)
 
 
 @app.command()

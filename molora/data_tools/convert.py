@@ -4,9 +4,9 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ from molora.media import Sources
 from molora.media.policy import SCHEMES, scheme
 from molora.modality import MediaError
 from molora.received import check_name
-from molora.storage import write_folder
+from molora.storage import hold, remove_drafts, write_folder
 from molora.terminal import progress
 
 # A larger file of one medium is refused; modalities refuse such files too.
@@ -42,15 +42,31 @@ _RIFF_ENDINGS = {b"WAVE": ".wav", b"WEBP": ".webp"}
 
 # Types of parts whose content may stand under the type itself, and the keys that hold the content of any.
 _MEDIA_TYPES = ("image", "audio", "video")
+# Rows that are left out are counted; so many are told.
+_MAX_TOLD = 20
 _CONTENTS = ("array", "bytes", "base64", "path", "url")
 
 
 @dataclass
 class Written:
-    """How much was written."""
+    """How much was written, how many rows were left out, and why the first of these were."""
 
     num_rows: int = 0
     num_media: int = 0
+    num_left_out: int = 0
+    why: list[str] = field(default_factory=list)
+
+
+class Unwritable(ValueError):
+    """A row that cannot be written as it is."""
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What the file of a medium will hold, and the ending of its name."""
+
+    data: bytes
+    ending: str
 
 
 class _Files(Protocol):
@@ -71,36 +87,69 @@ def convert(
     *,
     limit: int | None = None,
     rows_per_shard: int | None = None,
+    strict: bool = False,
     show: bool = True,
 ) -> Written:
     """Writes sources into a new folder: NAME.jsonl with media in NAME.media/, or NAME-000000.tar and so on, of
     `rows_per_shard` rows each, a row being KEY.json and its media KEY.0.png, KEY.1.wav ….
 
     Media are the files that they were, byte for byte; arrays become PNG or WAV without loss. URLs stay URLs. The folder
-    is there when all rows are written, and not before.
+    is there when all rows are written, and not before. A row that cannot be written is left out, or with `strict` stops
+    it all.
 
     Raises: ConfigError for a folder that is there already and for sources that cannot be opened, ValueError naming the
-    row that cannot be written, or a source whose name is none of a file.
+    row that cannot be written if all are such or with `strict`, or a source whose name is none of a file.
     """
     if target.exists():
         raise ConfigError(f"{target}: is there already; name a new folder")
     opened = {check_name(name, str(target)): open_source(config, name) for name, config in sources.items()}
     written = Written()
-    with write_folder(target) as draft, progress(shown=show) as bars:
-        for name, source in opened.items():
-            num_rows = len(source) if limit is None else min(limit, len(source))
-            bar = bars.add_task(name, total=num_rows, note="")
-            files = _Lines(draft, name) if rows_per_shard is None else _Shards(draft, name, rows_per_shard)
-            with closing(files):
-                for row in range(num_rows):
-                    _write_row(source, row, name, files, written)
-                    bars.advance(bar)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with hold(target):
+        remove_drafts(target)
+        with write_folder(target) as draft, progress(shown=show) as bars:
+            for name, source in opened.items():
+                num_rows = len(source) if limit is None else min(limit, len(source))
+                bar = bars.add_task(name, total=num_rows, note="")
+                files = _Lines(draft, name) if rows_per_shard is None else _Shards(draft, name, rows_per_shard)
+                with closing(files):
+                    for row in range(num_rows):
+                        _convert_row(source, row, name, files, written, strict)
+                        bars.advance(bar)
+            if written.num_left_out and not written.num_rows:
+                raise ValueError(f"none of {written.num_left_out:,} rows can be written; the first: {written.why[0]}")
     return written
 
 
-def _write_row(source: Source, row: int, name: str, files: _Files, written: Written) -> None:
+def _convert_row(source: Source, row: int, name: str, files: _Files, written: Written, strict: bool) -> None:
+    try:
+        values = _row(source, row, name)
+    except Unwritable as error:
+        if strict:
+            raise
+        written.num_left_out += 1
+        if len(written.why) < _MAX_TOLD:
+            written.why.append(str(error))
+        return
+    for message in values["messages"]:
+        for part in message["content"] if isinstance(message["content"], list) else ():
+            if isinstance(part.get("path"), _Content):
+                part["path"] = files.medium(row, part["path"].data, part["path"].ending)
+            written.num_media += part["type"] != "text"
+    files.row(row, values)
+    written.num_rows += 1
+
+
+def _row(source: Source, row: int, name: str) -> dict[str, Any]:
+    """A row with the content of its media, which is all read. Raises Unwritable."""
     where = place_of(source, row, name)
-    example = source[row]
+    try:
+        example = source[row]
+    except ImportError:
+        raise
+    except Exception as error:  # a plugin's source can fail in any way
+        told = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise Unwritable(told if told.startswith(where) else f"{where}: {told}") from error
     messages: list[dict[str, Any]] = []
     for i, message in enumerate(example["messages"]):
         if isinstance(message["content"], str):
@@ -108,24 +157,21 @@ def _write_row(source: Source, row: int, name: str, files: _Files, written: Writ
             continue
         content = []
         for j, part in enumerate(parts(message)):
-            if part["type"] == "text":
-                content.append(dict(part))
-                continue
             try:
-                content.append(_part(part, lambda data, ending: files.medium(row, data, ending)))
+                content.append(dict(part) if part["type"] == "text" else _part(part))
             except (ValueError, OSError, TypeError) as error:
-                raise ValueError(f"{where}: message {i}, part {j} ({part['type']}): {error}") from error
-            written.num_media += 1
+                raise Unwritable(f"{where}: message {i}, part {j} ({part['type']}): {error}") from error
         messages.append({**message, "content": content})
+    values = {**example, "messages": messages}
     try:
-        files.row(row, {**example, "messages": messages})
+        _json(values)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: holds what JSON cannot ({error}); only media may be bytes or arrays") from error
-    written.num_rows += 1
+        raise Unwritable(f"{where}: holds what JSON cannot ({error}); only media may be bytes or arrays") from error
+    return values
 
 
-def _part(part: Mapping[str, Any], keep: Callable[[bytes, str], str]) -> dict[str, Any]:
-    """A part with its content in a file that `keep` writes. What a plugin's part holds otherwise stays as it is."""
+def _part(part: Mapping[str, Any]) -> dict[str, Any]:
+    """A part with its content as its `path`. What a plugin's part holds otherwise stays as it is."""
     kind = part["type"]
     if part.get(kind) is not None and kind in _MEDIA_TYPES:
         part = {**{key: value for key, value in part.items() if key != kind}, **media(kind, part[kind])}
@@ -133,16 +179,16 @@ def _part(part: Mapping[str, Any], keep: Callable[[bytes, str], str]) -> dict[st
     value = part.get(found)
     rest = {key: value for key, value in part.items() if key != found}
     if isinstance(value, (Image.Image, np.ndarray, Tensor)):
-        return {**rest, "path": keep(*_encoded(value, rest.get("sampling_rate")))}
+        return {**rest, "path": _encoded(value, rest.get("sampling_rate"))}
     if found not in _CONTENTS or found == "array" or (found == "url" and scheme(str(value)) in SCHEMES):
         return dict(part)
     data = _FILES.read(found, value)
     ending = Path(str(value)).suffix if found == "path" else ""
-    return {**rest, "path": keep(data, ending or _ending(data))}
+    return {**rest, "path": _Content(data, ending or _ending(data))}
 
 
-def _encoded(value: Any, rate_hz: Any) -> tuple[bytes, str]:
-    """A picture as PNG, or a waveform as WAV if it has a rate, and the ending of its name."""
+def _encoded(value: Any, rate_hz: Any) -> _Content:
+    """A picture as PNG, or a waveform as WAV if it has a rate."""
     file = io.BytesIO()
     if rate_hz is not None:
         try:
@@ -152,14 +198,14 @@ def _encoded(value: Any, rate_hz: Any) -> tuple[bytes, str]:
         wave = np.asarray(value.movedim(0, -1) if isinstance(value, Tensor) else value)
         kinds = {"int16": "PCM_16", "int32": "PCM_32", "uint8": "PCM_U8", "float64": "DOUBLE"}
         soundfile.write(file, wave, int(rate_hz), format="WAV", subtype=kinds.get(wave.dtype.name, "FLOAT"))
-        return file.getvalue(), ".wav"
+        return _Content(file.getvalue(), ".wav")
     if not isinstance(value, Image.Image):
         pixels = np.asarray(value.movedim(0, -1) if isinstance(value, Tensor) and value.ndim == 3 else value)
         if pixels.dtype != np.uint8:
             raise MediaError(f"an array of {pixels.dtype} has no file format that keeps it; give uint8 pixels")
         value = Image.fromarray(pixels.squeeze(2) if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
     value.save(file, format="PNG")
-    return file.getvalue(), ".png"
+    return _Content(file.getvalue(), ".png")
 
 
 def _ending(data: bytes) -> str:
@@ -195,6 +241,7 @@ class _Shards:
     def __init__(self, folder: Path, name: str, rows_per_shard: int) -> None:
         self.stem, self.rows_per_shard = folder / name, rows_per_shard
         self.tar: tarfile.TarFile | None = None
+        self.num_rows = 0
         self.waiting: list[tuple[str, bytes]] = []
 
     def medium(self, row: int, data: bytes, ending: str) -> str:
@@ -202,11 +249,12 @@ class _Shards:
         return self.waiting[-1][0]
 
     def row(self, row: int, values: Mapping[str, Any]) -> None:
-        shard, place = divmod(row, self.rows_per_shard)
+        shard, place = divmod(self.num_rows, self.rows_per_shard)
+        self.num_rows += 1
         if place == 0:
             self.close()
             self.tar = tarfile.open(f"{self.stem}-{shard:06}.tar", "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-        assert self.tar is not None, "rows come in order, from the first on"
+        assert self.tar is not None, "the first row opens it"
         for name, data in ((f"{row:09}.json", _json(values).encode()), *self.waiting):
             about = tarfile.TarInfo(name)
             about.size = len(data)
@@ -219,4 +267,11 @@ class _Shards:
 
 
 def _json(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, ensure_ascii=False, allow_nan=False)
+    """A row as JSON; content that has no path yet stands for one."""
+    return json.dumps(values, ensure_ascii=False, allow_nan=False, default=_path_to_be)
+
+
+def _path_to_be(value: Any) -> str:
+    if isinstance(value, _Content):
+        return value.ending
+    raise TypeError(f"{type(value).__name__} is not JSON serializable")

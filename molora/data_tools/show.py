@@ -13,9 +13,9 @@ from molora.data.sources import Source, open_source, rows_at_hand
 from molora.data_tools.drawing import curve, decoded, drawn, mapped
 from molora.data_tools.opening import Named, asked_by, open_processor, place_of, sources_of
 from molora.pack import Sample
-from molora.report.page import embedded, fill
+from molora.report.page import embedded, filled
 from molora.routing import Router
-from molora.storage import write_text
+from molora.storage import write_atomically
 from molora.terminal import progress
 from molora.train.recipe import Recipe
 
@@ -32,19 +32,37 @@ def write_page(recipe: Recipe, path: Path, *, rows: int = 4, trust: Sequence[str
     opened = [(named, open_source(named.config, named.key)) for named in sources_of(recipe)]
     opened.sort(key=lambda pair: pair[0].stage is None)  # what trains comes first
     processor, router = open_processor(recipe, trust)
-    sections = []
+    chosen = [_spread(len(rows_at_hand(source)), rows) for _, source in opened]
     with progress(shown=show) as bars:
-        for named, source in opened:
-            chosen = _spread(len(rows_at_hand(source)), rows)
-            bar = bars.add_task(named.key, total=len(chosen), note="")
-            cards = []
-            for row in chosen:
-                cards.append(_card(named, source, row, processor, router))
-                bars.advance(bar)
-            about = named.stage.name if named.stage else f"at most {named.evaluation.max_new_tokens} tokens of answer"  # pyright: ignore[reportOptionalMemberAccess]
-            sections.append({"key": named.key, "about": about, "num_rows": len(source), "cards": cards})
-    template, names = Path(__file__).with_name("show.html.j2"), list(processor.modalities)
-    write_text(path, fill(template, run=recipe.run, sections=sections, modalities=names))
+        tasks = [
+            bars.add_task(named.key, total=len(each), note="") for (named, _), each in zip(opened, chosen, strict=True)
+        ]
+
+        def cards(number: int) -> Iterator[dict[str, Any]]:
+            for row in chosen[number]:
+                yield _card(*opened[number], row, processor, router)
+                bars.advance(tasks[number])
+
+        sections = [
+            {
+                "key": named.key,
+                "about": named.stage.name
+                if named.stage
+                else f"at most {named.evaluation.max_new_tokens} tokens of answer",  # pyright: ignore[reportOptionalMemberAccess]
+                "num_rows": len(source),
+                "num_cards": len(chosen[number]),
+                "cards": cards(number),
+            }
+            for number, (named, source) in enumerate(opened)
+        ]
+        template = Path(__file__).with_name("show.html.j2")
+        pieces = filled(template, run=recipe.run, sections=sections, modalities=list(processor.modalities))
+
+        def write(temporary: Path) -> None:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.writelines(pieces)
+
+        write_atomically(path, write)
 
 
 def _spread(length: int, count: int) -> list[int]:

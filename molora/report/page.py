@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -91,11 +91,16 @@ def write(report: Report, folder: Path) -> Path:
 
 def fill(name: str | Path, **values: Any) -> str:
     """A template, of this folder unless its path says otherwise, filled in; all of them have one style."""
+    return "".join(filled(name, **values))
+
+
+def filled(name: str | Path, **values: Any) -> Iterator[str]:
+    """The same in pieces, so that what is taken from an iterator need not be in memory at once."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = _number
     here = Path(__file__).parent
     template, style = ((here / file).read_text(encoding="utf-8") for file in (name, "style.css.j2"))
-    return environment.from_string(template).render(values, style=style)
+    return environment.from_string(template).generate(values, style=style)
 
 
 def _figures(report: Report) -> dict[str, Any]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from molora.data.messages import media_parts
 from molora.data.sources import Messages, MessagesConfig, Source, SourceConfig, open_source
 from molora.data_tools.convert import convert
 from molora.plugins import find
+from molora.storage import write_folder
 from tests.data_tools.planted import clip, picture, recipe, row, write
 
 pytest.importorskip("soundfile")
@@ -134,14 +138,64 @@ def test_shards_are_read_again_as_they_were(tmp_path: Path) -> None:
     assert_same(open_source(config(tmp_path), "test"), open_source(again, "test"))
 
 
-def test_a_row_that_cannot_be_written_is_named_and_nothing_is_left(tmp_path: Path) -> None:
-    Path(tmp_path / "rows.jsonl").write_text(
-        '{"messages": [{"role": "user", "content": [{"type": "image", "path": "gone.png"}]}]}\n', encoding="utf-8"
-    )
-    source = SourceConfig(kind="messages", options={"path": str(tmp_path / "rows.jsonl")})
+def rows_with_faults(folder: Path) -> dict[str, SourceConfig]:
+    """Four rows: one without its picture, one that is whole, one of another shape, and another whole one."""
+    picture(folder, "there")
+    shown = [[{"type": "image", "path": f"{name}.png"}] for name in ("gone", "there")]
+    rows: list[Any] = [
+        {"messages": [{"role": "user", "content": each}, {"role": "assistant", "content": "a"}]} for each in shown
+    ]
+    write(folder / "rows.jsonl", [*rows, {"messages": 7}, rows[1]])
+    return {"rows": SourceConfig(kind="messages", options={"path": str(folder / "rows.jsonl")})}
+
+
+@pytest.mark.parametrize("rows_per_shard", [None, 1])
+def test_rows_that_cannot_be_written_are_left_out_and_told(tmp_path: Path, rows_per_shard: int | None) -> None:
+    written = convert(rows_with_faults(tmp_path), tmp_path / "new", rows_per_shard=rows_per_shard, show=False)
+    assert (written.num_rows, written.num_media, written.num_left_out) == (2, 2, 2)
+    assert re.search(r"rows.jsonl, row 1: message 0, part 0 \(image\): .*gone.png", written.why[0])
+    assert "rows.jsonl, row 3: " in written.why[1]
+    if rows_per_shard is None:
+        assert [messages(tmp_path / "new" / "rows.jsonl")[row]["id"] for row in range(2)] == ["1", "3"]
+    else:
+        shards = SourceConfig(kind="shards", options={"path": str(tmp_path / "new" / "rows-00000{0,1}.tar")})
+        assert [open_source(shards, "test")[row]["id"] for row in range(2)] == ["1", "3"]
+
+
+def test_where_no_row_can_be_left_out_nothing_is_left(tmp_path: Path) -> None:
+    rows = rows_with_faults(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ValueError, match=r"rows.jsonl, row 1: message 0, part 0 \(image\): .*gone.png"):
-        convert({"rows": source}, tmp_path / "new", show=False)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
+        convert(rows, tmp_path / "new", strict=True, show=False)
+    with pytest.raises(ValueError, match=r"none of 1 rows can be written; the first: .*gone.png"):
+        convert(rows, tmp_path / "new", limit=1, show=False)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    rows = rows_with_faults(tmp_path)
+    for name in ("new", "other"):
+        if os.fork() == 0:
+            with write_folder(tmp_path / name) as draft:
+                (draft / "half").write_text("x")
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.wait()
+    left = set(tmp_path.glob(".molora-*.tmp"))
+    assert len(left) == 2
+    convert(rows, tmp_path / "new", show=False)
+    assert len(left & set(tmp_path.iterdir())) == 1, "that of the other folder is not touched"
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"rows.jsonl", "rows.media"}
+
+
+def test_the_command_tells_what_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows_with_faults(tmp_path)
+    monkeypatch.setattr("sys.argv", ["molora", "data", "convert", f"{tmp_path}/rows.jsonl", f"{tmp_path}/new"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    told = " ".join(capsys.readouterr().err.split())
+    assert stopped.value.code == 2 and "left out: " in told and "gone.png" in told
 
 
 def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:

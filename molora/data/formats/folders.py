@@ -22,6 +22,7 @@ _ENDINGS = {
 @dataclass(kw_only=True)
 class FolderConfig:
     """A folder of files of one type, at any depth, each of which is a row: `image` or `audio`, told by their endings.
+    Links are followed, and names that begin with a dot left out.
     `prompt` and `answer` are templates over `{class}`, the name of the folder that a file lies in, `{text}`, what the
     text file of the same name beside it holds (a.jpg, a.txt), and `{name}`, its own name without the ending."""
 
@@ -41,6 +42,27 @@ class Folder(Table):
         super().__init__(about, _Files(Path(os.path.expanduser(config.path)), config.part))
 
 
+def files_below(root: Path) -> list[str]:
+    """The files below a folder at any depth, as paths from it, in order. Links are followed, each folder once on a way
+    down. What programs hide beside data, by a name that begins with a dot, is left out."""
+    found: list[str] = []
+
+    def walk(folder: str, above: frozenset[tuple[int, int]]) -> None:
+        with os.scandir(root / folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                path = os.path.join(folder, entry.name)
+                if not entry.is_dir():
+                    found.append(path)
+                elif (key := (entry.stat().st_dev, entry.stat().st_ino)) not in above:
+                    walk(path, above | {key})
+
+    status = root.stat()
+    walk("", frozenset({(status.st_dev, status.st_ino)}))
+    return sorted(found)
+
+
 class _Files:
     """The files of one type below a folder."""
 
@@ -48,13 +70,7 @@ class _Files:
         if not root.is_dir():
             raise ConfigError(f"data source {root}: no such folder")
         self.root = root.absolute()
-        found = (
-            os.path.relpath(os.path.join(folder, name), self.root)
-            for folder, _, names in os.walk(self.root)
-            for name in names
-            if name.lower().endswith(_ENDINGS[part]) and not name.startswith(".")
-        )
-        self.paths = sorted(found)
+        self.paths = [path for path in files_below(self.root) if path.lower().endswith(_ENDINGS[part])]
         if not self.paths:
             raise ConfigError(f"data source {root}: no {part} files, which end in {', '.join(_ENDINGS[part])}")
         self.reads_texts = False

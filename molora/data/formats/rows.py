@@ -38,6 +38,9 @@ _IN_STRING = re.compile(rb'(?:[^"\\]+|\\.?){1,1000}', re.DOTALL)
 _NO_BRACKETS = re.compile(r'"[^"]*"?|[^"\[\]{}]+')
 _STEPS = {"[": 1, "{": 1, "]": -1, "}": -1}
 
+# A number, the name of a file, or a sentence: rather a cell than the name of a column.
+_CELL = re.compile(r"^[-+]?[\d.,]+$|\.(?:jpe?g|png|webp|gif|tiff?|wav|mp3|flac|ogg|opus)$|[?!.]$|^.{60}", re.I | re.S)
+
 _Dialect = Callable[[Iterable[str]], Iterator[list[str]]]
 
 
@@ -276,7 +279,13 @@ class CellRows(_Rows):
         return dict(zip(self.names, cells, strict=False))  # both may end in empty cells
 
     def columns(self, wanted: Callable[[Iterable[str]], object]) -> list[str]:
-        """The column names."""
+        """The column names. Raises ConfigError if one that is wanted is missing, and they look like cells."""
+        odd = next((name for name in self.names if _CELL.search(name)), None)
+        if odd is not None and not wanted(self.names):
+            raise ConfigError(
+                f"data source {self.path}: a column that is asked for is missing, and {odd!r:.80} looks like a cell, not "
+                f"a name; is there no line of column names? Write one above the rows. The first line is {self.names}"
+            )
         return self.names
 
     def next_row(self) -> str:

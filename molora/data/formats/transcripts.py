@@ -3,10 +3,12 @@
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from molora.config import ConfigError
+from molora.data.formats.folders import files_below
 from molora.data.formats.kaldi import TRANSCRIBE
 from molora.data.formats.opening import TextFiles
 from molora.data.formats.rows import LineRows
@@ -49,7 +51,9 @@ class Transcripts(Table):
 
     def __init__(self, config: TranscriptsConfig) -> None:
         path = Path(os.path.expanduser(config.path))
-        paths = sorted(path.rglob(config.files)) if path.is_dir() else [path]
+        paths = [path]
+        if path.is_dir():
+            paths = [path / each for each in files_below(path) if fnmatchcase(Path(each).name, config.files)]
         files = [_Lines(LineRows(each), config) for each in paths]
         if not any(map(len, files)):
             there = f"no file called {config.files} in it" if not paths else "no rows"
