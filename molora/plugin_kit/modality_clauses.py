@@ -285,7 +285,8 @@ def inputs_kept(tested: ModalityUnderTest) -> str:
 def blank(tested: ModalityUnderTest) -> str:
     if not isinstance(tested.make(), HasBlank):
         return "has no method blank: evaluations cannot ask with blank media"
-    modality, advice = tested.make(), "return an item of the same size that says nothing: the same whatever the item holds"
+    modality = tested.make()
+    advice = "return an item of the same size that says nothing: the same whatever the item holds"
     for index in tested.every:
         item = modality.load(tested.part(index))
         with kept(item, f"blank changes the item of part {index}; make a new one"):
