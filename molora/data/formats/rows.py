@@ -283,8 +283,8 @@ class CellRows(_Rows):
         odd = next((name for name in self.names if _CELL.search(name)), None)
         if odd is not None and not wanted(self.names):
             raise ConfigError(
-                f"data source {self.path}: a column that is asked for is missing, and {odd!r:.80} looks like a cell, not "
-                f"a name; is there no line of column names? Write one above the rows. The first line is {self.names}"
+                f"data source {self.path}: a column that is asked for is missing, and {odd!r:.80} looks like a cell, "
+                f"not a name; is there no line of column names? Write one above the rows. There is {self.names}"
             )
         return self.names
 
