@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from molora.cli import answer, check, convert, data, plugins, train
+from molora.cli import answer, check, convert, data, plugins, serve, train
 from molora.process import settle_in
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 app.add_typer(train.app)
 app.add_typer(answer.app)
+app.add_typer(serve.app)
 app.add_typer(check.app)
 app.add_typer(plugins.modality_app, name="modality")
 app.add_typer(plugins.router_app, name="router")

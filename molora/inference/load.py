@@ -17,6 +17,7 @@ from molora.data.processor import Processor
 from molora.inference.frames import FrameMemory
 from molora.inference.generate import Failed, GenerationConfig, Step, attempt, generate
 from molora.inference.likelihood import Scored, score
+from molora.inference.text import FinalText, before, ends_at
 from molora.media import MediaPolicy
 from molora.modality import Prepared
 from molora.model.molora import MoLoRA
@@ -156,33 +157,19 @@ class LoadedModel:
 
     def stream(self, messages: Sequence[Message], config: GenerationConfig | None = None) -> Iterator[str]:
         """Pieces of the answer to one conversation, as text that is final."""
-        shown = ""
+        text = FinalText(self.processor.decode, config.stop if config else ())
         for step, tokens in self._steps([self.encode(messages)], config, False):
-            text = self.text(tokens, config)
-            # A character that spans several tokens shows as U+FFFD until its last one.
-            if text.startswith(shown) and (step.finished or not text.endswith("\ufffd")):
-                final = len(text) - (0 if step.finished else _open(text, config.stop if config else ()))
-                yield text[len(shown) : final]
-                shown = text[: max(final, len(shown))]
+            yield text.piece(tokens, step.finished is not None)
 
     def text(self, tokens: Sequence[int], config: GenerationConfig | None = None) -> str:
         """What an answer's tokens say, up to the first text of the config's `stop`."""
-        text = self.processor.decode(tokens)
-        found = [text.find(stop) for stop in (config.stop if config else ())]
-        return text[: min((place for place in found if place >= 0), default=None)]
+        return before(self.processor.decode(tokens), config.stop if config else ())
 
     def _steps(
         self, samples: Iterable[Sample | Failed], config: GenerationConfig | None, keep_going: bool
     ) -> Iterator[tuple[Step, list[int]]]:
         """Every step with the tokens of its sample's answer so far, of which a stop token is none."""
-        stops = config.stop if config else ()
-        # The tokens of the longest, if each is a quarter of a character.
-        last = 4 * max(map(len, stops), default=0)
-
-        def is_over(tokens: Sequence[int]) -> bool:
-            ending = self.processor.decode(tokens[-last:]) if stops else ""
-            return any(stop in ending for stop in stops)
-
+        is_over = ends_at(self.processor.decode, config.stop if config else ())
         answers: dict[str, list[int]] = {}
         for step in generate(self.model, samples, config, keep_going=keep_going, frames=self.frames, is_over=is_over):
             tokens = answers.setdefault(step.id, [])
@@ -197,12 +184,6 @@ def _unlearned(message: Any) -> Any:
     """An earlier turn, which is not scored; what is no message is refused later."""
     is_answer = isinstance(message, Mapping) and message.get("role") == "assistant"
     return {**message, "train": False} if is_answer else message
-
-
-def _open(text: str, stops: Sequence[str]) -> int:
-    """How many characters at the end of a text may begin a stop."""
-    begun = [n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
-    return max(begun, default=0)
 
 
 def load(

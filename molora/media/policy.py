@@ -31,12 +31,15 @@ class MediaPolicy:
     `allow_urls`: whether `url` may fetch over HTTP. Addresses inside a network (loopback, private, link-local, …) are
     refused even then, whatever name or redirect leads there, unless `allow_private_addresses` says that the parts are
     trusted with them. `deadline_seconds` is the time for one URL in all, redirects included. Proxies of the environment
-    are not used, since a proxy looks up names by itself.
+    are not used, since a proxy looks up names by itself. `allow_paths`: whether local files are opened, which the parts
+    of somebody elsewhere may not ask for. `max_file_bytes`: a larger file is refused, whatever its medium allows.
     """
 
     allow_urls: bool = False
     allow_private_addresses: bool = False
     deadline_seconds: float = 60.0
+    allow_paths: bool = True
+    max_file_bytes: int | None = None
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
@@ -48,8 +51,8 @@ class MediaPolicy:
             _POLICY.reset(token)
 
     def check(self, part: Mapping[str, Any]) -> None:
-        """Raises MediaError for a part that no plugin may see: one that names a URL though none is allowed, or a path
-        that is there and no regular file."""
+        """Raises MediaError for a part that no plugin may see: one that names a URL or a path though none is allowed,
+        or a path that is there and no regular file."""
         kind = part.get("type")
         inner = part.get(kind) if isinstance(kind, str) else None
         given = [*part.items(), *(inner.items() if isinstance(inner, Mapping) else ())]
@@ -58,6 +61,7 @@ class MediaPolicy:
             if key in ("url", kind) and isinstance(value, str) and scheme(value) in SCHEMES:
                 self.check_urls(here)
             elif key == "path" and isinstance(value, FILE_TYPES["path"]):
+                self.check_paths(here)
                 try:
                     mode = os.stat(value).st_mode
                 except (OSError, ValueError):  # the plugin says what it misses
@@ -72,6 +76,12 @@ class MediaPolicy:
                 f"{here}URLs are not fetched unless you allow it; download it and give its path, or say "
                 "--allow-urls (allow_urls=True of molora.load, `allow_urls: true` at the top of a recipe)"
             )
+
+
+    def check_paths(self, here: str = "") -> None:
+        """Raises: MediaError that begins with `here`, unless local files are allowed."""
+        if not self.allow_paths:
+            raise MediaError(f"{here}local files are not opened here; send what the file holds, in base64")
 
 
 _POLICY: ContextVar[MediaPolicy | None] = ContextVar("media_policy", default=None)
@@ -106,5 +116,7 @@ def no_file(mode: int) -> str:
 
 
 def check_size(num_bytes: int, max_bytes: int) -> None:
+    """Raises MediaError for more bytes than a medium, or the policy in force, allows of a file."""
+    max_bytes = min(max_bytes, policy().max_file_bytes or max_bytes)
     if num_bytes > max_bytes:
         raise MediaError(f"has {num_bytes} bytes, and {max_bytes} is the most; shrink it")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from molora.media.policy import FILE_TYPES, SCHEMES, check_size, label, no_file, scheme
+from molora.media.policy import FILE_TYPES, SCHEMES, check_size, label, no_file, policy, scheme
 from molora.media.urls import fetch
 from molora.modality import MediaError
 
@@ -115,7 +115,8 @@ def read_file(path: str | os.PathLike[str], max_bytes: int) -> bytes:
 @contextmanager
 def open_file(path: str | os.PathLike[str], max_bytes: int) -> Iterator[tuple[BufferedReader, int]]:
     """A regular file and its size in bytes. It is opened without waiting, so that no pipe or device can hold it up.
-    Raises MediaError for one that cannot be read, is no regular file or too large."""
+    Raises MediaError for one that cannot be read, is no regular file, too large, or not allowed."""
+    policy().check_paths()
     try:
         # The caller's `with` closes it.
         file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY))  # noqa: SIM115

@@ -1,0 +1,72 @@
+"""Commands that serve."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from molora.cli import options
+
+app = typer.Typer()
+
+
+@app.command()
+def serve(
+    model: options.Model,
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; the default is reached from this machine only.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="What clients call the model; by default its folder's name.")] = None,
+    api_keys: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Keys of those who may ask, one on each line.")
+    ] = None,
+    modality: options.Modalities = None,
+    rule: options.Rules = None,
+    max_running_samples: Annotated[int, typer.Option(min=1, help="Answers at a time.")] = 16,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Answers that may wait beside them.")] = 64,
+    kv_cache_gib: Annotated[
+        float | None, typer.Option(help="Memory for keys and values; by default half of what is free, at most.")
+    ] = None,
+    prefill_tokens: Annotated[int, typer.Option(min=1, help="Tokens of prompts that enter in a step.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, if the client says nothing.")] = 1024,
+    temperature: Annotated[float, typer.Option(min=0.0, help="If the client says nothing; 0 is greedy.")] = 0.0,
+    answer_seconds: Annotated[float, typer.Option(min=0.001, help="The longest that an answer may take.")] = 600.0,
+    max_body_mib: Annotated[float, typer.Option(min=0.001, help="The largest request, and the largest medium.")] = 32.0,
+    media_processes: Annotated[int, typer.Option(min=1, help="Processes that decode media.")] = 2,
+    media_seconds: Annotated[
+        float, typer.Option(min=0.001, help="The longest that the media of a request may take.")
+    ] = 30.0,
+    media_gib: Annotated[float, typer.Option(min=0.001, help="The memory that they may take.")] = 4.0,
+    deterministic_batch: options.DeterministicBatch = False,
+    allow_urls: options.AllowUrls = False,
+    allow_private_addresses: options.AllowPrivateAddresses = False,
+    trust_plugin: options.Trust = None,
+) -> None:
+    """Serve a model over HTTP, as OpenAI's clients ask: chat with media, completions, transcriptions. Requests of any
+    mix are answered together. SIGTERM or Ctrl-C ends the server when running answers are finished, a second one at
+    once."""
+    try:
+        from molora.serve.preparation import PreparationLimits
+        from molora.serve.process import ServeConfig
+        from molora.serve.process import serve as serve_model
+    except ModuleNotFoundError as error:
+        raise ImportError(f"molora serve needs {error.name}: pip install 'molora[serve]'") from error
+
+    config = ServeConfig(
+        host=host,
+        port=port,
+        name=name or Path(model).name or "molora",
+        api_keys=api_keys,
+        max_running_samples=max_running_samples,
+        max_waiting=max_waiting,
+        kv_cache_gib=kv_cache_gib,
+        prefill_tokens=prefill_tokens,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        answer_seconds=answer_seconds,
+        max_body_mib=max_body_mib,
+        media=PreparationLimits(processes=media_processes, seconds=media_seconds, memory_gib=media_gib),
+    )
+    load = options.opener(model, modality, rule, allow_urls, allow_private_addresses, trust_plugin, deterministic_batch)
+    raise typer.Exit(serve_model(load, config))

@@ -1,0 +1,233 @@
+"""One request on its way through the engine: its samples, their answers piece by piece, and what it took."""
+
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import ExitStack, aclosing
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+from molora.data.processor import SampleTooLong
+from molora.inference.load import LoadedModel
+from molora.inference.running import Asked
+from molora.inference.sampling import Decoding, TokenLikelihood
+from molora.inference.text import FinalText, ends_at
+from molora.modality import MediaError
+from molora.pack import Sample
+from molora.routing import RoutingError, name_of
+from molora.seeding import seed_of
+from molora.serve.engine import Engine
+from molora.serve.fields import Asking
+from molora.serve.numbers import Numbers
+from molora.serve.preparation import Preparation
+
+
+class Refused(Exception):
+    """A request that cannot be answered as it is; `param` is the field that is wrong, where one is."""
+
+    def __init__(self, message: str, code: str | None = None, param: str | None = None, status: int = 400) -> None:
+        super().__init__(message)
+        self.code = code
+        self.param = param
+        self.status = status
+
+
+def refusal(error: ValueError, param: str | None) -> Refused:
+    """What a client is told of something wrong with its request."""
+    codes = {SampleTooLong: "context_length_exceeded", MediaError: "invalid_media", RoutingError: "no_routing_rule"}
+    return Refused(str(error), next((code for kind, code in codes.items() if isinstance(error, kind)), None), param)
+
+
+@dataclass(frozen=True)
+class Service:
+    """A model that is served, under the name `name`, and what requests that say nothing else get."""
+
+    name: str
+    loaded: LoadedModel
+    engine: Engine
+    preparation: Preparation
+    numbers: Numbers
+    max_new_tokens: int = 1024
+    temperature: float = 0.0
+    answer_seconds: float = 600.0
+    speech_prompt: str = "Transcribe the audio clip into text."
+    translation_prompt: str = "Translate the audio to English."
+
+    @cached_property
+    def names(self) -> dict[str, frozenset[str] | None]:
+        """The names under which the model can be asked, with the modalities that each one takes: any mix, or the set
+        that the name says. Sets of one or two are named, and that of all, where the router has a rule for them."""
+        modalities = sorted(self.loaded.processor.modalities)
+        sets = {frozenset({one, other}) for one in modalities for other in modalities} | {frozenset(modalities)}
+        known: dict[str, frozenset[str] | None] = {self.name: None}
+        for each in sorted(sets - {frozenset()}, key=lambda each: (len(each), name_of(each))):
+            try:
+                self.loaded.processor.order(each)
+            except RoutingError:
+                continue
+            known[f"{self.name}:{name_of(each)}"] = each
+        return known
+
+    def decoding(self, body: Asking, max_new_tokens: int | None, **more: Any) -> Decoding:
+        """How the answers to a request are decoded. Raises Refused."""
+        greedy = body.top_k in (None, -1, 0)
+        try:
+            return Decoding(
+                max_new_tokens=max_new_tokens or self.max_new_tokens,
+                temperature=self.temperature if body.temperature is None else body.temperature,
+                top_p=body.top_p or 1.0,
+                top_k=None if greedy else body.top_k,
+                # Below 2**53, so that a client that keeps numbers as floats can ask for the same answer again.
+                seed=secrets.randbits(53) if body.seed is None else body.seed,
+                stop=body.stops,
+                ignore_stop_tokens=bool(body.ignore_eos),
+                **more,
+            )
+        except ValueError as error:
+            raise refusal(error, None) from error
+
+
+@dataclass
+class Choice:
+    """One answer: its tokens, of which a stop token is none, their likelihoods if they were asked for, and its end."""
+
+    index: int
+    sample: Sample
+    text: FinalText
+    tokens: list[int] = field(default_factory=list)
+    likelihoods: list[TokenLikelihood] = field(default_factory=list)
+    prompt: tuple[TokenLikelihood, ...] = ()
+    finished: Literal["stop", "length"] | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one step added to a choice: text that is final, and likelihoods of tokens, which may be ahead of it."""
+
+    choice: Choice
+    text: str
+    likelihoods: Sequence[TokenLikelihood]
+
+
+class Request:
+    """The answers to some samples, `number` to each, in the order of the samples. `places` are given back by `close`.
+
+    Choice i of a sample draws what `LoadedModel.generate` draws for the i-th of as many equal conversations.
+    """
+
+    def __init__(self, service: Service, id: str, model: str, number: int) -> None:
+        self.service = service
+        self.id = id
+        self.model = model
+        self.created = int(time.time())
+        self.number = number
+        self.choices: list[Choice] = []
+        self._begun = time.monotonic()
+        self._places = ExitStack()
+
+    def check_name(self, param: str = "model") -> frozenset[str] | None:
+        """The modalities that the name asked for takes, None for any mix. Raises Refused for an unknown name."""
+        names = self.service.names
+        if self.model not in names:
+            known = ", ".join(names)
+            raise Refused(
+                f"there is no model {self.model[:80]!r} here; there are {known}", "model_not_found", param, 404
+            )
+        return names[self.model]
+
+    def take_places(self, num_samples: int) -> None:
+        """Raises Full where there is no room for the answers to so many samples."""
+        self._places.enter_context(self.service.engine.places(num_samples * self.number))
+
+    def close(self) -> None:
+        self._places.close()
+
+    def ask(self, samples: Sequence[Sample], decoding: Decoding, *, strip: bool) -> None:
+        """Says what is to be answered, and how."""
+        takes = self.check_name()
+        self.decoding = decoding
+        for sample in samples:
+            if takes is not None and not sample.modalities <= takes:
+                told = f"{self.model} takes {name_of(takes)}, and the messages hold {name_of(sample.modalities)}"
+                raise Refused(f"{told}; ask {self.service.name}", None, "model")
+            for _ in range(self.number):
+                text = FinalText(self.service.loaded.processor.decode, decoding.stop, strip=strip)
+                self.choices.append(Choice(len(self.choices), sample, text))
+
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """The answers as they come. Raises Refused for a sample that cannot be answered, and what `Engine.steps`
+        raises. Who leaves early should close this, which takes what is left out of the batch."""
+        numbers, decoding, model = self.service.numbers, self.decoding, self.service.loaded.model
+        is_over = ends_at(self.service.loaded.processor.decode, decoding.stop)
+        asked = {
+            f"{self.id}-{choice.index}": Asked(
+                replace(choice.sample, id=f"{self.id}-{choice.index}"),
+                decoding,
+                seed_of(decoding.seed, str(choice.index % self.number)),
+                is_over,
+            )
+            for choice in self.choices
+        }
+        choices = dict(zip(asked, self.choices, strict=True))
+        numbers.tokens.labels("prompt").inc(self.prompt_tokens)
+        async with aclosing(self.service.engine.steps(list(asked.values()), self.service.answer_seconds)) as steps:
+            try:
+                async for step in steps:
+                    choice = choices[step.id]
+                    if not choice.tokens:
+                        numbers.first_token.observe(time.monotonic() - self._begun)
+                        choice.prompt = step.prompt
+                    told = []
+                    if step.token_id not in model.backbone.stop_ids or decoding.ignore_stop_tokens:
+                        choice.tokens.append(step.token_id)
+                        told = [step.likelihood] if step.likelihood else []
+                        choice.likelihoods += told
+                    if step.finished in ("stop", "length"):
+                        choice.finished = step.finished
+                        numbers.answer.observe(time.monotonic() - self._begun)
+                        numbers.answers.labels(step.finished).inc()
+                        numbers.adapters.labels("+".join(self.adapters(choice.sample)) or "none").inc()
+                        numbers.tokens.labels("answer").inc(len(choice.tokens))
+                    yield Piece(choice, choice.text.piece(choice.tokens, choice.finished is not None), told)
+            except ValueError as error:
+                raise refusal(error, None) from error
+
+    def adapters(self, sample: Sample) -> list[str]:
+        return sorted(self.service.loaded.model.router.adapters(sample.modalities))
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of every prompt, once for all its answers."""
+        return sum(len(choice.sample) for choice in self.choices[:: self.number])
+
+    def media_tokens(self) -> dict[str, int]:
+        """Tokens that media took, by modality."""
+        taken: dict[str, int] = {}
+        for choice in self.choices[:: self.number]:
+            for item in choice.sample.items:
+                taken[item.modality] = taken.get(item.modality, 0) + item.prepared.num_tokens
+        return taken
+
+    def usage(self) -> dict[str, Any]:
+        """OpenAI's counts so far, and ours."""
+        answered = sum(len(choice.tokens) for choice in self.choices)
+        media = self.media_tokens()
+        adapters = sorted({name for choice in self.choices for name in self.adapters(choice.sample)})
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": answered,
+            "total_tokens": self.prompt_tokens + answered,
+            "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": media.get("audio", 0)},
+            "adapters": adapters,
+            "media_tokens": media,
+        }
+
+    def about(self) -> dict[str, Any]:
+        """What an answer says of itself: the adapters that ran, the seed, and the tokens of each medium."""
+        usage = self.usage()
+        return {
+            "adapters": usage["adapters"],
+            "seed": self.decoding.seed,
+            "media_tokens": usage["media_tokens"],
+        }

@@ -1,0 +1,141 @@
+"""/v1/chat/completions: conversations with media, answered whole or as a stream."""
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from molora.data.messages import conversation
+from molora.inference.sampling import TokenLikelihood
+from molora.serve.asking import Refused, Request, refusal
+from molora.serve.fields import ChatBody
+from molora.serve.replies import event
+
+_FORMATS = ("text",)
+# What `format` of a sound may say; it is read by its content.
+_SOUNDS = ("wav", "mp3", "flac", "ogg", "opus", "aac", "m4a", "webm")
+# The whole picture is looked at.
+_DETAILS = ("auto", "high")
+
+
+def messages_of(body: ChatBody) -> list[dict[str, Any]]:
+    """The conversation in our terms. Raises Refused for one that is malformed or asks for what is not done."""
+    asked = [_checked(message, f"messages.{index}") for index, message in enumerate(body.messages)]
+    try:
+        return conversation({"messages": asked}, "the request")
+    except ValueError as error:
+        raise refusal(error, "messages") from error
+
+
+def _checked(message: dict[str, Any], where: str) -> dict[str, Any]:
+    content = message.get("content")
+    for index, part in enumerate(content if isinstance(content, list) else ()):
+        here = f"{where}.content.{index}"
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        inner = part.get(kind) if isinstance(kind, str) and isinstance(part, Mapping) else None
+        if kind == "image_url" and isinstance(inner, Mapping):
+            _only(inner, {"url": None, "detail": _DETAILS}, f"{here}.image_url")
+        if kind == "input_audio" and isinstance(inner, Mapping):
+            _only(inner, {"data": None, "format": _SOUNDS}, f"{here}.input_audio")
+    # Newer clients' word for it.
+    return {**message, "role": "system"} if message.get("role") == "developer" else message
+
+
+def _only(inner: Mapping[str, Any], known: Mapping[str, Sequence[str] | None], where: str) -> None:
+    for key, value in inner.items():
+        allowed = known.get(key)
+        if key not in known or (allowed is not None and value is not None and value not in allowed):
+            needed = f"only as {' or '.join(allowed)}" if allowed else "here, and only " + " and ".join(known) + " are"
+            raise Refused(f"{where}.{key[:80]} is not honoured {needed}", None, f"{where}.{key[:80]}")
+
+
+async def ask(request: Request, body: ChatBody, id: str) -> None:
+    """Reads a body and says what is to be answered. Raises Refused."""
+    request.check_name()
+    kind = (body.response_format or {}).get("type", "text")
+    if kind not in _FORMATS:
+        raise Refused(
+            f"response_format of type {kind!r:.80} is not honoured here; leave it out", None, "response_format"
+        )
+    likeliest = (body.top_logprobs or 0) if body.logprobs else None
+    decoding = request.service.decoding(body, body.max_completion_tokens or body.max_tokens, num_likeliest=likeliest)
+    messages = messages_of(body)
+    request.take_places(1)
+    try:
+        sample = await request.service.preparation.sample(messages, id)
+    except ValueError as error:
+        raise refusal(error, "messages") from error
+    request.ask([sample], decoding, strip=True)
+
+
+async def whole(request: Request, body: ChatBody) -> dict[str, Any]:
+    """All answers, when they are there."""
+    texts = [""] * len(request.choices)
+    async with aclosing(request.pieces()) as pieces:
+        async for piece in pieces:
+            texts[piece.choice.index] += piece.text
+    return {
+        "id": request.id,
+        "object": "chat.completion",
+        "created": request.created,
+        "model": request.model,
+        "choices": [
+            {
+                "index": choice.index,
+                "message": {"role": "assistant", "content": texts[choice.index], "refusal": None},
+                "logprobs": _logprobs(request, choice.likelihoods) if body.logprobs else None,
+                "finish_reason": choice.finished,
+            }
+            for choice in request.choices
+        ],
+        "usage": request.usage(),
+        "molora": request.about(),
+    }
+
+
+async def events(request: Request, body: ChatBody) -> AsyncGenerator[bytes, None]:
+    """The answers as a client reads them: the role first, then texts, each choice's last with what ended it, then, if
+    it is asked for, what the request took."""
+    options = body.stream_options
+    usage, always = (options and options.include_usage, options and options.continuous_usage_stats)
+    waiting: dict[int, list[TokenLikelihood]] = {choice.index: [] for choice in request.choices}
+
+    def chunk(choices: list[dict[str, Any]], *, last: bool = False) -> bytes:
+        told = {"usage": request.usage() if last or always else None} if usage else {}
+        about = {"molora": request.about()} if last or not choices or choices[0]["finish_reason"] else {}
+        kind = "chat.completion.chunk"
+        head = {"id": request.id, "object": kind, "created": request.created, "model": request.model}
+        return event({**head, "choices": choices, **told, **about})
+
+    def delta(index: int, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
+
+    for choice in request.choices:
+        yield chunk([delta(choice.index, {"role": "assistant", "content": ""})])
+    async with aclosing(request.pieces()) as pieces:
+        async for piece in pieces:
+            index, finished = piece.choice.index, piece.choice.finished
+            waiting[index] += piece.likelihoods
+            if not (piece.text or finished):
+                continue
+            told = _logprobs(request, waiting[index]) if request.decoding.num_likeliest is not None else None
+            waiting[index] = []
+            content = {"content": piece.text} if piece.text or not finished else {}
+            yield chunk([delta(index, content, logprobs=told, finish_reason=finished)])
+    if usage:
+        yield chunk([], last=True)
+
+
+def _logprobs(request: Request, likelihoods: Sequence[TokenLikelihood]) -> dict[str, Any]:
+    def told(token_id: int, log_probability: float) -> dict[str, Any]:
+        text: Any = request.service.loaded.processor.tokenizer.decode([token_id])
+        # A token may be a part of a character, which has no text.
+        whole = None if "\ufffd" in text else list(text.encode())
+        return {"token": text, "logprob": max(log_probability, -9999.0), "bytes": whole}
+
+    return {
+        "content": [
+            {**told(each.token_id, each.log_probability), "top_logprobs": [told(*one) for one in each.likeliest]}
+            for each in likelihoods
+        ],
+        "refusal": None,
+    }

@@ -1,0 +1,132 @@
+"""/v1/completions: texts gone on with, without a template; with `echo` and `logprobs`, how likely texts are."""
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from molora.inference.sampling import TokenLikelihood
+from molora.pack import Sample
+from molora.serve.asking import Choice, Refused, Request
+from molora.serve.fields import CompletionBody
+from molora.serve.replies import event
+
+
+async def ask(request: Request, body: CompletionBody, id: str) -> None:
+    """Reads a body and says what is to be gone on with. Raises Refused."""
+    request.check_name()
+    decoding = request.service.decoding(
+        body,
+        # An answer is a token at least, which `whole` leaves out where none is wanted.
+        1 if body.max_tokens == 0 else body.max_tokens,
+        num_likeliest=body.logprobs,
+        score_prompt=bool(body.echo) and body.logprobs is not None,
+    )
+    prompts = _prompts(body)
+    request.take_places(len(prompts))
+    samples = []
+    for index, prompt in enumerate(prompts):
+        ids = await request.service.preparation.text_ids(prompt) if isinstance(prompt, str) else prompt
+        samples.append(_sample(request, f"{id}-{index}", ids))
+    request.ask(samples, decoding, strip=False)
+
+
+def _prompts(body: CompletionBody) -> Sequence[str | list[int]]:
+    given: Any = body.prompt
+    return [given] if isinstance(given, str) or isinstance(given[0], int) else given
+
+
+def _sample(request: Request, id: str, ids: Sequence[int]) -> Sample:
+    backbone = request.service.loaded.model.backbone
+    if not ids:
+        raise Refused("the prompt has no token; write some text", None, "prompt")
+    if (highest := max(ids)) >= backbone.num_embeddings:
+        raise Refused(f"the prompt holds the token {highest}, and there are {backbone.num_embeddings}", None, "prompt")
+    if len(ids) > backbone.max_tokens:
+        told = f"the prompt has {len(ids):,} tokens, and at most {backbone.max_tokens:,} fit; shorten it"
+        raise Refused(told, "context_length_exceeded", "prompt")
+    return Sample.of_text(id, ids)
+
+
+async def whole(request: Request, body: CompletionBody) -> dict[str, Any]:
+    """All answers, when they are there."""
+    texts = [""] * len(request.choices)
+    async with aclosing(request.pieces()) as pieces:
+        async for piece in pieces:
+            texts[piece.choice.index] += piece.text
+    if body.max_tokens == 0:
+        for choice in request.choices:
+            texts[choice.index] = ""
+            choice.tokens.clear()
+            choice.likelihoods.clear()
+            choice.finished = "length"
+    choices = []
+    for choice in request.choices:
+        echoed = choice.sample.token_ids_T.tolist() if body.echo else []
+        choices.append(
+            {
+                "index": choice.index,
+                "text": _text(request, echoed) + texts[choice.index],
+                "logprobs": None if body.logprobs is None else _logprobs(request, choice, echoed),
+                "finish_reason": choice.finished,
+            }
+        )
+    return {**_head(request), "choices": choices, "usage": request.usage(), "molora": request.about()}
+
+
+async def events(request: Request, body: CompletionBody) -> AsyncGenerator[bytes, None]:
+    """The answers as a client reads them: texts, each choice's last with what ended it, then, if it is asked for, what
+    the request took."""
+    options = body.stream_options
+    usage, always = (options and options.include_usage, options and options.continuous_usage_stats)
+    async with aclosing(request.pieces()) as pieces:
+        async for piece in pieces:
+            choice = piece.choice
+            if not (piece.text or choice.finished):
+                continue
+            told = {"usage": request.usage() if always else None} if usage else {}
+            logprobs = None
+            if body.logprobs is not None:
+                logprobs = _logprobs(request, choice, [])
+                choice.likelihoods.clear()
+            shown = {"index": choice.index, "text": piece.text, "logprobs": logprobs, "finish_reason": choice.finished}
+            about = {"molora": request.about()} if choice.finished else {}
+            yield event({**_head(request), "choices": [shown], **told, **about})
+    if usage:
+        yield event({**_head(request), "choices": [], "usage": request.usage(), "molora": request.about()})
+
+
+def _head(request: Request) -> dict[str, Any]:
+    return {"id": request.id, "object": "text_completion", "created": request.created, "model": request.model}
+
+
+def _text(request: Request, ids: Sequence[int]) -> str:
+    return request.service.loaded.processor.tokenizer.decode(list(ids)) if ids else ""  # pyright: ignore[reportReturnType]
+
+
+def _logprobs(request: Request, choice: Choice, echoed: Sequence[int]) -> dict[str, Any]:
+    """OpenAI's older form: lists of the same length. The first token of all has no likelihood."""
+    told: list[TokenLikelihood | None] = [None] * bool(echoed) + list(choice.prompt if echoed else ())
+    told += choice.likelihoods
+    tokens = [_text(request, [each.token_id]) if each else _text(request, echoed[:1]) for each in told]
+    offsets, place = [], 0
+    for token in tokens:
+        offsets.append(place)
+        place += len(token)
+    return {
+        "tokens": tokens,
+        "token_logprobs": [None if each is None else _finite(each.log_probability) for each in told],
+        "top_logprobs": [None if each is None else _top(request, each) for each in told],
+        "text_offset": offsets,
+    }
+
+
+def _top(request: Request, each: TokenLikelihood) -> dict[str, float]:
+    """The likeliest tokens by their text; of those with one text, the likeliest."""
+    found: dict[str, float] = {}
+    for token_id, log_probability in each.likeliest:
+        found.setdefault(_text(request, [token_id]), _finite(log_probability))
+    return found
+
+
+def _finite(log_probability: float) -> float:
+    return max(log_probability, -9999.0)

@@ -1,0 +1,171 @@
+"""The engine: one thread owns the model and steps the running batch; requests come and go between any two steps."""
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from molora.inference.generate import Batch, GenerationConfig, Step
+from molora.inference.load import LoadedModel
+from molora.inference.running import Asked
+
+
+class Full(Exception):
+    """More answers are asked for than may wait."""
+
+
+class TooLate(Exception):
+    """An answer took longer than it may."""
+
+
+class Broken(Exception):
+    """The engine has failed, and answers nothing any more."""
+
+
+@dataclass(frozen=True)
+class _Add:
+    asked: Asked
+    until: float
+
+
+@dataclass(frozen=True)
+class _Remove:
+    id: str
+
+
+class _End:
+    """The thread's last order."""
+
+
+_Order = _Add | _Remove | _End
+
+
+class Engine:
+    """Answers samples together. Its methods are called in the event loop that `start` was called in.
+
+    At most `config.max_running_samples` answers run at a time, and `max_waiting` more wait or are being prepared.
+    `on_failure` is called once if the model fails, in which case every answer is `Broken` from then on.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, config: GenerationConfig, max_waiting: int, on_failure: Callable[[], None]
+    ) -> None:
+        if config.kv_cache_gib is None:
+            raise ValueError("a server needs a size for keys and values, kv_cache_gib; give one")
+        self.config = config
+        self.batch = Batch(loaded.model, config, loaded.frames)
+        self.failure: BaseException | None = None
+        self._places = config.max_running_samples + max_waiting
+        self._taken = 0
+        self._on_failure = on_failure
+        self._orders: queue.SimpleQueue[_Order] = queue.SimpleQueue()
+        self._told: dict[str, asyncio.Queue[Step]] = {}
+        self._thread = threading.Thread(target=self._work, name="model", daemon=True)
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """Ends the thread; what is not answered by then is not any more."""
+        self._orders.put(_End())
+        await asyncio.to_thread(self._thread.join)
+
+    @contextmanager
+    def places(self, count: int) -> Iterator[None]:
+        """Keeps room for so many answers while inside. Raises Full where there is none, Broken after a failure."""
+        self._check()
+        if self._taken + count > self._places:
+            raise Full(f"{self._taken} answers run or wait here, and {self._places} is the most; ask again later")
+        self._taken += count
+        try:
+            yield
+        finally:
+            self._taken -= count
+
+    async def steps(self, asked: Sequence[Asked], seconds: float) -> AsyncGenerator[Step, None]:
+        """The steps of some samples until all have finished. Who leaves early, by closing this, takes them out of the
+        batch. Raises the error of a sample that fails, SampleTooLong for one that never fits, TooLate for one that is
+        not finished in so many seconds, Broken if the model fails."""
+        self._check()
+        told: asyncio.Queue[Step] = asyncio.Queue()
+        unfinished = {each.sample.id for each in asked}
+        until = time.monotonic() + seconds
+        try:
+            for each in asked:
+                self._told[each.sample.id] = told
+                self._orders.put(_Add(each, until))
+            while unfinished:
+                step = await told.get()
+                if step.finished:
+                    unfinished.discard(step.id)
+                if step.error is not None:
+                    raise step.error
+                yield step
+        finally:
+            for each in asked:
+                del self._told[each.sample.id]
+            for id in unfinished:
+                self._orders.put(_Remove(id))
+
+    def _check(self) -> None:
+        if self.failure is not None:
+            raise Broken("the model has failed, and this server ends; ask another one, or start it again")
+
+    def _work(self) -> None:
+        """In the thread."""
+        until: dict[str, float] = {}
+        try:
+            while True:
+                steps: list[Step] = []
+                idle = not (self.batch.num_waiting or self.batch.num_running)
+                for order in self._given(idle):
+                    if isinstance(order, _End):
+                        return
+                    if isinstance(order, _Remove):
+                        self.batch.remove(order.id)
+                        until.pop(order.id, None)
+                    else:
+                        steps += self._added(order, until)
+                now = time.monotonic()
+                for id in [id for id, end in until.items() if end < now]:
+                    self.batch.remove(id)
+                    steps.append(Step(id, -1, "error", TooLate("the answer took longer than it may; ask for less")))
+                steps += self.batch.step()
+                for step in steps:
+                    if step.finished:
+                        until.pop(step.id, None)
+                if steps:
+                    self._loop.call_soon_threadsafe(self._tell, steps)
+        except BaseException as error:
+            self._loop.call_soon_threadsafe(self._fail, error)
+
+    def _given(self, wait: bool) -> Iterable[_Order]:
+        """What was ordered since the last step; waits for an order if there is nothing else to do."""
+        orders = [self._orders.get()] if wait else []
+        while not self._orders.empty():
+            orders.append(self._orders.get())
+        return orders
+
+    def _added(self, order: _Add, until: dict[str, float]) -> list[Step]:
+        id = order.asked.sample.id
+        try:
+            self.batch.add(order.asked)
+        except ValueError as error:  # it never fits
+            return [Step(id, -1, "error", error)]
+        until[id] = order.until
+        return []
+
+    def _tell(self, steps: Sequence[Step]) -> None:
+        for step in steps:
+            if step.id in self._told:
+                self._told[step.id].put_nowait(step)
+
+    def _fail(self, error: BaseException) -> None:
+        self.failure = error
+        broken = Broken("the model has failed, and with it this answer; the server's log says how")
+        self._tell([Step(id, -1, "error", broken) for id in self._told])
+        self._on_failure()

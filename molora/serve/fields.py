@@ -1,0 +1,126 @@
+"""What the bodies of requests hold. A field that nobody honours is refused, unless its value changes nothing."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+# Fields of clients that ask for something that is not done here, each with the values that ask for what is done anyway.
+CHANGES_NOTHING: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "best_of": (1,),
+    "continue_final_message": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "service_tier": ("auto", "default"),
+    "skip_special_tokens": (True,),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "use_beam_search": (False,),
+    "verbosity": ("medium",),
+}
+# Fields about the request, not about its answer.
+ABOUT_THE_REQUEST = ("metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "user")
+MOST_CHOICES = 64
+MOST_LIKELIEST = 20
+
+
+class StreamOptions(BaseModel):
+    """What a stream tells beside the answer."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class Asking(BaseModel):
+    """What requests for answers have in common."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    model: str
+    max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    ignore_eos: bool | None = None
+
+    @model_validator(mode="after")
+    def _refuse_what_is_not_honoured(self) -> "Asking":
+        for name, value in (self.model_extra or {}).items():
+            if value is None or name in ABOUT_THE_REQUEST:
+                continue
+            if name not in CHANGES_NOTHING:
+                raise ValueError(f"the field {name[:80]!r} is not honoured here; leave it out")
+            if value not in CHANGES_NOTHING[name]:
+                other = " or ".join(repr(each) for each in CHANGES_NOTHING[name])
+                raise ValueError(f"the field {name!r} is honoured only as {other}; leave it out")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options are for a stream; set stream, or leave them out")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The texts that end an answer; an empty one ends none."""
+        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return tuple(text for text in given if text)
+
+
+class ChatBody(Asking):
+    """A conversation to go on with. Messages are OpenAI's; parts of a message are `text`, `image_url`, `input_audio`,
+    `audio_url`, and those of the model's own modalities."""
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELIEST)] | None = None
+    response_format: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> "ChatBody":
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true; set it, or leave top_logprobs out")
+        if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens mean the same and differ; leave one out")
+        return self
+
+
+class CompletionBody(Asking):
+    """Texts to go on with, as they are or as token ids, without a template. With `echo` an answer begins with its
+    prompt, and `max_tokens` may be 0."""
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1)]
+        | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+        | Annotated[list[list[Annotated[int, Field(ge=0)]]], Field(min_length=1)]
+    )
+    max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELIEST)] | None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> "CompletionBody":
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens is 0, which leaves nothing to answer without echo; ask for one or more")
+        if self.echo and self.stream:
+            raise ValueError("echo and stream do not go together here; leave one out")
+        return self

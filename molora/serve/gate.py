@@ -1,0 +1,131 @@
+"""The gate: what every request passes before it is read, and what is written about it."""
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import re
+import secrets
+import time
+from pathlib import Path
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from molora.config import ConfigError
+from molora.serve.numbers import Numbers
+from molora.serve.replies import Json
+
+log = logging.getLogger("molora.serve")
+
+# Paths that are answered without a key: those that say whether the server is well.
+OPEN_PATHS = ("/health", "/ready")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+    """An error as OpenAI's clients read it."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+class Keys:
+    """The keys of those who may ask. Only their hashes are kept."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--api-keys {path}: {error}; give a file with a key on each line") from error
+        keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        if not keys:
+            raise ConfigError(f"--api-keys {path}: holds no key; write one on each line")
+        self._hashes = [_hash(key.encode()) for key in keys]
+
+    def know(self, authorization: bytes) -> bool:
+        """Whether a header holds one of the keys; it takes the same time whatever it holds."""
+        scheme, _, key = authorization.partition(b" ")
+        given = _hash(key.strip())
+        found = [hmac.compare_digest(given, known) for known in self._hashes]
+        return any(found) and scheme.lower() == b"bearer"
+
+
+def _hash(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+class Gate:
+    """Gives each request an id, asks for a key, bounds what is sent and how long that takes, and logs a line: the
+    request's id, what was asked for, and how it ended, never what it holds."""
+
+    def __init__(
+        self, app: ASGIApp, numbers: Numbers, keys: Keys | None, max_body_bytes: int, upload_seconds: float
+    ) -> None:
+        self._app = app
+        self._numbers = numbers
+        self._keys = keys
+        self._max_body_bytes = max_body_bytes
+        self._upload_seconds = upload_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        asked = headers.get(b"x-request-id", b"").decode("latin-1")
+        id = asked if _REQUEST_ID.fullmatch(asked) else secrets.token_hex(12)
+        scope.setdefault("state", {})["request_id"] = id
+        begun, status = time.monotonic(), 499
+
+        async def answered(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", id.encode())]
+            await send(message)
+
+        try:
+            if refusal := self._refusal(scope["path"], headers):
+                await refusal(scope, receive, answered)
+            else:
+                await self._app(scope, self._bounded(receive), answered)
+        finally:
+            path = getattr(scope.get("route"), "path", "other")
+            self._numbers.requests.labels(path, str(status)).inc()
+            seconds = time.monotonic() - begun
+            log.info("%s %s %s %d %.3f s", id, scope["method"], path, status, seconds)
+
+    def _refusal(self, path: str, headers: dict[bytes, bytes]) -> Json | None:
+        known = self._keys is None or path in OPEN_PATHS or self._keys.know(headers.get(b"authorization", b""))
+        if not known:
+            told = "no valid API key; send the header Authorization: Bearer KEY"
+            said = error_body(told, "invalid_request_error", "invalid_api_key")
+            return Json(said, status_code=401, headers={"www-authenticate": "Bearer"})
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length[:20]) > self._max_body_bytes:
+            return Json(error_body(self._too_large(), "invalid_request_error", "request_too_large"), status_code=413)
+        return None
+
+    def _bounded(self, receive: Receive) -> Receive:
+        """Receives no more bytes of a body than may be sent, and for no longer than that may take."""
+        deadline = time.monotonic() + self._upload_seconds
+        received, whole = 0, False
+
+        async def bounded() -> Message:
+            nonlocal received, whole
+            if whole:  # now only the end of the connection is waited for
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
+            except TimeoutError:
+                raise HTTPException(408, f"the body was not there within {self._upload_seconds:g} seconds") from None
+            received += len(message.get("body", b""))
+            if received > self._max_body_bytes:
+                raise HTTPException(413, self._too_large())
+            whole = message["type"] != "http.request" or not message.get("more_body", False)
+            return message
+
+        return bounded
+
+    def _too_large(self) -> str:
+        return f"the body has more than {self._max_body_bytes:,} bytes, the most that is read; send smaller media"

@@ -1,0 +1,166 @@
+"""The serving process: from a model to an exit code."""
+
+import asyncio
+import copy
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+
+import psutil
+import torch
+import uvicorn
+
+from molora.data.processor import Processor
+from molora.inference.generate import GenerationConfig
+from molora.inference.load import LoadedModel
+from molora.serve.app import make_app
+from molora.serve.asking import Service
+from molora.serve.engine import Engine
+from molora.serve.gate import Keys
+from molora.serve.numbers import Numbers
+from molora.serve.preparation import Preparation, PreparationLimits
+from molora.terminal import say, warn
+
+# Of the memory that is free once the model is there, what keys and values take at most unless their size is given.
+_SHARE_FOR_KEYS_AND_VALUES = 0.5
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """Where and to whom a model is served, and within which limits. Sizes of None follow from the memory there is."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    name: str
+    api_keys: Path | None = None
+    max_running_samples: int = 16
+    max_waiting: int = 64
+    kv_cache_gib: float | None = None
+    prefill_tokens: int = 512
+    max_new_tokens: int = 1024
+    temperature: float = 0.0
+    answer_seconds: float = 600.0
+    max_body_mib: float = 32.0
+    upload_seconds: float = 60.0
+    media: PreparationLimits = field(default_factory=PreparationLimits)
+
+
+def serve(load: Callable[[], LoadedModel], config: ServeConfig) -> int:
+    """Serves a model until a signal ends it; the exit code. SIGTERM or Ctrl-C lets running answers finish, a second one
+    does not."""
+    keys = None if config.api_keys is None else Keys(config.api_keys)
+    listening = _listen(config)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr)
+    loaded = load()
+    # Before there are other threads, as processes are forked from this one.
+    preparation = Preparation(_as_served(loaded, config), config.media)
+    server: _Server | None = None
+
+    def failed() -> None:
+        logging.getLogger("molora.serve").error("the model has failed", exc_info=engine.failure)
+        assert server is not None, "a model fails while it is served"
+        server.should_exit = True
+
+    generation = GenerationConfig(
+        max_running_samples=config.max_running_samples,
+        prefill_tokens=config.prefill_tokens,
+        kv_cache_gib=config.kv_cache_gib or _room(loaded, config.max_running_samples),
+    )
+    engine = Engine(loaded, generation, config.max_waiting, failed)
+    service = Service(
+        config.name,
+        loaded,
+        engine,
+        preparation,
+        Numbers(engine),
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        answer_seconds=config.answer_seconds,
+    )
+    app = make_app(
+        service, keys=keys, max_body_bytes=int(config.max_body_mib * 2**20), upload_seconds=config.upload_seconds
+    )
+
+    def draining() -> None:
+        app.state.draining = True
+
+    settings = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, ws="none")
+    server = _Server(settings, lambda: _announce(service, config, listening), draining)
+    asyncio.run(server.serve(sockets=[listening]))
+    preparation.close()
+    return 0 if engine.failure is None else 1
+
+
+class _Server(uvicorn.Server):
+    """Tells when it serves, and ends as a signal says: the first drains it, the second stops it."""
+
+    def __init__(self, config: uvicorn.Config, began: Callable[[], None], draining: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._began = began
+        self._draining = draining
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._began()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            warn(f"stopped by a second {signal.Signals(sig).name}; answers under way are lost")
+            os._exit(128 + sig)
+        self.should_exit = True
+        self._draining()
+
+
+def _listen(config: ServeConfig) -> socket.socket:
+    if config.host not in _LOOPBACK and config.api_keys is None:
+        warn(f"everybody who reaches {config.host} may ask, as there are no keys; give --api-keys FILE")
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        return socket.create_server((config.host, config.port), family=family, backlog=2048)
+    except OSError as error:
+        told = f"{config.host}:{config.port} cannot be listened on: {error.strerror or error}"
+        raise OSError(f"{told}; give another --port, or --port 0 for any that is free") from error
+
+
+def _as_served(loaded: LoadedModel, config: ServeConfig) -> Processor:
+    """The model's processor for requests of strangers: no local files, and nothing larger than a body."""
+    processor = copy.copy(loaded.processor)
+    processor.media_policy = replace(
+        processor.media_policy,
+        allow_paths=False,
+        max_file_bytes=int(config.max_body_mib * 2**20),
+        deadline_seconds=min(processor.media_policy.deadline_seconds, config.media.seconds / 2),
+    )
+    return processor
+
+
+def _room(loaded: LoadedModel, num_samples: int) -> float:
+    """GiB for the keys and values of so many samples of any length, as far as memory allows."""
+    backbone = loaded.model.backbone
+    kept = backbone.kept_layers()
+    needed = kept.num_bytes(num_samples * kept.pages_for(backbone.max_tokens), num_samples)
+    on_cuda = loaded.model.device.type == "cuda"
+    free = torch.cuda.mem_get_info(loaded.model.device)[0] if on_cuda else psutil.virtual_memory().available
+    return min(needed, int(free * _SHARE_FOR_KEYS_AND_VALUES)) / 2**30
+
+
+def _announce(service: Service, config: ServeConfig, listening: socket.socket) -> None:
+    model, pool = service.loaded.model, service.engine.batch.pool
+    host, port = listening.getsockname()[:2]
+    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    tokens = pool.num_pages * pool.kept.page_tokens
+    say(f"{address} serves {', '.join(service.names)}")
+    say(f"weights {weights / 2**30:.2f} GiB; keys and values {pool.num_bytes / 2**30:.2f} GiB, for {tokens:,} tokens")
+    say(f"metrics {address}/metrics, API {address}/docs")
+    key = " -H 'Authorization: Bearer KEY'" if config.api_keys else ""
+    asked = f'{{"model": "{service.name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    # In one piece, so that it can be copied.
+    print(f"curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{asked}'", flush=True)

@@ -1,0 +1,89 @@
+"""How answers go out: as one JSON, or as events of a stream; and what becomes of a client that leaves."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from typing import Any, TypeVar
+
+from fastapi import Request as HttpRequest
+from fastapi.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+T = TypeVar("T")
+
+_LAST_EVENT = b"data: [DONE]\n\n"
+
+
+class Gone(Exception):
+    """The client has closed its connection."""
+
+
+class Json(Response):
+    """JSON in ASCII, as halves of characters have no other form."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return json_bytes(content)
+
+
+def json_bytes(content: Any) -> bytes:
+    return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
+
+
+def event(content: Any) -> bytes:
+    return b"data: " + json_bytes(content) + b"\n\n"
+
+
+class Events(StreamingResponse):
+    """Events as they come, and the last one. `close` is called at the end, whatever it is; the events are closed before
+    it. An error in them is an event, made by `told`."""
+
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        close: Callable[[], None],
+        told: Callable[[Exception], dict[str, Any]],
+    ) -> None:
+        super().__init__(self._whole(events, told), media_type="text/event-stream")
+        # So that no proxy waits for more before it passes them on.
+        self.headers.update({"cache-control": "no-cache", "x-accel-buffering": "no"})
+        self._events = events
+        self._close = close
+
+    async def _whole(
+        self, events: AsyncIterator[bytes], told: Callable[[Exception], dict[str, Any]]
+    ) -> AsyncIterator[bytes]:
+        try:
+            async for each in events:
+                yield each
+        except Exception as error:
+            yield event(told(error))
+        yield _LAST_EVENT
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._events.aclose()
+            self._close()
+
+
+async def while_connected(request: HttpRequest, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` returns or raises; it is cancelled if the client leaves. Raises Gone then."""
+    task = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Gone
+        return task.result()
+    finally:
+        leaving.cancel()
+        task.cancel()
+        await asyncio.wait({task, leaving})
+
+
+async def _left(request: HttpRequest) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

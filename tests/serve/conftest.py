@@ -1,0 +1,119 @@
+"""Tiny models that see, hear and read numbers, served by `molora serve` on loopback."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import wave
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+
+import molora
+from molora.checkpoint.assembly import RouterConfig, assemble, blueprint
+from molora.checkpoint.modality_folder import save_modality
+from molora.checkpoint.pretrained import load_backbone
+from molora.inference.load import LoadedModel
+from molora.testing import save_backbone
+
+ADAPTER = {"r": 2, "lora_alpha": 8, "init_lora_weights": False, "target_modules": ["qkv_proj", "down_proj"]}
+SEES = {"kind": "convit", "pretrained": False, "convit": {"width": 8, "depth": 1, "heads": 2}}
+HEARS = {"conformer": {"width": 8, "blocks": 1, "heads": 2, "mlp_width": 16, "subsampling_channels": 4}}
+PLUGINS = {
+    "vision": ("vision", {"crop_pixels": 16, "max_crops": 2, "pool": 1, "tower": SEES}),
+    "audio": ("audio", {"tower": HEARS, "beside": {"vision": "vision"}}),
+    "numbers": ("molora.testing:Numbers", {}),
+}
+RULES = {"audio+vision": "vision"}
+NUMBERS = "molora.testing:Numbers"
+
+
+@dataclass
+class Served:
+    """A server that runs, and where."""
+
+    process: subprocess.Popen[str]
+    address: str
+    log: Path
+
+    def client(self, **more: object) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0, timeout=60, **more)  # pyright: ignore[reportArgumentType]
+
+
+@dataclass(frozen=True)
+class Folders:
+    backbone: Path
+    modalities: tuple[Path, ...]
+
+    @property
+    def arguments(self) -> list[str]:
+        named = [word for folder in self.modalities for word in ("--modality", str(folder))]
+        return [str(self.backbone), *named, "--rule", "audio+vision=vision", "--trust-plugin", NUMBERS]
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    home = tmp_path_factory.mktemp("served")
+    backbone, tokenizer = load_backbone(str(save_backbone(home / "tiny")))
+    for name, (plugin, options) in PLUGINS.items():
+        plan = blueprint(name, plugin, options, ADAPTER, "here")
+        model, _ = assemble(backbone, tokenizer, {name: plan}, RouterConfig())
+        save_modality(model, name, plan, home / name, {})
+    return Folders(home / "tiny", tuple(home / name for name in PLUGINS))
+
+
+@pytest.fixture(scope="session")
+def offline(folders: Folders) -> LoadedModel:
+    """The model that the server has."""
+    rules = RouterConfig(options={"rules": RULES})
+    return molora.load(folders.backbone, folders.modalities, router=rules, trust=[NUMBERS], device="cpu")
+
+
+Start = Callable[..., Served]
+
+
+@contextmanager
+def serving(folders: Folders, log: Path, more: Sequence[str]) -> Iterator[Served]:
+    """A server in a process of its own, killed at the end if it still runs."""
+    command = [sys.executable, "-m", "molora", "serve", *folders.arguments, "--port", "0", "--name", "tiny", *more]
+    with open(log, "w") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ)
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if found := re.match(r"(http://\S+) serves", line):
+                yield Served(process, found[1], log)
+                break
+        else:
+            pytest.fail(f"the server did not start: {log.read_text()[-2000:]}")
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def picture(shade: int = 100) -> bytes:
+    pixels = np.full((16, 24, 3), shade, np.uint8)
+    pixels[4:9, 3:20] = (255, shade, 0)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def sound(seconds: float = 0.5, hertz: float = 440.0) -> bytes:
+    times = np.arange(int(16_000 * seconds)) / 16_000
+    samples = (8_000 * np.sin(2 * np.pi * hertz * times)).astype("<i2")
+    file = io.BytesIO()
+    with wave.open(file, "wb") as out:
+        out.setparams((1, 2, 16_000, len(samples), "NONE", ""))
+        out.writeframes(samples.tobytes())
+    return file.getvalue()

@@ -1,0 +1,247 @@
+"""The openai package against a live server: whatever is asked, the answer is the one that the model gives offline."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+
+from molora.inference.generate import GenerationConfig
+from molora.inference.load import LoadedModel
+from molora.pack import Sample, collate
+from tests.serve.conftest import Folders, Served, picture, serving, sound
+
+
+@pytest.fixture(scope="module")
+def server(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    log = tmp_path_factory.mktemp("clients") / "log"
+    with serving(folders, log, ["--deterministic-batch", "--max-new-tokens", "20"]) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def client(server: Served) -> openai.OpenAI:
+    return server.client()
+
+
+def data_uri(data: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def of(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+TEXT = {"type": "text", "text": "what is it?"}
+IMAGE = {"type": "image_url", "image_url": {"url": data_uri(picture(), "image/png"), "detail": "auto"}}
+SOUND = {"type": "input_audio", "input_audio": {"data": of(sound()), "format": "wav"}}
+SOUND_URL = {"type": "audio_url", "audio_url": {"url": data_uri(sound(0.3, 200.0), "audio/wav")}}
+NUMBERS = {"type": "numbers", "numbers": [0.5, -1.0, 2.0]}
+
+# A conversation as clients send it, the same as molora takes it offline, and the adapters that run.
+CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]] = {
+    "text": ([TEXT], [TEXT], []),
+    "picture": ([IMAGE, TEXT], [{"type": "image", "bytes": picture()}, TEXT], ["vision"]),
+    "sound": ([TEXT, SOUND], [TEXT, {"type": "audio", "bytes": sound()}], ["audio"]),
+    "both": (
+        [IMAGE, SOUND_URL, TEXT],
+        [{"type": "image", "bytes": picture()}, {"type": "audio", "bytes": sound(0.3, 200.0)}, TEXT],
+        ["vision"],
+    ),
+    "a plugin's own part": ([NUMBERS, TEXT], [NUMBERS, TEXT], ["numbers"]),
+}
+Case = tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]
+
+
+def user(content: Any) -> list[Any]:
+    return [{"role": "user", "content": content}]
+
+
+@pytest.mark.parametrize("kind", CONVERSATIONS)
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.5, "seed": 7, "top_p": 0.9}], ids=["greedy", "drawn"])
+def test_answers_are_those_that_the_model_gives_offline(
+    client: openai.OpenAI, offline: LoadedModel, kind: str, settings: dict[str, Any]
+) -> None:
+    """Whole and streamed, with how many tokens it took."""
+    asked, same, adapters = CONVERSATIONS[kind]
+    config = GenerationConfig(max_new_tokens=9, stop=("zz",), **settings)
+    (answer,) = offline.answers([offline.encode(user(same))], config)
+    more: Any = {"max_tokens": 9, "stop": ["zz"], **settings}
+    whole = client.chat.completions.create(model="tiny", messages=user(asked), **more)
+    assert whole.choices[0].message.content == answer.text
+    assert whole.choices[0].finish_reason == answer.finished
+    assert whole.usage is not None
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (answer.prompt_tokens, answer.answer_tokens)
+    about: Any = whole.model_extra
+    assert about["molora"]["adapters"] == adapters == list(answer.adapters)
+    sample = offline.encode(user(same))
+    took = {item.modality: item.prepared.num_tokens for item in sample.items}
+    assert about["molora"]["media_tokens"] == took and whole.usage.model_extra["media_tokens"] == took  # pyright: ignore[reportOptionalSubscript]
+    chunks = list(
+        client.chat.completions.create(
+            model="tiny", messages=user(asked), stream=True, stream_options={"include_usage": True}, **more
+        )
+    )
+    first, *middle, usage = chunks
+    assert first.choices[0].delta.role == "assistant" and not first.choices[0].delta.content
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in middle) == answer.text
+    assert [chunk.choices[0].finish_reason for chunk in middle] == [None] * (len(middle) - 1) + [answer.finished]
+    assert usage.choices == [] and usage.usage is not None and usage.usage.total_tokens == whole.usage.total_tokens
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+
+
+def test_several_choices_are_those_of_as_many_conversations(client: openai.OpenAI, offline: LoadedModel) -> None:
+    config = GenerationConfig(max_new_tokens=6, temperature=2.0, seed=11)
+    expected = offline.generate([user([{"type": "image", "bytes": picture()}, TEXT])] * 4, config)
+    assert len(set(expected)) > 1
+    more: Any = {"max_completion_tokens": 6, "temperature": 2.0, "seed": 11, "n": 4}
+    whole = client.chat.completions.create(model="tiny", messages=user([IMAGE, TEXT]), **more)
+    assert [choice.message.content for choice in whole.choices] == expected
+    texts = dict.fromkeys(range(4), "")
+    for chunk in client.chat.completions.create(model="tiny", messages=user([IMAGE, TEXT]), stream=True, **more):
+        texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert list(texts.values()) == expected
+
+
+def test_a_seed_that_was_drawn_is_told_and_gives_the_same_answer_again(client: openai.OpenAI) -> None:
+    def ask(**more: Any) -> Any:
+        return client.chat.completions.create(model="tiny", messages=user("a"), max_tokens=8, temperature=3.0, **more)
+
+    one, other = ask(), ask()
+    assert one.molora["seed"] != other.molora["seed"]
+    assert ask(seed=one.molora["seed"]).choices[0].message.content == one.choices[0].message.content
+
+
+def test_many_clients_at_a_time_get_what_each_gets_alone(server: Served, offline: LoadedModel) -> None:
+    """Of every kind, together."""
+    cases = list(CONVERSATIONS.values()) * 6
+
+    async def ask_all() -> list[Any]:
+        async with openai.AsyncOpenAI(base_url=f"{server.address}/v1", api_key="none", timeout=120) as client:
+            asked = [
+                client.chat.completions.create(
+                    model="tiny", messages=user(asked), max_tokens=4 + index % 5, seed=index, temperature=1.2
+                )
+                for index, (asked, _, _) in enumerate(cases)
+            ]
+            return await asyncio.gather(*asked)
+
+    for index, (found, (_, same, adapters)) in enumerate(zip(asyncio.run(ask_all()), cases, strict=True)):
+        config = GenerationConfig(max_new_tokens=4 + index % 5, seed=index, temperature=1.2)
+        assert found.choices[0].message.content == offline.generate(user(same), config)
+        assert found.molora["adapters"] == adapters
+
+
+def test_earlier_turns_and_roles_are_read(client: openai.OpenAI, offline: LoadedModel) -> None:
+    earlier = {"role": "assistant", "content": "a sound"}
+    asked: Any = [{"role": "developer", "content": "be short"}, *user([SOUND, TEXT]), earlier, *user("and?")]
+    clip = {"type": "audio", "bytes": sound()}
+    same = [{"role": "system", "content": "be short"}, *user([clip, TEXT]), earlier, *user("and?")]
+    found = client.chat.completions.create(model="tiny", messages=asked, max_tokens=5)
+    assert found.choices[0].message.content == offline.generate(same, GenerationConfig(max_new_tokens=5))
+
+
+def test_likelihoods_of_an_answer_are_the_models(client: openai.OpenAI, offline: LoadedModel) -> None:
+    more: Any = {"max_tokens": 5, "logprobs": True, "top_logprobs": 3, "extra_body": {"ignore_eos": True}}
+    found = client.chat.completions.create(model="tiny", messages=user("a"), **more)
+    assert found.choices[0].logprobs is not None and found.choices[0].logprobs.content is not None
+    told = found.choices[0].logprobs.content
+    config = GenerationConfig(max_new_tokens=5, ignore_stop_tokens=True)
+    (answer,) = offline.answers([offline.encode(user("a"))], config)
+    ids = [*offline.encode(user("a")).token_ids_T.tolist(), *answer.token_ids]
+    with torch.no_grad():
+        logits_TV = offline.model.logits(collate([Sample.of_text("a", ids)], offline.model.modalities))
+    expected_KV = logits_TV.log_softmax(-1)[-6:-1]
+    own = torch.tensor([each.logprob for each in told])
+    assert torch.allclose(own, expected_KV.gather(1, torch.tensor(ids[-5:])[:, None]).squeeze(1), atol=1e-4)
+    assert [len(each.top_logprobs) for each in told] == [3] * 5
+    assert all(each.top_logprobs[0].logprob == each.logprob for each in told), "greedy"
+    chunks = client.chat.completions.create(model="tiny", messages=user("a"), stream=True, **more)
+    streamed = [
+        each for chunk in chunks if chunk.choices[0].logprobs for each in chunk.choices[0].logprobs.content or ()
+    ]
+    assert streamed == told
+
+
+def test_texts_are_gone_on_with_and_scored(client: openai.OpenAI, offline: LoadedModel) -> None:
+    """As harnesses ask for likelihoods: token ids, an echo, and a token more."""
+    texts = ["to be", "or not"]
+    ids = [offline.processor.tokenizer.encode(text) for text in texts]
+    found = client.completions.create(model="tiny", prompt=ids, max_tokens=1, echo=True, logprobs=1, temperature=0)
+    for choice, text, its in zip(found.choices, texts, ids, strict=True):
+        assert choice.logprobs is not None and choice.logprobs.token_logprobs is not None
+        own: Any = choice.logprobs.token_logprobs
+        assert choice.text.startswith(text) and own[0] is None and len(own) == len(its) + 1
+        with torch.no_grad():
+            logits_TV = offline.model.logits(collate([Sample.of_text("a", its)], offline.model.modalities))
+        expected_T = logits_TV.log_softmax(-1)[:-1].gather(1, torch.tensor(its[1:])[:, None]).squeeze(1)
+        assert torch.allclose(torch.tensor(own[1:-1]), expected_T, atol=1e-4)
+        top: Any = choice.logprobs.top_logprobs
+        assert top[-1] is not None and max(top[-1].values()) == own[-1]
+    again = client.completions.create(model="tiny", prompt=texts, max_tokens=0, echo=True, logprobs=1)
+    assert [choice.text for choice in again.choices] == texts
+    assert again.choices[0].logprobs.token_logprobs == found.choices[0].logprobs.token_logprobs[:-1]  # pyright: ignore
+    plain = client.completions.create(model="tiny", prompt=texts[0], max_tokens=6)
+    chunks = client.completions.create(model="tiny", prompt=texts[0], max_tokens=6, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == plain.choices[0].text
+
+
+def test_what_is_said_is_written_down(client: openai.OpenAI, offline: LoadedModel) -> None:
+    clip = {"type": "audio", "bytes": sound()}
+    config = GenerationConfig(max_new_tokens=20)
+    for asking, create in (
+        ("Transcribe the audio clip into text.", client.audio.transcriptions.create),
+        ("Translate the audio to English.", client.audio.translations.create),
+    ):
+        expected = offline.generate(user([clip, {"type": "text", "text": asking}]), config)
+        assert create(model="tiny", file=("a.wav", sound())).text == expected
+        assert create(model="tiny", file=("a.wav", sound()), response_format="text") == expected + "\n"
+        told: Any = create(model="tiny", file=("a.wav", sound()), response_format="verbose_json")
+        assert told.text == expected and told.duration == pytest.approx(0.5)
+    for format in ("srt", "vtt"):
+        with pytest.raises(openai.BadRequestError, match="does not know when words are said"):
+            client.audio.transcriptions.create(model="tiny", file=("a.wav", sound()), response_format=format)  # pyright: ignore
+    with pytest.raises(openai.BadRequestError, match="language is not honoured"):
+        client.audio.transcriptions.create(model="tiny", file=("a.wav", sound()), language="en")
+
+
+def test_every_set_of_modalities_has_a_name(client: openai.OpenAI) -> None:
+    names = [model.id for model in client.models.list()]
+    assert names == ["tiny", "tiny:audio", "tiny:numbers", "tiny:vision", "tiny:audio+vision"]
+    assert client.models.retrieve("tiny:vision").id == "tiny:vision"
+    found = client.chat.completions.create(model="tiny:vision", messages=user([IMAGE, TEXT]), max_tokens=1)
+    assert found.model == "tiny:vision"
+    with pytest.raises(openai.BadRequestError, match="tiny:vision takes vision, and the messages hold audio"):
+        client.chat.completions.create(model="tiny:vision", messages=user([SOUND, TEXT]), max_tokens=1)
+
+
+def get(server: Served, path: str) -> str:
+    with urllib.request.urlopen(f"{server.address}{path}") as response:
+        return response.read().decode()
+
+
+def test_health_and_numbers_are_told(server: Served, client: openai.OpenAI) -> None:
+    client.chat.completions.create(model="tiny", messages=user([IMAGE, TEXT]), max_tokens=2)
+    assert json.loads(get(server, "/health")) == {"status": "ok"} and json.loads(get(server, "/ready")) == {
+        "ready": True
+    }
+    numbers = get(server, "/metrics")
+    assert 'molora_adapters_total{adapters="vision"}' in numbers and "molora_running 0.0" in numbers
+    assert "/v1/chat/completions" in json.loads(get(server, "/openapi.json"))["paths"]
+
+
+def test_the_log_has_a_line_with_its_id_for_each_request_and_no_word_of_it(server: Served) -> None:
+    headers = {"x-request-id": "my-own.id"}
+    client = server.client(default_headers=headers)
+    asked = client.chat.completions.with_raw_response.create(model="tiny", messages=user("a secret rose"), max_tokens=1)
+    assert asked.headers["x-request-id"] == "my-own.id" and asked.parse().id == "chatcmpl-my-own.id"
+    log = Path(server.log).read_text()
+    assert "my-own.id POST /v1/chat/completions 200" in log and "secret" not in log and "rose" not in log
