@@ -115,6 +115,8 @@ def index(
     from molora.data.index.fetched import fetched
     from molora.terminal import progress, say
 
+    of_hub = fetched(paths, disk_gib)
+    files = files_of(paths) if of_hub is None else []
     with progress() as bars:
         bar = bars.add_task("indexing", total=None, note="")
         made = 0
@@ -124,7 +126,6 @@ def index(
             made = missing
             bars.update(bar, completed=done, total=missing)
 
-        of_hub = fetched(paths, disk_gib)
-        found = indexed(files_of(paths), show) if of_hub is None else of_hub.indexed(show)
+        found = indexed(files, show) if of_hub is None else of_hub.indexed(show)
         bars.update(bar, completed=made, total=made)
     say(f"done: {sum(each.num_rows for each in found):,} rows in {len(found):,} files, {made:,} of them indexed anew")

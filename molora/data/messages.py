@@ -73,6 +73,7 @@ def _check_part(part: Part, part_types: Mapping[str, str] | None, here: str) -> 
         there = ", ".join(f"{kind} ({modality})" for kind, modality in part_types.items())
         raise ValueError(
             f"{here}: no modality answers to parts of type {part['type']!r:.80}; there are text{there and ', '}{there}"
+            "; add the modality, or mend the type"
         )
     elif part.get("text") is not None:
         raise ValueError(f"{here}: a part of type {part['type']!r:.80} has no text; write a text part beside it")

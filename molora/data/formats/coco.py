@@ -57,7 +57,7 @@ class VqaConfig:
 
 
 class Vqa(Table):
-    """Questions of VQA with their answers, tagged by `answer_type`."""
+    """Questions of VQA with their answers, tagged by `answer_type` where that is there."""
 
     config_type = VqaConfig
 
@@ -146,7 +146,7 @@ class _Questions:
         answered = self.annotations[_named(id, self.by_id, self.annotations, self.where(row))]
         number, split = question.get("image_id"), self.rows.beside.get("data_subtype")
         picture = f"COCO_{split}_{number:012d}.jpg" if type(number) is int and split else None
-        return {**answered, **question, "id": id, "picture": picture}
+        return {"answer_type": None, **answered, **question, "id": id, "picture": picture}
 
     def where(self, row: int) -> str:
         return self.rows.where(row)
@@ -155,7 +155,14 @@ class _Questions:
         return self.rows.path.absolute().parent
 
     def columns(self, needed: Needed) -> list[str]:
-        return list(dict.fromkeys([*self.rows.columns(bool), *self.annotations.columns(bool), "id", "picture"]))
+        made = ("answer_type", "id", "picture")
+        names = list(dict.fromkeys([*self.rows.columns(bool), *self.annotations.columns(bool), *made]))
+        if "picture" in needed(names) and not self.rows.beside.get("data_subtype"):
+            raise ConfigError(
+                f"data source {self.rows.path}: has no data_subtype, by which COCO names pictures; say in picture how "
+                'yours are called, such as "{image_id}.jpg"'
+            )
+        return names
 
 
 def _by_id(rows: KeyedRows) -> dict[Any, int]:

@@ -48,7 +48,9 @@ def check_file(path: Path) -> None:
     """Raises ConfigError for what is no file; its rows are read more than once."""
     if not path.is_file():
         here = "" if path.is_absolute() else f" in {Path.cwd()}"
-        why = "not a file, but a folder, a pipe or a device" if path.exists() else f"no such file{here}"
+        why = "not a file, but a pipe or a device; write it to a file" if path.exists() else f"no such file{here}"
+        if path.is_dir():
+            why = "not a file, but a folder; name a file in it, or where several are read, such as shards, a pattern"
         raise ConfigError(f"data source {path}: {why}")
 
 
@@ -179,6 +181,12 @@ class JsonRows(_Rows):
                 fault = fault or error
         if fault is not None and not names:
             raise ConfigError(f"no row can be read: {fault}") from fault
+        lists = [key for key, value in (self[0] if len(self) == 1 and not fault else {}).items() if _is_rows(value)]
+        if lists and not wanted(names):
+            raise ConfigError(
+                f"data source {self.path}: is one object, and its {' and '.join(lists)} a list of rows; write "
+                f"`rows_under: {lists[0]}` to read these"
+            )
         return list(names)
 
     def _in_lines(self) -> Iterator[tuple[int, int]]:
@@ -224,6 +232,10 @@ class JsonRows(_Rows):
         if text != expected or end - start > 4096:
             found = text[:40].decode(errors="replace")
             raise ConfigError(f"{self.next_row()}: expected objects with commas between them, found {found!r}")
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in value)
 
 
 def _after_string(data: mmap.mmap | bytes, position: int, stop: int) -> int:
@@ -327,7 +339,8 @@ class CellRows(_Rows):
             width = len(self.names)
             if any(cells[width:]) or (len(cells) < width and any(self.names[len(cells) :])):
                 raise _Ragged(
-                    f"{self.next_row()}: has {len(cells)} cells, but there are {width} column names: {self.names}"
+                    f"{self.next_row()}: has {len(cells)} cells, but there are {width} column names: {self.names}; put "
+                    "a cell that holds the separator in quotes, or mend the row"
                 )
             self.starts.append(begin)
             self.ends.append(position)

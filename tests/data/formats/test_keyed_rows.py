@@ -79,3 +79,24 @@ def test_a_table_says_under_which_key_its_rows_stand(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("q,a\n1,2\n")
     with pytest.raises(ConfigError, match="t.csv: rows_under is a key of a JSON file, and this is none"):
         open_source(SourceConfig(kind="table", options={**options, "path": str(tmp_path / "t.csv")}), "data")
+
+
+def test_a_file_whose_rows_stand_under_a_key_says_so(tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text(json.dumps({"about": {"year": 2024}, "data": [{"q": "a", "a": "b"}]}))
+    options: dict[str, Any] = {"path": str(tmp_path / "t.json"), "prompt": "{q}", "answer": "{a}"}
+    with pytest.raises(
+        ConfigError, match="t.json: is one object, and its data a list of rows; write `rows_under: data`"
+    ):
+        open_source(SourceConfig(kind="table", options=options), "data")
+    assert len(open_source(SourceConfig(kind="table", options={**options, "rows_under": "data"}), "data")) == 1
+
+
+def test_questions_of_ones_own_need_no_answer_type_and_say_how_pictures_are_called(tmp_path: Path) -> None:
+    (tmp_path / "q.json").write_text(json.dumps({"questions": [{"question_id": 1, "image_id": 7, "question": "?"}]}))
+    answers = {"question_id": 1, "multiple_choice_answer": "yes", "answers": [{"answer": "yes"}]}
+    (tmp_path / "a.json").write_text(json.dumps({"annotations": [answers]}))
+    options = {"questions": str(tmp_path / "q.json"), "annotations": str(tmp_path / "a.json")}
+    with pytest.raises(ConfigError, match=r"q.json: has no data_subtype.*say in picture how yours are called"):
+        open_source(SourceConfig(kind="vqa", options=options), "data")
+    source = open_source(SourceConfig(kind="vqa", options={**options, "picture": "{image_id}.png"}), "data")
+    assert source[0]["messages"][0]["content"][0]["path"] == str(tmp_path / "7.png") and source[0]["tags"] == []
