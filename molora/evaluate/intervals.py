@@ -2,12 +2,17 @@
 
 Questions about the same picture, sound or other medium are drawn together, since their answers are not independent.
 
+Where all answers are alike every resample gives one number, which says nothing. A share of the questions that is 0 or 1
+then has the score interval of a proportion, and other numbers have none.
+
 Letters: Q questions, G groups of questions, B resamples.
-Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 13 (percentiles) and 8.3 (groups).
+Sources: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 13 (percentiles) and 8.3 (groups);
+Wilson, JASA 22 (1927), 209-212; of pairs Tango, Statistics in Medicine 17 (1998), 891-908.
 """
 
 import hashlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +22,8 @@ from molora.evaluate.metrics import Judged, Metric, Weighted
 
 RESAMPLES = 1000
 LEVEL = 0.95
+# Resamples that differ by less give one number.
+_ALIKE = 1e-9
 # How many weights of questions are in memory at once.
 _MAX_WEIGHTS = 2**22
 
@@ -31,11 +38,12 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """By how much a number is above another, with the ends of the interval of the difference, by default of 95 %."""
+    """By how much a number is above another, with the ends of the interval of the difference, by default of 95 %; None
+    where it has none."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 def medium_of(item: Judged) -> Hashable:
@@ -68,9 +76,12 @@ def interval(
     seed: int = 0,
 ) -> dict[str, Interval]:
     """The interval of each number of a metric over answered questions. Resamples in which nothing can be counted for a
-    number are left out of its interval. Questions of fewer than two groups have no interval."""
-    found = _resampled(metric, [judged], group, resamples, seed)
-    return {name: Interval(*_ends(values_B[1:], level)) for name, (values_B,) in found.items()}
+    number are left out of its interval. A number that all resamples agree on has none, unless it is a share of the
+    questions, and questions of fewer than two groups have none."""
+    found, groups = _resampled(metric, [judged], group, resamples, seed)
+    shares = {getattr(metric, "share", None): groups}
+    ends = {name: _ends(values_B, level, shares.get(name), least=0.0) for name, (values_B,) in found.items()}
+    return {name: Interval(*each) for name, each in ends.items() if each is not None}
 
 
 def paired(
@@ -92,26 +103,38 @@ def paired(
             "same questions"
         )
     other = [others[item.id] for item in judged]
-    found = {
-        name: one_B - two_B
-        for name, (one_B, two_B) in _resampled(metric, [judged, other], group, resamples, seed).items()
-    }
-    return {name: Difference(float(above_B[0]), *_ends(above_B[1:], level)) for name, above_B in found.items()}
+    found, groups = _resampled(metric, [judged, other], group, resamples, seed)
+    shares = {getattr(metric, "share", None): groups}
+    differences = {}
+    for name, (one_B, two_B) in found.items():
+        ends = _ends(one_B - two_B, level, shares.get(name), least=-1.0)
+        differences[name] = Difference(float(one_B[0] - two_B[0]), *(ends or (None, None)))
+    return differences
 
 
-def _ends(values_B: np.ndarray, level: float) -> list[float]:
-    return np.nanquantile(values_B, [(1 - level) / 2, (1 + level) / 2]).tolist()
+def _ends(values_B: np.ndarray, level: float, groups: int | None, least: float) -> tuple[float, float] | None:
+    """The interval of a number of which the first value is that over all questions, and the others are of resamples.
+    Where these are alike, that of a share among so many `groups`, which is at `least` 0, or -1 for a difference."""
+    value, drawn_B = float(values_B[0]), values_B[1:]
+    low, high = np.nanquantile(drawn_B, [(1 - level) / 2, (1 + level) / 2]).tolist()
+    if np.nanmax(drawn_B) - np.nanmin(drawn_B) > _ALIKE * max(1.0, abs(value)):
+        return low, high
+    if groups is None or value not in (-1, 0, 1):
+        return None
+    squared = NormalDist().inv_cdf((1 + level) / 2) ** 2
+    reach = squared / (groups + squared) * (1 + abs(value) if least < 0 else 1)
+    return max(least, value - reach), min(1.0, value + reach)
 
 
 def _resampled(
     metric: Metric, sides: Sequence[Sequence[Judged]], group: Group, resamples: int, seed: int
-) -> dict[str, list[np.ndarray]]:
+) -> tuple[dict[str, list[np.ndarray]], int]:
     """The numbers that all sides have, by name: for every side those over all questions, and then those over the same
-    draws of the questions."""
+    draws of the questions. And how many groups of questions there are."""
     numbers: dict[Hashable, int] = {}
     group_Q = np.array([numbers.setdefault(group(item), len(numbers)) for item in sides[0]])
     if len(numbers) < 2:
-        return {}
+        return {}, len(numbers)
     measures = [_measure(metric, side) for side in sides]
     draw = np.random.default_rng(seed)
     rows = max(1, _MAX_WEIGHTS // len(group_Q))
@@ -124,7 +147,8 @@ def _resampled(
         for name in chunks[0][0]
         if all(name in measured for measured in chunks[0])
     }
-    return {name: each for name, each in found.items() if not any(np.isnan(values_B[0]) for values_B in each)}
+    found = {name: each for name, each in found.items() if not any(np.isnan(values_B[0]) for values_B in each)}
+    return found, len(numbers)
 
 
 def _weights(draw: np.random.Generator, number: int, groups: int) -> np.ndarray:

@@ -315,5 +315,6 @@ def shown(metric: str, value: float) -> str:
     return f"{value:.0f}" if is_count(metric) else f"{value:.4f}"
 
 
-def told_ends(ends: Sequence[float] | None) -> str:
-    return "" if ends is None else f"{ends[0]:.4f} to {ends[1]:.4f}"
+def told_ends(ends: Sequence[float | None] | None) -> str:
+    """The ends of an interval as they are printed, nothing for none."""
+    return "" if ends is None or None in ends else f"{ends[0]:.4f} to {ends[1]:.4f}"

@@ -14,7 +14,7 @@ from molora.evaluate.compare import Comparison
 from molora.evaluate.kept_media import FOLDER as MEDIA
 from molora.evaluate.kept_media import known_type
 from molora.evaluate.metrics import Judged
-from molora.evaluate.results import Place, Result, shown
+from molora.evaluate.results import Place, Result, shown, told_ends
 from molora.report.page import fill
 from molora.storage import write_text
 from molora.terminal import say
@@ -87,15 +87,14 @@ def _cells(result: Result) -> Iterator[tuple[str, str, str, str]]:
     for name, value in result.scores.items():
         metric, _, tag = name.partition("/")
         if name not in ("failed", "cut_off"):
-            ends = result.intervals.get(name)
-            yield metric, tag, shown(name, value), "" if ends is None else f"{ends[0]:.4f} to {ends[1]:.4f}"
+            yield metric, tag, shown(name, value), told_ends(result.intervals.get(name))
 
 
 def _differences(comparison: Comparison) -> Iterator[tuple[str, ...]]:
     """Every metric with its score here and there, the difference, and its interval."""
-    for metric, (value, low, high) in comparison.differences.items():
+    for metric, (value, *ends) in comparison.differences.items():
         here, there = (shown(metric, scores[metric]) for scores in (comparison.here, comparison.there))
-        yield metric, here, there, f"{value:+.4f}", f"{low:+.4f} to {high:+.4f}"
+        yield metric, here, there, f"{value:+.4f}", told_ends(ends)
 
 
 def _other(item: Judged, result: Result) -> dict[str, Any]:

@@ -110,10 +110,11 @@ def test_a_difference_of_two_models_covers_what_it_says_and_is_narrower_for_pair
         judged, against = ([both[int(side[index])][index] for index in range(questions)] for side in (one, other))
         found = paired(metric, judged, against[::-1], resamples=RESAMPLES, seed=seed, group=alone)["exact_match"]
         assert found.value == pytest.approx(one.mean() - other.mean())
+        assert found.low is not None and found.high is not None
         if seed < 20:
             single = interval(metric, judged, resamples=RESAMPLES, seed=seed, group=alone)["exact_match"]
             widths.append((found.high - found.low) / ((single.high - single.low) * 2**0.5))
-        return found[1:]
+        return found.low, found.high
 
     assert 0.93 <= covered(simulate, 0.075) <= 0.97
     assert np.mean(widths) < 0.85
@@ -153,11 +154,53 @@ def test_what_cannot_be_counted_has_no_interval() -> None:
     no = [answered(index, False) for index in range(4)]
     found = interval(metric, [*no, answered(4, True)])
     assert found["yes_no_accuracy"].low == 0.0 < found["yes_no_accuracy"].high
-    assert found["yes_no_precision"] == (1.0, 1.0)  # where yes was said at all, it was right
+    assert "yes_no_precision" not in found, "where yes was said at all, it was right, which says nothing"
     assert "yes_no_precision" not in interval(metric, no)
     assert interval(metric, no[:1]) == {} == interval(metric, [])
     same_picture = [answered(index, index > 1, picture=0) for index in range(4)]
     assert interval(metric, same_picture) == {}
+
+
+def wilson(right: int, questions: int, truth: float) -> float:
+    """By how many standard errors of the truth a share is off it, squared."""
+    return (right / questions - truth) ** 2 / (truth * (1 - truth) / questions)
+
+
+def tango(above: int, below: int, pairs: int, truth: float) -> float:
+    """The same for a difference of pairs, of which some are above and some below, by the likeliest shares of both."""
+    b, c = -above - below + (2 * pairs - above + below) * truth, -below * truth * (1 - truth)
+    lower = ((b * b - 8 * pairs * c) ** 0.5 - b) / (4 * pairs)
+    return (above - below - pairs * truth) ** 2 / (pairs * (2 * lower + truth * (1 - truth)))
+
+
+@pytest.mark.parametrize("level", [0.95, 0.8])
+@pytest.mark.parametrize("questions", [2, 20, 500])
+def test_where_all_answers_are_alike_a_share_has_its_score_interval(questions: int, level: float) -> None:
+    metric = opened("exact_match")
+    squared = {0.95: 1.959964, 0.8: 1.281552}[level] ** 2
+    right, wrong = ([answered(index, is_right) for index in range(questions)] for is_right in (True, False))
+    low, high = interval(metric, right, level=level)["exact_match"]
+    assert high == 1 and wilson(questions, questions, low) == pytest.approx(squared, rel=1e-5)
+    assert interval(metric, wrong, level=level)["exact_match"] == (0, pytest.approx(1 - low))
+    value, low, high = paired(metric, right, wrong, level=level)["exact_match"]
+    assert (value, high) == (1, 1) and low is not None
+    assert tango(questions, 0, questions, low) == pytest.approx(squared, rel=1e-5)
+    assert paired(metric, wrong, right, level=level)["exact_match"] == (-1, -1, pytest.approx(-low))
+    for same in (right, wrong):
+        value, low, high = paired(metric, same, same, level=level)["exact_match"]
+        assert value == 0 and high is not None and low == -high
+        assert tango(0, 0, questions, high) == pytest.approx(squared, rel=1e-5)
+    same_pictures = [answered(index, True, picture=index // 2) for index in range(2 * questions)]
+    assert interval(metric, same_pictures, level=level) == interval(metric, right, level=level), "a picture counts once"
+
+
+def test_a_number_that_is_no_share_and_the_same_everywhere_has_no_interval() -> None:
+    pytest.importorskip("jiwer")
+    metric, judged = opened("word_error_rate"), [answered(index, True) for index in range(20)]
+    assert interval(metric, judged) == {}
+    assert paired(metric, judged, judged) == {"word_error_rate": (0, None, None)}
+    assert interval(opened("macro_f1"), judged) == {}, "of one class"
+    assert interval(opened("anls"), judged)["anls"].high == 1
 
 
 def test_the_seed_settles_the_draws_and_the_level_the_width() -> None:

@@ -22,6 +22,7 @@ class MultipleChoice(Counted):
 
     config_type = NoOptions
     rates_each = True
+    share = "multiple_choice"
 
     def __init__(self, config: NoOptions) -> None:
         pass
@@ -110,7 +111,7 @@ class ChoiceLikelihood(Mean):
 
     def __init__(self, config: ChoiceLikelihoodConfig) -> None:
         self.per = config.per
-        self.name = "choice_likelihood" if config.per == "text" else f"choice_likelihood_per_{config.per}"
+        self.name = self.share = "choice_likelihood" if config.per == "text" else f"choice_likelihood_per_{config.per}"
 
     def values(self, judged: Sequence[Judged]) -> list[float]:
         return [float(self.likeliest(item) == right_choice(item)) for item in judged]

@@ -13,7 +13,7 @@ class ExactMatch(Mean):
 
     config_type = NoOptions
     rates_each = True
-    name = "exact_match"
+    name = share = "exact_match"
 
     def __init__(self, config: NoOptions) -> None:
         pass
@@ -59,6 +59,7 @@ class YesNo(Counted):
 
     config_type = NoOptions
     rates_each = True
+    share = "yes_no_accuracy"
 
     def __init__(self, config: NoOptions) -> None:
         pass

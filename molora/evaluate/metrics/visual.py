@@ -34,7 +34,7 @@ class VqaAccuracy(Mean):
 
     config_type = NoOptions
     rates_each = True
-    name = "vqa_accuracy"
+    name = share = "vqa_accuracy"
 
     def __init__(self, config: NoOptions) -> None:
         self.whole = dict(_without_one_apostrophe(_CONTRACTIONS.split()))
@@ -96,7 +96,7 @@ class Anls(Mean):
 
     config_type = AnlsConfig
     rates_each = True
-    name = "anls"
+    name = share = "anls"
 
     def __init__(self, config: AnlsConfig) -> None:
         self.threshold = config.threshold
@@ -136,7 +136,7 @@ class RelaxedAccuracy(Mean):
 
     config_type = RelaxedAccuracyConfig
     rates_each = True
-    name = "relaxed_accuracy"
+    name = share = "relaxed_accuracy"
 
     def __init__(self, config: RelaxedAccuracyConfig) -> None:
         self.config = config
