@@ -19,8 +19,8 @@ from molora.train.recipe import Recipe
 
 DATA = Path(os.environ.get("MOLORA_TEST_DATA", "."))
 WEIGHTS = DATA / "weights/kwt1"
-HERE = Path(__file__).parent
-PLUGIN = f"{HERE / 'keyword_transformer.py'}:KeywordTransformer"
+EXAMPLE = Path(__file__).parents[1] / "examples/keyword_transformer"
+PLUGIN = f"{EXAMPLE / 'keyword_transformer.py'}:KeywordTransformer"
 
 pytest.importorskip("torchaudio")
 needs_data = pytest.mark.skipif(not WEIGHTS.is_dir(), reason="set MOLORA_TEST_DATA to a folder with weights/kwt1")
@@ -44,7 +44,7 @@ def test_the_encoder_gives_the_published_logits() -> None:
 def test_the_recipe_trains_beside_the_frozen_encoder(tmp_path: Path) -> None:
     recipe = read(
         Recipe,
-        HERE / "fsdd_keyword.yaml",
+        EXAMPLE / "fsdd.yaml",
         [
             f"data_root={DATA}",
             f"run={tmp_path / 'run'}",

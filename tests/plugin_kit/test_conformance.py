@@ -24,6 +24,7 @@ from molora.testing import assert_conforms
 from molora.testing.side_effects import fingerprint, shared_state
 
 HERE = Path(__file__).parent
+EXAMPLE = HERE.parents[1] / "examples/keyword_transformer"
 WEIGHTS = Path(os.environ.get("MOLORA_TEST_DATA", ".")) / "weights/kwt1/model.safetensors"
 CONVIT = {"kind": "convit", "pretrained": False, "convit": {"width": 8, "depth": 1, "heads": 2}}
 CONFORMER = {"width": 16, "blocks": 2, "heads": 2, "mlp_width": 24, "subsampling_channels": 4}
@@ -144,7 +145,7 @@ def by_check(findings: list[Finding]) -> dict[str, Finding]:
         ("molora.testing:Letters", {}),
         ("vision", {"crop_pixels": 16, "max_crops": 3, "pool": 1, "tower": CONVIT}),
         ("audio", {"tower": {"conformer": CONFORMER}, "beside": {"vision": "vision"}, "augment": AUGMENT}),
-        (f"{HERE.parent / 'keyword_transformer.py'}:KeywordTransformer", {"weights": str(WEIGHTS)}),
+        (f"{EXAMPLE}/keyword_transformer.py:KeywordTransformer", {"weights": str(WEIGHTS)}),
     ],
     ids=["series", "fetched", "blanks", "numbers", "letters", "vision", "audio", "keyword transformer"],
 )

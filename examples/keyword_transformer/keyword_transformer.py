@@ -39,6 +39,9 @@ class KeywordTransformer:
     def load(self, part: Mapping[str, Any]) -> Tensor:
         return load_sound(part)
 
+    def blank(self, item: Tensor) -> Tensor:
+        return torch.zeros_like(item)
+
     def prepare(self, item: Tensor, generator: torch.Generator | None = None) -> Prepared:
         windows_NL = F.pad(item, (0, -len(item) % SAMPLES)).view(-1, SAMPLES)
         return Prepared({"windows_NL": windows_NL}, len(windows_NL) * FRAMES // POOL)
