@@ -25,6 +25,14 @@ def generate(
     rule: options.Rules = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option(metavar="SHARE", help="Draw among the likeliest tokens that together have this probability."),
+    ] = 1.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw among so many of the likeliest tokens.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End an answer before this text; repeat.")
+    ] = None,
     seed: int = 0,
     max_running_samples: Annotated[int, typer.Option(min=1, help="Rows answered at a time.")] = 64,
     kv_cache_gib: Annotated[
@@ -54,11 +62,18 @@ def generate(
         if not (type and equals and path):
             raise ConfigError(f"--part {given!r}: write it as TYPE=PATH, such as image=a.png")
         parts.append({"type": type, "path": path})
+    if temperature == 0 and (top_p < 1 or top_k is not None):
+        raise ConfigError(
+            "--top-p and --top-k say which tokens may be drawn, and without --temperature none is; give it"
+        )
     if messages is None and not prompt and not parts:
         raise ConfigError("nothing to answer: give a PROMPT, a picture, or --messages with --output")
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        stop=tuple(stop or ()),
         seed=seed,
         max_running_samples=max_running_samples,
         prefill_tokens=prefill_tokens,
@@ -66,7 +81,9 @@ def generate(
     )
     load = options.opener(model, modality, rule, allow_urls, allow_private_addresses, trust_plugin, deterministic_batch)
     if messages is not None and output is not None:
-        raise typer.Exit(0 if answer_rows(load, messages, output, config, strict=strict) else options.FAILED_ROWS)
+        with options.stoppable():
+            whole = answer_rows(load, messages, output, config, strict=strict)
+        raise typer.Exit(0 if whole else options.FAILED_ROWS)
     loaded = load()
     content = parts + ([{"type": "text", "text": prompt}] if prompt else [])
     for piece in loaded.stream([{"role": "user", "content": content}], config):
@@ -93,7 +110,9 @@ def score(
     from molora.inference.answers import score_rows
 
     load = options.opener(model, modality, rule, allow_urls, allow_private_addresses, trust_plugin, deterministic_batch)
-    if not score_rows(load, messages, output, strict=strict):
+    with options.stoppable():
+        whole = score_rows(load, messages, output, strict=strict)
+    if not whole:
         raise typer.Exit(options.FAILED_ROWS)
 
 

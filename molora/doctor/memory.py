@@ -54,6 +54,8 @@ def show(needed: MemoryNeeds, there: Iterable[Device]) -> None:
             add(said.name, said.needs, needed.constant_bytes + said.num_bytes, "with the weights")
     print_table(("what", "how much", "where it comes from"), rows, wide="where it comes from", right=("how much",))
     say()
+    if needed.held:
+        say(needed.held)
     if needed.unknown:
         say(f"The packs that its data give are not counted: {needed.unknown}")
     told = f"{amount(needed.given_bytes)} needed"

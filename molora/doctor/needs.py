@@ -20,11 +20,11 @@ from molora.config import ConfigError
 from molora.data.processor import Processor, SampleTooLong
 from molora.data.sources import EncodedSamples
 from molora.doctor.dry_run import Alive, DryRun, on_meta
-from molora.inference.generate import GenerationConfig, generate, tokens_kept
+from molora.inference.generate import GenerationConfig, generate, pages_configured, tokens_kept
 from molora.media import MediaPolicy
 from molora.modality import MediaError, Modality
 from molora.model.molora import MoLoRA
-from molora.model.pages import page_tokens
+from molora.model.pages import KeptLayers, page_tokens
 from molora.pack import Sample
 from molora.routing import RoutingError, name_of
 from molora.seeding import seed_of
@@ -35,6 +35,9 @@ from molora.train.step import train_step
 
 # Rows of a stage's data from which its packs are known.
 _SAMPLED_ROWS = 64
+
+# Of so many tokens are the samples by which a recipe's model is told how much of a conversation fits in memory.
+_HELD_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -63,12 +66,14 @@ class Moment:
 @dataclass(frozen=True)
 class MemoryNeeds:
     """What a run needs: its weights all the time, and its moments one after another. `process` is what the interpreter
-    and its libraries take on a CPU; `unknown` says why there are no packs of its data."""
+    and its libraries take on a CPU; `unknown` says why there are no packs of its data, and `held` how many samples some
+    memory for keys and values is enough for."""
 
     weights: tuple[Need, ...]
     moments: tuple[Moment, ...]
     process: Need | None = None
     unknown: str | None = None
+    held: str = ""
 
     @property
     def weight_bytes(self) -> int:
@@ -119,11 +124,13 @@ def logits_of(num_bytes: int, how: str, model: MoLoRA) -> str:
 @dataclass(kw_only=True)
 class AnsweringConfig:
     """How a model will answer: `max_running_samples` conversations at a time, each with a prompt of `prompt_tokens`,
-    media included, and `max_new_tokens` of answer. `dtype` casts the backbone."""
+    media included, and `max_new_tokens` of answer; fewer at a time if `kv_cache_gib` has no room for as many. `dtype`
+    casts the backbone."""
 
     prompt_tokens: int = 1024
     max_new_tokens: int = 128
     max_running_samples: int = 64
+    kv_cache_gib: float | None = None
     dtype: str | None = None
 
 
@@ -135,10 +142,36 @@ def answering_needs(model: MoLoRA, config: AnsweringConfig, device_type: str = "
     example of every modality that the router takes together, and text. The prefill was within 0.01 % of what the CPU's
     allocator gave out. What a step of decoding needs for itself is left out: little on the CPU; on CUDA with a torch
     before 2.13, a layer's keys and values once more.
+
+    Raises ConfigError if not even one such sample has room in `kv_cache_gib`.
     """
-    owned = weights(model)
-    decoding = GenerationConfig(max_new_tokens=config.max_new_tokens, max_running_samples=config.max_running_samples)
-    return MemoryNeeds(owned, answering_moments(DryRun(model), decoding, config.prompt_tokens, device_type))
+    owned, dry = weights(model), DryRun(model)
+    decoding = GenerationConfig(
+        max_new_tokens=config.max_new_tokens,
+        max_running_samples=config.max_running_samples,
+        kv_cache_gib=config.kv_cache_gib,
+    )
+    moments = answering_moments(dry, decoding, config.prompt_tokens, device_type)
+    tokens = min(config.prompt_tokens + config.max_new_tokens, model.backbone.max_tokens)
+    return MemoryNeeds(owned, moments, held=_held(dry, config.kv_cache_gib or 1.0, tokens, device_type))
+
+
+def _held(dry: DryRun, kv_cache_gib: float, tokens: int, device_type: str) -> str:
+    """How many samples of a length some memory for keys and values is enough for."""
+    number = _samples_within(kv_cache_gib, _kept(dry, device_type), tokens)
+    told = f"kv_cache_gib={kv_cache_gib:g} of molora.GenerationConfig holds keys and values of {number:,} x {tokens:,}"
+    return f"{told} tokens, prompt and answer together"
+
+
+def _kept(dry: DryRun, device_type: str) -> KeptLayers:
+    """What the layers keep of a token, in the pages of a kind of device."""
+    with dry:
+        kept = dry.model.backbone.kept_layers()
+    return replace(kept, page_tokens=page_tokens(device_type))
+
+
+def _samples_within(kv_cache_gib: float, kept: KeptLayers, tokens: int) -> int:
+    return int(kv_cache_gib * 2**30) // kept.num_bytes(kept.pages_for(tokens), 1)
 
 
 def answering_moments(
@@ -147,16 +180,29 @@ def answering_moments(
     """What answering holds at its two fullest moments: all prompts in one pack, and every answer's last token."""
     model = dry.model
     modalities = max(modality_sets(model), key=len)
-    sample = largest_sample(model, modalities, prompt_tokens, model.backbone.max_tokens, generate=True)
-    number = config.max_running_samples
+    most_tokens = model.backbone.max_tokens
+    sample = largest_sample(model, modalities, prompt_tokens, most_tokens, generate=True)
+    tokens = tokens_kept(len(sample), config.max_new_tokens, most_tokens)
+    kept, number = _kept(dry, device_type), config.max_running_samples
+    if config.kv_cache_gib is not None:
+        number = min(number, _samples_within(config.kv_cache_gib, kept, tokens))
+        if not number:
+            least = kept.num_bytes(kept.pages_for(tokens), 1) / 2**30
+            raise ConfigError(
+                f"kv_cache_gib: {config.kv_cache_gib:g}, but {tokens:,} tokens of a sample take {least:.3g}"
+            )
     with dry:
         steps = generate(model, copies(sample, number), config)
         next(steps)
         begun, prefill = dry.alive, dry.fullest
         dry_kept = model.backbone.kept_layers()
-    tokens = tokens_kept(len(sample), config.max_new_tokens, model.backbone.max_tokens)
-    kept = replace(dry_kept, page_tokens=page_tokens(device_type))
-    dry_cached, cached = (each.num_bytes(number * each.pages_for(tokens), number) for each in (dry_kept, kept))
+
+    def pool_bytes(kept: KeptLayers) -> int:
+        enough = number * kept.pages_for(tokens)
+        num_pages = enough if config.kv_cache_gib is None else pages_configured(kept, config, most_tokens)
+        return kept.num_bytes(num_pages, config.max_running_samples)
+
+    dry_cached, cached = pool_bytes(dry_kept), pool_bytes(kept)
     prompts = f"{number} x {len(sample):,} tokens of {name_of(sample.modalities)}"
     pages = f"{prompts}, {config.max_new_tokens:,} new ones each, in pages of {kept.page_tokens}"
     pack = min(config.prefill_tokens, number * len(sample))
@@ -227,7 +273,8 @@ def training_needs(recipe: Recipe, trust: Sequence[str] = (), device_type: str =
         decoding = GenerationConfig(max_new_tokens=evaluation.max_new_tokens, max_running_samples=running)
         moment = max(answering_moments(dry, decoding, 0, device_type), key=lambda moment: moment.num_bytes)
         moments.append(Moment(f"evaluation {name}, {moment.name}", (optimiser, *moment.needs)))
-    return MemoryNeeds(owned, tuple(moments), unknown=unknown)
+    tokens = min(_HELD_TOKENS, model.backbone.max_tokens)
+    return MemoryNeeds(owned, tuple(moments), unknown=unknown, held=_held(dry, 1.0, tokens, device_type))
 
 
 def _learned(model: MoLoRA, stage: StageConfig, where: str) -> tuple[Need, Need]:

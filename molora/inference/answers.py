@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from molora.data.messages import Message
 from molora.data.sources import Messages, MessagesConfig
 from molora.inference.generate import Failed, GenerationConfig, attempt
 from molora.inference.load import Answer, LoadedModel
+from molora.interrupt import Stopped
 from molora.pack import Sample
 from molora.storage import hold, write_atomically
 from molora.terminal import progress, warn
@@ -85,7 +87,9 @@ class AnswerFile:
             for id, found, error in results(samples):
                 told = found if error is None else {"error": str(error)}
                 write({"id": id, "messages": messages.pop(id, None), **told})
-                if error is not None:
+                if error is None:
+                    self.done.add(id)
+                else:
                     self.failed.append(f"{id}: {error}")
                 advance()
 
@@ -103,8 +107,8 @@ def answer_rows(
 ) -> bool:
     """Answers the rows of a file that have no answer yet, with a bar, and tells which failed. Returns whether none did.
     Raises what `answer_file` raises, before the model is loaded; with `strict` the error of the first row that
-    fails."""
-    with answer_file(messages, output) as rows, progress() as bars:
+    fails, and Stopped after Ctrl-C, with all that was finished in the file."""
+    with answer_file(messages, output) as rows, progress() as bars, _telling_what_is_done(rows):
         loaded = load()
         bar = bars.add_task("generate", total=len(rows.ids), completed=len(rows.ids) - len(rows.left), note="")
         rows.fill(loaded, config, strict=strict, advance=lambda: bars.advance(bar))
@@ -113,11 +117,20 @@ def answer_rows(
 
 def score_rows(load: Callable[[], LoadedModel], messages: Path, output: Path, *, strict: bool = False) -> bool:
     """Writes the likelihoods of the answers that the rows of a file end with; else as `answer_rows`."""
-    with answer_file(messages, output, "log_probability") as rows, progress() as bars:
+    with answer_file(messages, output, "log_probability") as rows, progress() as bars, _telling_what_is_done(rows):
         loaded = load()
         bar = bars.add_task("score", total=len(rows.ids), completed=len(rows.ids) - len(rows.left), note="")
         rows.score(loaded, strict=strict, advance=lambda: bars.advance(bar))
     return _told_of_faults(rows)
+
+
+@contextmanager
+def _telling_what_is_done(rows: AnswerFile) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        told = f"stopped: {len(rows.done)} of {len(rows.ids)} rows are done, in {rows.output}"
+        raise Stopped(f"{told}; the same call goes on with the others", signal.SIGINT) from interrupt
 
 
 def _told_of_faults(rows: AnswerFile) -> bool:

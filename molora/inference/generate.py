@@ -17,7 +17,7 @@ from molora.inference.frames import FrameMemory
 from molora.inference.running import Asked, Prompts, Running, next_logits
 from molora.inference.sampling import NO_TOKEN, Decoding, TokenLikelihood, choose, likelihoods, positive
 from molora.model.molora import MoLoRA
-from molora.model.pages import PagePool, SamplePages
+from molora.model.pages import KeptLayers, PagePool, SamplePages
 from molora.pack import Sample, collate
 from molora.seeding import seed_of
 from molora.terminal import warn
@@ -98,6 +98,12 @@ def tokens_kept(prompt_tokens: int, max_new_tokens: int, max_tokens: int) -> int
     return max(prompt_tokens, min(prompt_tokens + max_new_tokens, max_tokens) - 1)
 
 
+def pages_configured(kept: KeptLayers, config: GenerationConfig, max_tokens: int) -> int:
+    """Pages of the pool that `kv_cache_gib` asks for, and no more than all samples can fill; 0 without it."""
+    most = config.max_running_samples * kept.pages_for(max_tokens)
+    return kept.pages_within(int((config.kv_cache_gib or 0) * 2**30), config.max_running_samples, most)
+
+
 class Batch:
     """Samples that are answered together, each as its `Asked` says. A sample that is added waits for pages, enters,
     goes through the backbone in chunks, takes a token a step, and leaves; between two steps others may be added, or
@@ -118,11 +124,8 @@ class Batch:
 
     def _pool_as_configured(self) -> PagePool:
         config, backbone = self._config, self._model.backbone
-        if config.kv_cache_gib is None:
-            return backbone.page_pool(0, config.max_running_samples)
         kept = backbone.kept_layers()
-        most = config.max_running_samples * kept.pages_for(backbone.max_tokens)
-        num_pages = kept.pages_within(int(config.kv_cache_gib * 2**30), config.max_running_samples, most)
+        num_pages = pages_configured(kept, config, backbone.max_tokens)
         takes, free = kept.num_bytes(num_pages, config.max_running_samples), backbone.free_bytes()
         if takes > free:
             told = f"kv_cache_gib={config.kv_cache_gib:g} takes {_gib(takes)}, but {_gib(free)} of memory are free"

@@ -5,9 +5,14 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
+import re
+import signal
 import struct
 import subprocess
 import sys
+import threading
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -158,6 +163,10 @@ def overridden(home: Path, *changes: str) -> tuple[str, ...]:
     return ("train", str(home / "recipe.yaml"), f"run={home}/elsewhere", *changes)
 
 
+def asked(home: Path, *settings: str) -> tuple[str, ...]:
+    return ("generate", str(home / "run"), "hi", *settings)
+
+
 BAD_CALLS: dict[str, tuple[Callable[[Path], tuple[str, ...]], str]] = {
     "a typo in a setting": (lambda home: overridden(home, "stages.0.stps=3"), "did you mean 'steps'"),
     "a wrong type": (lambda home: overridden(home, "seed=many"), "seed"),
@@ -200,6 +209,18 @@ BAD_CALLS: dict[str, tuple[Callable[[Path], tuple[str, ...]], str]] = {
     "rows without output": (
         lambda home: ("generate", str(home / "run"), "--messages", str(home / "rows.jsonl")),
         "go together",
+    ),
+    "a share that is none": (lambda home: asked(home, "--temperature", "1", "--top-p", "1.5"), "top_p cannot be 1.5"),
+    "a draw of nothing": (lambda home: asked(home, "--top-p", "0.5"), "without --temperature none is"),
+    "a stop without text": (lambda home: asked(home, "--stop", ""), "texts that are not empty"),
+    "no memory": (lambda home: asked(home, "--kv-cache-gib", "0"), "kv_cache_gib cannot be 0.0; give a number above 0"),
+    "more memory than there is": (
+        lambda home: asked(home, "--kv-cache-gib", "1e9", "--max-running-samples", "1000000000"),
+        "of memory are free; give less",
+    ),
+    "no temperature": (
+        lambda home: asked(home, "--temperature", "1e-9"),
+        "temperature cannot be 1e-09; give 0, which is",
     ),
     "a changed recipe": (lambda home: ("train", str(home / "recipe.yaml"), "seed=4"), "begun with other settings"),
 }
@@ -258,9 +279,41 @@ def test_a_mixed_batch_goes_to_a_file_and_resumes(home: Path, tmp_path: Path) ->
     assert {row["id"]: row["answer"] for row in again} == {id: row["answer"] for id, row in rows.items()}
     assert len(again) == 4
 
+    stopped = tmp_path / "stopped.jsonl"
+    whole = next(row for row in rows.values() if row["answer"])
+    assert run_cli(*call[:-1], str(stopped), "--max-new-tokens", "3", "--stop", whole["answer"][:1]) == 0
+    answers = {row["id"]: row["answer"] for row in map(json.loads, stopped.read_text().splitlines())}
+    assert answers[whole["id"]] == ""
+
     small = ("--max-running-samples", "1", "--kv-cache-gib", "1e-6", "--prefill-tokens", "7")
     assert run_cli(*call[:-1], str(tmp_path / "none.jsonl"), *small) == 2
     assert "kv_cache_gib=1e-06 holds 0" in (tmp_path / "none.jsonl").read_text()
+
+
+def test_an_interrupt_is_one_line_and_what_is_answered_stays(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions, out = tmp_path / "questions.jsonl", tmp_path / "out.jsonl"
+    rows = [{"id": f"{index}", "messages": [{"role": "user", "content": f"what {index}?"}]} for index in range(60)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    call = ("generate", str(home / "run"), "--messages", str(questions), "--output", str(out), "--max-new-tokens", "5")
+
+    def interrupt() -> None:
+        while not (out.exists() and out.stat().st_size):
+            time.sleep(0.002)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    capsys.readouterr()
+    assert run_cli(*call, "--max-running-samples", "2") == 130
+    written = out.read_text()
+    done = len(written.splitlines())
+    told = " ".join(capsys.readouterr().err.split())
+    assert re.fullmatch(
+        rf"stopped: {done} of 60 rows are done, in .*out.jsonl; the same call goes on with the others", told
+    )
+    assert run_cli(*call) == 0
+    assert out.read_text().startswith(written) and len(out.read_text().splitlines()) == 60
 
 
 def test_given_answers_are_scored_into_a_file_and_a_bad_row_has_exit_code_2(

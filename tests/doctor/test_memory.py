@@ -6,6 +6,7 @@ import gc
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from molora.checkpoint.modality_folder import save_modality
 from molora.checkpoint.opening import open_model
 from molora.checkpoint.run_folder import write_run
 from molora.cli.commands import app
-from molora.config import dump
+from molora.config import ConfigError, dump
 from molora.data.processor import Processor
 from molora.data.sources import EncodedSamples, SourceConfig
 from molora.doctor.dry_run import on_meta
@@ -39,8 +40,9 @@ from molora.doctor.needs import (
     training_needs,
 )
 from molora.evaluate.judge import EvaluationConfig
-from molora.inference.generate import GenerationConfig, generate, tokens_kept
+from molora.inference.generate import Batch, GenerationConfig, generate, tokens_kept
 from molora.inference.load import load
+from molora.inference.running import Asked
 from molora.modality import Encoder, Frames
 from molora.model.molora import MoLoRA
 from molora.model.pages import PagePool
@@ -500,6 +502,23 @@ def test_keys_and_values_are_what_the_pool_holds_to_the_byte(
     ]
     assert len(sizes) == 3 * new_tokens
     assert (need(prefill, "KV cache"), need(last, "KV cache")) == (sizes[0], sizes[-1])
+
+
+def test_samples_within_a_size_are_as_many_as_run_together(small: Path, pools: list[PagePool]) -> None:
+    model = load(small, device="cpu").model
+    kept = model.backbone.kept_layers()
+    size = kept.num_bytes(5 * kept.pages_for(90), 5) * 1.1 / 2**30
+    config = AnsweringConfig(prompt_tokens=80, max_new_tokens=10, max_running_samples=20, kv_cache_gib=size)
+    needs = answering_needs(on_meta(str(small)), config)
+    assert f"kv_cache_gib={size:g} of molora.GenerationConfig holds keys and values of 5 x 90 tokens" in needs.held
+    batch = Batch(model, GenerationConfig(max_new_tokens=10, max_running_samples=20, kv_cache_gib=size))
+    for sample in prompts(model, 80, 7):
+        batch.add(Asked(sample, GenerationConfig(max_new_tokens=10), 0, lambda tokens: False))
+    batch.step()
+    assert (batch.num_running, batch.num_waiting) == (5, 2)
+    assert {need(moment, "KV cache") for moment in needs.moments} == {held_by(pools[-1])}
+    with pytest.raises(ConfigError, match=r"kv_cache_gib: 1e-06, but 89 tokens of a sample take"):
+        answering_needs(on_meta(str(small)), replace(config, kv_cache_gib=1e-6))
 
 
 def test_pages_are_counted_as_the_device_has_them(small: Path) -> None:
