@@ -239,8 +239,10 @@ def _build(kind: Any, value: Any, key: str) -> Any:
             raise Problem(key, told) from error
     if (kind in (bool, int, float, type(None)) and type(value) is kind) or (kind is str and isinstance(value, str)):
         return value
-    quote = "; quote it to make it text" if kind is str and isinstance(value, (bool, int, float)) else ""
-    raise Problem(key, f"expected {_name(kind)}, got {value!r} ({_name(type(value))}){quote}")
+    advice = "; quote it to make it text" if kind is str and isinstance(value, (bool, int, float)) else ""
+    if (origin or kind) is list and not isinstance(value, Mapping):
+        advice = f"; write a list, as [{value}]"
+    raise Problem(key, f"expected {_name(kind)}, got {value!r} ({_name(type(value))}){advice}")
 
 
 def _build_union(kinds: tuple[Any, ...], value: Any, key: str) -> Any:

@@ -31,6 +31,8 @@ class Comparison:
 def answers_of(other: Path, evaluations: Mapping[str, EvaluationConfig]) -> dict[str, list[Judged]]:
     """The answers to evaluations, each as it is asked first, that `other` keeps: a run, or a folder of answers, such as
     `predictions/step-N` of one. Raises ConfigError for answers that are not there, or of other settings."""
+    if not other.is_dir():
+        raise ConfigError(f"--against {other}: no such folder; name a run, or a folder of answers")
     place = Place(str(other))
     how = "evaluate that model too, with the same config"
     if place.run is not None:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from molora.data.messages import media_parts
-from molora.evaluate.metrics import Judged, Metric, Weighted
+from molora.evaluate.metrics import Judged, Metric, Weighted, numbers_of
 
 RESAMPLES = 1000
 LEVEL = 0.95
@@ -162,13 +162,13 @@ def _measure(metric: Metric, judged: Sequence[Judged]) -> Callable[[np.ndarray],
     each resample."""
     if isinstance(metric, Weighted):
         return metric.weighted(judged)
-    names = list(metric.score(judged))
+    names = list(numbers_of(metric, judged))
 
     def scored(weights_BQ: np.ndarray) -> dict[str, np.ndarray]:
         found = []
         for weights_Q in weights_BQ:
             drawn = [item for item, times in zip(judged, weights_Q, strict=True) for _ in range(int(times))]
-            found.append(metric.score(drawn))
+            found.append(numbers_of(metric, drawn))
         return {name: np.array([each.get(name, np.nan) for each in found]) for name in names}
 
     return scored

@@ -12,7 +12,7 @@ from molora.config import ConfigError, require
 from molora.data.sources import SourceConfig, open_source
 from molora.evaluate.blind import Media, blanking, check_media, told
 from molora.evaluate.metrics import Judged, Named, open_metrics, scores
-from molora.evaluate.metrics.choices import continuations
+from molora.evaluate.metrics.choices import as_if_likely, continuations
 from molora.evaluate.predictions import Predictions
 from molora.evaluate.questions import Question, judge, question
 from molora.inference.generate import Failed, GenerationConfig, attempt
@@ -23,6 +23,8 @@ from molora.received import check_name
 from molora.terminal import progress, warn
 
 _MAX_NAMED = 3
+# Rows among which one is looked for that metrics are tried on.
+_TRIED_ROWS = 32
 # What recipes had a key for before they named metrics in a list.
 _OLD_KEYS = {"word_errors": "word_error_rate", "character_errors": "character_error_rate", "macro_f1": "macro_f1"}
 
@@ -174,6 +176,19 @@ class Evaluation:
                 yield asked
             elif not known(asked):
                 yield attempt(partial(loaded.encode, asked.prompt, asked.id), asked.id)
+
+    def try_metrics(self) -> None:
+        """Scores the first question that can be read as if it had been answered rightly, so that what a metric cannot
+        work with is told before the model is asked. Raises ConfigError."""
+        for row in range(min(len(self.source), _TRIED_ROWS)):
+            asked = attempt(partial(question, self.source, row, self.media), str(row))
+            if isinstance(asked, Failed):
+                continue
+            try:
+                scores([as_if_likely(judge(asked, asked.expected))], self.metrics)
+            except ValueError as error:
+                raise ConfigError(f"evaluations.{self.name}.metrics: {error}") from error
+            return
 
     def scores(self, judged: Sequence[Judged]) -> dict[str, float]:
         """See `molora.evaluate.metrics.scores`."""

@@ -139,6 +139,8 @@ def evaluate_model(
         )
     console.stderr = place.run is None
     ready = [(Evaluation(name, config), beside) for name, config, beside in _each(evaluations)]
+    for evaluation, _ in ready:
+        evaluation.try_metrics()
     loaded = load()
     results = []
     with progress() as bars:

@@ -13,7 +13,7 @@ from molora.evaluate.blind import told
 from molora.evaluate.compare import Comparison
 from molora.evaluate.kept_media import FOLDER as MEDIA
 from molora.evaluate.kept_media import known_type
-from molora.evaluate.metrics import Judged
+from molora.evaluate.metrics import Judged, numbers_of
 from molora.evaluate.results import Place, Result, shown, told_ends
 from molora.report.page import fill
 from molora.storage import write_text
@@ -105,7 +105,7 @@ def _other(item: Judged, result: Result) -> dict[str, Any]:
 def _rated(item: Judged, result: Result) -> dict[str, float]:
     """What an answer gets by itself from the metrics that rate each."""
     rating = [metric for metric in result.metrics if getattr(metric, "rates_each", False) and item.error is None]
-    return {name: value for metric in rating for name, value in metric.score([item]).items()}
+    return {name: value for metric in rating for name, value in numbers_of(metric, [item]).items()}
 
 
 def _verdict(item: Judged, rated: Mapping[str, float]) -> str:

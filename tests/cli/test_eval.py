@@ -158,6 +158,21 @@ def test_two_runs_are_compared_on_the_same_questions(home: Path, capsys: pytest.
         (home / "rows.jsonl").write_text((home / "rows.jsonl").read_text().replace('"those"', '"this"'))
 
 
+def test_metrics_that_cannot_work_are_told_before_the_model_is_opened(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("molora.inference.load.load", lambda *_, **__: pytest.fail("the model is opened"))
+    for metrics, says in (
+        (["exact_match", "exact_match"], "two numbers are called 'exact_match', by metric ExactMatch and by metric Ex"),
+        (["vqa_accuracy"], "evaluations.early.metrics: question 0:row 0: has 1 answer; vqa_accuracy needs those of"),
+        ("exact_match", "write a list, as [exact_match]"),
+    ):
+        assert evaluate(home, name="early", metrics=metrics) == 1
+        assert says in " ".join(capsys.readouterr().err.split())
+    assert evaluate(home, "--against", str(home / "none"), name="early") == 1
+    assert "none: no such folder; name a run, or a folder of answers" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_model_that_is_no_run_keeps_answers_where_it_is_told_to(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from molora.config import ConfigError, build, dump, plain_yaml, read
@@ -133,26 +135,42 @@ class Gives:
 
     config_type = NoOptions
 
-    def __init__(self, numbers: dict[str, Any]) -> None:
+    def __init__(self, numbers: Any) -> None:
         self.numbers = numbers
 
-    def score(self, judged: Any) -> dict[str, Any]:
+    def score(self, judged: Any) -> Any:
         return self.numbers
 
 
 @pytest.mark.parametrize(
     ("numbers", "says"),
     [
-        ({"exact_match": 1.0}, "Gives: the name 'exact_match' is taken"),
-        ({"failed": 1.0}, "the name 'failed' is taken"),
-        ({"a/b": 1.0}, "'a/b' is .*or has a slash"),
+        ({"exact_match": 1.0}, "two numbers are called 'exact_match', by metric ExactMatch and by metric Gives"),
+        ({"failed": 1.0}, "two numbers are called 'failed', by molora's own counts and by metric Gives"),
+        (1.0, "metric Gives: score gives 1.0; give a mapping of names to numbers"),
+        ({"a/b": 1.0}, "calls a number 'a/b'; a name is a text without a slash"),
         ({"mean": float("nan")}, "mean is nan; give a finite number or none"),
         ({"mean": "high"}, "mean is 'high'"),
+        ({"mean": True}, "mean is True; give a finite number"),
     ],
 )
-def test_numbers_that_would_be_mistaken_are_refused(numbers: dict[str, Any], says: str) -> None:
+def test_numbers_that_would_be_mistaken_are_refused(numbers: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         scores(JUDGED, [ExactMatch(NoOptions()), Gives(numbers)])
+
+
+def test_what_a_metric_raises_is_told_with_its_name() -> None:
+    class Broken(Gives):
+        def score(self, judged: Any) -> Any:
+            return {"x": {}["nothing"]}
+
+    with pytest.raises(ValueError, match="metric Broken: KeyError: 'nothing'; --debug shows where"):
+        scores(JUDGED, [Broken(None)])
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    found = scores(JUDGED, [Gives({"half": np.float32(0.5), "two": np.int64(2)})])
+    assert (found["half"], type(found["half"])) == (0.5, float) and json.loads(json.dumps(found)) == found
 
 
 def test_the_metric_of_the_page_works_as_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Protocol
 
 import numpy as np
@@ -160,6 +161,20 @@ def scores(judged: Sequence[Judged], metrics: Iterable[Metric]) -> dict[str, flo
     return results
 
 
+def numbers_of(metric: Metric, judged: Sequence[Judged]) -> Mapping[str, Any]:
+    """What a metric gives. Raises ValueError that names it for whatever it raises, and for what is no mapping."""
+    called = type(metric).__name__
+    try:
+        given: Any = metric.score(judged)
+    except (ValueError, ImportError):  # it says what is wrong with a question, or what to install
+        raise
+    except Exception as error:  # a plugin can fail in any way
+        raise ValueError(f"metric {called}: {type(error).__name__}: {error}; --debug shows where") from error
+    if not isinstance(given, Mapping):
+        raise ValueError(f"metric {called}: score gives {given!r:.60}; give a mapping of names to numbers")
+    return given
+
+
 def by_tag(judged: Sequence[Judged]) -> dict[str, list[Judged]]:
     """All of them, under the empty name, and those of each tag."""
     tagged = {"": list(judged)}
@@ -172,11 +187,17 @@ def by_tag(judged: Sequence[Judged]) -> dict[str, list[Judged]]:
 def _scored(items: Sequence[Judged], metrics: Iterable[Metric]) -> dict[str, float]:
     """Every metric's numbers. Raises ValueError for what is no number, and for a name that is taken."""
     found: dict[str, float] = {}
+    owners: dict[str, str] = dict.fromkeys(COUNTS, "molora's own counts")
     for metric in metrics if items else ():
-        for name, value in metric.score(items).items():
-            if name in found or name in COUNTS or not name or "/" in name:
-                raise ValueError(f"metric {type(metric).__name__}: the name {name!r} is taken, empty or has a slash")
-            if not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ValueError(f"metric {type(metric).__name__}: {name} is {value!r}; give a finite number or none")
-            found[name] = value
+        called = type(metric).__name__
+        for name, value in numbers_of(metric, items).items():
+            if not isinstance(name, str) or not name or "/" in name:
+                raise ValueError(f"metric {called}: calls a number {name!r}; a name is a text without a slash")
+            if name in owners:
+                both = f"two numbers are called {name!r}, by {owners[name]} and by metric {called}"
+                raise ValueError(f"{both}; leave one of them out, or rename it")
+            if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+                raise ValueError(f"metric {called}: {name} is {value!r}; give a finite number or none")
+            found[name] = value if isinstance(value, int) else float(value)  # numpy's too
+            owners[name] = f"metric {called}"
     return found
