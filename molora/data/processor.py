@@ -78,7 +78,9 @@ class Processor:
         where = f"sample {id}"
         self._check_counts(messages, where)
         check(messages, self.part_types, where)
-        self._check_texts(messages, where)
+        self._check_texts(
+            [part["text"] for message in messages for part in parts(message) if part["type"] == "text"], where
+        )
         media = [(place, self.part_types[part["type"]], part) for place, part in media_parts(messages)]
         modalities = frozenset(modality for _, modality, _ in media)
         try:
@@ -124,6 +126,12 @@ class Processor:
             items=tuple(item for _, item in placed),
         )
 
+    def text_ids(self, text: str, where: str) -> list[int]:
+        """The tokens of a text without a template, with those that the tokenizer adds to a text. `where` starts every
+        error message. Raises SampleTooLong for a text that is far too long, ValueError for halves of characters."""
+        self._check_texts([text], where)
+        return self.tokenizer.encode(text)
+
     def collate(self, samples: Sequence[Sample]) -> Pack:
         """Joins samples into one pack, in the router's order."""
         return collate(samples, self.modalities, self.order)
@@ -161,9 +169,8 @@ class Processor:
                     f"{where}: has {count:,} {what}, but at most {self.max_tokens:,} tokens fit; shorten it or skip it"
                 )
 
-    def _check_texts(self, messages: Sequence[Message], where: str) -> None:
+    def _check_texts(self, texts: Sequence[str], where: str) -> None:
         """Refuses what cannot fit before it is read by a template or a tokenizer, which would take long."""
-        texts = [part["text"] for message in messages for part in parts(message) if part["type"] == "text"]
         characters = sum(map(len, texts))
         if characters > self.max_tokens * self._longest_token:
             raise SampleTooLong(

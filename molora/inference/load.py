@@ -169,11 +169,13 @@ class LoadedModel:
         self, samples: Iterable[Sample | Failed], config: GenerationConfig | None, keep_going: bool
     ) -> Iterator[tuple[Step, list[int]]]:
         """Every step with the tokens of its sample's answer so far, of which a stop token is none."""
-        is_over = ends_at(self.processor.decode, config.stop if config else ())
+        config = config or GenerationConfig()
+        is_over = ends_at(self.processor.decode, config.stop)
         answers: dict[str, list[int]] = {}
         for step in generate(self.model, samples, config, keep_going=keep_going, frames=self.frames, is_over=is_over):
             tokens = answers.setdefault(step.id, [])
-            if step.finished != "error" and step.token_id not in self.model.backbone.stop_ids:
+            stops = step.token_id in self.model.backbone.stop_ids and not config.ignore_stop_tokens
+            if step.finished != "error" and not stops:
                 tokens.append(step.token_id)
             if step.finished:
                 del answers[step.id]

@@ -77,7 +77,6 @@ class MediaPolicy:
                 "--allow-urls (allow_urls=True of molora.load, `allow_urls: true` at the top of a recipe)"
             )
 
-
     def check_paths(self, here: str = "") -> None:
         """Raises: MediaError that begins with `here`, unless local files are allowed."""
         if not self.allow_paths:

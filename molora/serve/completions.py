@@ -6,7 +6,7 @@ from typing import Any
 
 from molora.inference.sampling import TokenLikelihood
 from molora.pack import Sample
-from molora.serve.asking import Choice, Refused, Request
+from molora.serve.asking import Choice, Refused, Request, refusal
 from molora.serve.fields import CompletionBody
 from molora.serve.replies import event
 
@@ -25,7 +25,10 @@ async def ask(request: Request, body: CompletionBody, id: str) -> None:
     request.take_places(len(prompts))
     samples = []
     for index, prompt in enumerate(prompts):
-        ids = await request.service.preparation.text_ids(prompt) if isinstance(prompt, str) else prompt
+        try:
+            ids = await request.service.preparation.text_ids(prompt) if isinstance(prompt, str) else prompt
+        except ValueError as error:
+            raise refusal(error, "prompt") from error
         samples.append(_sample(request, f"{id}-{index}", ids))
     request.ask(samples, decoding, strip=False)
 

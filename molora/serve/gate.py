@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from starlette.exceptions import HTTPException
+from fastapi import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from molora.config import ConfigError
@@ -21,6 +21,8 @@ log = logging.getLogger("molora.serve")
 
 # Paths that are answered without a key: those that say whether the server is well.
 OPEN_PATHS = ("/health", "/ready")
+# What is left of a body is not read.
+_AND_CLOSE = {"connection": "close"}
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -103,7 +105,7 @@ class Gate:
             return Json(said, status_code=401, headers={"www-authenticate": "Bearer"})
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length[:20]) > self._max_body_bytes:
-            return Json(error_body(self._too_large(), "invalid_request_error", "request_too_large"), status_code=413)
+            return Json(error_body(self._too_large(), "invalid_request_error"), status_code=413, headers=_AND_CLOSE)
         return None
 
     def _bounded(self, receive: Receive) -> Receive:
@@ -118,10 +120,11 @@ class Gate:
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
             except TimeoutError:
-                raise HTTPException(408, f"the body was not there within {self._upload_seconds:g} seconds") from None
+                told = f"the body was not there within {self._upload_seconds:g} seconds"
+                raise HTTPException(408, told, _AND_CLOSE) from None
             received += len(message.get("body", b""))
             if received > self._max_body_bytes:
-                raise HTTPException(413, self._too_large())
+                raise HTTPException(413, self._too_large(), _AND_CLOSE)
             whole = message["type"] != "http.request" or not message.get("more_body", False)
             return message
 

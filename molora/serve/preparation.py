@@ -75,9 +75,9 @@ class Preparation:
         return await loop.run_in_executor(self._text_thread, self._encode, messages, id)
 
     async def text_ids(self, text: str) -> list[int]:
-        """The tokens of a text without a template, with those that the tokenizer adds to a text."""
+        """The tokens of a text, as `Processor.text_ids` gives and refuses them."""
         run = asyncio.get_running_loop().run_in_executor
-        return await run(self._text_thread, self._of_text.tokenizer.encode, text)
+        return await run(self._text_thread, self._of_text.text_ids, text, "the prompt")
 
     def _encode(self, messages: Sequence[Message], id: str) -> Sample:
         return self._of_text.encode(messages, id, generate=True)

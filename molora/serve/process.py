@@ -55,6 +55,13 @@ class ServeConfig:
 def serve(load: Callable[[], LoadedModel], config: ServeConfig) -> int:
     """Serves a model until a signal ends it; the exit code. SIGTERM or Ctrl-C lets running answers finish, a second one
     does not."""
+    generation = GenerationConfig(
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        max_running_samples=config.max_running_samples,
+        prefill_tokens=config.prefill_tokens,
+        kv_cache_gib=config.kv_cache_gib,
+    )
     keys = None if config.api_keys is None else Keys(config.api_keys)
     listening = _listen(config)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr)
@@ -68,11 +75,8 @@ def serve(load: Callable[[], LoadedModel], config: ServeConfig) -> int:
         assert server is not None, "a model fails while it is served"
         server.should_exit = True
 
-    generation = GenerationConfig(
-        max_running_samples=config.max_running_samples,
-        prefill_tokens=config.prefill_tokens,
-        kv_cache_gib=config.kv_cache_gib or _room(loaded, config.max_running_samples),
-    )
+    if generation.kv_cache_gib is None:
+        generation = replace(generation, kv_cache_gib=_room(loaded, config.max_running_samples))
     engine = Engine(loaded, generation, config.max_waiting, failed)
     service = Service(
         config.name,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openai
@@ -29,7 +30,7 @@ from molora.testing import save_backbone
 ADAPTER = {"r": 2, "lora_alpha": 8, "init_lora_weights": False, "target_modules": ["qkv_proj", "down_proj"]}
 SEES = {"kind": "convit", "pretrained": False, "convit": {"width": 8, "depth": 1, "heads": 2}}
 HEARS = {"conformer": {"width": 8, "blocks": 1, "heads": 2, "mlp_width": 16, "subsampling_channels": 4}}
-PLUGINS = {
+PLUGINS: dict[str, tuple[str, dict[str, Any]]] = {
     "vision": ("vision", {"crop_pixels": 16, "max_crops": 2, "pool": 1, "tower": SEES}),
     "audio": ("audio", {"tower": HEARS, "beside": {"vision": "vision"}}),
     "numbers": ("molora.testing:Numbers", {}),
@@ -54,22 +55,29 @@ class Served:
 class Folders:
     backbone: Path
     modalities: tuple[Path, ...]
+    rules: tuple[str, ...] = ()
 
     @property
     def arguments(self) -> list[str]:
         named = [word for folder in self.modalities for word in ("--modality", str(folder))]
-        return [str(self.backbone), *named, "--rule", "audio+vision=vision", "--trust-plugin", NUMBERS]
+        ruled = [word for rule in self.rules for word in ("--rule", rule)]
+        return [str(self.backbone), *named, *ruled, "--trust-plugin", NUMBERS]
+
+    def save(self, name: str, plugin: str, options: dict[str, Any] | None = None) -> Path:
+        """Writes a modality folder as a run does, without training."""
+        backbone, tokenizer = load_backbone(str(self.backbone))
+        plan = blueprint(name, plugin, options or {}, ADAPTER, "here")
+        model, _ = assemble(backbone, tokenizer, {name: plan}, RouterConfig())
+        save_modality(model, name, plan, self.backbone.parent / name, {})
+        return self.backbone.parent / name
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     home = tmp_path_factory.mktemp("served")
-    backbone, tokenizer = load_backbone(str(save_backbone(home / "tiny")))
-    for name, (plugin, options) in PLUGINS.items():
-        plan = blueprint(name, plugin, options, ADAPTER, "here")
-        model, _ = assemble(backbone, tokenizer, {name: plan}, RouterConfig())
-        save_modality(model, name, plan, home / name, {})
-    return Folders(home / "tiny", tuple(home / name for name in PLUGINS))
+    backbone = Folders(save_backbone(home / "tiny"), ())
+    folders = tuple(backbone.save(name, *made) for name, made in PLUGINS.items())
+    return Folders(backbone.backbone, folders, ("audio+vision=vision",))
 
 
 @pytest.fixture(scope="session")

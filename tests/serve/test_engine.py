@@ -1,0 +1,164 @@
+"""The engine: requests come and go between any two steps, and none of them harms another."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+
+from molora.data.processor import SampleTooLong
+from molora.inference.generate import GenerationConfig, Step
+from molora.inference.load import LoadedModel
+from molora.inference.running import Asked
+from molora.inference.sampling import Decoding
+from molora.serve.engine import Broken, Engine, Full, TooLate
+
+LONG = Decoding(max_new_tokens=200, ignore_stop_tokens=True)
+
+
+def run(loaded: LoadedModel, work: Callable[[Engine], Awaitable[Any]], **more: Any) -> Any:
+    """What `work` returns with an engine that has started, whose pages are all free at the end."""
+    kept = loaded.model.backbone.kept_layers()
+    pages = more.pop("pages", 12)
+    size = {"max_running_samples": 3, "kv_cache_gib": kept.num_bytes(pages, 3) / 2**30, **more}
+    failures: list[None] = []
+
+    async def main() -> Any:
+        engine = Engine(loaded, GenerationConfig(**size), 4, lambda: failures.append(None))
+        free = engine.batch.pool.num_free
+        engine.start()
+        try:
+            return await asyncio.wait_for(work(engine), 60)
+        finally:
+            await engine.stop()
+            if engine.failure is None:
+                assert engine.batch.pool.num_free == free and not engine._taken
+            assert len(failures) == (engine.failure is not None)
+
+    return asyncio.run(main())
+
+
+def ask(loaded: LoadedModel, id: str, how: Decoding, content: Any = "what is it?") -> Asked:
+    sample = loaded.encode([{"role": "user", "content": content}], id)
+    return Asked(sample, how, 0, lambda tokens: False)
+
+
+async def tokens(engine: Engine, asked: Asked, seconds: float = 60) -> list[int]:
+    return [step.token_id async for step in engine.steps([asked], seconds)]
+
+
+def test_requests_that_come_while_others_run_get_their_own_answers(offline: LoadedModel) -> None:
+    contents = ["a", [{"type": "numbers", "numbers": [1.0, 2.0]}], "what?"] * 3
+
+    async def work(engine: Engine) -> list[list[int]]:
+        async def later(index: int) -> list[int]:
+            await asyncio.sleep(0.02 * index)
+            how = Decoding(max_new_tokens=20 + index, ignore_stop_tokens=True)
+            return await tokens(engine, ask(offline, str(index), how, contents[index]))
+
+        return await asyncio.gather(*map(later, range(len(contents))))
+
+    for index, found in enumerate(run(offline, work, prefill_tokens=4)):
+        messages = [{"role": "user", "content": contents[index]}]
+        config = GenerationConfig(max_new_tokens=20 + index, ignore_stop_tokens=True)
+        (expected,) = offline.answers([offline.encode(messages)], config)
+        assert tuple(found) == expected.token_ids
+
+
+@pytest.mark.parametrize("after", [0, 1, 5])
+def test_who_leaves_takes_no_more_steps_and_its_pages_are_free(offline: LoadedModel, after: int) -> None:
+    async def work(engine: Engine) -> None:
+        async with aclosing(engine.steps([ask(offline, "gone", LONG)], 60)) as steps:
+            for _ in range(after):
+                await anext(steps)
+        # A step later at most it is out.
+        await tokens(engine, ask(offline, "next", Decoding(max_new_tokens=2, ignore_stop_tokens=True)))
+        assert engine.batch.num_running == engine.batch.num_waiting == 0
+
+    run(offline, work)
+
+
+def test_who_is_cancelled_while_waiting_is_never_run(offline: LoadedModel) -> None:
+    async def work(engine: Engine) -> None:
+        running = [asyncio.ensure_future(tokens(engine, ask(offline, f"r{index}", LONG))) for index in range(3)]
+        waiting = asyncio.ensure_future(tokens(engine, ask(offline, "waits", LONG)))
+        while not engine.batch.num_waiting:
+            await asyncio.sleep(0.001)
+        waiting.cancel()
+        for each in running:
+            each.cancel()
+        await asyncio.wait([*running, waiting])
+        assert all(each.cancelled() for each in (*running, waiting))
+
+    run(offline, work)
+
+
+def test_more_than_may_wait_is_refused(offline: LoadedModel) -> None:
+    async def work(engine: Engine) -> None:
+        full = pytest.raises(Full, match="7 answers run or wait here, and 7 is the most")
+        with engine.places(5), engine.places(2), full, engine.places(1):
+            pass
+        with engine.places(7):
+            pass
+
+    run(offline, work)
+
+
+def test_an_answer_that_takes_too_long_ends_and_others_go_on(offline: LoadedModel) -> None:
+    async def work(engine: Engine) -> None:
+        how = Decoding(max_new_tokens=30, ignore_stop_tokens=True)
+        slow, fine = await asyncio.gather(
+            tokens(engine, ask(offline, "slow", LONG), 0.05),
+            tokens(engine, ask(offline, "fine", how)),
+            return_exceptions=True,
+        )
+        assert isinstance(slow, TooLate) and len(fine) == 30  # pyright: ignore[reportArgumentType]
+
+    run(offline, work)
+
+
+def test_what_never_fits_is_its_own_error(offline: LoadedModel) -> None:
+    async def work(engine: Engine) -> None:
+        with pytest.raises(SampleTooLong, match="needs keys and values"):
+            await tokens(engine, ask(offline, "long", Decoding(max_new_tokens=200), "x" * 200))
+        assert len(await tokens(engine, ask(offline, "a", Decoding(max_new_tokens=3, ignore_stop_tokens=True)))) == 3
+
+    run(offline, work, pages=2)
+
+
+def test_a_model_that_fails_ends_every_answer(offline: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(engine: Engine) -> None:
+        async def broken() -> None:
+            async for _ in engine.steps([ask(offline, "a", LONG)], 60):
+                monkeypatch.setattr(offline.model, "forward", fail)
+
+        with pytest.raises(Broken, match="the model has failed, and with it this answer"):
+            await broken()
+        for again in (engine.steps([ask(offline, "b", LONG)], 60), engine.steps([], 60)):
+            with pytest.raises(Broken, match="this server ends"):
+                await anext(again)
+        with pytest.raises(Broken), engine.places(1):
+            pass
+        assert isinstance(engine.failure, RuntimeError)
+
+    def fail(*arguments: Any, **keywords: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    run(offline, work)
+
+
+def test_a_server_needs_a_size_for_its_pool(offline: LoadedModel) -> None:
+    with pytest.raises(ValueError, match="kv_cache_gib"):
+        Engine(offline, GenerationConfig(), 1, lambda: None)
+
+
+def test_steps_of_several_samples_come_together(offline: LoadedModel) -> None:
+    async def work(engine: Engine) -> list[Step]:
+        how = Decoding(max_new_tokens=4, ignore_stop_tokens=True)
+        return [step async for step in engine.steps([ask(offline, "a", how), ask(offline, "b", how)], 60)]
+
+    steps = run(offline, work)
+    assert sorted(step.id for step in steps) == ["a"] * 4 + ["b"] * 4

@@ -1,0 +1,300 @@
+"""What strangers send: one clear error for each, nothing read that may not be, and the server as well as before."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import socket
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.png import chunk
+from tests.serve.conftest import Folders, Served, picture, serving, sound
+
+KEY = "the right key"
+MAX_BODY = 2**19
+
+
+@pytest.fixture(scope="module")
+def server(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    home = tmp_path_factory.mktemp("limits")
+    (home / "keys").write_text(f"# of clients\nanother key\n{KEY}\n")
+    sizes = ["--max-running-samples", "2", "--max-waiting", "1", "--max-body-mib", str(MAX_BODY / 2**20)]
+    media = ["--media-seconds", "20", "--media-gib", "1", "--answer-seconds", "20"]
+    with serving(folders, home / "log", ["--api-keys", str(home / "keys"), *sizes, *media]) as served:
+        yield served
+
+
+def send(
+    server: Served,
+    body: bytes | str | dict[str, Any],
+    path: str = "/v1/chat/completions",
+    key: str | None = KEY,
+    method: str = "POST",
+    **more: str,
+) -> tuple[int, Any, dict[str, str]]:
+    """The status, the JSON and the headers of an answer."""
+    connection = http.client.HTTPConnection(urlsplit(server.address).netloc, timeout=60)
+    headers = {"content-type": "application/json", **more}
+    if key is not None:
+        headers["authorization"] = f"Bearer {key}"
+    data = json.dumps(body) if isinstance(body, dict) else body
+    connection.request(method, path, data.encode() if isinstance(data, str) else data, headers)
+    response = connection.getresponse()
+    content = response.read()
+    connection.close()
+    return response.status, json.loads(content), {name.lower(): value for name, value in response.getheaders()}
+
+
+def chat(content: Any = "a", **more: Any) -> dict[str, Any]:
+    return {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 1, **more}
+
+
+def part(kind: str, **inner: Any) -> dict[str, Any]:
+    return chat([{"type": kind, kind: inner}])
+
+
+def image(url: str) -> dict[str, Any]:
+    return part("image_url", url=url)
+
+
+def of(data: bytes, kind: str = "image/png") -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def bomb(side: int) -> bytes:
+    """A PNG of side x side pixels in few bytes."""
+    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    pixels = zlib.compress(bytes(side * 1000), 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+WAV = base64.b64encode(sound()).decode()
+BAD_CHATS: dict[str, tuple[Any, int, str]] = {
+    "no JSON": ("{", 400, ""),
+    "nothing": ("", 400, ""),
+    "a list": ("[]", 400, ""),
+    "a number": ("7", 400, ""),
+    "deep JSON": ("[" * 50_000 + "]" * 50_000, 400, ""),
+    "deep messages": ('{"model": "tiny", "messages": ' + "[" * 50_000 + "]" * 50_000 + "}", 400, ""),
+    "no UTF-8": (b'{"model": "\xff\xfe"}', 400, ""),
+    "a huge whole number": (
+        '{"model": "tiny", "messages": [{"role": "user", "content": "a"}], "seed": 1' + "0" * 9000 + "}",
+        400,
+        "",
+    ),
+    "a number that is none": (
+        '{"model": "tiny", "messages": [{"role": "user", "content": "a"}], "temperature": NaN}',
+        400,
+        "temperature",
+    ),
+    "an infinite one": (chat(temperature=float("inf")), 400, "temperature"),
+    "no model": ({"messages": [{"role": "user", "content": "a"}]}, 400, "model"),
+    "no messages": ({"model": "tiny"}, 400, "messages"),
+    "no message": (chat(messages=[]), 400, "messages"),
+    "messages that are text": (chat(messages="hello"), 400, "messages"),
+    "a message that is text": (chat(messages=["hello"]), 400, "messages"),
+    "no role": (chat(messages=[{"content": "a"}]), 400, "role"),
+    "a role that is none": (chat(messages=[{"role": "wizard", "content": "a"}]), 400, "wizard"),
+    "a tool's turn": (chat(messages=[{"role": "tool", "content": "a", "tool_call_id": "x"}]), 400, "tool"),
+    "no content": (chat(messages=[{"role": "user"}]), 400, "content"),
+    "a name": (chat(messages=[{"role": "user", "content": "a", "name": "Ann"}]), 400, "name"),
+    "an answer at the end": (chat(messages=[{"role": "assistant", "content": "a"}]), 400, "nothing to generate"),
+    "half a character": (chat("\ud83d"), 400, "half of one"),
+    "half a character in a name": (chat(model="\ud83d"), 404, "no model"),
+    "too long": (chat("x" * 400), 400, "at most 256 fit"),
+    "much too long": (chat("x" * 300_000), 400, "characters of text"),
+    "many parts": (chat([{"type": "text", "text": ""}] * 999), 400, "999 parts"),
+    "a part that is text": (chat(["a"]), 400, "part 0"),
+    "a part without a type": (chat([{"text": "a"}]), 400, "part 0"),
+    "an unknown part": (chat([{"type": "smell", "smell": "rose"}]), 400, "smell"),
+    "a video": (part("video_url", url="data:video/mp4;base64,AAAA"), 400, "video"),
+    "an unknown model": (chat(model="gpt-4o"), 404, "there are tiny"),
+    "an unknown field": (chat(colour="red"), 400, "'colour' is not honoured"),
+    "a penalty": (chat(frequency_penalty=0.5), 400, "frequency_penalty"),
+    "tools": (chat(tools=[{"type": "function"}]), 400, "tools"),
+    "text for a number": (chat(temperature="hot"), 400, "temperature"),
+    "a truth for a number": (chat(max_tokens=True), 400, "max_tokens"),
+    "no tokens": (chat(max_tokens=0), 400, "max_tokens"),
+    "fewer than no tokens": (chat(max_completion_tokens=-1), 400, "max_completion_tokens"),
+    "two limits": (chat(max_completion_tokens=9), 400, "mean the same"),
+    "a cold temperature": (chat(temperature=-1), 400, "temperature"),
+    "a temperature too small": (chat(temperature=1e-9), 400, "temperature"),
+    "top_p of nothing": (chat(top_p=0), 400, "top_p"),
+    "top_k below": (chat(top_k=-2), 400, "top_k"),
+    "no choice": (chat(n=0), 400, "n"),
+    "many choices": (chat(n=1000), 400, "n"),
+    "likelihoods of none": (chat(top_logprobs=3), 400, "logprobs: true"),
+    "too many likelihoods": (chat(logprobs=True, top_logprobs=100), 400, "top_logprobs"),
+    "options of no stream": (chat(stream_options={"include_usage": True}), 400, "stream_options"),
+    "an unknown option": (chat(stream=True, stream_options={"speed": 1}), 400, "stream_options.speed"),
+    "stops that are numbers": (chat(stop=[1]), 400, "stop"),
+    "a local file": (image("/etc/passwd"), 400, "local files are not opened"),
+    "a local file by its scheme": (image("file:///etc/passwd"), 400, "local files are not opened"),
+    "a path": (chat([{"type": "image", "path": "/etc/passwd"}]), 400, "local files are not opened"),
+    "a path under the type": (chat([{"type": "image", "image": "/etc/passwd"}]), 400, "local files are not opened"),
+    "a path of a sound": (chat([{"type": "audio", "audio": "/etc/passwd"}]), 400, "local files are not opened"),
+    "a path of a plugin": (chat([{"type": "numbers", "path": "/etc/passwd"}]), 400, "local files are not opened"),
+    "a URL": (image("http://127.0.0.1:1/a.png"), 400, "URLs are not fetched"),
+    "a URL of a plugin": (chat([{"type": "numbers", "url": "https://example.com"}]), 400, "URLs are not fetched"),
+    "another scheme": (image("ftp://127.0.0.1/a"), 400, "local files are not opened"),
+    "no base64": (image("data:image/png;base64,????"), 400, "base64"),
+    "cut base64": (image(of(picture())[:-7]), 400, "part 0"),
+    "no picture": (image(of(b"hello")), 400, "part 0"),
+    "an empty picture": (image("data:image/png;base64,"), 400, "part 0"),
+    "a bomb of pixels": (image(of(bomb(60_000))), 400, "pixels"),
+    "a picture that is cut off": (image(of(picture()[:60])), 400, "part 0"),
+    "no sound": (part("input_audio", data=base64.b64encode(b"RIFF").decode(), format="wav"), 400, "part 0"),
+    "a sound without data": (part("input_audio", format="wav"), 400, "input_audio.data"),
+    "a sound of raw samples": (part("input_audio", data=WAV, format="pcm16"), 400, "format"),
+    "a smaller picture": (part("image_url", url=of(picture()), detail="low"), 400, "detail"),
+    "an unknown field of a picture": (part("image_url", url=of(picture()), crop=1), 400, "crop"),
+    "media without a rule": (
+        chat([{"type": "numbers", "numbers": [1.0]}, {"type": "image_url", "image_url": {"url": of(picture())}}]),
+        400,
+        "no routing rule",
+    ),
+    "a plugin's part without its data": (chat([{"type": "numbers"}]), 400, "no numbers"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_CHATS)
+def test_what_is_wrong_is_one_error_that_says_what(server: Served, kind: str) -> None:
+    body, status, says = BAD_CHATS[kind]
+    found, told, _ = send(server, body)
+    assert (found, told.keys()) == (status, {"error"}), told
+    assert told["error"].keys() == {"message", "type", "param", "code"}
+    assert says in told["error"]["message"] and len(told["error"]["message"]) < 1000
+
+
+BAD_COMPLETIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "no prompt": ({}, "prompt"),
+    "no text": ({"prompt": ""}, "no token"),
+    "no texts": ({"prompt": []}, "prompt"),
+    "no ids": ({"prompt": [[]]}, "no token"),
+    "an id that is none": ({"prompt": [99_999]}, "token 99999"),
+    "an id below": ({"prompt": [-1]}, "prompt"),
+    "a huge id": ({"prompt": [10**30]}, "token 1000000"),
+    "a mix": ({"prompt": ["a", 1]}, "prompt"),
+    "too long": ({"prompt": "x" * 400}, "400 tokens"),
+    "much too long": ({"prompt": "x" * 300_000}, "characters of text"),
+    "nothing to do": ({"prompt": "a", "max_tokens": 0}, "without echo"),
+    "a suffix": ({"prompt": "a", "suffix": "b"}, "suffix"),
+    "half a character": ({"prompt": "\ud83d"}, "half of one"),
+    "an echo in a stream": ({"prompt": "a", "echo": True, "stream": True}, "echo and stream"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_COMPLETIONS)
+def test_what_is_wrong_with_a_text_is_said(server: Served, kind: str) -> None:
+    body, says = BAD_COMPLETIONS[kind]
+    status, told, _ = send(server, {"model": "tiny", **body}, "/v1/completions")
+    assert status == 400 and says in told["error"]["message"], told
+
+
+def test_values_that_change_nothing_are_taken(server: Served) -> None:
+    nothing = {"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "user": "me", "tools": None}
+    more = {
+        "n": 1,
+        "top_k": -1,
+        "stop": None,
+        "store": False,
+        "metadata": {"a": "b"},
+        "response_format": {"type": "text"},
+    }
+    status, told, _ = send(server, chat(**nothing, **more, stream=False))
+    assert status == 200 and told["choices"][0]["finish_reason"] in ("stop", "length")
+
+
+def test_who_has_no_key_is_told_nothing(server: Served) -> None:
+    for key in (None, "", "wrong", KEY + "x", KEY[:-1], "ключ"[:0] or "x" * 10_000):
+        for path in ("/v1/chat/completions", "/v1/models", "/metrics", "/docs", "/openapi.json", "/nothing"):
+            status, told, headers = send(server, chat(), path, key)
+            assert status == 401 and told["error"]["code"] == "invalid_api_key"
+            assert headers["www-authenticate"] == "Bearer"
+    for key in (KEY, "another key"):
+        assert send(server, b"", "/v1/models", key, "GET")[0] == 200
+    for path in ("/health", "/ready"):
+        assert send(server, b"", path, None, "GET")[0] == 200
+
+
+def test_no_other_page_may_ask(server: Served) -> None:
+    _, _, headers = send(server, chat(), Origin="https://example.com")
+    assert not [name for name in headers if name.startswith("access-control")]
+    assert send(server, json.dumps(chat()), **{"content-type": "text/plain"})[0] == 400
+
+
+def test_a_body_that_is_too_large_is_not_read(server: Served) -> None:
+    status, told, _ = send(server, chat("x" * MAX_BODY))
+    assert status == 413 and f"{MAX_BODY:,} bytes" in told["error"]["message"]
+    address = urlsplit(server.address)
+    with socket.create_connection((address.hostname or "", address.port or 0), timeout=60) as wire:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\r\n"
+        wire.sendall(f"{head}Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
+        piece = b"x" * 2**16
+        with pytest.raises(OSError):  # the connection is closed while more is sent
+            for _ in range(10_000):
+                wire.sendall(b"%x\r\n%s\r\n" % (len(piece), piece))
+    assert Path(server.log).read_text().count("POST /v1/chat/completions 413") >= 1
+
+
+def test_a_full_queue_says_when_to_come_again(server: Served) -> None:
+    long = chat(max_tokens=240, ignore_eos=True, n=2)
+    found: list[tuple[int, Any, dict[str, str]]] = []
+    threads = [threading.Thread(target=lambda: found.append(send(server, long))) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    refused = [headers for status, _, headers in found if status == 429]
+    assert sorted({status for status, _, _ in found}) == [200, 429]
+    assert refused and all(int(headers["retry-after"]) >= 1 for headers in refused)
+    assert send(server, chat())[0] == 200
+
+
+def metric(server: Served, name: str) -> float:
+    connection = http.client.HTTPConnection(urlsplit(server.address).netloc, timeout=60)
+    connection.request("GET", "/metrics", headers={"authorization": f"Bearer {KEY}"})
+    lines = connection.getresponse().read().decode().splitlines()
+    connection.close()
+    (value,) = [line.split()[-1] for line in lines if line.startswith(name + " ")]
+    return float(value)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_hangs_up_frees_its_pages(server: Served, stream: bool) -> None:
+    """In the middle of an answer; the next one does not wait for the rest of it."""
+    free = metric(server, "molora_free_pages")
+    address = urlsplit(server.address)
+    body = json.dumps(chat(max_tokens=240, ignore_eos=True, stream=stream)).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    before = metric(server, "molora_answer_seconds_count")
+    with socket.create_connection((address.hostname or "", address.port or 0), timeout=60) as wire:
+        wire.sendall(head.encode() + body)
+        if stream:
+            wire.recv(1)
+        until = time.monotonic() + 30
+        while metric(server, "molora_running") == 0 and time.monotonic() < until:
+            time.sleep(0.001)
+    until = time.monotonic() + 30
+    while metric(server, "molora_free_pages") < free and time.monotonic() < until:
+        time.sleep(0.01)
+    assert metric(server, "molora_free_pages") == free and metric(server, "molora_running") == 0
+    assert metric(server, "molora_answer_seconds_count") == before, "the answer did not come to its end"
+
+
+def test_the_log_holds_no_word_of_what_was_asked(server: Served) -> None:
+    send(server, chat("a secret rose" * 99))
+    send(server, chat([{"type": "secret", "rose": 1}]))
+    log = Path(server.log).read_text()
+    assert "secret" not in log and "rose" not in log and KEY not in log
