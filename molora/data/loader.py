@@ -33,10 +33,9 @@ def step_loader(
     """Yields this rank's samples of each step from `first_step` on. Raises ConfigError if there are not enough of them,
     and ValueError for one that cannot be used."""
     check_samples(dataset.order, steps, samples_per_step, dataset.where)
-    starts = range(first_step * samples_per_step, steps * samples_per_step, samples_per_step)
     loader = DataLoader(
         _Caught(dataset),
-        batch_sampler=(list(range(start + rank, start + samples_per_step, ranks)) for start in starts),
+        batch_sampler=(dataset.order.dealt(step, samples_per_step, rank, ranks) for step in range(first_step, steps)),
         collate_fn=join,
         num_workers=workers,
         worker_init_fn=leave_interrupts_to_parent,

@@ -76,6 +76,13 @@ class Order:
         epoch, position = divmod(number * self.samples_per_draw + place, self.lengths[source])
         return source, self._shuffles[source].row(epoch, position), epoch
 
+    def dealt(self, step: int, samples_per_step: int, rank: int, ranks: int) -> list[int]:
+        """The numbers of a step's samples that a rank takes. Each source's are dealt in turn: how long they are is not
+        known yet, and those of one source are more alike."""
+        samples = range(step * samples_per_step, (step + 1) * samples_per_step)
+        by_source = sorted(samples, key=lambda k: self.mixture[k // self.samples_per_draw][0])
+        return sorted(by_source[rank::ranks])
+
     def num_samples(self, wanted: int) -> int:
         """How many of the first `wanted` samples there are: all, unless every source is used up before."""
         draws = self.mixture.num_draws(-(-wanted // self.samples_per_draw))

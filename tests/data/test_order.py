@@ -198,3 +198,16 @@ def test_draws_do_not_depend_on_what_was_asked_before() -> None:
     sequence = [whole[d] for d in range(20_000)]
     assert [Mixture([1.0, 2.0, 0.5], 0, most=most)[d] for d in (12_000, 19_999)] == [sequence[12_000], sequence[19_999]]
     assert Counter(source for source, _ in sequence) == {0: 5000, 1: 6000, 2: 9000}
+
+
+@pytest.mark.parametrize("one_source", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_every_sample_of_a_step_is_dealt_once_and_every_source_evenly(ranks: int, one_source: bool) -> None:
+    order = Order([50, 40, 9], [3.0, 1.0, 1.0], 5, samples_per_step=16, one_source=one_source)
+    for step in range(20):
+        dealt = [order.dealt(step, 16, rank, ranks) for rank in range(ranks)]
+        assert sorted(k for of_rank in dealt for k in of_rank) == list(range(16 * step, 16 * step + 16))
+        assert all(of_rank == sorted(of_rank) for of_rank in dealt)
+        for source in range(3):
+            counts = [sum(order[k][0] == source for k in of_rank) for of_rank in dealt]
+            assert max(counts) - min(counts) <= 1
