@@ -21,7 +21,7 @@ log = logging.getLogger("molora.serve")
 
 # Paths that are answered without a key: those that say whether the server is well.
 OPEN_PATHS = ("/health", "/ready")
-# What is left of a body is not read.
+# What is left of a body whose end is not known is not read.
 _AND_CLOSE = {"connection": "close"}
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -105,7 +105,8 @@ class Gate:
             return Json(said, status_code=401, headers={"www-authenticate": "Bearer"})
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length[:20]) > self._max_body_bytes:
-            return Json(error_body(self._too_large(), "invalid_request_error"), status_code=413, headers=_AND_CLOSE)
+            # The connection stays, or a client that is still sending would see it break instead of this.
+            return Json(error_body(self._too_large(), "invalid_request_error"), status_code=413)
         return None
 
     def _bounded(self, receive: Receive) -> Receive:
