@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 from transformers import Phi4MultimodalImageProcessor
 
+from benchmarks.peers import work
 from benchmarks.peers.generation import Ours, same_answers
 from benchmarks.peers.measure import Machine, Result, Row, Setup, in_turns, step_bytes, step_bytes_apart
 from benchmarks.peers.models import open_ours, open_theirs
@@ -36,12 +37,15 @@ def compare(setup: Setup) -> list[Result]:
     vision: Any = ours.model.modalities["vision"]
     image_processor: Any = Phi4MultimodalImageProcessor(dynamic_hd=36)
 
-    def mine() -> dict[str, list[int]]:
+    def sample() -> Sample:
         item = Item("vision", "default", vision.prepare(vision.load({"type": "image", "image": picture})))
         num_media = item.prepared.num_tokens
         ids_T = torch.cat([torch.zeros(num_media, dtype=torch.long), text_ids_T])
         marks_T = (torch.arange(len(ids_T)) < num_media).long()
-        return ours.answer([Sample("picture", ids_T, marks_T, torch.zeros_like(marks_T).bool(), (item,))])
+        return Sample("picture", ids_T, marks_T, torch.zeros_like(marks_T).bool(), (item,))
+
+    def mine() -> dict[str, list[int]]:
+        return ours.answer([sample()])
 
     @torch.no_grad()
     def theirs() -> dict[str, list[int]]:
@@ -56,7 +60,9 @@ def compare(setup: Setup) -> list[Result]:
     checks = [same_answers("transformers' generate", mine(), theirs(), setup.dtype == torch.float32)]
     machine = Machine(setup.dtype, setup.device)
     sides: dict[str, Callable[[], object]] = {"molora": mine, "transformers": theirs}
-    rows = [Row(side, seconds) for side, seconds in in_turns(sides, setup.rounds, setup.device, machine).items()]
+    taken = in_turns(sides, setup.rounds, setup.device, machine)
+    flop = work.answer_flop(ours.model, [sample()], [1])
+    rows = [Row(side, seconds, flop) for side, seconds in taken.items()]
     about = f"a picture of {SIDE_PIXELS} x {SIDE_PIXELS} pixels and {TEXT_TOKENS} tokens of text"
     return [setup.result("time to first token", about, checks, rows, machine)]
 

@@ -133,7 +133,9 @@ def mixed_batch(setup: Setup) -> list[Result]:
     exact = setup.dtype == torch.float32
     checks = [same_answers(side, mine, other, exact) for side, other in zip(list(sides)[1:], others, strict=True)]
     machine = Machine(setup.dtype, setup.device)
-    rows = [Row(side, seconds) for side, seconds in in_turns(sides, setup.rounds, setup.device, machine).items()]
+    taken = in_turns(sides, setup.rounds, setup.device, machine)
+    flop = work.answer_flop(ours.model, samples, [len(mine[sample.id]) for sample in samples])
+    rows = [Row(side, seconds, flop) for side, seconds in taken.items()]
     about = f"2 pictures, 3 clips, 3 texts, {NEW_TOKENS} tokens each"
     return [setup.result("generation, 8 x 32", about, checks, rows, machine)]
 
@@ -156,15 +158,18 @@ def requests(setup: Setup) -> list[Result]:
     checks = [same_answers("peer, grouped", mine, other, setup.dtype == torch.float32)]
     machine = Machine(setup.dtype, setup.device)
     ours.decode_seconds.clear()
-    rows = [Row(side, seconds) for side, seconds in in_turns(sides, setup.rounds, setup.device, machine).items()]
-    lengths = [len(tokens) for tokens in mine.values()]
+    taken = in_turns(sides, setup.rounds, setup.device, machine)
+    lengths = [len(mine[sample.id]) for sample in samples]
     prompts = [len(sample) for sample in samples]
+    flop = work.answer_flop(ours.model, samples, lengths)
+    rows = [Row(side, seconds, flop) for side, seconds in taken.items()]
     about = (
         f"64 requests, prompts of {min(prompts)} to {max(prompts)} tokens, "
         f"answers of {min(lengths)} to {max(lengths)}, {sum(lengths):,} in all"
     )
     read = work.decode_bytes(ours.model, prompts, lengths)
-    decode = [Row("molora, decoding alone", ours.decode_seconds[-setup.rounds :], read_bytes=read)]
+    flop = work.decode_flop(ours.model, samples, lengths)
+    decode = [Row("molora, decoding alone", ours.decode_seconds[-setup.rounds :], flop, read)]
     return [
         setup.result("generation, 64 requests", about, checks, rows, machine),
         setup.result("decoding, 64 requests", about, checks, decode, machine),

@@ -181,7 +181,7 @@ class Result:
             if "seconds" not in row:
                 lines.append(f"{row['side']:<65.65}{row['step_bytes'] / 1e6:>14.0f}")
                 continue
-            share = row["share_of_matrix_product"] or row["share_of_copy"]
+            share, _ = bounding_share(row)
             memory = row["step_bytes"]
             lines.append(
                 f"{row['side']:<26.26}{_time(row['best']):>9}{_time(row['median']):>9}{row['ratio']:>7.2f}"
@@ -189,6 +189,12 @@ class Result:
                 f"{'' if share is None else f'{share:.2f}':>7}{'' if memory is None else f'{memory / 1e6:.0f}':>7}"
             )
         return "\n".join(lines)
+
+
+def bounding_share(row: Mapping[str, Any]) -> tuple[float | None, str]:
+    """The share of the machine's peak that a row of a result comes nearest to, and of which: of the product or copy."""
+    shares = [(row[f"share_of_{key}"], word) for key, word in (("matrix_product", "product"), ("copy", "copy"))]
+    return max((each for each in shares if each[0]), default=(None, ""))
 
 
 def _time(seconds: float) -> str:

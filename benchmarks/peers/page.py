@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peers.measure import bounding_share
+
 HOME = Path(__file__).parents[1]
 RESULTS = HOME / "results.json"
 BEGIN, END = "<!-- results: written by benchmarks.peers.page -->", "<!-- end of results -->"
@@ -95,8 +97,8 @@ def _figures(row: Mapping[str, Any]) -> Sequence[str]:
     memory = "" if row["step_bytes"] is None else f"{row['step_bytes'] / 1e6:,.0f} MB"
     if "seconds" not in row:
         return ["", "", "", "", "", memory]
-    product, copied = row["share_of_matrix_product"], row["share_of_copy"]
-    share = f"{product:.2f} of product" if product else f"{copied:.2f} of copy" if copied else ""
+    value, of = bounding_share(row)
+    share = "" if value is None else f"{value:.2f} of {of}"
     low, high = row["ratios"]
     return [_time(row["best"]), _time(row["median"]), f"{row['ratio']:.2f}", f"{low:.2f} to {high:.2f}", share, memory]
 

@@ -58,7 +58,8 @@ def running_samples(setup: Setup) -> Result:
     rows = []
     for count, batch in batches.items():
         read = work.decode_bytes(installed.model, [len(sample) for sample in batch], [NEW_TOKENS] * count)
-        rows.append(Row(f"{count} running", seconds[count], read_bytes=read, at=count))
+        flop = work.decode_flop(installed.model, batch, [NEW_TOKENS] * count)
+        rows.append(Row(f"{count} running", seconds[count], flop, read, at=count))
     about = f"decoding {NEW_TOKENS - 1} tokens of each sample, after prompts of {SAMPLE_TOKENS // 2}"
     return setup.result("time against running samples", about, [], rows, machine)
 

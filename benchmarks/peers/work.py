@@ -76,6 +76,29 @@ def step_flop(model: MoLoRA, samples: Sequence[Sample]) -> float:
     return total
 
 
+def answer_flop(model: MoLoRA, samples: Sequence[Sample], answers: Sequence[int]) -> float:
+    """Prompts and answers: each token fed once but an answer's last, and the head where a token is chosen."""
+    weights, config = backbone_weights(model), model.backbone.config
+    head = config.hidden_size * config.vocab_size
+    total = encoder_flop(model, samples) if any(s.items for s in samples) else 0.0
+    parts = model.parts()
+    for sample, length in zip(samples, answers, strict=True):
+        fed = len(sample) + length - 1
+        total += 2.0 * (weights * fed + head * length) + attention_flop(model, fed)
+        total += sum(2.0 * adapter_weights(model, name) * fed for name in model.router.adapters(sample.modalities))
+        for item in sample.items:
+            projector = parts[f"projectors.{item.modality}.{item.projector}"]
+            total += sum(
+                2.0 * item.prepared.num_tokens * projector[f"{side}.weight"].numel() for side in ("up", "down")
+            )
+    return total
+
+
+def decode_flop(model: MoLoRA, samples: Sequence[Sample], answers: Sequence[int]) -> float:
+    """What is left of `answer_flop` when every sample has its first token."""
+    return answer_flop(model, samples, answers) - answer_flop(model, samples, [1] * len(samples))
+
+
 def decode_bytes(model: MoLoRA, prompts: Sequence[int], answers: Sequence[int]) -> float:
     """Bytes that decoding must read: the weights once a step, however many samples run, and each sample's keys and
     values once for each of its tokens. Adapters are left out: which of them a step needs depends on who still runs."""

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peers import generation, training, work
-from benchmarks.peers.measure import Result, Row, Setup
+from benchmarks.peers.measure import Machine, Result, Row, Setup, bounding_share
 from benchmarks.peers.models import Shape, Sizes, save_checkpoint
 
 SIZES = Sizes(
@@ -68,6 +68,29 @@ def test_useful_operations_are_those_that_a_step_takes(setup: Setup) -> None:
     useful = work.step_flop(ours.model, ours.samples)
     assert counter.get_total_flops() == pytest.approx(useful + masked, rel=0.02)
     assert masked > 0.1 * useful
+
+
+def test_useful_operations_are_those_that_answers_take(setup: Setup) -> None:
+    """All that is counted while prompts are read and answers written, but for the masked half of attention."""
+    ours = generation.Ours(training.open_ours(setup.folder, setup.dtype, setup.device).model, 8)
+    samples = generation.make_samples(ours.model, Shape(pictures=1, clips=1, texts=1))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        lengths = [len(tokens) for tokens in ours.answer(samples).values()]
+    masked = sum(work.attention_flop(ours.model, len(sample)) for sample in samples)
+    useful = work.answer_flop(ours.model, samples, lengths)
+    assert lengths == [8, 8, 8]
+    assert counter.get_total_flops() == pytest.approx(useful + masked, rel=0.02)
+    weights = work.backbone_weights(ours.model) + ours.model.backbone.width * ours.model.backbone.vocab_size
+    adapters = sum(work.adapter_weights(ours.model, name) for name in ("vision", "audio"))
+    seen = sum(work.attention_flop(ours.model, len(s) + 7) - work.attention_flop(ours.model, len(s)) for s in samples)
+    assert work.decode_flop(ours.model, samples, lengths) == 7 * 2 * (3 * weights + adapters) + seen
+
+
+def test_a_share_is_of_what_bounds() -> None:
+    machine = Machine(torch.float32, "cpu", flop_per_second=10.0, bytes_per_second=10.0)
+    rows = [Row("a", [1.0], 5.0, 3.0), Row("b", [1.0], 2.0, 3.0), Row("c", [1.0])]
+    told = [bounding_share(row) for row in Result("a", "float32", "cpu", [], rows, "", machine).as_json()["rows"]]
+    assert told == [(0.5, "product"), (0.3, "copy"), (None, "")]
 
 
 def test_ratios_are_to_the_first_row() -> None:
