@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -161,6 +162,23 @@ def test_a_server_that_stops_or_is_too_slow_leaves_answers_without_a_score(serve
     assert metric.score([answered("red")]) == {"judge_failed": 1}
     with pytest.raises(ConfigError, match=r"recipe: judge: url: http://.* does not answer .*; start the server first"):
         judge(server)
+
+
+def test_a_server_that_falls_silent_is_not_asked_for_every_answer(server: Server) -> None:
+    def silent(asked: str) -> Reply:
+        time.sleep(0.3)
+        return said("10")
+
+    server.reply = silent
+    metric: Any = judge(server, parallel=2, retries=0)
+    metric.config.timeout_seconds = 0.05
+    judged = [Judged(f"{index}:", [], "yes", "no", False) for index in range(100)]
+    assert scores(judged, [metric])["judge_failed"] == 100
+    assert len(server.asked) <= 12, "two may be under way when the tenth is given up"
+    assert "not asked, as" in str(metric.scores["99:", "no"])
+    server.reply = lambda asked: said("10")
+    metric.config.timeout_seconds, metric.scores = 60.0, {}
+    assert scores(judged[:3], [metric])["judge"] == 10
 
 
 def test_as_many_requests_run_at_a_time_as_the_recipe_says(server: Server) -> None:

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from molora.data.sources import SourceConfig
+from molora.evaluate.compare import Comparison, differences
 from molora.evaluate.judge import EvaluationConfig
 from molora.evaluate.metrics import Judged, open_metrics, scores
 from molora.evaluate.results import Result
@@ -83,7 +84,7 @@ def test_errors_come_first_and_every_row_says_all_there_is_to_know(tmp_path: Pat
 
 
 def test_media_are_part_of_the_page_while_there_is_room_and_each_once(tmp_path: Path) -> None:
-    inside, outside = picture(tmp_path / "predictions/media"), picture(tmp_path / "data", "b.png")
+    inside, outside = picture(tmp_path / "predictions/media", "a #1.png"), picture(tmp_path / "data", "b.png")
     (tmp_path / "data/notes.txt").write_text("no picture")
     parts = [[{"type": "image", "path": str(path)}] for path in (inside, inside, outside)]
     others = [{"type": "image", "path": str(tmp_path / "none.png")}, {"type": "numbers", "numbers": [1.0]}]
@@ -102,7 +103,9 @@ def test_media_are_part_of_the_page_while_there_is_room_and_each_once(tmp_path: 
     ]
     assert found[4]["kind"] == "words" and "base64" not in found[4]["source"], "only pictures and sounds are taken in"
     assert len(found) == 5
-    assert media(0)[0]["source"] == "media/a.png", "what lies in the folder moves with it"
+    assert media(0)[0]["source"] == "media/a%20%231.png", "what lies in the folder moves with it"
+    step = page(result(items), "runs/x", tmp_path / "predictions/step-7", embedded_bytes=0)
+    assert data(step)["media"][0]["source"] == "../media/a%20%231.png", "as do the media of all steps"
 
 
 def test_what_an_answer_says_stays_text(tmp_path: Path) -> None:
@@ -132,3 +135,30 @@ def test_a_browser_shows_a_few_of_ten_thousand_rows_and_their_media(tmp_path: Pa
         assert json.loads(html.unescape(seen[1])) == [10_000, 111, [16, 0.5]]
         assert 40 <= tree.count("<article") < 111
         assert "<title>all &amp; sundry</title>" in tree, "no answer ran as code"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no browser here")
+def test_answers_stand_beside_those_of_another_model_and_are_found_by_who_is_right(tmp_path: Path) -> None:
+    here = [judged(row, answer, []) for row, answer in enumerate(("yes", "yes", "no", "no", "yes"))]
+    there = [judged(row, answer, []) for row, answer in enumerate(("yes", HOSTILE, "yes", "no", "no"))]
+    shown = result(here)
+    of_both = scores(here, shown.metrics), scores(there, shown.metrics)
+    found = differences(here, there, shown.metrics)
+    comparison = Comparison(shown.name, Path("runs/<other>"), *of_both, found, 0, there)
+    watch = """<script>
+      const seen = {};
+      for (const {value} of [...byId("compared").options]) {
+        byId("compared").value = value;
+        byId("compared").dispatchEvent(new Event("change"));
+        seen[value] = found.map(row => row.row);
+      }
+      document.body.append(element("pre", {id: "seen"}, JSON.stringify(seen)));
+    </script>"""
+    text = page(shown, "runs/x", tmp_path, comparison)
+    assert "Beside runs/&lt;other&gt;" in text and "<data>+0.2000</data>" in text
+    (tmp_path / "page.html").write_text(text.replace("</body>", f"{watch}</body>"))
+    seen = re.search(r'<pre id="seen">(.*?)</pre>', dom(tmp_path / "page.html"))
+    assert seen and json.loads(html.unescape(seen[1])) == {
+        **{"": [3, 4, 1, 2, 5], "right here alone": [2, 5], "right there alone": [3]},
+        **{"right in both": [1], "right in none": [4]},
+    }

@@ -29,6 +29,8 @@ Write one number from {lowest:g} (wrong) to {highest:g} (right) and nothing else
 
 _MAX_REPLY_BYTES = 2**20
 _MAX_WAIT_SECONDS = 60.0
+# A server that leaves so many answers in a row without a word, each after its retries, is asked no more.
+_MAX_SILENT = 10
 # What may pass when one asks again: the server is busy, restarts or had no time.
 _PASSING = (408, 409, 425, 429, 500, 502, 503, 504)
 
@@ -102,6 +104,7 @@ class JudgeModel(Counted):
             self.headers["Authorization"] = f"Bearer {key}"
         self.opener = urllib.request.build_opener(_NoRedirects)
         self.scores: dict[tuple[str, str], float | NoScore] = {}
+        self.silent = 0
         try:
             self.send("models", None)
         except urllib.error.HTTPError as error:
@@ -111,6 +114,7 @@ class JudgeModel(Counted):
             raise ValueError(f"url: {config.url} does not answer ({_said(error)}); start the server first") from error
 
     def counts(self, judged: Sequence[Judged]) -> np.ndarray:
+        self.silent = 0
         new = {(item.id, item.answer): item for item in judged if (item.id, item.answer) not in self.scores}
         with ThreadPoolExecutor(self.config.parallel) as threads:
             given = list(threads.map(self.ask, new.values()))
@@ -135,10 +139,14 @@ class JudgeModel(Counted):
             "max_tokens": config.max_tokens,
             "temperature": 0,
         }
+        if self.silent >= _MAX_SILENT:
+            return NoScore(f"not asked, as {config.url} was silent for {self.silent} others; --rescore asks again")
         for tried in range(config.retries + 1):
             wait_seconds = config.wait_seconds * 2**tried
             try:
-                return self.read(self.send("chat/completions", body))
+                reply = self.send("chat/completions", body)
+                self.silent = 0
+                return self.read(reply)
             except NoScore as error:
                 return error
             except urllib.error.HTTPError as error:
@@ -148,6 +156,7 @@ class JudgeModel(Counted):
                 wait_seconds = max(wait_seconds, float(asked)) if asked.isdecimal() else wait_seconds
             except (OSError, http.client.HTTPException) as error:
                 if tried == config.retries:
+                    self.silent += 1
                     return NoScore(f"{config.url} does not answer ({_said(error)})")
             time.sleep(min(wait_seconds, _MAX_WAIT_SECONDS))
         raise AssertionError("the last try returns")
