@@ -57,6 +57,7 @@ LAZY = (
     "easy_vqa",
     "espeakng_loader",
     "jiwer",
+    "llguidance",
     "matplotlib",
     "open_clip",
     "pillow_heif",

@@ -251,14 +251,17 @@ class Batch:
     def _choose(self, logits_NV: Tensor) -> list[Step]:
         """The next token of every running sample; those that end leave."""
         running, backbone = self._running, self._model.backbone
-        tokens = _chosen(logits_NV, running)
+        masked_NV, faulty = _held(logits_NV, running)
+        tokens = _chosen(masked_NV, running)
         told = _likelihoods(logits_NV, running, tokens)
         steps: list[Step] = []
         kept: list[Running] = []
         for index, (sample, token_id) in enumerate(zip(running, tokens, strict=True)):
             how = sample.asked.decoding
             finished, error, prompt = None, None, ()
-            if token_id == NO_TOKEN:
+            if index in faulty:
+                token_id, finished, error = NO_TOKEN, "error", faulty[index]
+            elif token_id == NO_TOKEN:
                 finished, error = "error", _not_finite(sample.id, float(logits_NV[index].max()))
             else:
                 prompt = () if sample.answer else tuple(sample.prompt_likelihoods)
@@ -284,6 +287,25 @@ class Batch:
 
 def _gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.3g} GiB"
+
+
+def _held(logits_NV: Tensor, running: Sequence[Running]) -> tuple[Tensor, dict[int, ValueError]]:
+    """Logits without the tokens that the grammars of their samples do not allow, and what is wrong with grammars that
+    cannot be followed, by row."""
+    faulty: dict[int, ValueError] = {}
+    held = [(row, each, each.asked.grammar) for row, each in enumerate(running) if each.asked.grammar is not None]
+    if held:
+        logits_NV = logits_NV.clone()
+    for row, sample, grammar in held:
+        try:
+            if sample.answer:
+                grammar.take(sample.answer[-1])
+            allowed_V = grammar.allowed_V().to(logits_NV.device)
+        except ValueError as error:
+            faulty[row] = SampleFailed(f"sample {sample.id}: {error}")
+        else:
+            logits_NV[row].masked_fill_(~allowed_V, -math.inf)
+    return logits_NV, faulty
 
 
 def _chosen(logits_NV: Tensor, running: Sequence[Running]) -> list[int]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from molora.inference.grammar import Grammar
 from molora.inference.sampling import Decoding, TokenLikelihood, likelihoods
 from molora.model.loss import LOGITS_PER_CHUNK
 from molora.model.molora import MoLoRA
@@ -21,13 +22,14 @@ from molora.routing import Routing
 
 @dataclass(frozen=True)
 class Asked:
-    """A sample to answer, how it is decoded, the seed of what it draws, and whether an answer's tokens so far are to be
-    all of it."""
+    """A sample to answer, how it is decoded, the seed of what it draws, whether an answer's tokens so far are to be
+    all of it, and the grammar that the answer keeps, if there is one."""
 
     sample: Sample
     decoding: Decoding
     seed: int
     is_over: Callable[[Sequence[int]], bool]
+    grammar: Grammar | None = None
 
 
 @dataclass

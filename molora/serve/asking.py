@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from molora.data.processor import SampleTooLong
+from molora.inference.grammar import Grammar, Grammars
 from molora.inference.load import LoadedModel
 from molora.inference.running import Asked
 from molora.inference.sampling import Decoding, TokenLikelihood
@@ -48,6 +49,7 @@ class Service:
     engine: Engine
     preparation: Preparation
     numbers: Numbers
+    grammars: Grammars
     max_new_tokens: int = 1024
     temperature: float = 0.0
     answer_seconds: float = 600.0
@@ -143,10 +145,13 @@ class Request:
     def close(self) -> None:
         self._places.close()
 
-    def ask(self, samples: Sequence[Sample], decoding: Decoding, *, strip: bool) -> None:
+    def ask(
+        self, samples: Sequence[Sample], decoding: Decoding, *, strip: bool, grammar: Grammar | None = None
+    ) -> None:
         """Says what is to be answered, and how."""
         takes = self.check_name()
         self.decoding = decoding
+        self._grammar = grammar
         for sample in samples:
             if takes is not None and not sample.modalities <= takes:
                 told = f"{self.model} takes {name_of(takes)}, and the messages hold {name_of(sample.modalities)}"
@@ -166,6 +171,7 @@ class Request:
                 decoding,
                 seed_of(decoding.seed, str(choice.index % self.number)),
                 is_over,
+                self._grammar and self._grammar.again(),
             )
             for choice in self.choices
         }

@@ -1,16 +1,17 @@
 """/v1/chat/completions: conversations with media, answered whole or as a stream."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
 from molora.data.messages import conversation
+from molora.inference.grammar import Grammar
 from molora.inference.sampling import TokenLikelihood
 from molora.serve.asking import Refused, Request, refusal
 from molora.serve.fields import ChatBody
 from molora.serve.replies import event
 
-_FORMATS = ("text",)
 # What `format` of a sound may say; it is read by its content.
 _SOUNDS = ("wav", "mp3", "flac", "ogg", "opus", "aac", "m4a", "webm")
 # The whole picture is looked at.
@@ -51,20 +52,45 @@ def _only(inner: Mapping[str, Any], known: Mapping[str, Sequence[str] | None], w
 async def ask(request: Request, body: ChatBody, id: str) -> None:
     """Reads a body and says what is to be answered. Raises Refused."""
     request.check_name()
-    kind = (body.response_format or {}).get("type", "text")
-    if kind not in _FORMATS:
-        raise Refused(
-            f"response_format of type {kind!r:.80} is not honoured here; leave it out", None, "response_format"
-        )
     likeliest = (body.top_logprobs or 0) if body.logprobs else None
     decoding = request.service.decoding(body, body.max_completion_tokens or body.max_tokens, num_likeliest=likeliest)
     messages = messages_of(body)
     request.take_places(1)
+    grammar = await asyncio.to_thread(_grammar, request, body)
     try:
         sample = await request.service.preparation.sample(messages, id)
     except ValueError as error:
         raise refusal(error, "messages") from error
-    request.ask([sample], decoding, strip=True)
+    request.ask([sample], decoding, strip=True, grammar=grammar)
+
+
+def _grammar(request: Request, body: ChatBody) -> Grammar | None:
+    """What the answer is held to. Raises Refused for a form that is not known, or cannot be followed."""
+    if body.response_format is None:
+        return None
+    form = {key: value for key, value in body.response_format.items() if value is not None}
+    kind, grammars = form.pop("type", None), request.service.grammars
+    given = form.pop("json_schema" if kind == "json_schema" else "pattern", None)
+    schema = given.get("schema") if kind == "json_schema" and isinstance(given, Mapping) else None
+    if kind != "text" and body.ignore_eos:
+        raise Refused("ignore_eos and response_format contradict each other; leave one out", None, "ignore_eos")
+    try:
+        match kind, given:
+            case _ if form:
+                raise ValueError(f"response_format has {', '.join(form)!r:.80}, which is not honoured; leave it out")
+            case "text", None:
+                return None
+            case "json_object", None:
+                return grammars.of_json_schema({"type": "object"})
+            case "json_schema", _ if isinstance(schema, dict):
+                return grammars.of_json_schema(schema)
+            case "regex", str(pattern):
+                return grammars.of_regex(pattern)
+            case _:
+                known = "text, json_object, json_schema with json_schema.schema, or regex with pattern"
+                raise ValueError(f"response_format of type {kind!r:.80} is not honoured as it is; give {known}")
+    except ValueError as error:
+        raise refusal(error, "response_format") from error
 
 
 async def whole(request: Request, body: ChatBody) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import uvicorn
 
 from molora.data.processor import Processor
 from molora.inference.generate import GenerationConfig
+from molora.inference.grammar import Grammars
 from molora.inference.load import LoadedModel
 from molora.serve.app import make_app
 from molora.serve.asking import Service
@@ -78,12 +79,14 @@ def serve(load: Callable[[], LoadedModel], config: ServeConfig) -> int:
     if generation.kv_cache_gib is None:
         generation = replace(generation, kv_cache_gib=_room(loaded, config.max_running_samples))
     engine = Engine(loaded, generation, config.max_waiting, failed)
+    backbone = loaded.model.backbone
     service = Service(
         config.name,
         loaded,
         engine,
         preparation,
         Numbers(engine),
+        Grammars(copy.deepcopy(loaded.processor.tokenizer), backbone.stop_ids, backbone.vocab_size),
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         answer_seconds=config.answer_seconds,

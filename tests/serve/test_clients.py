@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import re
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -211,6 +212,38 @@ def test_what_is_said_is_written_down(client: openai.OpenAI, offline: LoadedMode
             client.audio.transcriptions.create(model="tiny", file=("a.wav", sound()), response_format=format)  # pyright: ignore
     with pytest.raises(openai.BadRequestError, match="language is not honoured"):
         client.audio.transcriptions.create(model="tiny", file=("a.wav", sound()), language="en")
+
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"sure": {"type": "boolean"}, "number": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["sure", "number"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+def test_answers_keep_the_form_that_is_asked_for(client: openai.OpenAI, temperature: float) -> None:
+    """Beside answers in no form, whatever the tiny model would rather say, whole and streamed."""
+
+    def ask(form: Any, **more: Any) -> Any:
+        content = [IMAGE, TEXT]
+        settings: Any = {"max_tokens": 120, "temperature": temperature, "seed": 3, "n": 3, **more}
+        return client.chat.completions.create(model="tiny", messages=user(content), response_format=form, **settings)
+
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA, "strict": True}}
+    whole = ask(form)
+    for choice in whole.choices:
+        told = json.loads(choice.message.content)
+        assert choice.finish_reason == "stop" and set(told) == {"sure", "number"}
+        assert isinstance(told["sure"], bool) and 0 <= told["number"] <= 99
+    texts = ["", "", ""]
+    for chunk in ask(form, stream=True):
+        texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert texts == [choice.message.content for choice in whole.choices]
+    for choice in ask({"type": "regex", "pattern": "(yes|no)[0-9]{2}"}).choices:
+        assert re.fullmatch("(yes|no)[0-9]{2}", choice.message.content)
+    assert all(choice.message.content.startswith("{") for choice in ask({"type": "json_object"}, max_tokens=4).choices)
 
 
 def test_every_set_of_modalities_has_a_name(client: openai.OpenAI) -> None:
