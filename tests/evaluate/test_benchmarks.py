@@ -39,6 +39,7 @@ modalities:
     plugin: audio
     options: {{tower: {{kind: conformer, conformer: {{width: 8, blocks: 1, heads: 2}}}}}}
     adapter: {{r: 2, lora_alpha: 4, target_modules: [q_proj]}}
+router: {{options: {{rules: {{audio+vision: vision}}}}}}
 stages:
   - name: tune
     train: {{adapters: {{learning_rate: 1e-3}}}}
@@ -102,6 +103,18 @@ SCHEMAS: dict[str, tuple[dict[str, list[Any]], str, list[str], set[str]]] = {
         "how many?\nAnswer the question with a single word.",
         ["14"],
         {"relaxed_accuracy", "relaxed_accuracy/human_test"},
+    ),
+    "spoken_ai2d": (
+        {"image": PICTURES, "audio": CLIPS, "options": [OPTIONS, OPTIONS[:2]], "answer": [1, 0]},
+        "A. a leaf\nB. a root\nC. a stem\nAnswer the spoken question",
+        ["B"],
+        MULTIPLE_CHOICE,
+    ),
+    "spoken_chartqa": (
+        {"image": PICTURES, "audio": CLIPS, "answer": ["14", "Yes"]},
+        "Answer the spoken question with a single word.",
+        ["14"],
+        {"relaxed_accuracy"},
     ),
     "textvqa": (
         {
