@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -101,12 +102,27 @@ def available(kind: Kind) -> list[Plugin]:
     else:
         built_in = _SOURCES if kind == "source" else _METRICS
     group = "molora.modalities" if kind == "modality" else f"molora.{kind}s"
+    declared = _declared(group, tuple((path, _changed_ns(path)) for path in sys.path))
+    return [*(Plugin(name, "built-in", spec) for name, spec in built_in.items()), *declared]
+
+
+@cache
+def _declared(group: str, places: tuple[tuple[str, int], ...]) -> tuple[Plugin, ...]:
+    """What packages installed in these places declare. To find out reads a file of every package there."""
     installed = (
         Plugin(entry.name, entry.dist.name if entry.dist else "an installed package", entry.value)
         for entry in entry_points(group=group)
     )
     # A distribution seen twice (an editable install beside its checkout) is one owner, hence the set.
-    return [Plugin(name, "built-in", spec) for name, spec in built_in.items()] + sorted(set(installed))
+    return tuple(sorted(set(installed)))
+
+
+def _changed_ns(path: str) -> int:
+    """When something was installed in a place of `sys.path` or taken away; 0 for what is no folder."""
+    try:
+        return os.stat(path or ".").st_mtime_ns
+    except OSError:
+        return 0
 
 
 def resolve(kind: Kind, spec: str) -> type:

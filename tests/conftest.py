@@ -9,6 +9,8 @@ import torch
 # Tiny models gain nothing from more threads, and two busy cores would make them wait for each other.
 torch.set_num_threads(1)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# No test outlives a loss of power, and the disk would be waited for hundreds of times in every training.
+os.fsync = lambda descriptor: None
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -147,15 +148,19 @@ def write_card(
     environment: Mapping[str, Any],
 ) -> None:
     """Writes the card of a run, whose `stages` have so many steps and totals."""
+    facts = _facts(recipe, model, steps_done, stages, best, environment)
+    run = Path(recipe.run)
+    write_text(run / "card.md", _template().render(facts, recipe=dump(recipe).strip()))
+    write_json(run / "card.json", facts)
+
+
+@cache
+def _template() -> Any:
     from jinja2 import Environment, StrictUndefined
 
-    facts = _facts(recipe, model, steps_done, stages, best, environment)
     page = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     page.filters["cell"] = lambda value: " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
-    template = page.from_string(Path(__file__).with_name("card.md.j2").read_text(encoding="utf-8"))
-    run = Path(recipe.run)
-    write_text(run / "card.md", template.render(facts, recipe=dump(recipe).strip()))
-    write_json(run / "card.json", facts)
+    return page.from_string(Path(__file__).with_name("card.md.j2").read_text(encoding="utf-8"))
 
 
 def _facts(

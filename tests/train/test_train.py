@@ -41,7 +41,8 @@ from molora.train.recipe import Recipe, plan_recipe
 from molora.train.step import TrainingError, train_step
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["molora.cli.commands", "molora.train.loop", "molora.testing"])
+TENSORBOARD = ["tensorboard.compat.proto.event_pb2", "tensorboard.summary.writer.record_writer"]
+FORKS.set_forkserver_preload(["molora.cli.commands", "molora.train.loop", "molora.testing", *TENSORBOARD])
 
 
 class Answered:
@@ -151,6 +152,7 @@ def outcome(run: Path) -> dict[str, Any]:
 def run_alone(recipe: Recipe, die_at_replace: int | None) -> None:
     """In a process of its own: trains, and with `die_at_replace` kills itself at that rename of a file."""
     torch.set_num_threads(1)
+    os.fsync = lambda descriptor: None  # as in conftest.py: a kill takes nothing from the disk
     if die_at_replace is not None:
         replace: Callable[..., None] = os.replace
         count = 0
