@@ -17,7 +17,7 @@ from molora.serve import chat, completions, speech
 from molora.serve.asking import Refused, Request, Service
 from molora.serve.engine import Broken, Full, TooLate
 from molora.serve.fields import ChatBody, CompletionBody
-from molora.serve.gate import Gate, Keys, error_body
+from molora.serve.gate import Gate, error_body
 from molora.serve.replies import Events, Gone, Json, while_connected
 
 log = logging.getLogger("molora.serve")
@@ -26,8 +26,8 @@ log = logging.getLogger("molora.serve")
 _RETRY_SECONDS = 1
 
 
-def make_app(service: Service, *, keys: Keys | None, max_body_bytes: int, upload_seconds: float) -> FastAPI:
-    """The application that serves a model. The engine starts and ends with it."""
+def make_app(service: Service, **gate: Any) -> FastAPI:
+    """The application that serves a model, behind a `Gate` with these settings. The engine starts and ends with it."""
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -39,9 +39,7 @@ def make_app(service: Service, *, keys: Keys | None, max_body_bytes: int, upload
 
     app = FastAPI(title="molora", version=molora.__version__, lifespan=life, default_response_class=Json)
     app.state.draining = False
-    app.add_middleware(
-        Gate, numbers=service.numbers, keys=keys, max_body_bytes=max_body_bytes, upload_seconds=upload_seconds
-    )
+    app.add_middleware(Gate, numbers=service.numbers, **gate)
     _add_errors(app)
     _add_answers(app, service)
     _add_speech(app, service)

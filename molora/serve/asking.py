@@ -3,7 +3,7 @@
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import ExitStack, aclosing
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from molora.modality import MediaError
 from molora.pack import Sample
 from molora.routing import RoutingError, name_of
 from molora.seeding import seed_of
-from molora.serve.engine import Engine
+from molora.serve.engine import Engine, Places
 from molora.serve.fields import Asking
 from molora.serve.numbers import Numbers
 from molora.serve.preparation import Preparation
@@ -126,7 +126,7 @@ class Request:
         self.number = number
         self.choices: list[Choice] = []
         self._begun = time.monotonic()
-        self._places = ExitStack()
+        self._places: Places | None = None
 
     def check_name(self, param: str = "model") -> frozenset[str] | None:
         """The modalities that the name asked for takes, None for any mix. Raises Refused for an unknown name."""
@@ -140,10 +140,11 @@ class Request:
 
     def take_places(self, num_samples: int) -> None:
         """Raises Full where there is no room for the answers to so many samples."""
-        self._places.enter_context(self.service.engine.places(num_samples * self.number))
+        self._places = self.service.engine.take_places(num_samples * self.number)
 
     def close(self) -> None:
-        self._places.close()
+        if self._places is not None:
+            self._places.give_back()
 
     def ask(
         self, samples: Sequence[Sample], decoding: Decoding, *, strip: bool, grammar: Grammar | None = None
@@ -165,19 +166,21 @@ class Request:
         raises. Who leaves early should close this, which takes what is left out of the batch."""
         numbers, decoding, model = self.service.numbers, self.decoding, self.service.loaded.model
         is_over = ends_at(self.service.loaded.processor.decode, decoding.stop)
-        asked = {
-            f"{self.id}-{choice.index}": Asked(
-                replace(choice.sample, id=f"{self.id}-{choice.index}"),
+        # Two requests may bring the same id.
+        choices = {f"{secrets.token_hex(12)}-{choice.index}": choice for choice in self.choices}
+        asked = [
+            Asked(
+                replace(choice.sample, id=id),
                 decoding,
                 seed_of(decoding.seed, str(choice.index % self.number)),
                 is_over,
                 self._grammar and self._grammar.again(),
             )
-            for choice in self.choices
-        }
-        choices = dict(zip(asked, self.choices, strict=True))
+            for id, choice in choices.items()
+        ]
+        assert self._places is not None, "places are taken before anything is asked"
         numbers.tokens.labels("prompt").inc(self.prompt_tokens)
-        async with aclosing(self.service.engine.steps(list(asked.values()), self.service.answer_seconds)) as steps:
+        async with aclosing(self.service.engine.steps(asked, self.service.answer_seconds, self._places)) as steps:
             try:
                 async for step in steps:
                     choice = choices[step.id]

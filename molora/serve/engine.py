@@ -4,8 +4,7 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from molora.inference.generate import Batch, GenerationConfig, Step
@@ -43,6 +42,20 @@ class _End:
 _Order = _Add | _Remove | _End
 
 
+class Places:
+    """Room for answers that are being prepared, wait or run."""
+
+    def __init__(self, engine: "Engine", count: int) -> None:
+        self._engine = engine
+        self._count = count
+
+    def give_back(self, count: int | None = None) -> None:
+        """So many of them, at most those that are left; all of them by default."""
+        count = self._count if count is None else min(count, self._count)
+        self._count -= count
+        self._engine.give_back(count)
+
+
 class Engine:
     """Answers samples together. Its methods are called in the event loop that `start` was called in.
 
@@ -62,7 +75,7 @@ class Engine:
         self._taken = 0
         self._on_failure = on_failure
         self._orders: queue.SimpleQueue[_Order] = queue.SimpleQueue()
-        self._told: dict[str, asyncio.Queue[Step]] = {}
+        self._told: dict[str, tuple[asyncio.Queue[Step], Places]] = {}
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
 
     def start(self) -> None:
@@ -74,20 +87,20 @@ class Engine:
         self._orders.put(_End())
         await asyncio.to_thread(self._thread.join)
 
-    @contextmanager
-    def places(self, count: int) -> Iterator[None]:
-        """Keeps room for so many answers while inside. Raises Full where there is none, Broken after a failure."""
+    def take_places(self, count: int) -> "Places":
+        """Keeps room for so many answers. Raises Full where there is none, Broken after a failure."""
         self._check()
         if self._taken + count > self._places:
             raise Full(f"{self._taken} answers run or wait here, and {self._places} is the most; ask again later")
         self._taken += count
-        try:
-            yield
-        finally:
-            self._taken -= count
+        return Places(self, count)
 
-    async def steps(self, asked: Sequence[Asked], seconds: float) -> AsyncGenerator[Step, None]:
-        """The steps of some samples until all have finished. Who leaves early, by closing this, takes them out of the
+    def give_back(self, count: int) -> None:
+        self._taken -= count
+
+    async def steps(self, asked: Sequence[Asked], seconds: float, places: "Places") -> AsyncGenerator[Step, None]:
+        """The steps of some samples until all have finished; each gives back one of the places when it has, whether or
+        not its steps have been read by then. Who leaves early, by closing this, takes them out of the
         batch. Raises the error of a sample that fails, SampleTooLong for one that never fits, TooLate for one that is
         not finished in so many seconds, Broken if the model fails."""
         self._check()
@@ -96,7 +109,7 @@ class Engine:
         until = time.monotonic() + seconds
         try:
             for each in asked:
-                self._told[each.sample.id] = told
+                self._told[each.sample.id] = told, places
                 self._orders.put(_Add(each, until))
             while unfinished:
                 step = await told.get()
@@ -162,7 +175,10 @@ class Engine:
     def _tell(self, steps: Sequence[Step]) -> None:
         for step in steps:
             if step.id in self._told:
-                self._told[step.id].put_nowait(step)
+                told, places = self._told[step.id]
+                told.put_nowait(step)
+                if step.finished:
+                    places.give_back(1)
 
     def _fail(self, error: BaseException) -> None:
         self.failure = error

@@ -7,6 +7,7 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ log = logging.getLogger("molora.serve")
 
 # Paths that are answered without a key: those that say whether the server is well.
 OPEN_PATHS = ("/health", "/ready")
+_PORT = re.compile(r":\d+$")
 # What is left of a body whose end is not known is not read.
 _AND_CLOSE = {"connection": "close"}
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -56,16 +58,28 @@ def _hash(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
+class _Stalled(Exception):
+    """A client does not read its answer."""
+
+
 class Gate:
-    """Gives each request an id, asks for a key, bounds what is sent and how long that takes, and logs a line: the
-    request's id, what was asked for, and how it ended, never what it holds."""
+    """Gives each request an id, asks for a key, bounds what is sent and how long that takes, either way, and logs a
+    line: the request's id, what was asked for, and how it ended, never what it holds. `hosts` are the names by which
+    the server may be called, None for any: a page that has its own name lead to this machine is not answered."""
 
     def __init__(
-        self, app: ASGIApp, numbers: Numbers, keys: Keys | None, max_body_bytes: int, upload_seconds: float
+        self,
+        app: ASGIApp,
+        numbers: Numbers,
+        keys: Keys | None,
+        hosts: Collection[str] | None,
+        max_body_bytes: int,
+        upload_seconds: float,
     ) -> None:
         self._app = app
         self._numbers = numbers
         self._keys = keys
+        self._hosts = hosts
         self._max_body_bytes = max_body_bytes
         self._upload_seconds = upload_seconds
 
@@ -84,13 +98,18 @@ class Gate:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", id.encode())]
-            await send(message)
+            try:
+                await asyncio.wait_for(send(message), self._upload_seconds)
+            except TimeoutError:
+                raise _Stalled from None
 
         try:
             if refusal := self._refusal(scope["path"], headers):
                 await refusal(scope, receive, answered)
             else:
                 await self._app(scope, self._bounded(receive), answered)
+        except _Stalled:
+            status = 499
         finally:
             path = getattr(scope.get("route"), "path", "other")
             self._numbers.requests.labels(path, str(status)).inc()
@@ -98,6 +117,11 @@ class Gate:
             log.info("%s %s %s %d %.3f s", id, scope["method"], path, status, seconds)
 
     def _refusal(self, path: str, headers: dict[bytes, bytes]) -> Json | None:
+        called = _PORT.sub("", headers.get(b"host", b"").decode("latin-1"))
+        if self._hosts is not None and called not in self._hosts:
+            names = " or ".join(self._hosts)
+            told = f"this server is called {names}, not {called[:80]!r}; with --api-keys it takes any name"
+            return Json(error_body(told, "invalid_request_error"), status_code=421)
         known = self._keys is None or path in OPEN_PATHS or self._keys.know(headers.get(b"authorization", b""))
         if not known:
             told = "no valid API key; send the header Authorization: Bearer KEY"

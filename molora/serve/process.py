@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import logging
+import math
 import os
 import signal
 import socket
@@ -30,7 +31,7 @@ from molora.terminal import say, warn
 
 # Of the memory that is free once the model is there, what keys and values take at most unless their size is given.
 _SHARE_FOR_KEYS_AND_VALUES = 0.5
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_LOOPBACK = ("127.0.0.1", "::1", "[::1]", "localhost")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,13 +93,25 @@ def serve(load: Callable[[], LoadedModel], config: ServeConfig) -> int:
         answer_seconds=config.answer_seconds,
     )
     app = make_app(
-        service, keys=keys, max_body_bytes=int(config.max_body_mib * 2**20), upload_seconds=config.upload_seconds
+        service,
+        keys=keys,
+        hosts=_LOOPBACK if config.host in _LOOPBACK and keys is None else None,
+        max_body_bytes=int(config.max_body_mib * 2**20),
+        upload_seconds=config.upload_seconds,
     )
 
     def draining() -> None:
         app.state.draining = True
 
-    settings = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, ws="none")
+    settings = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ws="none",
+        # A client that does not read must not keep the server alive.
+        timeout_graceful_shutdown=math.ceil(config.answer_seconds + config.upload_seconds),
+    )
     server = _Server(settings, lambda: _announce(service, config, listening), draining)
     asyncio.run(server.serve(sockets=[listening]))
     preparation.close()

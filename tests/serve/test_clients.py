@@ -6,6 +6,8 @@ import asyncio
 import base64
 import json
 import re
+import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -271,10 +273,35 @@ def test_health_and_numbers_are_told(server: Served, client: openai.OpenAI) -> N
     assert "/v1/chat/completions" in json.loads(get(server, "/openapi.json"))["paths"]
 
 
+def test_requests_with_one_id_are_told_apart(server: Served) -> None:
+    async def ask_all() -> list[Any]:
+        headers = {"x-request-id": "same"}
+        url = f"{server.address}/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", timeout=120, default_headers=headers) as client:
+            asked = [
+                client.chat.completions.create(model="tiny", messages=user("abc"[index]), max_tokens=9)
+                for index in (0, 1, 2, 0, 1, 2)
+            ]
+            return [each.choices[0].message.content for each in await asyncio.gather(*asked)]
+
+    found = asyncio.run(ask_all())
+    assert found[:3] == found[3:] and len(set(found)) > 1
+
+
+def test_a_page_that_has_its_own_name_lead_here_is_not_answered(server: Served) -> None:
+    request = urllib.request.Request(f"{server.address}/v1/models", headers={"Host": "evil.example:8000"})
+    with pytest.raises(urllib.error.HTTPError, match="421"):
+        urllib.request.urlopen(request)
+    request = urllib.request.Request(f"{server.address}/v1/models", headers={"Host": "localhost:1"})
+    assert urllib.request.urlopen(request).status == 200
+
+
 def test_the_log_has_a_line_with_its_id_for_each_request_and_no_word_of_it(server: Served) -> None:
     headers = {"x-request-id": "my-own.id"}
     client = server.client(default_headers=headers)
     asked = client.chat.completions.with_raw_response.create(model="tiny", messages=user("a secret rose"), max_tokens=1)
     assert asked.headers["x-request-id"] == "my-own.id" and asked.parse().id == "chatcmpl-my-own.id"
-    log = Path(server.log).read_text()
+    until = time.monotonic() + 30
+    while "my-own.id" not in (log := Path(server.log).read_text()) and time.monotonic() < until:
+        time.sleep(0.01)  # the line is written when the answer has gone out
     assert "my-own.id POST /v1/chat/completions 200" in log and "secret" not in log and "rose" not in log

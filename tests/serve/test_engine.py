@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -14,7 +14,7 @@ from molora.inference.generate import GenerationConfig, Step
 from molora.inference.load import LoadedModel
 from molora.inference.running import Asked
 from molora.inference.sampling import Decoding
-from molora.serve.engine import Broken, Engine, Full, TooLate
+from molora.serve.engine import Broken, Engine, Full, Places, TooLate
 
 LONG = Decoding(max_new_tokens=200, ignore_stop_tokens=True)
 
@@ -46,12 +46,22 @@ def ask(loaded: LoadedModel, id: str, how: Decoding, content: Any = "what is it?
     return Asked(sample, how, 0, lambda tokens: False)
 
 
+async def steps(engine: Engine, *asked: Asked, seconds: float = 60) -> AsyncGenerator[Step, None]:
+    places = engine.take_places(len(asked))
+    try:
+        async with aclosing(engine.steps(asked, seconds, places)) as found:
+            async for step in found:
+                yield step
+    finally:
+        places.give_back()
+
+
 async def tokens(engine: Engine, asked: Asked, seconds: float = 60) -> list[int]:
-    return [step.token_id async for step in engine.steps([asked], seconds)]
+    return [step.token_id async for step in steps(engine, asked, seconds=seconds)]
 
 
 def test_requests_that_come_while_others_run_get_their_own_answers(offline: LoadedModel) -> None:
-    contents = ["a", [{"type": "numbers", "numbers": [1.0, 2.0]}], "what?"] * 3
+    contents = ["a", [{"type": "numbers", "numbers": [1.0, 2.0]}], "what?"] * 2
 
     async def work(engine: Engine) -> list[list[int]]:
         async def later(index: int) -> list[int]:
@@ -71,9 +81,9 @@ def test_requests_that_come_while_others_run_get_their_own_answers(offline: Load
 @pytest.mark.parametrize("after", [0, 1, 5])
 def test_who_leaves_takes_no_more_steps_and_its_pages_are_free(offline: LoadedModel, after: int) -> None:
     async def work(engine: Engine) -> None:
-        async with aclosing(engine.steps([ask(offline, "gone", LONG)], 60)) as steps:
+        async with aclosing(steps(engine, ask(offline, "gone", LONG))) as found:
             for _ in range(after):
-                await anext(steps)
+                await anext(found)
         # A step later at most it is out.
         await tokens(engine, ask(offline, "next", Decoding(max_new_tokens=2, ignore_stop_tokens=True)))
         assert engine.batch.num_running == engine.batch.num_waiting == 0
@@ -98,11 +108,14 @@ def test_who_is_cancelled_while_waiting_is_never_run(offline: LoadedModel) -> No
 
 def test_more_than_may_wait_is_refused(offline: LoadedModel) -> None:
     async def work(engine: Engine) -> None:
-        full = pytest.raises(Full, match="7 answers run or wait here, and 7 is the most")
-        with engine.places(5), engine.places(2), full, engine.places(1):
-            pass
-        with engine.places(7):
-            pass
+        five, two = engine.take_places(5), engine.take_places(2)
+        with pytest.raises(Full, match="7 answers run or wait here, and 7 is the most"):
+            engine.take_places(1)
+        two.give_back()
+        five.give_back(1)
+        three = engine.take_places(3)
+        for places in (two, five, five, three):
+            places.give_back()
 
     run(offline, work)
 
@@ -132,16 +145,15 @@ def test_what_never_fits_is_its_own_error(offline: LoadedModel) -> None:
 def test_a_model_that_fails_ends_every_answer(offline: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     async def work(engine: Engine) -> None:
         async def broken() -> None:
-            async for _ in engine.steps([ask(offline, "a", LONG)], 60):
+            async for _ in steps(engine, ask(offline, "a", LONG)):
                 monkeypatch.setattr(offline.model, "forward", fail)
 
         with pytest.raises(Broken, match="the model has failed, and with it this answer"):
             await broken()
-        for again in (engine.steps([ask(offline, "b", LONG)], 60), engine.steps([], 60)):
-            with pytest.raises(Broken, match="this server ends"):
-                await anext(again)
-        with pytest.raises(Broken), engine.places(1):
-            pass
+        with pytest.raises(Broken, match="this server ends"):
+            await anext(engine.steps([ask(offline, "b", LONG)], 60, Places(engine, 0)))
+        with pytest.raises(Broken):
+            engine.take_places(1)
         assert isinstance(engine.failure, RuntimeError)
 
     def fail(*arguments: Any, **keywords: Any) -> Any:
@@ -158,7 +170,21 @@ def test_a_server_needs_a_size_for_its_pool(offline: LoadedModel) -> None:
 def test_steps_of_several_samples_come_together(offline: LoadedModel) -> None:
     async def work(engine: Engine) -> list[Step]:
         how = Decoding(max_new_tokens=4, ignore_stop_tokens=True)
-        return [step async for step in engine.steps([ask(offline, "a", how), ask(offline, "b", how)], 60)]
+        return [step async for step in steps(engine, ask(offline, "a", how), ask(offline, "b", how))]
 
-    steps = run(offline, work)
-    assert sorted(step.id for step in steps) == ["a"] * 4 + ["b"] * 4
+    found = run(offline, work)
+    assert sorted(step.id for step in found) == ["a"] * 4 + ["b"] * 4
+
+
+def test_who_does_not_read_keeps_no_place(offline: LoadedModel) -> None:
+    async def work(engine: Engine) -> None:
+        places = engine.take_places(7)
+        how = Decoding(max_new_tokens=3, ignore_stop_tokens=True)
+        async with aclosing(engine.steps([ask(offline, "slow", how)], 60, places)) as found:
+            await anext(found)
+            while engine._taken == 7:
+                await asyncio.sleep(0.001)
+            engine.take_places(1).give_back()
+        places.give_back()
+
+    run(offline, work)
