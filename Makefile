@@ -15,7 +15,7 @@ PIP_INSTALL := -m pip --disable-pip-version-check $(if $(MAKE_TERMOUT),,--quiet)
 PIP := PYTHONWARNINGS=ignore $(BIN)/python $(PIP_INSTALL)
 HARNESS_PIP := PYTHONWARNINGS=ignore $(VENV)-harness/bin/python $(PIP_INSTALL)
 
-.PHONY: help demo test test-oldest test-harness check docs setup wheel-test release-check clean
+.PHONY: help demo test test-oldest test-harness check docs setup results-check wheel-test release-check clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -42,6 +42,9 @@ docs: $(VENV)/dev.stamp  ## build the documentation site in site/; a broken link
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 setup: $(VENV)/dev.stamp  ## everything a change needs, in .venv
+
+results-check: $(VENV)/dev.stamp  ## a tiny form of every page of results, compared with the JSON in docs/results
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.evidence.check
 
 wheel-test: $(VENV)/made.stamp  ## install the wheel in a clean environment and use it from another folder
 	@rm -rf build  # setuptools would put modules that were deleted since into the wheel

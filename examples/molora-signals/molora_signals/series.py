@@ -74,6 +74,10 @@ class Series:
             raise MediaError(f"{where}: sampling_hz is {rate_hz!r}; give samples a second, above 0")
         return torch.from_numpy(values_KL), float(rate_hz)
 
+    def blank(self, item: tuple[Tensor, float]) -> tuple[Tensor, float]:
+        """A signal of the same length that does not move."""
+        return torch.zeros_like(item[0]), item[1]
+
     def prepare(self, item: tuple[Tensor, float], generator: torch.Generator | None = None) -> Prepared:
         """Every channel at mean 0 and deviation 1, and a summary of what that took away: each channel's presence, mean
         and deviation (both through asinh), and the logarithm of the rate."""

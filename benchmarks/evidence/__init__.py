@@ -1,0 +1,1 @@
+"""What molora gives on real data and a real backbone, one page a result: see benchmarks/README.md."""

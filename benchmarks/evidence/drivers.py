@@ -1,0 +1,13 @@
+"""The pages, each with the module that measures it."""
+
+from collections.abc import Mapping
+
+from benchmarks.evidence import interference, pictures, plugins, sounds
+from benchmarks.evidence.page import Driver
+
+DRIVERS: Mapping[str, Driver] = {
+    "interference": interference,
+    "pictures": pictures,
+    "plugins": plugins,
+    "sounds": sounds,
+}
