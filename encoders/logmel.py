@@ -56,7 +56,6 @@ class _Transform:
         self.window_W = _window_W(frame, device)
         # A frame is followed by zeros up to the transform's length; with half the samples, so is its spectrum.
         self.samples_SW = torch.zeros(max_frames, fft, device=device)
-        self.spectrum_SK = torch.empty(max_frames, fft // 2 + 1, dtype=torch.complex64, device=device)
         self.power_SK = torch.zeros(max_frames, _FFT_SAMPLES // 2 + 1, device=device)
 
     def fill(self, features_SM: Tensor, frames_SW: Tensor) -> None:
@@ -67,12 +66,12 @@ class _Transform:
         torch.sub(frames_SW[:, 1:], frames_SW[:, :-1], alpha=_PRE_EMPHASIS, out=emphasised_SW[:, 1:])
         torch.mul(frames_SW[:, :1], 1 - _PRE_EMPHASIS, out=emphasised_SW[:, :1])
         emphasised_SW.mul_(self.window_W)
-        spectrum_SK = torch.fft.rfft(self.samples_SW[:count], out=self.spectrum_SK[:count])
+        # Without `out`, into which torch would copy.
+        squares_SK2 = torch.view_as_real(torch.fft.rfft(self.samples_SW[:count])).square_()
         if frame < FRAME_SAMPLES:  # the Nyquist bin gives way to the empty half
-            spectrum_SK = spectrum_SK[:, :-1]
+            squares_SK2 = squares_SK2[:, :-1]
         power_SK = self.power_SK[:count]
-        filled_SK = power_SK[:, : spectrum_SK.shape[1]]
-        torch.square(spectrum_SK.real, out=filled_SK).addcmul_(spectrum_SK.imag, spectrum_SK.imag)
+        torch.add(squares_SK2[..., 0], squares_SK2[..., 1], out=power_SK[:, : squares_SK2.shape[1]])
         torch.mm(power_SK, _mel_KM(features_SM.device), out=features_SM)
         features_SM.clamp_(min=1.0).log_()
 
