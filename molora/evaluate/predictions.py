@@ -85,10 +85,10 @@ def open_predictions(
     now = {**about, "questions": num_questions}
     with hold(path):
         rows: dict[str, dict[str, Any]] = {}
-        known = _read_about(path)
+        known = None if anew else _read_about(path)
         differing = [] if known is None else differences(known, about)
         if path.exists() and not differing and known is not None and not anew:
-            rows = {row["id"]: row for _, row in written_rows(path, str(path))}
+            rows = _rows(path)
             answered = sum(row["error"] is None for row in rows.values())
             if answered:
                 say(f"{path}: has {answered} of {num_questions} answers of this model already; --anew asks again")
@@ -134,7 +134,7 @@ def read_predictions(folder: Path, name: str, about: Mapping[str, Any], how: str
         raise ConfigError(f"{path}: no answers of evaluation {name!r} are kept there; {how}")
     if differing := differences(known, {"format_version": FORMAT_VERSION, **about}):
         raise ConfigError(f"{path}: its answers are others: {'; '.join(differing)}; {how}")
-    rows = {row["id"]: row for _, row in written_rows(path, str(path))}
+    rows = _rows(path)
     if len(rows) != known.get("questions"):
         raise ConfigError(f"{path}: has {len(rows)} of {known.get('questions')} answers; {how}")
     judged = []
@@ -158,4 +158,13 @@ def _about(path: Path) -> Path:
 
 
 def _read_about(path: Path) -> dict[str, Any] | None:
-    return read_json(_about(path)) if _about(path).is_file() else None
+    try:
+        return read_json(_about(path)) if _about(path).is_file() else None
+    except ValueError as error:
+        raise ConfigError(f"{error}; ask all questions again with --anew") from error
+
+
+def _rows(path: Path) -> dict[str, dict[str, Any]]:
+    """The last row of each question, by its id."""
+    how = "take that line out, or ask all questions again with --anew"
+    return {row["id"]: row for _, row in written_rows(path, str(path), how=how)}

@@ -218,10 +218,12 @@ def appending(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
         yield write
 
 
-def written_rows(path: Path, where: str, result: str = "answer") -> Iterator[tuple[int, dict[str, Any]]]:
+def written_rows(
+    path: Path, where: str, result: str = "answer", *, how: str = "name a new file, or this one's right name"
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows that `appending` wrote, each with the number of its line; none if there is no file. Half a line at the
     end, left by a kill, is taken out of the file when all others are read. Raises ConfigError, beginning with `where`,
-    for a line without the key `result`."""
+    for a line without the key `result`, with what to do about it (`how`)."""
     if not path.exists():
         return
     half = 0
@@ -230,7 +232,7 @@ def written_rows(path: Path, where: str, result: str = "answer") -> Iterator[tup
             if not line.endswith(b"\n") and line[: len(_BEGINNING)] == _BEGINNING[: len(line)]:
                 half = len(line)
             elif line.strip():
-                yield number, _answer(line, where, number, result)
+                yield number, _answer(line, where, number, result, how)
     if half:
         os.truncate(path, path.stat().st_size - half)
 
@@ -241,12 +243,12 @@ def _copy_answers(output: Path, to: Path) -> None:
         new.writelines(line for line in whole if "error" not in json.loads(line))
 
 
-def _answer(line: bytes, where: str, number: int, result: str) -> dict[str, Any]:
+def _answer(line: bytes, where: str, number: int, result: str, how: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
         row = None
     if not (isinstance(row, dict) and isinstance(row.get("id"), str) and (result in row or "error" in row)):
         told = f"line {number} is no {result.replace('_', '-')} of molora: {line[:40]!r}"
-        raise ConfigError(f"{where}: {told}; name a new file, or this one's right name")
+        raise ConfigError(f"{where}: {told}; {how}")
     return row

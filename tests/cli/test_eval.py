@@ -93,6 +93,21 @@ def test_an_evaluation_again_asks_nothing_unless_it_is_told_to(home: Path, capsy
     assert [json.loads(line) for line in path.read_text().splitlines()] == rows
 
 
+@pytest.mark.parametrize("damaged", ["jsonl", "json"])
+def test_damaged_answers_are_told_and_asked_again_on_demand(
+    home: Path, damaged: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate(home, name="hurt") == 0
+    path = home / f"run/predictions/hurt.{damaged}"
+    whole = path.read_text()
+    path.write_text(whole.replace("{", "{{", 1))
+    capsys.readouterr()
+    assert evaluate(home, name="hurt") == 1 == evaluate(home, "--rescore", name="hurt")
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"hurt.{damaged}: " in told and told.count("ask all questions again with --anew") == 2
+    assert evaluate(home, "--anew", name="hurt") == 0 and path.read_text() == whole
+
+
 def test_baselines_stand_beside_the_score(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate(home, name="blind", media=["as is", "none", "blank", "shuffled"]) == 0
     told = capsys.readouterr().out
