@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from benchmarks.evidence import interference, pictures, plugins, sounds
+from benchmarks.evidence import interference, pictures, plugins, routers, scaling, sounds
 from benchmarks.evidence.page import Driver
 
 DRIVERS: Mapping[str, Driver] = {
@@ -10,4 +10,6 @@ DRIVERS: Mapping[str, Driver] = {
     "pictures": pictures,
     "plugins": plugins,
     "sounds": sounds,
+    "scaling": scaling,
+    "routers": routers,
 }

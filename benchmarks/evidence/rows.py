@@ -9,7 +9,7 @@ import base64
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -104,25 +104,48 @@ TASKS = {
 }
 
 
-def prepare(data_root: Path, folder: Path, names: list[str]) -> dict[str, Any]:
+def prepare(data_root: Path, folder: Path, names: Sequence[str]) -> dict[str, Any]:
     """Writes the rows of some tasks to `folder/NAME/{train,val}.jsonl`, once, and what they are made of. The rows are
-    in a random order, so that the first ones of a file are a sample of it. Returns what is known of each."""
-    found = {}
+    in a random order, so that the first ones of a file are a sample of it. Of two tasks joined by "+", whose own names
+    come before, the rows of both are asked together, one by one. Returns what is known of each."""
+    found: dict[str, Any] = {}
     for name in names:
-        task, target = TASKS[name], folder / name
+        target = folder / name
         if not target.is_dir():
             with write_folder(target) as draft:
-                about = {"about": task.about, "files": {}, "rows": {}}
-                for split in SPLITS:
-                    source = data_root / task.files.format(split)
-                    lines = [json.dumps(_messages(task, row, source.parent)) for row in _read(source)]
-                    lines.sort(key=lambda line: hashlib.sha256(line.encode()).digest())
-                    write_text(draft / f"{split}.jsonl", "".join(f"{line}\n" for line in lines))
-                    about["files"][task.files.format(split)] = hashlib.sha256(source.read_bytes()).hexdigest()
-                    about["rows"][split] = len(lines)
+                about = _of_pair(folder, draft, *name.split("+")) if "+" in name else _of_task(data_root, draft, name)
                 write_text(draft / "about.json", json.dumps(about, indent=1))
         found[name] = json.loads((target / "about.json").read_text(encoding="utf-8"))
     return found
+
+
+def _of_task(data_root: Path, draft: Path, name: str) -> dict[str, Any]:
+    task, files, counts = TASKS[name], {}, {}
+    for split in SPLITS:
+        source = data_root / task.files.format(split)
+        lines = [json.dumps(_messages(task, row, source.parent)) for row in _read(source)]
+        lines.sort(key=lambda line: hashlib.sha256(line.encode()).digest())
+        write_text(draft / f"{split}.jsonl", "".join(f"{line}\n" for line in lines))
+        files[task.files.format(split)] = hashlib.sha256(source.read_bytes()).hexdigest()
+        counts[split] = len(lines)
+    return {"about": task.about, "files": files, "rows": counts}
+
+
+def _of_pair(folder: Path, draft: Path, first: str, second: str) -> dict[str, Any]:
+    counts = {}
+    for split in SPLITS:
+        pairs = list(zip(*(_read(folder / name / f"{split}.jsonl") for name in (first, second)), strict=False))
+        write_text(draft / f"{split}.jsonl", "".join(f"{json.dumps(_joined(*pair))}\n" for pair in pairs))
+        counts[split] = len(pairs)
+    return {"about": f"each of the {second} beside one of the {first}", "files": {}, "rows": counts}
+
+
+def _joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Two rows as one message with both media, and one answer with the answers to both."""
+    (system, one, answer), (_, other, also) = first["messages"], second["messages"]
+    asked = [one["content"][0], other["content"][0], {"type": "text", "text": "what is it, and which digit?"}]
+    told = {"role": "assistant", "content": f"{answer['content']}, {also['content']}"}
+    return {"id": f"{first['id']}+{second['id']}", "messages": [system, {"role": "user", "content": asked}, told]}
 
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:
