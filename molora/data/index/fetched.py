@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import threading
@@ -12,13 +13,14 @@ from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import quote
 
 from molora import hub
 from molora.config import ConfigError
 from molora.data.index import parquet
 from molora.data.index.build import SCANS, expanded
 from molora.data.index.stored import Index, State, read_index, write_index
-from molora.storage import cache_folder
+from molora.storage import cache_folder, read_cached_json, write_cached
 
 SCHEME = "hf://"
 _DEFAULT_DISK_GIB = 20.0
@@ -200,7 +202,7 @@ def fetched(patterns: Sequence[str], disk_gib: float | None) -> Fetched | None:
         raise ConfigError(f"{where}: is of more than one place; make a source of each")
     repository, revision = named[0].id, named[0].revision
     try:
-        commit, sizes = hub.list_dataset(repository, revision)
+        commit, sizes = _listed(repository, revision)
     except hub.HubError as error:
         raise ConfigError(f"{where}: cannot be listed ({error}); check the name, the network and the login") from error
     chosen: dict[str, int] = {}
@@ -218,6 +220,19 @@ def fetched(patterns: Sequence[str], disk_gib: float | None) -> Fetched | None:
         if any(name.startswith(".") or not name for name in path.split("/")):  # a hub may be anybody's
             raise ConfigError(f"{where}: {path!r:.120} is no path of a dataset's file; name other files")
     return Fetched(repository, commit, chosen, disk_gib)
+
+
+def _listed(repository: str, revision: str | None) -> tuple[str, dict[str, int]]:
+    """The commit of a dataset and the bytes of each file; where the hub cannot be reached, as it was listed before, so
+    that a run goes on with the files that are there. Raises HubError."""
+    name = f"{repository.replace('/', '--')}@{quote(revision or 'main', safe='')}.json"
+    kept = cache_folder() / "shards" / name
+    if hub.fault() is not None and (listed := read_cached_json(kept)):
+        return listed["commit"], listed["files"]
+    commit, sizes = hub.list_dataset(repository, revision)
+    text = json.dumps({"format_version": "1", "commit": commit, "files": sizes})
+    write_cached(kept, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return commit, sizes
 
 
 def _answering(paths: Iterable[str], pattern: str) -> list[str]:

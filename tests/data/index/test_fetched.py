@@ -220,6 +220,21 @@ def test_a_file_that_goes_away_is_fetched_again_and_one_that_cannot_be_is_one_er
     assert asked(source, 0) == "0.0"
 
 
+def test_without_the_hub_what_is_there_is_read(local: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = opened("hf://datasets/someone/lines")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    local.asked.clear()
+    source = opened("hf://datasets/someone/lines")
+    assert len(source) == len(first) and asked(source, ROWS) == "1.0" and not local.asked
+    on_disk(source)[0].unlink()
+    with pytest.raises(
+        ConfigError, match=r"part-0.jsonl: cannot be fetched \(the hub is not asked, as HF_HUB_OFFLINE says"
+    ):
+        source[0]
+    with pytest.raises(ConfigError, match=r"someone/tars: cannot be listed \(the hub is not asked"):
+        opened("hf://datasets/someone/tars", prompt="{txt}", answer="{cls}")
+
+
 def test_what_a_kill_left_is_removed(local: LocalHub) -> None:
     source = opened("hf://datasets/someone/lines")
     assert source.rows.fetched is not None
