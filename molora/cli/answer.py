@@ -81,9 +81,7 @@ def generate(
     )
     load = options.opener(model, modality, rule, allow_urls, allow_private_addresses, trust_plugin, deterministic_batch)
     if messages is not None and output is not None:
-        with options.stoppable():
-            whole = answer_rows(load, messages, output, config, strict=strict)
-        raise typer.Exit(0 if whole else options.FAILED_ROWS)
+        raise typer.Exit(0 if answer_rows(load, messages, output, config, strict=strict) else options.FAILED_ROWS)
     loaded = load()
     content = parts + ([{"type": "text", "text": prompt}] if prompt else [])
     for piece in loaded.stream([{"role": "user", "content": content}], config):
@@ -110,9 +108,7 @@ def score(
     from molora.inference.answers import score_rows
 
     load = options.opener(model, modality, rule, allow_urls, allow_private_addresses, trust_plugin, deterministic_batch)
-    with options.stoppable():
-        whole = score_rows(load, messages, output, strict=strict)
-    if not whole:
+    if not score_rows(load, messages, output, strict=strict):
         raise typer.Exit(options.FAILED_ROWS)
 
 

@@ -2,15 +2,31 @@
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from molora.cli import answer, check, convert, data, plugins, serve, train
 from molora.process import settle_in
 
+
+class _Stoppable(TyperGroup):
+    """Commands that say how stopped work goes on, and end with the exit code of the signal; typer says nothing."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stopped:
+            from molora.terminal import visible
+
+            print(visible(str(stopped) or "stopped"), file=sys.stderr)
+            raise typer.Exit(getattr(stopped, "exit_code", 130)) from stopped
+
+
 app = typer.Typer(
     name="molora",
+    cls=_Stoppable,
     help="Mixture-of-LoRAs multimodal models: train, generate, evaluate.",
     no_args_is_help=True,
     add_completion=False,
@@ -47,6 +63,3 @@ def main() -> None:
 
         print(f"error: {visible(str(error))}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 1))
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -87,16 +85,3 @@ def _rules(given: list[str] | None) -> Any:
             raise ConfigError(f"--rule {rule!r}: write it as A+B=ADAPTER, such as audio+vision=vision, or A+B=none")
         rules[modalities] = None if adapter == "none" else adapter
     return RouterConfig(options={"rules": rules}) if rules else None
-
-
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """Tells how stopped work goes on, and ends with the exit code of the signal."""
-    from molora.interrupt import Stopped
-    from molora.terminal import visible
-
-    try:
-        yield
-    except Stopped as stopped:
-        print(visible(str(stopped)), file=sys.stderr)
-        raise typer.Exit(stopped.exit_code) from stopped

@@ -31,8 +31,7 @@ def train(
         from molora.doctor.rehearsal import rehearsed
 
         recipe = rehearsed(recipe)
-    with options.stoppable():
-        run = run_recipe(recipe, trust=trust_plugin or ())
+    run = run_recipe(recipe, trust=trust_plugin or ())
     say(f"done: {run}")
 
 
@@ -44,7 +43,7 @@ def pretrain(config: options.Config, overrides: options.Overrides = None) -> Non
     from molora.pretrain.loop import pretrain as run_pretraining
     from molora.terminal import progress, say
 
-    with options.stoppable(), progress() as bars:
+    with progress() as bars:
         folder = run_pretraining(read(PretrainConfig, config, overrides or ()), bars)
     say(f"done: {folder}")
 
@@ -65,5 +64,4 @@ def demo(
     from molora.demo.run import Demo, run_demo
 
     folder = run or Path("runs/demo" if backbone == "small" else f"runs/demo_{backbone}")
-    with options.stoppable():
-        run_demo(Demo(folder, backbone, quick))
+    run_demo(Demo(folder, backbone, quick))

@@ -12,7 +12,7 @@ import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -316,6 +316,20 @@ def test_an_interrupt_is_one_line_and_what_is_answered_stays(
     )
     assert run_cli(*call) == 0
     assert out.read_text().startswith(written) and len(out.read_text().splitlines()) == 9
+
+
+def test_a_command_that_is_stopped_says_so(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stream(*_: object) -> Iterator[str]:
+        yield "It"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("molora.inference.load.LoadedModel.stream", stream)
+    capsys.readouterr()
+    assert run_cli("generate", str(home / "run"), "hi") == 130
+    told = capsys.readouterr()
+    assert (told.out, told.err) == ("It", "stopped\n")
 
 
 def test_given_answers_are_scored_into_a_file_and_a_bad_row_has_exit_code_2(
