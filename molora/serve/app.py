@@ -16,7 +16,7 @@ import molora
 from molora.serve import chat, completions, speech
 from molora.serve.asking import Refused, Request, Service
 from molora.serve.engine import Broken, Full, TooLate
-from molora.serve.fields import ChatBody, CompletionBody
+from molora.serve.fields import ChatBody, CompletionBody, ErrorBody
 from molora.serve.gate import Gate, error_body
 from molora.serve.replies import Events, Gone, Json, while_connected
 
@@ -37,7 +37,17 @@ def make_app(service: Service, **gate: Any) -> FastAPI:
         finally:
             await service.engine.stop()
 
-    app = FastAPI(title="molora", version=molora.__version__, lifespan=life, default_response_class=Json)
+    errors: dict[int | str, dict[str, Any]] = {
+        "4XX": {"model": ErrorBody, "description": "The request cannot be answered as it is, or not now."},
+        "5XX": {"model": ErrorBody, "description": "The server cannot answer."},
+    }
+    app = FastAPI(
+        title="molora",
+        version=molora.__version__,
+        lifespan=life,
+        default_response_class=Json,
+        responses=errors,
+    )
     app.state.draining = False
     app.add_middleware(Gate, numbers=service.numbers, **gate)
     _add_errors(app)
@@ -74,7 +84,7 @@ def make_app(service: Service, **gate: Any) -> FastAPI:
         welcome = service.engine.failure is None and not app.state.draining
         return Json({"ready": welcome}, status_code=200 if welcome else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Any:
         """Counts and times, for Prometheus."""
         return Response(service.numbers.text(), media_type="text/plain; version=0.0.4")
@@ -127,14 +137,14 @@ def _add_speech(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/audio/transcriptions")
     async def transcriptions(
-        http: HttpRequest, file: Annotated[UploadFile, File()], model: Annotated[str, Form()]
+        http: HttpRequest, file: Annotated[UploadFile, File()], model: Annotated[str, Form(min_length=1)]
     ) -> Any:
         """Writes down what is said in a sound."""
         return await answer(http, file, model, "transcribe")
 
     @app.post("/v1/audio/translations")
     async def translations(
-        http: HttpRequest, file: Annotated[UploadFile, File()], model: Annotated[str, Form()]
+        http: HttpRequest, file: Annotated[UploadFile, File()], model: Annotated[str, Form(min_length=1)]
     ) -> Any:
         """Writes down in English what is said in a sound."""
         return await answer(http, file, model, "translate")
@@ -175,7 +185,9 @@ def _invalid(error: RequestValidationError) -> dict[str, Any]:
     first = error.errors()[0]
     place = ".".join(str(each) for each in first["loc"] if each != "body")
     where = f"{place[:200]}: " if place else ""
-    return error_body(f"{where}{first['msg']}", "invalid_request_error", None, place[:200] or None)
+    return error_body(
+        f"{where}{first['msg'].removeprefix('Value error, ')}", "invalid_request_error", None, place[:200] or None
+    )
 
 
 def _add_errors(app: FastAPI) -> None:

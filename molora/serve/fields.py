@@ -36,6 +36,21 @@ MOST_CHOICES = 64
 MOST_LIKELIEST = 20
 
 
+class ErrorInside(BaseModel):
+    """What is wrong: in words, of which kind, with which field, and a name for it where it has one."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """An error as OpenAI's clients read it."""
+
+    error: ErrorInside
+
+
 class StreamOptions(BaseModel):
     """What a stream tells beside the answer."""
 
@@ -51,7 +66,7 @@ class Asking(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    model: str
+    model: Annotated[str, Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
 from fastapi import Request as HttpRequest
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
@@ -18,10 +18,8 @@ class Gone(Exception):
     """The client has closed its connection."""
 
 
-class Json(Response):
+class Json(JSONResponse):
     """JSON in ASCII, as halves of characters have no other form."""
-
-    media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
         return json_bytes(content)

@@ -110,7 +110,7 @@ BAD_CHATS: dict[str, tuple[Any, int, str]] = {
     "a name": (chat(messages=[{"role": "user", "content": "a", "name": "Ann"}]), 400, "name"),
     "an answer at the end": (chat(messages=[{"role": "assistant", "content": "a"}]), 400, "nothing to generate"),
     "half a character": (chat("\ud83d"), 400, "half of one"),
-    "half a character in a name": (chat(model="\ud83d"), 404, "no model"),
+    "half a character in a name": (chat(model="\ud83d"), 400, "model"),
     "too long": (chat("x" * 400), 400, "at most 256 fit"),
     "much too long": (chat("x" * 300_000), 400, "characters of text"),
     "many parts": (chat([{"type": "text", "text": ""}] * 999), 400, "999 parts"),
