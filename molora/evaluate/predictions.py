@@ -7,6 +7,7 @@ no file of their own, by the hash of their bytes. The steps of a training have a
 """
 
 import json
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from molora.evaluate.kept_media import found_again, kept
 from molora.evaluate.metrics import Judged
 from molora.evaluate.questions import Question, judge
 from molora.inference.answers import appending, row_bytes, written_rows
+from molora.interrupt import Stopped
 from molora.received import read_json
 from molora.storage import hold, write_atomically, write_json
 from molora.terminal import say
@@ -54,8 +56,8 @@ class Predictions:
     def add(self, item: Judged) -> None:
         """Writes an answer, at once."""
         row = {"id": item.id, "messages": self._kept(item.messages), **_facts(item)}
-        self.rows[item.id] = row
         self.write(row)
+        self.rows[item.id] = row
 
     def settle(self, judged: Sequence[Judged]) -> None:
         """Puts the rows into the order of the questions, each once."""
@@ -78,7 +80,7 @@ def open_predictions(
 ) -> Iterator[Predictions]:
     """The file of an evaluation's answers, held so that no other process writes to it. Answers of another model, of
     other settings or versions (`about`), and with `anew` all answers, are taken out first, which is said. Raises
-    ConfigError for a file that holds anything but answers."""
+    ConfigError for a file that holds anything but answers, and Stopped on Ctrl-C."""
     path = folder / f"{name}.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     about = {"format_version": FORMAT_VERSION, **about}
@@ -98,7 +100,13 @@ def open_predictions(
         if known != now:
             write_json(_about(path), now)
         with appending(path) as write:
-            yield Predictions(path, rows, write)
+            predictions = Predictions(path, rows, write)
+            try:
+                yield predictions
+            except KeyboardInterrupt as interrupt:
+                answered = sum(row["error"] is None for row in predictions.rows.values())
+                told = f"stopped: {answered} of {num_questions} questions are answered, in {path}"
+                raise Stopped(f"{told}; the same call goes on with the others", signal.SIGINT) from interrupt
 
 
 def keep_predictions(folder: Path, name: str, about: Mapping[str, Any], judged: Sequence[Judged], above: Path) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from molora.inference import answers
+from molora.inference.answers import row_bytes
 from molora.terminal import console
 from tests.cli.test_cli import RECIPE, run_cli
 
@@ -106,6 +110,27 @@ def test_damaged_answers_are_told_and_asked_again_on_demand(
     told = " ".join(capsys.readouterr().err.split())
     assert f"hurt.{damaged}: " in told and told.count("ask all questions again with --anew") == 2
     assert evaluate(home, "--anew", name="hurt") == 0 and path.read_text() == whole
+
+
+def test_an_interrupt_says_what_is_answered_and_how_to_go_on(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = home / "run/predictions/stopped.jsonl"
+
+    def interrupting(row: Any) -> bytes:
+        if path.stat().st_size:
+            os.kill(os.getpid(), signal.SIGINT)
+        return row_bytes(row)
+
+    monkeypatch.setattr(answers, "row_bytes", interrupting)
+    capsys.readouterr()
+    assert evaluate(home, name="stopped") == 130
+    monkeypatch.undo()
+    done = len(path.read_text().splitlines())
+    told = f"stopped: {done} of 4 questions are answered, in {path}; the same call goes on with the others"
+    assert 0 < done < 4 and told in " ".join(capsys.readouterr().err.split())
+    assert evaluate(home, name="stopped") == 0
+    assert f"has {done} of 4 answers" in " ".join(capsys.readouterr().out.split())
 
 
 def test_baselines_stand_beside_the_score(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
