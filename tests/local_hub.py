@@ -23,7 +23,8 @@ _FILE = re.compile(r"(?:/datasets)?/(?P<repository>[^/]+/[^/]+)/resolve/(?P<revi
 
 
 class LocalHub(ThreadingHTTPServer):
-    """`asked` lists the requests, as method and path; a request for a path in `broken` fails with that status."""
+    """`asked` lists the requests, as method and path; a request for a path in `broken` fails with that status, and the
+    content of a path in `cut` ends half-way."""
 
     daemon_threads = True
 
@@ -32,6 +33,7 @@ class LocalHub(ThreadingHTTPServer):
         self.repositories = repositories
         self.asked: list[tuple[str, str]] = []
         self.broken: dict[str, int] = {}
+        self.cut: set[str] = set()
         self.address = f"http://127.0.0.1:{self.server_address[1]}"
 
     def __enter__(self) -> LocalHub:
@@ -110,15 +112,17 @@ class _Handler(BaseHTTPRequestHandler):
         about = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if asked is None:
-            return self._send(200, data, about)
+            return self._send(200, data, about, cut=path in self.server.cut)
         start, stop = int(asked[1]), min(int(asked[2] or len(data)) + 1, len(data))
-        self._send(206, data[start:stop], {**about, "Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"})
+        about["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
+        self._send(206, data[start:stop], about, cut=path in self.server.cut)
 
-    def _send(self, status: int, data: bytes, headers: Mapping[str, str] | None = None) -> None:
+    def _send(self, status: int, data: bytes, headers: Mapping[str, str] | None = None, *, cut: bool = False) -> None:
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data)
+            self.wfile.write(data[: len(data) // 2] if cut else data)
+            self.close_connection = self.close_connection or cut

@@ -235,6 +235,28 @@ def test_without_the_hub_what_is_there_is_read(local: LocalHub, monkeypatch: pyt
         opened("hf://datasets/someone/tars", prompt="{txt}", answer="{cls}")
 
 
+@pytest.mark.parametrize("dataset, told", [("lines", "data/part-3.jsonl"), ("tars", "1.tar"), ("groups", "2.parquet")])
+def test_a_connection_that_breaks_is_one_error_and_what_is_whole_stays(
+    local: LocalHub, monkeypatch: pytest.MonkeyPatch, dataset: str, told: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between its retries
+    local.cut.add(told)
+    templates: Any = {"prompt": "{txt}", "answer": "{cls}"} if dataset == "tars" else {}
+    with pytest.raises(ConfigError, match=rf"{told}.*cannot be (fetched|read)"):
+        opened(f"hf://datasets/someone/{dataset}", **templates)
+    local.cut.clear()
+    assert len(opened(f"hf://datasets/someone/{dataset}", **templates))
+
+
+def test_a_cache_that_cannot_be_written_is_told(
+    local: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MOLORA_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match="someone/lines@1{12}: nothing can be kept in .*let MOLORA_CACHE name"):
+        opened("hf://datasets/someone/lines")
+
+
 def test_what_a_kill_left_is_removed(local: LocalHub) -> None:
     source = opened("hf://datasets/someone/lines")
     assert source.rows.fetched is not None
