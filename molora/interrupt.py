@@ -16,10 +16,11 @@ class Stopped(KeyboardInterrupt):
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
+        self.number = number
         self.exit_code = 128 + number
 
     def __reduce__(self) -> tuple[type[Stopped], tuple[str, int]]:
-        return type(self), (str(self), self.exit_code - 128)
+        return type(self), (str(self), self.number)
 
 
 class Interrupt:

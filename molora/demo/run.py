@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import signal
 import time
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from molora.evaluate.judge import Evaluation, EvaluationConfig, Evaluations
 from molora.evaluate.metrics import Judged, open_metrics, scores
 from molora.inference.generate import GenerationConfig
 from molora.inference.load import LoadedModel, load
+from molora.interrupt import Stopped
 from molora.pretrain.loop import PretrainConfig, pretrain
 from molora.ranks import launched_ranks
 from molora.received import file_hash, read_json
@@ -354,7 +356,7 @@ def _example(item: Judged, loaded: LoadedModel) -> Example:
 
 
 class _Clock:
-    """Seconds spent in each phase, summed over interruptions."""
+    """Seconds spent in each phase, summed over interruptions, which are told."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -365,6 +367,9 @@ class _Clock:
         started = time.monotonic()
         try:
             yield
+        except KeyboardInterrupt as stopped:
+            told = f"stopped during {name}; what is done is in {self.path.parent}: start the demo again, and it goes on"
+            raise Stopped(told, getattr(stopped, "number", signal.SIGINT)) from stopped
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
             write_json(self.path, self.seconds)

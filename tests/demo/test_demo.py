@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from molora.data.easy_vqa import COLOURS, SHAPES, EasyVQA, EasyVQAConfig, descri
 from molora.demo.run import (
     BackboneName,
     Demo,
+    _Clock,
     answer_texts,
     answers_without_molora,
     demo_recipes,
@@ -21,6 +23,8 @@ from molora.demo.run import (
     run_demo,
 )
 from molora.inference.load import load
+from molora.interrupt import Stopped
+from molora.received import read_json
 from molora.train.loop import train
 from molora.train.recipe import Recipe
 from molora.train.resume import differences
@@ -90,6 +94,16 @@ def test_the_quick_demo_differs_in_how_much_it_does_alone(backbone: BackboneName
         recipe["stages"] = {stage["name"]: stage for stage in recipe["stages"]}
     changed = {line.partition(": was")[0].rpartition(".")[2] for line in differences(whole, quick)}
     assert changed == {"steps", "samples_per_step", "takes", "limit"}
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt(), Stopped("go on with: molora train", signal.SIGTERM)])
+def test_a_demo_that_is_stopped_says_that_it_goes_on(tmp_path: Path, raised: BaseException) -> None:
+    clock = _Clock(tmp_path / "seconds.json")
+    expected = pytest.raises(Stopped, match=rf"^stopped during audio; .*{tmp_path.name}: start the demo again")
+    with expected as told, clock.phase("audio"):
+        raise raised
+    assert told.value.number == getattr(raised, "number", signal.SIGINT)
+    assert "audio" in read_json(tmp_path / "seconds.json")
 
 
 def test_the_demo_lies_in_a_folder_of_any_name() -> None:
