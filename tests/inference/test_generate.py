@@ -153,7 +153,7 @@ def logits_of(model: MoLoRA, batches: list[list[Sample]], monkeypatch: pytest.Mo
     found: dict[int, list[Tensor]] = {}
     choose = generation.choose
 
-    def noting(logits_NV: Tensor, generators: Sequence[torch.Generator], **settings: float) -> list[int]:
+    def noting(logits_NV: Tensor, generators: Sequence[torch.Generator], **settings: Any) -> list[int]:
         for logits_V, generator in zip(logits_NV, generators, strict=True):
             found.setdefault(generator.initial_seed(), []).append(logits_V.clone())
         return choose(logits_NV, generators, **settings)
