@@ -60,7 +60,7 @@ def compare(setup: Setup) -> list[Result]:
     checks = [same_answers("transformers' generate", mine(), theirs(), setup.dtype == torch.float32)]
     machine = Machine(setup.dtype, setup.device)
     sides: dict[str, Callable[[], object]] = {"molora": mine, "transformers": theirs}
-    taken = in_turns(sides, setup.rounds, setup.device, machine)
+    taken = in_turns(work.with_products(sides), setup.rounds, setup.device, machine)
     flop = work.answer_flop(ours.model, [sample()], [1])
     rows = [Row(side, seconds, flop) for side, seconds in taken.items()]
     about = f"a picture of {SIDE_PIXELS} x {SIDE_PIXELS} pixels and {TEXT_TOKENS} tokens of text"

@@ -133,7 +133,7 @@ def mixed_batch(setup: Setup) -> list[Result]:
     exact = setup.dtype == torch.float32
     checks = [same_answers(side, mine, other, exact) for side, other in zip(list(sides)[1:], others, strict=True)]
     machine = Machine(setup.dtype, setup.device)
-    taken = in_turns(sides, setup.rounds, setup.device, machine)
+    taken = in_turns(work.with_products(sides), setup.rounds, setup.device, machine)
     flop = work.answer_flop(ours.model, samples, [len(mine[sample.id]) for sample in samples])
     rows = [Row(side, seconds, flop) for side, seconds in taken.items()]
     about = f"2 pictures, 3 clips, 3 texts, {NEW_TOKENS} tokens each"

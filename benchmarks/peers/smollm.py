@@ -65,7 +65,7 @@ def decode_alone(setup: Setup) -> list[Result]:
     machine = Machine(setup.dtype, setup.device)
     ours.decode_seconds.clear()
     sides: dict[str, Callable[[], object]] = {"molora": lambda: ours.answer([sample]), "transformers": theirs}
-    taken = in_turns(sides, setup.rounds, setup.device, machine)
+    taken = in_turns(work.with_products(sides), setup.rounds, setup.device, machine)
     read = work.decode_bytes(loaded.model, [len(sample)], [NEW_TOKENS])
     # Both sides read the same; the prompt's own pass is in the time and not in the bytes.
     rows = [Row(side, seconds, read_bytes=read) for side, seconds in taken.items()]
@@ -93,7 +93,7 @@ def short_samples(setup: Setup) -> list[Result]:
         samples.append(Sample(f"sample {index}", ids_T, marks_T, places_T >= length - NUM_TARGETS, (item,)))
     machine = Machine(setup.dtype, setup.device)
     step: Callable[[], object] = lambda: train_step(model, processor, samples, TOKENS_PER_PACK, optimizers)  # noqa: E731
-    taken = in_turns({"molora": step}, setup.rounds, setup.device, machine)
+    taken = in_turns(work.with_products({"molora": step}), setup.rounds, setup.device, machine)
     flop = work.step_flop(model, samples)
     rows = [Row(side, seconds, flop) for side, seconds in taken.items()]
     about = f"SmolLM2-135M-Instruct, {len(samples)} samples of {len(samples[0])} tokens"

@@ -39,7 +39,6 @@ LEARNING_RATE = 1e-5
 TOKENS_PER_PACK = 8192
 # Relative differences that pass: rounding, and nothing else.
 ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-PRODUCTS = "molora's products alone"
 GROUPS: tuple[str, ...] = ("vision", "audio", "")
 
 
@@ -225,11 +224,11 @@ def compare(setup: Setup) -> list[Result]:
     checks = compare_numbers(ours, theirs, setup.dtype)
     machine = Machine(setup.dtype, device)
     sides = sides_of(ours, theirs)
-    taken = in_turns(sides | {PRODUCTS: work.products_of(ours.step)}, setup.rounds, device, machine)
+    taken = in_turns(work.with_products(sides), setup.rounds, device, machine)
     flop = work.step_flop(ours.model, ours.samples)
     about = f"{sum(map(len, ours.samples)):,} tokens: 2 pictures, 3 clips, 3 texts; {flop / 1e12:.2f} TFLOP"
     rows = [Row(side, seconds, flop) for side, seconds in taken.items()]
-    measured = [row for row in rows if row.side != PRODUCTS]
+    measured = [row for row in rows if row.side != work.PRODUCTS]
     if setup.memory and device != "cpu":
         for row in measured:
             row.step_bytes = step_bytes(sides[row.side], device)

@@ -6,7 +6,7 @@ softmax and the optimiser are left out, as is usual.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from molora.model.molora import MoLoRA
 from molora.pack import Sample, collate
+
+PRODUCTS = "molora's products alone"
 
 
 def backbone_weights(model: MoLoRA) -> int:
@@ -128,15 +130,15 @@ class _Products(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def products_of(work: Callable[[], object]) -> Callable[[], None]:
-    """The matrix products that `work` makes, with their sizes and layouts, one after the other and nothing else: what
-    bounds every implementation that makes them with this library."""
+def with_products(sides: Mapping[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    """The sides of a comparison, and the matrix products that the first one makes, with their sizes and layouts, one
+    after the other and nothing else: what bounds every implementation that makes them with this library."""
     with _Products() as products:
-        work()
+        next(iter(sides.values()))()
 
     def multiply() -> None:
         with torch.no_grad():
             for call in products.calls:
                 call()
 
-    return multiply
+    return {**sides, PRODUCTS: multiply}
