@@ -15,13 +15,17 @@ PIP_INSTALL := -m pip --disable-pip-version-check $(if $(MAKE_TERMOUT),,--quiet)
 PIP := PYTHONWARNINGS=ignore $(BIN)/python $(PIP_INSTALL)
 HARNESS_PIP := PYTHONWARNINGS=ignore $(VENV)-harness/bin/python $(PIP_INSTALL)
 
-.PHONY: help demo test test-oldest test-harness check docs setup results-check wheel-test release-check clean
+.PHONY: help demo serve test test-oldest test-harness check docs setup results-check wheel-test release-check clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
 
 demo: $(VENV)/demo.stamp  ## teach a small model to see and to hear, and question it; writes runs/demo/report.html
 	$(BIN)/molora demo
+
+serve: $(VENV)/dev.stamp  ## serve the demo's run at http://127.0.0.1:8000 for OpenAI's clients
+	@test -e runs/demo/molora.json || { echo "there is no runs/demo yet; make one: make demo" >&2; exit 1; }
+	$(BIN)/molora serve runs/demo
 
 test: $(VENV)/dev.stamp  ## run the tests, one process a core, at most eight
 	$(KEEP_MEMORY) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
