@@ -201,7 +201,7 @@ class _Arms:
         folders = [self.folder(task) for task in TASKS]
         mean = dict.fromkeys(TASKS, 1 / len(TASKS))
         router = RouterConfig(plugin="sum", options={"weights": dict.fromkeys(TASKS, mean)})
-        evaluations = {task: each for recipe in self.recipes.values() for task, each in recipe.evaluations.items()}
+        evaluations = combined(self.recipes.values()).evaluations
         loaded = self.work.load(*folders, router=router)
         figures = self.work.score_together("merged LoRAs", evaluations, loaded, folders)
         return self._with_text("merged LoRAs", figures, stock, folders)

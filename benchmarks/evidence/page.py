@@ -119,11 +119,13 @@ def measure(
         "command": COMMAND.format(page=name, seeds=" ".join(sorted(seeds, key=int))),
         "backbone": {"name": "SmolLM2-135M-Instruct, fp32", "weights": weights_hash(backbone)},
         "data": about,
-        "budget": dict(driver.BUDGET),
+        "budget": json.loads(json.dumps(driver.BUDGET)),
         "seeds": dict(sorted(seeds.items(), key=lambda item: int(item[0]))),
     }
-    if known.get("backbone", values["backbone"]) != values["backbone"]:
-        raise ValueError(f"{path}: its seeds were measured on another backbone; take it away to begin anew")
+    for key in ("backbone", "data", "budget"):
+        if key in known and known[key] != values[key]:
+            told = f"its seeds were measured with another {key}: {known[key]}, now {values[key]}"
+            raise ValueError(f"{path}: {told}; take the file and its runs away to begin anew")
     out.mkdir(parents=True, exist_ok=True)
     for arm in driver.measure(work):
         arms.append(_kept(arm))

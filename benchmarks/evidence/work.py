@@ -73,9 +73,9 @@ class Work:
     seed: int
     tiny: bool
 
-    def recipe(self, name: str, *overrides: str) -> Recipe:
+    def recipe(self, name: str) -> Recipe:
         """A recipe of `recipes/`, on the backbone and data of this work."""
-        given = [f"data_root={self.data}", f"backbone.path={self.backbone}", f"seed={self.seed}", *overrides]
+        given = [f"data_root={self.data}", f"backbone.path={self.backbone}", f"seed={self.seed}"]
         recipe = read(Recipe, RECIPES / f"{name}.yaml", given)
         return self.shortened(recipe, steps=TINY_STEPS, samples=TINY_SAMPLES) if self.tiny else recipe
 
@@ -184,7 +184,7 @@ def figures_of(arm: str, result: Result) -> list[Figure]:
     return figures
 
 
-def combined(recipes: Iterable[Recipe], **changes: Any) -> Recipe:
+def combined(recipes: Iterable[Recipe]) -> Recipe:
     """The modalities, stages and evaluations of several recipes in one."""
     recipes = list(recipes)
     return replace(
@@ -192,7 +192,6 @@ def combined(recipes: Iterable[Recipe], **changes: Any) -> Recipe:
         modalities={name: config for recipe in recipes for name, config in recipe.modalities.items()},
         stages=[stage for recipe in recipes for stage in recipe.stages],
         evaluations={name: config for recipe in recipes for name, config in recipe.evaluations.items()},
-        **changes,
     )
 
 
