@@ -1,6 +1,7 @@
 """Settings for every test."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,8 @@ torch.set_num_threads(1)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # No test outlives a loss of power, and the disk would be waited for hundreds of times in every training.
 os.fsync = lambda descriptor: None
+# A shell starts what runs in the background with Ctrl-C ignored; tests try commands as from a terminal.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
