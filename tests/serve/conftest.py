@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import wave
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -49,6 +50,14 @@ class Served:
 
     def client(self, **more: object) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0, timeout=60, **more)  # pyright: ignore[reportArgumentType]
+
+    def log_with(self, line: str) -> str:
+        """The log, once it has this; a request's line is written when its answer has gone out."""
+        until = time.monotonic() + 30
+        while line not in (log := self.log.read_text()):
+            assert time.monotonic() < until, f"{line!r} is not in the log after 30 s:\n{log[-2000:]}"
+            time.sleep(0.01)
+        return log
 
 
 @dataclass(frozen=True)
