@@ -38,9 +38,18 @@ def serve(
         float, typer.Option(min=0.001, help="The longest that the media of a request may take.")
     ] = 30.0,
     media_gib: Annotated[float, typer.Option(min=0.001, help="The memory that they may take.")] = 4.0,
+    media_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HOST",
+            help="Fetch media over HTTPS where a request names a URL of this host; * stands for any text; repeat.",
+        ),
+    ] = None,
+    media_http: Annotated[bool, typer.Option("--media-http", help="From these hosts by plain HTTP too.")] = False,
+    media_private_addresses: Annotated[
+        bool, typer.Option("--media-private-addresses", help="Even where their addresses are inside a network.")
+    ] = False,
     deterministic_batch: options.DeterministicBatch = False,
-    allow_urls: options.AllowUrls = False,
-    allow_private_addresses: options.AllowPrivateAddresses = False,
     trust_plugin: options.Trust = None,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's clients ask: chat with media, completions, transcriptions. Requests of any
@@ -66,7 +75,11 @@ def serve(
         temperature=temperature,
         answer_seconds=answer_seconds,
         max_body_mib=max_body_mib,
+        media_hosts=tuple(host.lower() for host in media_host or ()),
+        media_http=media_http,
+        media_private_addresses=media_private_addresses,
         media=PreparationLimits(processes=media_processes, seconds=media_seconds, memory_gib=media_gib),
     )
-    load = options.opener(model, modality, rule, allow_urls, allow_private_addresses, trust_plugin, deterministic_batch)
+    # Which URLs may be fetched, the server says of its own.
+    load = options.opener(model, modality, rule, False, False, trust_plugin, deterministic_batch)
     raise typer.Exit(serve_model(load, config))

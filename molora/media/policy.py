@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from molora.modality import MediaError
@@ -30,12 +31,16 @@ class MediaPolicy:
 
     `allow_urls`: whether `url` may fetch over HTTP. Addresses inside a network (loopback, private, link-local, …) are
     refused even then, whatever name or redirect leads there, unless `allow_private_addresses` says that the parts are
-    trusted with them. `deadline_seconds` is the time for one URL in all, redirects included. Proxies of the environment
-    are not used, since a proxy looks up names by itself. `allow_paths`: whether local files are opened, which the parts
-    of somebody elsewhere may not ask for. `max_file_bytes`: a larger file is refused, whatever its medium allows.
+    trusted with them. `hosts`: from where, redirects included, as patterns such as `example.org` or `*.example.org`;
+    a port that is not the scheme's own belongs to it: `example.org:8443`. `https_only`: not by plain HTTP.
+    `deadline_seconds` is the time for one URL in all, redirects included. Proxies of the environment are not used,
+    since a proxy looks up names by itself. `allow_paths`: whether local files are opened, which the parts of somebody
+    elsewhere may not ask for. `max_file_bytes`: a larger file is refused, whatever its medium allows.
     """
 
     allow_urls: bool = False
+    hosts: tuple[str, ...] = ("*",)
+    https_only: bool = False
     allow_private_addresses: bool = False
     deadline_seconds: float = 60.0
     allow_paths: bool = True
@@ -71,16 +76,34 @@ class MediaPolicy:
 
     def check_urls(self, here: str = "") -> None:
         """Raises: MediaError that begins with `here`, unless URLs are allowed."""
-        if not self.allow_urls:
-            raise MediaError(
-                f"{here}URLs are not fetched unless you allow it; download it and give its path, or say "
-                "--allow-urls (allow_urls=True of molora.load, `allow_urls: true` at the top of a recipe)"
-            )
+        if self.allow_urls:
+            return
+        if not self.allow_paths:
+            raise MediaError(f"{here}URLs are not fetched here; {self.instead}")
+        raise MediaError(
+            f"{here}URLs are not fetched unless you allow it; {self.instead}, or say "
+            "--allow-urls (allow_urls=True of molora.load, `allow_urls: true` at the top of a recipe)"
+        )
+
+    def check_host(self, host: str, port: int, is_tls: bool) -> None:
+        """Raises: MediaError for a host that is not among `hosts`, or that is to be asked without TLS though only HTTPS
+        is allowed."""
+        asked = host if port == (443 if is_tls else 80) else f"{host}:{port}"
+        if self.https_only and not is_tls:
+            raise MediaError(f"leads to {asked[:200]!r} by plain HTTP, and only https is fetched here; {self.instead}")
+        if not any(fnmatchcase(asked, pattern) for pattern in self.hosts):
+            known = ", ".join(self.hosts)
+            raise MediaError(f"leads to {asked[:200]!r}, and only {known} may be asked; {self.instead}")
 
     def check_paths(self, here: str = "") -> None:
         """Raises: MediaError that begins with `here`, unless local files are allowed."""
         if not self.allow_paths:
-            raise MediaError(f"{here}local files are not opened here; send what the file holds, in base64")
+            raise MediaError(f"{here}local files are not opened here; {self.instead}")
+
+    @property
+    def instead(self) -> str:
+        """What to do with a file that is not fetched or opened."""
+        return "download it and give its path" if self.allow_paths else "send what the file holds, in base64"
 
 
 _POLICY: ContextVar[MediaPolicy | None] = ContextVar("media_policy", default=None)

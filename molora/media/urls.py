@@ -23,8 +23,11 @@ _CHUNK_BYTES = 2**16
 
 # Where IPv6 carries an IPv4 address inside (RFC 6052).
 _NAT64 = "64:ff9b::/96"
-# A public number that in Azure's machines means their host.
-_HOSTS_OF_MACHINES = ("168.63.129.16",)
+# All that is given out of IPv6. Outside of it are older forms of IPv4 addresses and translators of a network's own,
+# which Python counts as global.
+_GIVEN_OUT = "2000::/3"
+# What Python counts as global beside: in Azure's machines their host, and addresses of documentation (RFC 9637).
+_NOT_GLOBAL = ("168.63.129.16/32", "3fff::/20")
 
 
 def fetch(url: str, max_bytes: int) -> bytes:
@@ -46,7 +49,7 @@ def fetch(url: str, max_bytes: int) -> bytes:
             url = found
     except TimeoutError as error:
         raise MediaError(
-            f"cannot be fetched within {rules.deadline_seconds:g} seconds; try again, or download it and give its path"
+            f"cannot be fetched within {rules.deadline_seconds:g} seconds; try again, or {rules.instead}"
         ) from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         if isinstance(error, MediaError):
@@ -59,20 +62,21 @@ def _get(url: str, rules: MediaPolicy, deadline: float, max_bytes: int) -> bytes
     """The content of one address, or the address that it redirects to."""
     parts = urllib.parse.urlsplit(url.strip())
     if parts.username is not None or parts.password is not None:
-        raise MediaError("holds a user name or password, which rows should not; download it and give its path")
+        raise MediaError(f"holds a user name or password, which is not sent; {rules.instead}")
     if not parts.hostname:
         raise MediaError("cannot be fetched (no host in it); check the address")
     is_tls = parts.scheme == "https"
     host, port = parts.hostname, parts.port or (443 if is_tls else 80)
     if not host.isascii():
         host = host.encode("idna").decode()
+    rules.check_host(host, port, is_tls)
     target = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~")
     if parts.query:
         target += "?" + urllib.parse.quote(parts.query, safe="/%:@!$&'()*+,;=~?")
     found = _within(deadline, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
     addresses = list(dict.fromkeys(str(address[4][0]) for address in found))
     if not rules.allow_private_addresses:
-        _check_addresses(host, addresses)
+        _check_addresses(host, addresses, rules)
     wire = _connect(addresses, port, deadline)
     try:
         if is_tls:
@@ -96,7 +100,7 @@ def _answer(response: http.client.HTTPResponse, url: str, max_bytes: int) -> byt
     if response.status != 200:
         raise MediaError(f"cannot be fetched (HTTP {response.status} {response.reason}); check the address")
     if (coding := response.headers.get("Content-Encoding", "identity").lower()) != "identity":
-        raise MediaError(f"is sent as {coding[:40]!r}, though it was asked for as it is; download it, give its path")
+        raise MediaError(f"is sent as {coding[:40]!r}, though it was asked for as it is; {policy().instead}")
     promised = response.length
     check_size(promised or 0, max_bytes)
     content = io.BytesIO()
@@ -108,20 +112,17 @@ def _answer(response: http.client.HTTPResponse, url: str, max_bytes: int) -> byt
     return content.getvalue()
 
 
-def _check_addresses(host: str, addresses: list[str]) -> None:
+def _check_addresses(host: str, addresses: list[str], rules: MediaPolicy) -> None:
     for text in addresses:
-        address = ipaddress.ip_address(text.partition("%")[0])
-        meant = [address]
-        if isinstance(address, ipaddress.IPv6Address):
-            meant = [address.ipv4_mapped or address, address.sixtofour, *(address.teredo or ())]
-            if address in ipaddress.ip_network(_NAT64):
-                meant.append(ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF))
-        if any(_is_inside(one) for one in meant if one is not None):
-            raise MediaError(
-                f"leads to {host} at {text}, an address inside a network, which a data set's rows could misuse; if you "
-                "trust them, say --allow-private-addresses too (allow_private_addresses=True of molora.load, "
-                "`allow_private_addresses: true` at the top of a recipe)"
-            )
+        if not _is_inside(ipaddress.ip_address(text.partition("%")[0])):
+            continue
+        if not rules.allow_paths:
+            raise MediaError(f"leads to {host}, an address inside a network; {rules.instead}")
+        raise MediaError(
+            f"leads to {host} at {text}, an address inside a network, which a data set's rows could misuse; if you "
+            "trust them, say --allow-private-addresses too (allow_private_addresses=True of molora.load, "
+            "`allow_private_addresses: true` at the top of a recipe)"
+        )
 
 
 def _connect(addresses: list[str], port: int, deadline: float) -> socket.socket:
@@ -184,6 +185,15 @@ class _Wire(io.RawIOBase):
 
 
 def _is_inside(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Whether an address is inside a network, or a machine's own; site-local ones of IPv6 count as global in Python."""
-    site_local = isinstance(address, ipaddress.IPv6Address) and address.is_site_local
-    return address.is_multicast or site_local or not address.is_global or str(address) in _HOSTS_OF_MACHINES
+    """Whether an address, or one that it carries, is inside a network, a machine's own, or nobody's."""
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped or _is_in(address, _NAT64):
+            return _is_inside(ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF))
+        carried = (address.sixtofour, *(address.teredo or ()))
+        if not _is_in(address, _GIVEN_OUT) or any(_is_inside(one) for one in carried if one is not None):
+            return True
+    return address.is_multicast or not address.is_global or any(_is_in(address, each) for each in _NOT_GLOBAL)
+
+
+def _is_in(address: ipaddress.IPv4Address | ipaddress.IPv6Address, network: str) -> bool:
+    return address in ipaddress.ip_network(network)

@@ -21,6 +21,7 @@ from molora.data.processor import Processor
 from molora.inference.generate import GenerationConfig
 from molora.inference.grammar import Grammars
 from molora.inference.load import LoadedModel
+from molora.media import MediaPolicy
 from molora.serve.app import make_app
 from molora.serve.asking import Service
 from molora.serve.engine import Engine
@@ -36,7 +37,11 @@ _LOOPBACK = ("127.0.0.1", "::1", "[::1]", "localhost")
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
-    """Where and to whom a model is served, and within which limits. Sizes of None follow from the memory there is."""
+    """Where and to whom a model is served, and within which limits. Sizes of None follow from the memory there is.
+
+    Media that a request names by URL come from `media_hosts`, patterns as in `MediaPolicy`, by HTTPS alone unless
+    `media_http` is set.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -51,6 +56,9 @@ class ServeConfig:
     answer_seconds: float = 600.0
     max_body_mib: float = 32.0
     upload_seconds: float = 60.0
+    media_hosts: tuple[str, ...] = ()
+    media_http: bool = False
+    media_private_addresses: bool = False
     media: PreparationLimits = field(default_factory=PreparationLimits)
 
 
@@ -150,13 +158,17 @@ def _listen(config: ServeConfig) -> socket.socket:
 
 
 def _as_served(loaded: LoadedModel, config: ServeConfig) -> Processor:
-    """The model's processor for requests of strangers: no local files, and nothing larger than a body."""
+    """The model's processor for requests of strangers: no local files, URLs as the server is told, and nothing larger
+    than a body."""
     processor = copy.copy(loaded.processor)
-    processor.media_policy = replace(
-        processor.media_policy,
+    processor.media_policy = MediaPolicy(
+        allow_urls=bool(config.media_hosts),
+        hosts=config.media_hosts,
+        https_only=not config.media_http,
+        allow_private_addresses=config.media_private_addresses,
         allow_paths=False,
         max_file_bytes=int(config.max_body_mib * 2**20),
-        deadline_seconds=min(processor.media_policy.deadline_seconds, config.media.seconds / 2),
+        deadline_seconds=config.media.seconds / 2,
     )
     return processor
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import base64
-import http.server
 import io
 import json
 import pickle
-import threading
+import socket
 import urllib.parse
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from molora.modality import MediaError
 from molora.pack import Sample
 from molora.testing import Letters, NumbersConfig, byte_tokenizer, save_backbone
 from molora.train.recipe import Recipe, plan_recipe
+from tests.pages import serving
 
 KEYS = ("path", "url", "base64", "bytes", "smell", "array")
 INSIDE = MediaPolicy(allow_urls=True, allow_private_addresses=True)
@@ -148,37 +148,6 @@ def test_what_is_no_file_is_left_to_the_medium():
 # URLs
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers a path (as it was sent) with what `pages` says: bytes, or a status with a place to go to."""
-
-    pages: dict[str, bytes | tuple[int, str]]
-
-    def do_GET(self) -> None:
-        page = self.pages.get(self.path)
-        if isinstance(page, bytes):
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(page)))
-            self.end_headers()
-            self.wfile.write(page)
-        else:
-            status, location = page or (404, "")
-            self.send_response(status)
-            self.send_header("Location", location)
-            self.end_headers()
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-@contextmanager
-def serving(pages: dict[str, Any]) -> Iterator[str]:
-    handler = type("Serving", (Handler,), {"pages": pages})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
 def test_addresses_are_encoded_as_browsers_do():
     """A path in letters or already escaped, a query, a fragment, blanks around, a host in letters."""
     pages = {
@@ -227,6 +196,69 @@ def test_what_does_not_come_is_said():
     ):
         with INSIDE.in_force(), pytest.raises(MediaError, match=message):
             fetch(url, 10)
+
+
+HOSTS = ("files.example", "*.files.example", "other.example:8443", "127.0.0.1:{port}")
+
+
+@pytest.mark.parametrize(
+    ("url", "asked"),
+    [
+        ("http://files.example.evil.example/", "files.example.evil.example"),
+        ("http://evilfiles.example/", "evilfiles.example"),
+        ("http://files.example./", "files.example."),
+        ("http://files.example:8080/", "files.example:8080"),
+        ("http://other.example/", "other.example"),
+        ("http://files.example#@evil.example/", None),
+        ("http://evil.example?files.example/", "evil.example"),
+        ("http://evil.example#.files.example/", "evil.example"),
+        ("http://evil.example/.files.example", "evil.example"),
+        ("http://ﬁles.evil.example/", "files.evil.example"),
+        ("http://2130706433/", "2130706433"),
+        ("{server}/away", "evil.example"),
+        ("{server}/near", "localhost:{port}"),
+    ],
+)
+def test_only_hosts_that_the_caller_names_are_asked(url: str, asked: str | None, monkeypatch: pytest.MonkeyPatch):
+    """Neither looked up nor connected to, whatever the address looks like and whoever leads there."""
+    pages: dict[str, Any] = {"/away": (302, "http://evil.example/"), "/a": b"rose"}
+    with serving(pages) as server:
+        port = server.rpartition(":")[2]
+        pages["/near"] = (302, f"http://localhost:{port}/a")
+        look_up, seen = socket.getaddrinfo, []
+
+        def watched(host: str, *arguments: Any, **more: Any) -> Any:
+            seen.append(host)
+            return look_up("127.0.0.1", *arguments, **more)
+
+        monkeypatch.setattr(socket, "getaddrinfo", watched)
+        hosts = tuple(host.format(port=port) for host in HOSTS)
+        with replace(INSIDE, hosts=hosts).in_force():
+            assert fetch(f"{server}/a", 10) == b"rose"
+            url = url.format(server=server)
+            with pytest.raises(MediaError) as refused:
+                fetch(url, 10)
+        told = "may be asked; download it" if asked else "cannot be fetched"
+        assert told in str(refused.value) and (asked or "").format(port=port) in str(refused.value)
+    assert set(seen) <= {"127.0.0.1", "files.example"}
+
+
+def test_a_pattern_stands_for_the_names_below_it(monkeypatch: pytest.MonkeyPatch):
+    with serving({"/": b"rose"}) as server:
+        port = int(server.rpartition(":")[2])
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(2, 1, 6, "", ("127.0.0.1", port))])
+        with replace(INSIDE, hosts=(f"*.files.example:{port}",)).in_force():
+            assert fetch(f"http://a.b.FILES.example:{port}/", 10) == b"rose"
+            with pytest.raises(MediaError, match="may be asked"):
+                fetch(f"http://files.example:{port}/", 10)
+
+
+def test_only_https_where_the_caller_says_so():
+    with serving({"/": b"rose"}) as server, replace(INSIDE, https_only=True).in_force():
+        with pytest.raises(MediaError, match="leads to '127.0.0.1:.*' by plain HTTP, and only https is fetched here"):
+            fetch(server, 10)
+        with pytest.raises(MediaError, match="cannot be fetched .*SSL"):
+            fetch(server.replace("http", "https"), 10)
 
 
 # The policy

@@ -100,9 +100,9 @@ Start = Callable[..., Served]
 
 
 @contextmanager
-def serving(folders: Folders, log: Path, more: Sequence[str]) -> Iterator[Served]:
-    """A server in a process of its own, killed at the end if it still runs."""
-    command = [sys.executable, "-m", "molora", "serve", *folders.arguments, "--port", "0", "--name", "tiny", *more]
+def serving(folders: Folders, log: Path, more: Sequence[str], module: Sequence[str] = ("molora",)) -> Iterator[Served]:
+    """A server in a process of its own, killed at the end if it still runs. `module` is run as `molora` is."""
+    command = [sys.executable, "-m", *module, "serve", *folders.arguments, "--port", "0", "--name", "tiny", *more]
     with open(log, "w") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ)
     try:
