@@ -19,10 +19,12 @@ TRANSCRIPT_QUESTION = "transcribe the audio."
 @dataclass(kw_only=True)
 class EasyVQAConfig:
     """`task`: `questions` are the dataset's, `captions` are made from the answers: "a red triangle". `split`: the
-    dataset's own."""
+    dataset's own. `system`: the system message of every row; None leaves it to the chat template, whose own may be
+    longer than all else in a prompt."""
 
     split: Literal["train", "test"]
     task: Literal["questions", "captions"] = "questions"
+    system: str | None = None
 
 
 class EasyVQA:
@@ -32,6 +34,7 @@ class EasyVQA:
     config_type = EasyVQAConfig
 
     def __init__(self, config: EasyVQAConfig) -> None:
+        self.system = config.system
         questions, self.paths = read_split(config.split)
         if config.task == "questions":
             self.rows = [(q, a, image, "yes/no" if a in ("yes", "no") else "open") for q, a, image in questions]
@@ -45,8 +48,7 @@ class EasyVQA:
     def __getitem__(self, row: int) -> dict[str, Any]:
         question, answer, image, tag = self.rows[row]
         content = [{"type": "image", "path": self.paths[image]}, {"type": "text", "text": question}]
-        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
-        return {"id": f"{row}", "messages": messages, "tags": [tag]}
+        return {"id": f"{row}", "messages": _conversation(self.system, content, answer), "tags": [tag]}
 
 
 @dataclass(kw_only=True)
@@ -55,6 +57,7 @@ class SpokenEasyVQAConfig:
 
     Every question of the dataset is spoken `takes` times, each in a voice, speed and pitch of its own, and with
     `acoustics` in noise and rooms. The test split has voices that the train split never uses. `folder` keeps the clips.
+    `system` as in `EasyVQAConfig`.
     """
 
     split: Literal["train", "test"]
@@ -62,6 +65,7 @@ class SpokenEasyVQAConfig:
     folder: str
     takes: int = 30
     acoustics: bool = False
+    system: str | None = None
 
     def __post_init__(self) -> None:
         if self.takes < 1:
@@ -99,8 +103,7 @@ class SpokenEasyVQA:
             content.append({"type": "text", "text": TRANSCRIPT_QUESTION})
         else:
             content.insert(0, {"type": "image", "path": about.picture})
-        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": about.answer}]
-        return {"id": f"{row}", "messages": messages, "tags": about.tags}
+        return {"id": f"{row}", "messages": _conversation(config.system, content, about.answer), "tags": about.tags}
 
 
 class _Spoken(NamedTuple):
@@ -111,6 +114,11 @@ class _Spoken(NamedTuple):
     picture: str | None
     answer: str
     tags: list[str]
+
+
+def _conversation(system: str | None, content: list[dict[str, Any]], answer: str) -> list[dict[str, Any]]:
+    before = [] if system is None else [{"role": "system", "content": system}]
+    return [*before, {"role": "user", "content": content}, {"role": "assistant", "content": answer}]
 
 
 def caption(colour: str, shape: str) -> str:

@@ -62,10 +62,15 @@ class Backbone(nn.Module):
         return self.config.vocab_size
 
     @property
+    def embeddings_VD(self) -> Tensor:
+        """The model's own input embeddings of all token ids."""
+        weight: Any = self.model.get_input_embeddings().weight
+        return weight
+
+    @property
     def num_embeddings(self) -> int:
         """Token ids that have an embedding; some tokenizers know more."""
-        weight: Any = self.model.get_input_embeddings().weight
-        return len(weight)
+        return len(self.embeddings_VD)
 
     @property
     def max_tokens(self) -> int:
@@ -148,8 +153,7 @@ class Backbone(nn.Module):
 
     def page_pool(self, num_pages: int, num_samples: int) -> PagePool:
         """A pool for samples that run with this backbone."""
-        like: Any = self.model.get_input_embeddings().weight
-        return PagePool(self.kept_layers(), num_pages, num_samples, like)
+        return PagePool(self.kept_layers(), num_pages, num_samples, self.embeddings_VD)
 
     def head(self, hidden_KD: Tensor) -> Tensor:
         """Logits (K, V)."""

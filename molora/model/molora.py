@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from molora.modality import Encoder, Frames, Modality
 from molora.model import lora
 from molora.model.backbone import Backbone
-from molora.model.loss import target_losses
+from molora.model.loss import target_losses, word_losses
 from molora.model.pages import Feed
 from molora.model.projector import Projector
 from molora.pack import Item, Media, Pack
@@ -217,3 +217,24 @@ class MoLoRA(nn.Module):
         sums_N = torch.zeros(len(pack), device=hidden_TD.device).index_add(0, samples_K, losses_K)
         router_N = torch.zeros_like(sums_N) if routing.losses_N is None else routing.losses_N
         return Losses(sums_N, tuple(counts_N.tolist()), routing, router_N)
+
+    def word_losses(self, pack: Pack) -> Losses:
+        """How far the media tokens of each sample are from the embeddings of its answer's tokens ("words"), in their
+        order: no layer of the backbone runs, and no adapter. Raises ValueError for a sample with fewer media tokens
+        than words."""
+        stops = torch.tensor(sorted(self.backbone.stop_ids), device=self.device)
+        embeds, is_media = self.embed(pack).split(pack.lengths), (pack.modality_ids_T > 0).split(pack.lengths)
+        media = [embeds_TD[media_T] for embeds_TD, media_T in zip(embeds, is_media, strict=True)]
+        told = zip(
+            pack.token_ids_T.split(pack.lengths), pack.targets_T.to(self.device).split(pack.lengths), strict=True
+        )
+        words = [ids_T[targets_T & ~torch.isin(ids_T, stops)] for ids_T, targets_T in told]
+        for id, tokens_SD, ids in zip(pack.ids, media, words, strict=True):
+            needed = len(ids) + int((ids[1:] == ids[:-1]).sum())
+            if len(tokens_SD) < needed:
+                raise ValueError(
+                    f"{id}: its {len(tokens_SD)} media tokens cannot say its {len(ids)} words, which need {needed}; "
+                    "train it by `objective: answers`, or give its media more tokens"
+                )
+        sums_N = word_losses(media, words, self.backbone.embeddings_VD)
+        return Losses(sums_N, tuple(len(ids) for ids in words), Routing(()), torch.zeros_like(sums_N))

@@ -275,7 +275,7 @@ class _Run:
         if self.features is not None:
             self.clock.to("encoding")
             samples = self.features.fill(samples)
-        how = (stage.tokens_per_pack, self.optimizers, self.ranks, self.clock)
+        how = (stage.tokens_per_pack, self.optimizers, self.ranks, self.clock, stage.objective)
         row = train_step(self.model, self.processor, samples, *how)
         ids = sorted(self.ranks.gather([sample.id for sample in samples]))
         row["samples"] = len(ids)

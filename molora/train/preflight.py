@@ -140,6 +140,10 @@ def try_model(
     _check_names(recipe, model)
     for index, stage in enumerate(recipe.stages):
         set_trainable(model, stage.train, steps[index], f"stages.{index}.train")
+        others = sorted(part for part in model.training_parts() if part.partition(".")[0] in ("adapters", "router"))
+        if stage.objective == "words" and others:
+            told = f"stages.{index}.train: {others} learn nothing by `objective: words`, which runs no adapter"
+            raise ConfigError(f"{told}; train encoders and projectors by it, and the rest in a stage of answers")
         check_start(model, stage.start_from, f"stages.{index}.start_from")
         for name in stage.data:
             if trial := trials.get(f"stages.{index}.data.{name}"):

@@ -23,6 +23,8 @@ from molora.plugins import Kind, find
 from molora.received import check_name
 from molora.train.optim import PartConfig
 
+Objective = Literal["answers", "words"]
+
 
 @dataclass(kw_only=True)
 class StageConfig:
@@ -35,7 +37,11 @@ class StageConfig:
     above 0. A sample longer than a pack is `too_long`, one whose media cannot be used is `unusable`: either stops the
     run, or is left out and counted. When more than `skip_limit` were left out, the run stops and lists them.
     `start_from` maps a part that trains to the part whose weights it begins with. `mixture` is how the sources are
-    mixed."""
+    mixed.
+
+    The `objective` is what is learned. By `answers` the backbone gives them. By `words` the media tokens of a sample
+    come to be the embeddings of its answer's tokens, in their order (CTC): no layer of the backbone runs, so a step
+    costs little more than the encoder does, and no adapter trains."""
 
     name: str
     train: dict[str, PartConfig]
@@ -49,6 +55,7 @@ class StageConfig:
     skip_limit: int | None = None
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     evaluate_every_steps: int = 0
+    objective: Objective = "answers"
     start_from: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

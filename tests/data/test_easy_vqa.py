@@ -43,6 +43,15 @@ def test_a_spoken_question_has_the_picture_and_the_answer_of_the_written_one(tmp
         assert spoken[row]["messages"][1] == written[row]["messages"][1] and spoken[row]["tags"] == written[row]["tags"]
 
 
+@pytest.mark.parametrize("kind", ["easy_vqa", "spoken_easy_vqa"])
+def test_a_system_message_stands_before_every_row(kind: str, tmp_path: Path) -> None:
+    options = {"split": "test", "task": "questions", **({} if kind == "easy_vqa" else {"folder": str(tmp_path)})}
+    plain, told = (
+        open_source(SourceConfig(kind=kind, options={**options, **more}), "here")[7] for more in ({}, {"system": ""})
+    )
+    assert told == {**plain, "messages": [{"role": "system", "content": ""}, *plain["messages"]]}
+
+
 def test_no_takes_are_refused() -> None:
     options = {"split": "test", "task": "questions", "folder": "clips", "takes": 0}
     with pytest.raises(ConfigError, match="takes is at least 1, got 0"):

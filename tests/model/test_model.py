@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import ctc_loss
 from transformers import PreTrainedModel
 
 from molora.model import backbone as backbone_module
@@ -25,6 +27,9 @@ FAMILIES = (
     "llama", "llama-dynamic", "qwen3", "gemma2", "gemma3", "phi3", "phi4-mini", "smollm3", "phimoe", "gpt-oss",
     "granite",
 )  # fmt: skip
+
+# Samples whose media tokens are as many as the words they say, or more.
+SPOKEN = [("a", 8, ("numbers", "letters")), ("b", 9, ("numbers", "numbers")), ("c", 6, ("letters",))]
 
 
 def make_model(family: str, targets: str = r".*self_attn\.(q_proj|v_proj|o_proj|qkv_proj)", **lora: object) -> MoLoRA:
@@ -237,3 +242,40 @@ def test_losses_are_on_targets_only_and_shift_inside_each_sample() -> None:
         expected = -sum(torch.log_softmax(logits[t - 1], -1)[sample.token_ids_T[t]] for t in wanted)
         assert_close(losses.sums_N[index], torch.as_tensor(expected), what=sample.id)
         assert losses.num_targets[index] == len(wanted) == sample.num_targets
+
+
+def test_words_are_learned_through_the_embeddings_alone_and_without_neighbours() -> None:
+    model = train_everything(make_model("granite"))  # which scales its embeddings
+    samples = [make_sample(model, name, length, kinds) for name, length, kinds in SPOKEN]
+    pack = collate(samples, model.modalities, model.router.order)
+    losses = model.word_losses(pack)
+    embeddings_VD = model.backbone.embeddings_VD
+    for id, loss, num_words in zip(pack.ids, losses.sums_N, losses.num_targets, strict=True):
+        sample = next(sample for sample in samples if sample.id == id)
+        alone = collate([sample], model.modalities)
+        words = sample.token_ids_T[sample.targets_T]
+        assert num_words == len(words)
+        tokens_SD = model.embed(alone)[sample.modality_ids_T > 0]
+        vectors = torch.cat([torch.zeros(1, model.backbone.width), embeddings_VD])
+        distances = torch.cdist(tokens_SD.double(), vectors.double()).square()
+        sharpness = math.log(len(embeddings_VD)) / embeddings_VD.double().square().sum(1).mean()
+        log_probs = (-sharpness * distances).log_softmax(1)[:, None]
+        lengths = (torch.tensor([len(tokens_SD)]), torch.tensor([len(words)]))
+        expected = ctc_loss(log_probs, words[None] + 1, *lengths, reduction="none")[0]
+        assert_close(loss.double(), expected, what=id)
+        ours = gradients(model, loss)
+        for name, gradient in gradients(model, expected).items():
+            assert_close(ours[name], gradient, what=f"gradient of {name} from {id}")
+        assert {name.partition(".")[0] for name, gradient in ours.items() if gradient.any()} == {
+            "encoders",
+            "projectors",
+        }
+
+
+def test_media_that_cannot_say_all_words_are_refused() -> None:
+    model = make_model("llama")
+    sample = make_sample(model, "a", 12, ("numbers",))
+    ids = torch.tensor([*range(9), 5, 5, 7])
+    sample = replace(sample, token_ids_T=ids, targets_T=torch.arange(12) > 8)
+    with pytest.raises(ValueError, match="a: its 3 media tokens cannot say its 3 words, which need 4"):
+        model.word_losses(collate([sample], model.modalities))

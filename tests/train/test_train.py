@@ -32,6 +32,7 @@ from molora.config import ConfigError, build, dump
 from molora.data.sources import SourceConfig
 from molora.evaluate.metrics import Judged, NoOptions
 from molora.interrupt import Stopped
+from molora.pack import collate
 from molora.received import read_json
 from molora.storage import hold
 from molora.testing import save_backbone
@@ -521,6 +522,42 @@ def test_a_part_starts_from_one_like_it_and_trains(
     config = recipe(home, tmp_path / "run")
     config.stages[0].start_from = start_from
     with pytest.raises(ConfigError, match=f"stages.0.start_from: .*{message}"):
+        train(config, show=False)
+
+
+def test_a_stage_of_words_teaches_media_to_say_the_answer_and_runs_no_layer(home: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [[{"type": "letters", "letters": letters}] for letters in ("abc", "cab", "bca", "acb") * 4]
+    with path.open("w") as file:
+        for content in rows:
+            turns = [{"role": "user", "content": content}, {"role": "assistant", "content": content[0]["letters"]}]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    stage = {
+        "name": "words",
+        "objective": "words",
+        "train": {kind: {"learning_rate": 1e-2, "schedule": "constant"} for kind in ("encoders", "projectors.letters")},
+        "data": {"rows": {"kind": "messages", "options": {"path": str(path)}}},
+        "steps": 60,
+        "samples_per_step": 8,
+    }
+    config = recipe(home, tmp_path / "run", stages=[stage], evaluations={})
+    train(config, show=False)
+    loaded = molora.load(tmp_path / "run")
+    for content in rows[:4]:
+        sample = loaded.encode([{"role": "user", "content": content}], "row")
+        embeds_TD = loaded.model.embed(collate([sample], loaded.model.modalities))
+        nearest = torch.cdist(embeds_TD[sample.modality_ids_T > 0], loaded.model.backbone.embeddings_VD).argmin(1)
+        assert loaded.processor.tokenizer.decode(nearest) == content[0]["letters"]
+
+
+@pytest.mark.parametrize("part", ["adapters.letters", "*"])
+def test_adapters_do_not_learn_by_words(home: Path, tmp_path: Path, part: str) -> None:
+    config = recipe(home, tmp_path / "run")
+    config.stages[0].objective = "words"
+    config.stages[0].train[part] = PartConfig(learning_rate=1e-3)
+    with pytest.raises(
+        ConfigError, match=r"stages.0.train: \['adapters.letters'.*\] learn nothing by `objective: words`"
+    ):
         train(config, show=False)
 
 
