@@ -103,7 +103,8 @@ def test_the_version_is_written_once() -> None:
 def test_the_readme_of_the_library_says_what_each_file_is_for() -> None:
     readme = (ROOT / "molora" / "README.md").read_text(encoding="utf-8")
     named = re.findall(r"^- `([\w/.]+)`: \S", readme, re.MULTILINE)
-    own = [path.relative_to(ROOT / "molora") for path in (ROOT / "molora").rglob("*") if path.suffix in {".py", ".j2"}]
+    kinds = {".py", ".j2", ".html", ".css", ".js"}
+    own = [path.relative_to(ROOT / "molora") for path in (ROOT / "molora").rglob("*") if path.suffix in kinds]
     mapped = [path.relative_to(ROOT) for name in MAPPED for path in (ROOT / name).rglob("*.py")]
     below = [*(path for path in own if not {*MAPPED, "templates"} & {*path.parts}), *mapped]
     tops = {".", *MAPPED}

@@ -27,7 +27,10 @@ def it_imports_from_site_packages() -> None:
 
     for package in (molora, molora.encoders, molora.routers):
         assert Path(str(package.__file__)).is_relative_to(sys.prefix), f"{package.__file__} is not the installed one"
-    for name in ("py.typed", "report/report.html.j2", "plugin_kit/templates/modality.py.j2", "configs/easy_vqa.yaml"):
+    for name in (
+        *("py.typed", "report/report.html.j2", "plugin_kit/templates/modality.py.j2", "configs/easy_vqa.yaml"),
+        *("serve/web/chat.html", "serve/web/chat.js", "serve/web/icon.svg"),
+    ):
         assert (Path(str(molora.__file__)).parent / name).is_file(), f"{name} is not in the wheel"
 
 

@@ -18,6 +18,7 @@ from molora.serve.asking import Refused, Request, Service
 from molora.serve.engine import Broken, Full, TooLate
 from molora.serve.fields import ChatBody, CompletionBody, ErrorBody
 from molora.serve.gate import Gate, error_body
+from molora.serve.pages import add_pages
 from molora.serve.replies import Events, Gone, Json, while_connected
 
 log = logging.getLogger("molora.serve")
@@ -53,6 +54,7 @@ def make_app(service: Service, **gate: Any) -> FastAPI:
     _add_errors(app)
     _add_answers(app, service)
     _add_speech(app, service)
+    add_pages(app)
 
     @app.get("/v1/models")
     async def models() -> Any:

@@ -20,8 +20,9 @@ from molora.serve.replies import Json
 
 log = logging.getLogger("molora.serve")
 
-# Paths that are answered without a key: those that say whether the server is well.
-OPEN_PATHS = ("/health", "/ready")
+# Paths that are answered without a key: those that say whether the server is well, and pages, which ask for one.
+OPEN_PATHS = ("/", "/health", "/ready")
+OPEN_FOLDER = "/web/"
 _PORT = re.compile(r":\d+$")
 # What is left of a body whose end is not known is not read.
 _AND_CLOSE = {"connection": "close"}
@@ -122,7 +123,8 @@ class Gate:
             names = " or ".join(self._hosts)
             told = f"this server is called {names}, not {called[:80]!r}; with --api-keys it takes any name"
             return Json(error_body(told, "invalid_request_error"), status_code=421)
-        known = self._keys is None or path in OPEN_PATHS or self._keys.know(headers.get(b"authorization", b""))
+        open = path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
+        known = self._keys is None or open or self._keys.know(headers.get(b"authorization", b""))
         if not known:
             told = "no valid API key; send the header Authorization: Bearer KEY"
             said = error_body(told, "invalid_request_error", "invalid_api_key")

@@ -191,6 +191,7 @@ def _announce(service: Service, config: ServeConfig, listening: socket.socket) -
     tokens = pool.num_pages * pool.kept.page_tokens
     say(f"{address} serves {', '.join(service.names)}")
     say(f"weights {weights / 2**30:.2f} GiB; keys and values {pool.num_bytes / 2**30:.2f} GiB, for {tokens:,} tokens")
+    say(f"chat {address}/")
     say(f"metrics {address}/metrics, API {address}/docs")
     key = " -H 'Authorization: Bearer KEY'" if config.api_keys else ""
     asked = f'{{"model": "{service.name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'

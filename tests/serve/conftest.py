@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,3 +136,100 @@ def sound(seconds: float = 0.5, hertz: float = 440.0) -> bytes:
         out.setparams((1, 2, 16_000, len(samples), "NONE", ""))
         out.writeframes(samples.tobytes())
     return file.getvalue()
+
+
+class Seen:
+    """The chat in a browser: what a person can do, and what the page asked for."""
+
+    def __init__(self, context: Any, address: str) -> None:
+        from playwright.sync_api import expect
+
+        self.address = address
+        self.context = context
+        self.expect = expect
+        self.page = context.new_page()
+        self.requests: list[Any] = []
+        self.faults: list[str] = []
+        # Errors of the server that a test asks for; the browser's console tells of each.
+        self.expected_failures = 0
+        self.page.on("request", lambda request: self.requests.append(request))
+        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
+        self.page.on("console", lambda told: self.faults.append(told.text) if told.type == "error" else None)
+        self.page.goto(address)
+        self.text = self.page.get_by_label("Message", exact=True)
+
+    def button(self, name: str) -> Any:
+        return self.page.get_by_role("button", name=name, exact=True)
+
+    def attach(self, kind: str, *files: tuple[str, str, bytes]) -> None:
+        given = [{"name": name, "mimeType": type, "buffer": data} for name, type, data in files]
+        self.page.locator(f"#{kind}-files").set_input_files(given)
+        for name, *_ in files:
+            self.expect(self.button(f"Remove {name}")).to_be_visible()
+
+    def drop(self, name: str, type: str, data: bytes) -> None:
+        """Lets a file fall onto the page."""
+        transfer = self.page.evaluate_handle(
+            """([name, type, data]) => {
+                const bytes = Uint8Array.from(atob(data), (each) => each.charCodeAt(0));
+                const transfer = new DataTransfer();
+                transfer.items.add(new File([bytes], name, {type}));
+                return transfer;
+            }""",
+            [name, type, base64.b64encode(data).decode()],
+        )
+        for event in ("dragover", "drop"):
+            self.page.locator("main").dispatch_event(event, {"dataTransfer": transfer})
+
+    def ask(self, text: str) -> None:
+        """Sends a message, whose text is what is written already if none is given, and waits for the answer."""
+        if text:
+            self.text.fill(text)
+        self.text.press("Enter")
+        self.finish()
+
+    def finish(self) -> None:
+        """Waits until the answer has ended."""
+        self.expect(self.button("Send")).to_be_visible(timeout=60_000)
+        self.expect(self.page.locator(".assistant").last.locator(".about")).to_be_visible()
+
+    def answers(self) -> list[str]:
+        return self.page.locator(".assistant .said").all_text_contents()
+
+
+Browsing = Callable[..., Seen]
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Chromium with a picture for a camera and a tone for a microphone."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'molora[dev]'")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    tone = tmp_path_factory.mktemp("microphone") / "tone.wav"
+    tone.write_bytes(sound(5.0))
+    flags = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+    with playwright.sync_playwright() as running:
+        if found is None and not Path(running.chromium.executable_path).exists():
+            pytest.skip("no chromium: apt-get install chromium, or python -m playwright install chromium")
+        opened = running.chromium.launch(
+            executable_path=found, args=[*flags, f"--use-file-for-fake-audio-capture={tone}"]
+        )
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def browsing(browser: Any) -> Iterator[Browsing]:
+    """Opens the chat of a server. At the end, nothing was asked of another host and nothing failed unseen."""
+    opened: list[Seen] = []
+
+    def browse(address: str, **how: Any) -> Seen:
+        opened.append(Seen(browser.new_context(**how), address))
+        return opened[-1]
+
+    yield browse
+    for seen in opened:
+        others = [each.url for each in seen.requests if not each.url.startswith((seen.address, "blob:", "data:"))]
+        assert others == [], "requests to another host"
+        assert len(seen.faults) == seen.expected_failures, seen.faults
+        seen.context.close()

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.png import chunk
-from tests.serve.conftest import Folders, Served, picture, serving, sound
+from tests.serve.conftest import Browsing, Folders, Served, picture, serving, sound
 
 KEY = "the right key"
 MAX_BODY = 2**19
@@ -236,6 +236,26 @@ def test_who_has_no_key_is_told_nothing(server: Served) -> None:
         assert send(server, b"", "/v1/models", key, "GET")[0] == 200
     for path in ("/health", "/ready"):
         assert send(server, b"", path, None, "GET")[0] == 200
+
+
+def test_the_chat_asks_for_a_key_and_forgets_it_with_the_page(browsing: Browsing, server: Served) -> None:
+    seen = browsing(server.address)
+    field = seen.page.get_by_label("Key", exact=True)
+    seen.expect(field).to_be_focused()
+    assert field.get_attribute("type") == "password"
+    for key in ("wrong", KEY):
+        seen.expect(field).to_have_value("")
+        seen.expect(seen.page.get_by_text("no valid API key")).to_be_visible()
+        field.fill(key)
+        field.press("Enter")
+    seen.expect(field).not_to_be_visible()
+    seen.ask("a")
+    assert seen.requests[-1].headers["authorization"] == f"Bearer {KEY}"
+    assert seen.context.storage_state() == {"cookies": [], "origins": []}
+    seen.page.reload()
+    seen.expect(field).to_be_visible()
+    # Without a key, with a wrong one, and without one again.
+    seen.expected_failures = 3
 
 
 def test_no_other_page_may_ask(server: Served) -> None:
