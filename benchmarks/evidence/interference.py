@@ -262,17 +262,21 @@ def _text(results: Results, arm: str) -> tuple[str, str]:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Exact match that each task loses beside what it has alone, and the factor by which text gets less probable."""
+    """Exact match that each task loses beside what it has alone, by seed and as a mean, and the perplexity of text."""
     arms = ARMS[1:]
-    width, places = 0.8 / len(arms), np.arange(len(TASKS))
+    places = np.arange(len(TASKS))
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=(3, 1), layout="constrained")
-    for number, arm in enumerate(arms):
-        lost = []
-        for task in TASKS:
-            before, now = (results.mean(each, "exact_match", task) for each in ("alone", arm))
-            lost.append(np.nan if before is None or now is None else before - now)
-        left.bar(places + (number - (len(arms) - 1) / 2) * width, lost, width, label=arm)
     left.axhline(0, color="grey", linewidth=0.8)
+    for number, arm in enumerate(arms):
+        aside = places + (number - (len(arms) - 1) / 2) * 0.8 / len(arms)
+        lost = []
+        for place, task in zip(aside, TASKS, strict=True):
+            sides = (results.figures(each, "exact_match", task) for each in ("alone", arm))
+            by_seed = [before.value - now.value for before, now in zip(*sides, strict=False)]
+            left.scatter([place] * len(by_seed), by_seed, 12, f"C{number}", alpha=0.5)
+            lost.append(np.mean(by_seed) if by_seed else np.nan)
+        left.scatter(aside, lost, 60, f"C{number}", label=arm)
+        left.vlines(aside, 0, lost, f"C{number}", linewidth=2)
     left.set_xticks(places, TASKS)
     left.set_ylabel("exact match lost beside alone")
     left.legend(fontsize="small")
