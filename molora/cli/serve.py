@@ -33,6 +33,10 @@ def serve(
     temperature: Annotated[float, typer.Option(min=0.0, help="If the client says nothing; 0 is greedy.")] = 0.0,
     answer_seconds: Annotated[float, typer.Option(min=0.001, help="The longest that an answer may take.")] = 600.0,
     max_body_mib: Annotated[float, typer.Option(min=0.001, help="The largest request, and the largest medium.")] = 32.0,
+    max_connections: Annotated[int, typer.Option(min=1, help="Connections that may be open.")] = 512,
+    client_seconds: Annotated[
+        float, typer.Option(min=0.001, help="The longest to send a request, or to take what was answered of it.")
+    ] = 60.0,
     media_processes: Annotated[int, typer.Option(min=1, help="Processes that decode media.")] = 2,
     media_seconds: Annotated[
         float, typer.Option(min=0.001, help="The longest that the media of a request may take.")
@@ -75,6 +79,8 @@ def serve(
         temperature=temperature,
         answer_seconds=answer_seconds,
         max_body_mib=max_body_mib,
+        max_connections=max_connections,
+        client_seconds=client_seconds,
         media_hosts=tuple(host.lower() for host in media_host or ()),
         media_http=media_http,
         media_private_addresses=media_private_addresses,

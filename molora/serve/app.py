@@ -114,14 +114,14 @@ async def _answer(service: Service, http: HttpRequest, body: Any, how: Any, kind
     request = Request(service, _id(http, kind), body.model, body.n or 1)
     try:
         await while_connected(http, how.ask(request, body, request.id))
-        found = None if body.stream else await while_connected(http, how.whole(request, body))
+        whole = None if body.stream else await while_connected(http, how.whole(request, body))
     except BaseException:
         request.close()
         raise
-    if found is None:
+    if whole is None:
         return Events(how.events(request, body), request.close, _told)
     request.close()
-    return Json(found)
+    return whole
 
 
 def _add_speech(app: FastAPI, service: Service) -> None:

@@ -2,10 +2,10 @@
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Literal
 
 from molora.data.processor import SampleTooLong
@@ -70,6 +70,13 @@ class Service:
                 continue
             known[f"{self.name}:{name_of(each)}"] = each
         return known
+
+    @cached_property
+    def token_text(self) -> Callable[[int], str]:
+        """The text of a token by itself. An answer with likelihoods holds the texts of twenty tokens for each of its
+        own, and the event loop would wait while all of them are decoded."""
+        decode: Any = self.loaded.processor.tokenizer.decode
+        return cache(lambda token_id: decode([token_id]))
 
     def decoding(self, body: Asking, max_new_tokens: int | None, **more: Any) -> Decoding:
         """How the answers to a request are decoded. Raises Refused."""
@@ -201,6 +208,14 @@ class Request:
                     yield Piece(choice, choice.text.piece(choice.tokens, choice.finished is not None), told)
             except ValueError as error:
                 raise refusal(error, None) from error
+
+    async def texts(self) -> list[str]:
+        """The answers, when they are there."""
+        texts = [""] * len(self.choices)
+        async with aclosing(self.pieces()) as pieces:
+            async for piece in pieces:
+                texts[piece.choice.index] += piece.text
+        return texts
 
     def adapters(self, sample: Sample) -> list[str]:
         return sorted(self.service.loaded.model.router.adapters(sample.modalities))

@@ -10,7 +10,7 @@ from molora.inference.grammar import Grammar
 from molora.inference.sampling import TokenLikelihood
 from molora.serve.asking import Refused, Request, refusal
 from molora.serve.fields import ChatBody
-from molora.serve.replies import event
+from molora.serve.replies import Json, event
 
 # What `format` of a sound may say; it is read by its content.
 _SOUNDS = ("wav", "mp3", "flac", "ogg", "opus", "aac", "m4a", "webm")
@@ -93,13 +93,14 @@ def _grammar(request: Request, body: ChatBody) -> Grammar | None:
         raise refusal(error, "response_format") from error
 
 
-async def whole(request: Request, body: ChatBody) -> dict[str, Any]:
+async def whole(request: Request, body: ChatBody) -> Json:
     """All answers, when they are there."""
-    texts = [""] * len(request.choices)
-    async with aclosing(request.pieces()) as pieces:
-        async for piece in pieces:
-            texts[piece.choice.index] += piece.text
-    return {
+    # Likelihoods make it long.
+    return await asyncio.to_thread(_whole, request, body, await request.texts())
+
+
+def _whole(request: Request, body: ChatBody, texts: Sequence[str]) -> Json:
+    told = {
         "id": request.id,
         "object": "chat.completion",
         "created": request.created,
@@ -116,6 +117,7 @@ async def whole(request: Request, body: ChatBody) -> dict[str, Any]:
         "usage": request.usage(),
         "molora": request.about(),
     }
+    return Json(told)
 
 
 async def events(request: Request, body: ChatBody) -> AsyncGenerator[bytes, None]:
@@ -153,7 +155,7 @@ async def events(request: Request, body: ChatBody) -> AsyncGenerator[bytes, None
 
 def _logprobs(request: Request, likelihoods: Sequence[TokenLikelihood]) -> dict[str, Any]:
     def told(token_id: int, log_probability: float) -> dict[str, Any]:
-        text: Any = request.service.loaded.processor.tokenizer.decode([token_id])
+        text = request.service.token_text(token_id)
         # A token may be a part of a character, which has no text.
         whole = None if "\ufffd" in text else list(text.encode())
         return {"token": text, "logprob": max(log_probability, -9999.0), "bytes": whole}

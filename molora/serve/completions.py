@@ -1,5 +1,6 @@
 """/v1/completions: texts gone on with, without a template; with `echo` and `logprobs`, how likely texts are."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -8,7 +9,7 @@ from molora.inference.sampling import TokenLikelihood
 from molora.pack import Sample
 from molora.serve.asking import Choice, Refused, Request, refusal
 from molora.serve.fields import CompletionBody
-from molora.serve.replies import event
+from molora.serve.replies import Json, event
 
 
 async def ask(request: Request, body: CompletionBody, id: str) -> None:
@@ -50,18 +51,20 @@ def _sample(request: Request, id: str, ids: Sequence[int]) -> Sample:
     return Sample.of_text(id, ids)
 
 
-async def whole(request: Request, body: CompletionBody) -> dict[str, Any]:
+async def whole(request: Request, body: CompletionBody) -> Json:
     """All answers, when they are there."""
-    texts = [""] * len(request.choices)
-    async with aclosing(request.pieces()) as pieces:
-        async for piece in pieces:
-            texts[piece.choice.index] += piece.text
+    texts = await request.texts()
     if body.max_tokens == 0:
         for choice in request.choices:
             texts[choice.index] = ""
             choice.tokens.clear()
             choice.likelihoods.clear()
             choice.finished = "length"
+    # Likelihoods make it long.
+    return await asyncio.to_thread(_whole, request, body, texts)
+
+
+def _whole(request: Request, body: CompletionBody, texts: Sequence[str]) -> Json:
     choices = []
     for choice in request.choices:
         echoed = choice.sample.token_ids_T.tolist() if body.echo else []
@@ -73,7 +76,7 @@ async def whole(request: Request, body: CompletionBody) -> dict[str, Any]:
                 "finish_reason": choice.finished,
             }
         )
-    return {**_head(request), "choices": choices, "usage": request.usage(), "molora": request.about()}
+    return Json({**_head(request), "choices": choices, "usage": request.usage(), "molora": request.about()})
 
 
 async def events(request: Request, body: CompletionBody) -> AsyncGenerator[bytes, None]:
@@ -110,7 +113,7 @@ def _logprobs(request: Request, choice: Choice, echoed: Sequence[int]) -> dict[s
     """OpenAI's older form: lists of the same length. The first token of all has no likelihood."""
     told: list[TokenLikelihood | None] = [None] * bool(echoed) + list(choice.prompt if echoed else ())
     told += choice.likelihoods
-    tokens = [_text(request, [each.token_id]) if each else _text(request, echoed[:1]) for each in told]
+    tokens = [request.service.token_text(each.token_id if each else echoed[0]) for each in told]
     offsets, place = [], 0
     for token in tokens:
         offsets.append(place)
@@ -127,7 +130,7 @@ def _top(request: Request, each: TokenLikelihood) -> dict[str, float]:
     """The likeliest tokens by their text; of those with one text, the likeliest."""
     found: dict[str, float] = {}
     for token_id, log_probability in each.likeliest:
-        found.setdefault(_text(request, [token_id]), _finite(log_probability))
+        found.setdefault(request.service.token_text(token_id), _finite(log_probability))
     return found
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import HTTPException
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from molora.config import ConfigError
@@ -59,14 +60,16 @@ def _hash(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-class _Stalled(Exception):
-    """A client does not read its answer."""
+def _path(scope: Scope) -> str:
+    """The path that is asked for, as the application has it: what a client wrote is not told."""
+    routes = scope["app"].routes
+    return next((route.path for route in routes if route.matches(scope)[0] is not Match.NONE), "other")
 
 
 class Gate:
-    """Gives each request an id, asks for a key, bounds what is sent and how long that takes, either way, and logs a
-    line: the request's id, what was asked for, and how it ended, never what it holds. `hosts` are the names by which
-    the server may be called, None for any: a page that has its own name lead to this machine is not answered."""
+    """Gives each request an id, asks for a key, bounds what is sent and how long that takes, and logs a line: the
+    request's id, what was asked for, and how it ended, never what it holds. `hosts` are the names by which the server
+    may be called, None for any: a page that has its own name lead to this machine is not answered."""
 
     def __init__(
         self,
@@ -75,14 +78,14 @@ class Gate:
         keys: Keys | None,
         hosts: Collection[str] | None,
         max_body_bytes: int,
-        upload_seconds: float,
+        client_seconds: float,
     ) -> None:
         self._app = app
         self._numbers = numbers
         self._keys = keys
         self._hosts = hosts
         self._max_body_bytes = max_body_bytes
-        self._upload_seconds = upload_seconds
+        self._client_seconds = client_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -92,27 +95,21 @@ class Gate:
         asked = headers.get(b"x-request-id", b"").decode("latin-1")
         id = asked if _REQUEST_ID.fullmatch(asked) else secrets.token_hex(12)
         scope.setdefault("state", {})["request_id"] = id
-        begun, status = time.monotonic(), 499
+        begun, status, path = time.monotonic(), 499, _path(scope)
 
         async def answered(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", id.encode())]
-            try:
-                await asyncio.wait_for(send(message), self._upload_seconds)
-            except TimeoutError:
-                raise _Stalled from None
+            await send(message)
 
         try:
             if refusal := self._refusal(scope["path"], headers):
                 await refusal(scope, receive, answered)
             else:
                 await self._app(scope, self._bounded(receive), answered)
-        except _Stalled:
-            status = 499
         finally:
-            path = getattr(scope.get("route"), "path", "other")
             self._numbers.requests.labels(path, str(status)).inc()
             seconds = time.monotonic() - begun
             log.info("%s %s %s %d %.3f s", id, scope["method"], path, status, seconds)
@@ -137,7 +134,7 @@ class Gate:
 
     def _bounded(self, receive: Receive) -> Receive:
         """Receives no more bytes of a body than may be sent, and for no longer than that may take."""
-        deadline = time.monotonic() + self._upload_seconds
+        deadline = time.monotonic() + self._client_seconds
         received, whole = 0, False
 
         async def bounded() -> Message:
@@ -147,7 +144,7 @@ class Gate:
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
             except TimeoutError:
-                told = f"the body was not there within {self._upload_seconds:g} seconds"
+                told = f"the body was not there within {self._client_seconds:g} seconds"
                 raise HTTPException(408, told, _AND_CLOSE) from None
             received += len(message.get("body", b""))
             if received > self._max_body_bytes:

@@ -5,6 +5,7 @@ import copy
 import logging
 import math
 import os
+import resource
 import signal
 import socket
 import sys
@@ -17,6 +18,7 @@ import psutil
 import torch
 import uvicorn
 
+from molora.config import ConfigError
 from molora.data.processor import Processor
 from molora.inference.generate import GenerationConfig
 from molora.inference.grammar import Grammars
@@ -24,6 +26,7 @@ from molora.inference.load import LoadedModel
 from molora.media import MediaPolicy
 from molora.serve.app import make_app
 from molora.serve.asking import Service
+from molora.serve.connections import bounded
 from molora.serve.engine import Engine
 from molora.serve.gate import Keys
 from molora.serve.numbers import Numbers
@@ -32,6 +35,8 @@ from molora.terminal import say, warn
 
 # Of the memory that is free once the model is there, what keys and values take at most unless their size is given.
 _SHARE_FOR_KEYS_AND_VALUES = 0.5
+# Files that are open beside connections, at most.
+_OTHER_FILES = 128
 _LOOPBACK = ("127.0.0.1", "::1", "[::1]", "localhost")
 
 
@@ -55,7 +60,8 @@ class ServeConfig:
     temperature: float = 0.0
     answer_seconds: float = 600.0
     max_body_mib: float = 32.0
-    upload_seconds: float = 60.0
+    max_connections: int = 512
+    client_seconds: float = 60.0
     media_hosts: tuple[str, ...] = ()
     media_http: bool = False
     media_private_addresses: bool = False
@@ -105,7 +111,7 @@ def serve(load: Callable[[], LoadedModel], config: ServeConfig) -> int:
         keys=keys,
         hosts=_LOOPBACK if config.host in _LOOPBACK and keys is None else None,
         max_body_bytes=int(config.max_body_mib * 2**20),
-        upload_seconds=config.upload_seconds,
+        client_seconds=config.client_seconds,
     )
 
     def draining() -> None:
@@ -117,8 +123,9 @@ def serve(load: Callable[[], LoadedModel], config: ServeConfig) -> int:
         access_log=False,
         server_header=False,
         ws="none",
+        http=bounded(config.client_seconds, config.max_connections),
         # A client that does not read must not keep the server alive.
-        timeout_graceful_shutdown=math.ceil(config.answer_seconds + config.upload_seconds),
+        timeout_graceful_shutdown=math.ceil(config.answer_seconds + config.client_seconds),
     )
     server = _Server(settings, lambda: _announce(service, config, listening), draining)
     asyncio.run(server.serve(sockets=[listening]))
@@ -147,6 +154,10 @@ class _Server(uvicorn.Server):
 
 
 def _listen(config: ServeConfig) -> socket.socket:
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files != resource.RLIM_INFINITY and config.max_connections + _OTHER_FILES > files:
+        told = f"--max-connections {config.max_connections}: this process may have {files} files open, and needs"
+        raise ConfigError(f"{told} {_OTHER_FILES} more than connections; give fewer, or raise the limit: ulimit -n")
     if config.host not in _LOOPBACK and config.api_keys is None:
         warn(f"everybody who reaches {config.host} may ask, as there are no keys; give --api-keys FILE")
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET

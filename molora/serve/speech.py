@@ -1,7 +1,6 @@
 """/v1/audio/transcriptions and /v1/audio/translations: what is said in a sound, as text."""
 
 import io
-from contextlib import aclosing
 from typing import Any, Literal
 
 from molora.inference.sampling import Decoding
@@ -79,10 +78,7 @@ async def ask(request: Request, form: dict[str, Any], data: bytes, task: Task, i
 
 async def whole(request: Request, data: bytes, wanted: str, task: Task) -> str | dict[str, Any]:
     """The text, in the form that is wanted."""
-    text = ""
-    async with aclosing(request.pieces()) as pieces:
-        async for piece in pieces:
-            text += piece.text
+    (text,) = await request.texts()
     if wanted == "text":
         return text + "\n"
     usage = request.usage()

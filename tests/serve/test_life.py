@@ -133,6 +133,7 @@ MISTAKES = {
     "no address": (["--host", "256.0.0.1"], "cannot be listened on"),
     "no keys": (["--api-keys", "{tmp}/none"], "give a file with a key on each line"),
     "keys that are empty": (["--api-keys", "/dev/null"], "holds no key"),
+    "more connections than files": (["--max-connections", str(10**9)], "raise the limit: ulimit -n"),
     "no memory": (["--kv-cache-gib", "0"], "kv_cache_gib cannot be 0"),
     "no model": (["--modality", "{tmp}"], "modality.json"),
 }
