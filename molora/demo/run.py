@@ -25,7 +25,7 @@ from molora.checkpoint.pretrained import fetch
 from molora.checkpoint.stock import load_tokenizer, open_stock, read_dtype
 from molora.config import dump, read
 from molora.data.easy_vqa import CAPTION_QUESTION, TRANSCRIPT_QUESTION, caption, descriptions, read_split
-from molora.data.sources import SourceConfig, open_source
+from molora.data.sources import open_source
 from molora.demo.two import in_two
 from molora.evaluate.judge import Evaluation, EvaluationConfig, Evaluations
 from molora.evaluate.metrics import Judged, open_metrics, scores
@@ -51,7 +51,6 @@ _ENGLISH_CHARACTERS = 60_000
 _CAPTIONS_READ = 2
 _TEXTS_REPEATED = 6_000
 _QUICK_ROWS = 4_000
-_HELD_OUT_TAKES = 8
 _SHOWN_EXAMPLES = 10
 _SHOWN_MISTAKES = 3
 
@@ -120,7 +119,7 @@ def run_demo(demo: Demo) -> Path:
         judged = in_two(_evaluate, demo, list(evaluations(demo)))
     loaded = load(run)
     judged[TEXT] = answer_texts(loaded, without)
-    _answer_live(loaded, run / "clips")
+    _answer_live(demo, loaded)
     path = write_report(_report(demo, loaded, judged, untouched, clock), run)
     say(f"report: {path}")
     return path
@@ -261,12 +260,11 @@ def _evaluate(demo: Demo, names: Iterable[str]) -> dict[str, list[Judged]]:
     return found
 
 
-def _answer_live(loaded: LoadedModel, clips: Path) -> None:
+def _answer_live(demo: Demo, loaded: LoadedModel) -> None:
     """Answers one batch of text, picture, sound, and picture with sound, each with its own adapter."""
-    options = {"split": "test", "folder": str(clips), "takes": _HELD_OUT_TAKES}
-    questions = SourceConfig(kind="spoken_easy_vqa", options={**options, "task": "questions"})
-    source, draw = open_source(questions, "live questions"), random.Random(0)
-    picture, audio = source[draw.randrange(len(source))]["messages"][0]["content"]
+    source, draw = open_source(evaluations(demo)[SPOKEN].data, "live questions"), random.Random(0)
+    *before, asked, _ = source[draw.randrange(len(source))]["messages"]
+    picture, audio = asked["content"]
     written, asking = ({"type": "text", "text": text} for text in (audio["transcript"], TRANSCRIPT_QUESTION))
     batch = {
         "text": [{"type": "text", "text": f"a red circle. {audio['transcript']}"}],
@@ -274,7 +272,7 @@ def _answer_live(loaded: LoadedModel, clips: Path) -> None:
         "sound": [audio, asking],
         "picture and sound": [picture, audio],
     }
-    samples = [loaded.encode([{"role": "user", "content": content}], name) for name, content in batch.items()]
+    samples = [loaded.encode([*before, {"role": "user", "content": content}], name) for name, content in batch.items()]
     say(f"one batch about {Path(picture['path']).name} and “{audio['transcript']}”")
     for answer in loaded.answers(samples, GenerationConfig(max_new_tokens=24)):
         ran = ", ".join(answer.adapters) or "bare backbone"
@@ -338,7 +336,7 @@ def _history(run: Path) -> list[dict[str, Any]]:
 
 
 def _example(item: Judged, loaded: LoadedModel) -> Example:
-    parts = item.messages[0]["content"]
+    parts = item.messages[-1]["content"]
     question = " ".join(part["text"] for part in parts if part["type"] == "text")
     others = [part for part in parts if part["type"] != "text"]
     modalities = frozenset(loaded.processor.part_types[part["type"]] for part in others)

@@ -46,17 +46,21 @@ def word_losses(media: Sequence[Tensor], words: Sequence[Tensor], embeddings_VD:
     # the same odds to be a blank: so the many words that are far away do not outweigh the one that is near.
     scale = 2 * math.log(len(embeddings_VD)) / squares_V.mean()
 
+    offsets_V = (-scale / 2 * squares_V).to(embeddings_VD.dtype)
+
     def scores(tokens_SD: Tensor, ids: Tensor | slice) -> Tensor:
-        products = (tokens_SD.to(embeddings_VD.dtype) @ embeddings_VD[ids].T).float()
-        return products.sub_(squares_V[ids] / 2).mul_(scale)
+        scaled_SD = (scale * tokens_SD).to(embeddings_VD.dtype)
+        return torch.addmm(offsets_V[ids], scaled_SD, embeddings_VD[ids].T).float()
 
     @torch.no_grad()
     def totals(tokens_SD: Tensor) -> tuple[Tensor, Tensor]:
-        """The log-sum of all scores, the blank's too, and its gradient: all of them are held once, here."""
+        """The log-sum of all scores, the blank's too, and its gradient: the scores are held here, once."""
         scores_SV = scores(tokens_SD, slice(None))
-        totals_S = scores_SV.logsumexp(1).logaddexp(torch.zeros(()).to(scores_SV))
-        shares_SV = scores_SV.sub_(totals_S[:, None]).exp_()
-        return totals_S, scale * (shares_SV.to(embeddings_VD.dtype) @ embeddings_VD)
+        highest_S1 = scores_SV.amax(1, keepdim=True).clamp(min=0)
+        shares_SV = scores_SV.sub_(highest_S1).exp_()
+        sums_S1 = shares_SV.sum(1, keepdim=True) + (-highest_S1).exp()
+        slopes_SD = shares_SV.to(embeddings_VD.dtype) @ embeddings_VD
+        return (sums_S1.log() + highest_S1).squeeze(1), scale * slopes_SD / sums_S1
 
     chunks = torch.cat([*media]).split(max(1, LOGITS_PER_CHUNK // len(embeddings_VD)))
     totals_S, slopes_SD = (torch.cat(parts) for parts in zip(*map(totals, chunks), strict=True))
