@@ -46,6 +46,8 @@ def make_app(service: Service, **gate: Any) -> FastAPI:
         title="molora",
         version=molora.__version__,
         lifespan=life,
+        docs_url=None,  # of this server's own, as FastAPI's is fetched from elsewhere
+        redoc_url=None,
         default_response_class=Json,
         responses=errors,
     )
@@ -54,7 +56,7 @@ def make_app(service: Service, **gate: Any) -> FastAPI:
     _add_errors(app)
     _add_answers(app, service)
     _add_speech(app, service)
-    add_pages(app)
+    add_pages(app, service)
 
     @app.get("/v1/models")
     async def models() -> Any:

@@ -103,7 +103,7 @@ class ChatBody(Asking):
     """A conversation to go on with. Messages are OpenAI's; parts of a message are `text`, `image_url`, `input_audio`,
     `audio_url`, and those of the model's own modalities."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1, examples=[[{"role": "user", "content": "Hello"}]])]
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELIEST)] | None = None
@@ -122,12 +122,13 @@ class CompletionBody(Asking):
     """Texts to go on with, as they are or as token ids, without a template. With `echo` an answer begins with its
     prompt, and `max_tokens` may be 0."""
 
-    prompt: (
+    prompt: Annotated[
         str
         | Annotated[list[str], Field(min_length=1)]
         | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-        | Annotated[list[list[Annotated[int, Field(ge=0)]]], Field(min_length=1)]
-    )
+        | Annotated[list[list[Annotated[int, Field(ge=0)]]], Field(min_length=1)],
+        Field(examples=["Once upon a time"]),
+    ]
     max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELIEST)] | None = None

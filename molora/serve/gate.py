@@ -22,7 +22,7 @@ from molora.serve.replies import Json
 log = logging.getLogger("molora.serve")
 
 # Paths that are answered without a key: those that say whether the server is well, and pages, which ask for one.
-OPEN_PATHS = ("/", "/health", "/ready")
+OPEN_PATHS = ("/", "/docs", "/health", "/ready")
 OPEN_FOLDER = "/web/"
 _PORT = re.compile(r":\d+$")
 # What is left of a body whose end is not known is not read.

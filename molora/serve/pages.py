@@ -7,6 +7,10 @@ from fastapi import FastAPI
 from fastapi.responses import FileResponse, Response
 from fastapi.staticfiles import StaticFiles
 
+from molora.serve.asking import Service
+from molora.serve.examples import own_parts, read_examples
+from molora.serve.replies import Json
+
 _FOLDER = Path(__file__).parent / "web"
 # Pages may load from this server alone, show media that they hold, and be framed by none. No text becomes HTML or code.
 _POLICY = (
@@ -32,11 +36,24 @@ class _Files(StaticFiles):
         return response
 
 
-def add_pages(app: FastAPI) -> None:
-    """The chat, and what it is made of."""
+def add_pages(app: FastAPI, service: Service) -> None:
+    """The chat, what it is made of, and what it shows before a chat begins."""
+    run = service.loaded.layout.run
+    shown = {
+        "examples": read_examples(run and run.folder),
+        "parts": own_parts(service.loaded.processor),
+    }
 
     @app.get("/", include_in_schema=False)
     async def chat() -> Any:
         return FileResponse(_FOLDER / "chat.html", headers=_HEADERS)
 
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Any:
+        return FileResponse(_FOLDER / "docs.html", headers=_HEADERS)
+
     app.mount("/web", _Files(directory=_FOLDER))
+
+    @app.get("/examples", include_in_schema=False)
+    async def examples() -> Any:
+        return Json(shown)

@@ -141,7 +141,7 @@ def sound(seconds: float = 0.5, hertz: float = 440.0) -> bytes:
 class Seen:
     """The chat in a browser: what a person can do, and what the page asked for."""
 
-    def __init__(self, context: Any, address: str) -> None:
+    def __init__(self, context: Any, page: str, address: str, offered: Any) -> None:
         from playwright.sync_api import expect
 
         self.address = address
@@ -155,7 +155,9 @@ class Seen:
         self.page.on("request", lambda request: self.requests.append(request))
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
         self.page.on("console", lambda told: self.faults.append(told.text) if told.type == "error" else None)
-        self.page.goto(address)
+        if offered is not None:
+            self.page.route("**/examples", lambda route: route.fulfill(json=offered))
+        self.page.goto(page)
         self.text = self.page.get_by_label("Message", exact=True)
 
     def button(self, name: str) -> Any:
@@ -220,11 +222,12 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture
 def browsing(browser: Any) -> Iterator[Browsing]:
-    """Opens the chat of a server. At the end, nothing was asked of another host and nothing failed unseen."""
+    """Opens a page of a server, by default the chat, of a run that offers these examples. At the end, nothing was asked
+    of another host, and nothing failed unseen."""
     opened: list[Seen] = []
 
-    def browse(address: str, **how: Any) -> Seen:
-        opened.append(Seen(browser.new_context(**how), address))
+    def browse(page: str, address: str | None = None, offered: Any = None, **how: Any) -> Seen:
+        opened.append(Seen(browser.new_context(**how), page, address or page, offered))
         return opened[-1]
 
     yield browse

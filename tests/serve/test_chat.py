@@ -18,10 +18,13 @@ import pytest
 import soundfile
 from PIL import Image
 
+from molora.config import ConfigError
 from molora.inference.generate import GenerationConfig
 from molora.inference.load import LoadedModel
+from molora.serve.examples import read_examples
 from tests.serve.conftest import Browsing, Folders, Seen, Served, picture, serving, sound
 
+TEXT = {"type": "text", "text": "what is it?"}
 HEARD_HZ = 440.0
 # Tokens that take longer than to see the first, of the 256 that the tiny model has.
 LONG = 220
@@ -238,6 +241,56 @@ def test_a_plugins_own_part_is_sent_as_it_is(chat: Seen) -> None:
     assert "adapter numbers" in chat.page.locator(".about").inner_text()
 
 
+def test_a_run_offers_examples(browsing: Browsing, server: Served, tmp_path: Path) -> None:
+    """From its examples.jsonl; those that the chosen name takes."""
+    (tmp_path / "media").mkdir()
+    (tmp_path / "media" / "a.png").write_bytes(picture())
+    (tmp_path / "media" / "a.wav").write_bytes(sound())
+    image, clip = {"type": "image", "path": "media/a.png"}, {"type": "audio", "path": "media/a.wav"}
+    rows = [[image, TEXT], [image, clip], [{"type": "numbers", "numbers": [1]}, TEXT]]
+    lines = [json.dumps({"messages": [{"role": "user", "content": content}]}) for content in rows]
+    (tmp_path / "examples.jsonl").write_text("\n".join(lines) + "\n")
+    with urllib.request.urlopen(f"{server.address}/examples") as response:
+        told = json.load(response)
+    assert told == {"examples": [], "parts": {"numbers": {"type": "numbers", "numbers": [0.5]}}}, "no run, no examples"
+    told["examples"] = read_examples(tmp_path)
+    chat = browsing(server.address, offered=told)
+    cards = chat.page.locator("#examples button")
+    chat.expect(cards).to_have_text(["what is it?", "a picture and a sound", "what is it? (with numbers)"])
+    cards.nth(1).click()
+    assert chat.page.locator("#media li").count() == 2
+    chat.ask("")
+    (body,) = asked(chat)
+    assert media(body, "image_url") == picture() and media(body, "input_audio") == sound()
+    chat.button("New chat").click()
+    chat.button("Settings").click()
+    chat.page.get_by_role("combobox", name="Model").select_option("tiny:numbers")
+    chat.button("Done").click()
+    chat.expect(cards).to_have_text(["what is it? (with numbers)"])
+    chat.button("Other").click()
+    assert json.loads(chat.page.get_by_label("As JSON").input_value()) == told["parts"]["numbers"]
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ('{"messages": [{"role": "user", "content": [{"type": "image", "path": "../a.png"}]}]}', "leads out of"),
+        ('{"messages": [{"role": "user", "content": [{"type": "image", "path": "b.png"}]}]}', "b.png"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "one message, of a user"),
+        ("{", "line 1: not valid JSON"),
+        ('{"messages": [{"role": "user", "content": "a"}]}\n' * 25, "25 rows, and 24 is the most"),
+    ],
+)
+def test_examples_that_cannot_be_shown_are_named(tmp_path: Path, row: str, told: str) -> None:
+    (tmp_path / "a.png").write_bytes(picture())
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "examples.jsonl").write_text(row)
+    with pytest.raises(ConfigError, match=told) as refused:
+        read_examples(run)
+    assert "take the file away" in str(refused.value)
+
+
 def test_an_error_is_told_as_the_server_says_it_and_loses_nothing(chat: Seen) -> None:
     chat.ask("first")
     chat.attach("picture", ("broken.png", "image/png", picture()[:60]))
@@ -389,8 +442,22 @@ def test_nothing_is_kept_when_the_page_is_left(chat: Seen) -> None:
     assert chat.page.evaluate("sessionStorage.length") == 0
 
 
+def test_the_api_is_shown_and_tried_without_another_host(browsing: Browsing, server: Served) -> None:
+    seen = browsing(f"{server.address}/docs", address=server.address)
+    with urllib.request.urlopen(f"{server.address}/openapi.json") as response:
+        described = json.load(response)["paths"]
+    expected = [f"{method.upper()} {path}" for path, methods in described.items() for method in methods]
+    seen.expect(seen.page.locator("summary h2")).to_have_text(expected)
+    seen.page.get_by_role("heading", name="POST /v1/chat/completions").click()
+    seen.expect(seen.page.get_by_role("cell", name="temperature")).to_be_visible()
+    seen.button("Send POST /v1/chat/completions").click()
+    answer = seen.page.locator("details[open] pre")
+    seen.expect(answer).to_contain_text("chat.completion")
+    assert json.loads(answer.inner_text())["molora"]["adapters"] == []
+
+
 def test_the_page_has_a_policy_that_lets_nothing_else_in(server: Served) -> None:
-    for path in ("/", "/web/chat.js"):
+    for path in ("/", "/docs", "/web/chat.js"):
         with urllib.request.urlopen(f"{server.address}{path}") as response:
             policy = response.headers["content-security-policy"]
         assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy

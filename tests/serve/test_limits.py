@@ -228,7 +228,7 @@ def test_values_that_change_nothing_are_taken(server: Served) -> None:
 
 def test_who_has_no_key_is_told_nothing(server: Served) -> None:
     for key in (None, "", "wrong", KEY + "x", KEY[:-1], "ключ"[:0] or "x" * 10_000):
-        for path in ("/v1/chat/completions", "/v1/models", "/metrics", "/docs", "/openapi.json", "/nothing"):
+        for path in ("/v1/chat/completions", "/v1/models", "/metrics", "/openapi.json", "/examples", "/nothing"):
             status, told, headers = send(server, chat(), path, key)
             assert status == 401 and told["error"]["code"] == "invalid_api_key"
             assert headers["www-authenticate"] == "Bearer"

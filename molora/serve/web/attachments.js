@@ -19,9 +19,20 @@ export async function fromFile(file, takes) {
   return { kind: OF_PARTS[kind], name: file.name, part, url: URL.createObjectURL(blob) };
 }
 
-/** A part of a modality of its own, as it is. */
+/** A part as the server reads it. */
 export function fromPart(part) {
-  return { kind: "part", name: part.type, part };
+  const data = part.image_url?.url.replace(/^data:[^,]*,/, "") ?? part.input_audio?.data;
+  if (data === undefined) return { kind: "part", name: part.type, part };
+  const bytes = Uint8Array.from(atob(data), (each) => each.charCodeAt(0));
+  const kind = part.image_url ? "picture" : "sound";
+  return { kind, name: `example ${kind}`, part, url: URL.createObjectURL(new Blob([bytes])) };
+}
+
+/** The text and the attachments of a message whose content is given as the server reads it. */
+export function fromContent(content) {
+  const text = content.filter(({ type }) => type === "text").map((part) => part.text);
+  const media = content.filter(({ type }) => type !== "text");
+  return { text: text.join("\n"), attachments: media.map(fromPart) };
 }
 
 /** An element that shows an attachment. */

@@ -1,14 +1,16 @@
 // The chat: what is drafted, sent, answered and remembered. All of it is in this page, and gone with it.
 
-import { fromFile, fromPart, shown } from "./attachments.js";
+import "./key.js";
+import { fromContent, fromFile, fromPart, shown } from "./attachments.js";
 import { record, takePicture } from "./devices.js";
-import { answer, models, whenKeyIsNeeded } from "./server.js";
+import { answer, examples, models } from "./server.js";
 import { answerTurn, question } from "./turns.js";
 
 const $ = (id) => document.getElementById(id);
 const fields = (id) => $(id).querySelector("form").elements;
 
 let known = []; // the model's names
+let offered = { questions: [], parts: {} }; // examples: of questions, and of parts of modalities' own
 let conversation = []; // messages as the server reads them
 let draft = []; // attachments of the next message
 let answering = null; // the AbortController of the answer that comes
@@ -33,7 +35,6 @@ function showDraft() {
       remove.setAttribute("aria-label", `Remove ${each.name}`);
       remove.onclick = () => {
         draft = draft.filter((other) => other !== each);
-        if (each.url) URL.revokeObjectURL(each.url);
         showDraft();
         $("text").focus();
       };
@@ -185,6 +186,30 @@ function showWhatItTakes() {
   const others = types.filter((type) => !(type in words));
   $("open-part").hidden = !others.length;
   fields("part").kind.replaceChildren(...others.map((type) => new Option(type)));
+  $("examples").replaceChildren(...offered.questions.filter(fits).map(card));
+  $("examples").hidden = !$("examples").childElementCount;
+}
+
+function fits({ attachments }) {
+  const types = { picture: "image", sound: "audio" };
+  return attachments.every(({ kind, name }) => takes().includes(types[kind] ?? name));
+}
+
+/** An example to look at, which becomes the draft when it is chosen. */
+function card({ text, attachments }) {
+  const [item, choose] = [document.createElement("li"), document.createElement("button")];
+  choose.type = "button";
+  choose.onclick = () => {
+    setDraft(text, attachments);
+    $("text").focus();
+  };
+  const picture = attachments.find(({ kind }) => kind === "picture");
+  if (picture) choose.append(shown({ ...picture, name: "" }));
+  const media = attachments.filter((each) => !text || each !== picture);
+  const named = listed(media.map(({ kind, name }) => (kind === "part" ? name : `a ${kind}`)));
+  choose.append(text && named ? `${text} (with ${named})` : text || named);
+  item.append(choose);
+  return item;
 }
 
 function listed(words) {
@@ -236,9 +261,11 @@ $("open-camera").onclick = () =>
 $("record").onclick = () => tried(recording ? endRecording : startRecording);
 $("open-part").onclick = () => {
   const given = fields("part");
-  const start = () => (given.json.value = JSON.stringify({ type: given.kind.value, [given.kind.value]: null }, null, 2));
-  given.kind.onchange = start;
-  start();
+  given.kind.onchange = () => {
+    const type = given.kind.value;
+    given.json.value = JSON.stringify(offered.parts[type] ?? { type, [type]: null }, null, 2);
+  };
+  given.kind.onchange();
   $("part").showModal();
 };
 $("part").querySelector("form").onsubmit = (event) => {
@@ -277,17 +304,10 @@ for (const end of ["drop", "dragleave"]) {
 $("open-settings").onclick = () => $("settings").showModal();
 fields("settings").model.onchange = showWhatItTakes;
 
-whenKeyIsNeeded(async (why) => {
-  $("key-why").textContent = why;
-  fields("ask-key").key.value = "";
-  $("ask-key").returnValue = "";
-  $("ask-key").showModal();
-  await new Promise((resolve) => $("ask-key").addEventListener("close", resolve, { once: true }));
-  return $("ask-key").returnValue === "use" ? fields("ask-key").key.value : null;
-});
-
 const ready = tried(async () => {
   known = await models();
+  const given = await examples();
+  offered = { questions: given.examples.map(fromContent), parts: given.parts };
   fields("settings").model.replaceChildren(...known.map(({ id }) => new Option(id)));
   showWhatItTakes();
 });

@@ -16,6 +16,21 @@ export async function models() {
   return (await (await ask("v1/models")).json()).data;
 }
 
+/** Questions to begin with, each as the content of a message, and by type what a part of a modality's own looks like. */
+export async function examples() {
+  return (await ask("examples")).json();
+}
+
+/** The API, as OpenAPI describes it. */
+export async function description() {
+  return (await ask("openapi.json")).json();
+}
+
+/** What a path answers, as text. `request` may have a method and a body of JSON. */
+export async function raw(path, request = {}) {
+  return (await ask(path, { headers: { "content-type": "application/json" }, ...request })).text();
+}
+
 /** Pieces of an answer as they come. Aborting `signal` ends the request, and with it the work of the server. */
 export async function* answer(body, signal) {
   const options = { include_usage: true, continuous_usage_stats: true };
