@@ -23,9 +23,13 @@ help:  ## list the targets
 demo: $(VENV)/demo.stamp  ## teach a small model to see and to hear, and question it; writes runs/demo/report.html
 	$(BIN)/molora demo
 
-serve: $(VENV)/dev.stamp  ## serve the demo's run at http://127.0.0.1:8000 for OpenAI's clients
-	@test -e runs/demo/molora.json || { echo "there is no runs/demo yet; make one: make demo" >&2; exit 1; }
-	$(BIN)/molora serve runs/demo
+serve: $(VENV)/dev.stamp  ## serve the demo's run, or that of a quick demo, with a chat at http://127.0.0.1:8000
+	@run=runs/demo; test -e $$run/report.html || run=runs/quick_demo; \
+	if ! test -e $$run/report.html; then \
+	  echo "there is no runs/demo yet, and 'make demo' takes long: a quick one shows how it works, and knows next to nothing"; \
+	  $(BIN)/molora demo --quick --run $$run; \
+	fi; \
+	exec $(BIN)/molora serve $$run
 
 test: $(VENV)/dev.stamp  ## run the tests, one process a core, at most eight
 	$(KEEP_MEMORY) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal

@@ -28,6 +28,7 @@ from molora.data.easy_vqa import CAPTION_QUESTION, TRANSCRIPT_QUESTION, caption,
 from molora.data.sources import open_source
 from molora.demo.two import in_two
 from molora.evaluate.judge import Evaluation, EvaluationConfig, Evaluations
+from molora.evaluate.kept_media import kept
 from molora.evaluate.metrics import Judged, open_metrics, scores
 from molora.inference.generate import GenerationConfig
 from molora.inference.load import LoadedModel, load
@@ -53,6 +54,7 @@ _TEXTS_REPEATED = 6_000
 _QUICK_ROWS = 4_000
 _SHOWN_EXAMPLES = 10
 _SHOWN_MISTAKES = 3
+_OFFERED_EXAMPLES = 2
 
 # Where recipes are, in a checkout and where molora is installed.
 _CONFIGS = Path(__file__).parents[1] / "configs"
@@ -119,6 +121,7 @@ def run_demo(demo: Demo) -> Path:
         judged = in_two(_evaluate, demo, list(evaluations(demo)))
     loaded = load(run)
     judged[TEXT] = answer_texts(loaded, without)
+    _write_examples(judged, run)
     _answer_live(demo, loaded)
     path = write_report(_report(demo, loaded, judged, untouched, clock), run)
     say(f"report: {path}")
@@ -277,6 +280,20 @@ def _answer_live(demo: Demo, loaded: LoadedModel) -> None:
     for answer in loaded.answers(samples, GenerationConfig(max_new_tokens=24)):
         ran = ", ".join(answer.adapters) or "bare backbone"
         say(f"  {answer.id:<18} {ran:<14} {answer.text}")
+
+
+def _write_examples(judged: dict[str, list[Judged]], run: Path) -> None:
+    """Questions that the chat of `molora serve` offers, with their media in the run's folder."""
+    draw = random.Random(seed_of(0, "offered examples"))
+    rows = []
+    for name in (WRITTEN, SPOKEN, TRANSCRIPT):
+        for item in draw.sample(judged[name], _OFFERED_EXAMPLES):
+            content = [
+                part if part["type"] == "text" else {"type": part["type"], "bytes": Path(part["path"]).read_bytes()}
+                for part in item.messages[0]["content"]
+            ]
+            rows.append({"messages": kept([{"role": "user", "content": content}], run)})
+    write_text(run / "examples.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _report(demo: Demo, loaded: LoadedModel, judged: dict[str, list[Judged]], untouched: int, clock: _Clock) -> Report:

@@ -25,6 +25,7 @@ from molora.demo.run import (
 from molora.inference.load import load
 from molora.interrupt import Stopped
 from molora.received import read_json
+from molora.serve.examples import read_examples
 from molora.train.loop import train
 from molora.train.recipe import Recipe
 from molora.train.resume import differences
@@ -45,6 +46,8 @@ def test_the_quick_demo_runs_reports_and_reuses(tmp_path: Path, capfd: pytest.Ca
     figures = json.loads((run / "report.json").read_text())
     assert figures["metrics"]["spoken question"]["questions"] == 40
     assert figures["metrics"]["text question"] == {"as without molora": 1.0, "questions": 2}
+    offered = [part for content in read_examples(run) for part in content]
+    assert {part["type"] for part in offered} == {"text", "image_url", "input_audio"}
     told = capfd.readouterr().out
     assert "frozen  backbone" in told and "exact match" in told and "bare backbone" in told
 
