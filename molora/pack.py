@@ -28,13 +28,15 @@ class Item:
 @dataclass(frozen=True)
 class Sample:
     """One conversation as tensors. `modality_ids_T` is 0 on text and 1 + the modality's index in the processor on media
-    positions; `targets_T` is True on tokens the model should learn to produce. Items are in reading order."""
+    positions; `targets_T` is True on tokens the model should learn to produce. Items are in reading order. Of a
+    preference, `rejected` is the sample with the other answer."""
 
     id: str
     token_ids_T: Tensor
     modality_ids_T: Tensor
     targets_T: Tensor
     items: tuple[Item, ...] = ()
+    rejected: Sample | None = None
 
     @classmethod
     def of_text(cls, id: str, token_ids: Sequence[int]) -> Sample:

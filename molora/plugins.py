@@ -25,6 +25,7 @@ Kind = Literal["modality", "router", "source", "metric"]
 
 _SOURCES = {
     "messages": "molora.data.sources:Messages",
+    "preferences": "molora.data.preferences:Preferences",
     "table": "molora.data.formats.table:Table",
     "shards": "molora.data.index.shards:Shards",
     "coco_captions": "molora.data.formats.coco:CocoCaptions",

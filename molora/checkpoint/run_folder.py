@@ -164,7 +164,10 @@ def read_state(state: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]
     """A state's description and its tensors by file. Raises OSError, ValueError naming the file that is missing,
     damaged or of another format."""
     about = read_state_about(state)
-    return about, {name: read_tensors(state / f"{name}.safetensors") for name in ("weights", "optimizer")}
+    names = ["weights", "optimizer"]
+    if (state / "reference.safetensors").is_file():  # in the middle of a stage of preferences
+        names.append("reference")
+    return about, {name: read_tensors(state / f"{name}.safetensors") for name in names}
 
 
 def read_state_about(state: Path) -> dict[str, Any]:

@@ -35,7 +35,8 @@ class Source(Protocol):
 
     A row is {"id", "messages"} and may have "tags", a list of names to report metrics by; "answers", the list of all
     that are accepted in place of the last message, which has the first; and "choices" with "choice", the texts of a
-    question's options and the number of the right one, counted from 0.
+    question's options and the number of the right one, counted from 0. A preference has "rejected", the messages with
+    the answer that was not chosen.
 
     A source may also have `where(row)`, the file and row for errors; `blocks`, by which its rows are shuffled;
     `will_read(ranges)`, which is told the ranges of rows that come next, in any order; where `blocks` has files,
@@ -101,8 +102,11 @@ class Messages:
         return row_id(self.rows[row].get("id"), row, self.rows.where(row))
 
     def __getitem__(self, row: int) -> dict[str, Any]:
+        return self.told(row, self.rows[row])
+
+    def told(self, row: int, value: Mapping[str, Any]) -> dict[str, Any]:
+        """What row number `row` tells if it says `value`."""
         where = self.rows.where(row)
-        value = self.rows[row]
         messages = conversation(value, where)
         return {
             "id": row_id(value.get("id"), row, where),
@@ -248,7 +252,8 @@ class Skipped:
 @dataclass(eq=False)
 class EncodedSamples(Dataset[Sample | Skipped]):
     """Sample number k, encoded. Safe in data workers. A sample longer than `max_tokens` is too long, and so is one that
-    the processor says is. Errors of the kinds in `skips` leave the sample out; any other stops."""
+    the processor says is. Errors of the kinds in `skips` leave the sample out; any other stops. With `pairs` every
+    sample has its rejected answer."""
 
     configs: Mapping[str, SourceConfig]
     processor: Processor
@@ -259,6 +264,7 @@ class EncodedSamples(Dataset[Sample | Skipped]):
     where: str
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     samples_per_step: int = 1
+    pairs: bool = False
 
     def __post_init__(self) -> None:
         if not self.configs:
@@ -300,9 +306,8 @@ class EncodedSamples(Dataset[Sample | Skipped]):
             raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
         id = f"{self.names[source]}/{example['id']}@{epoch}"
         try:
-            sample = self.processor.encode(example["messages"], id, seed=seed_of(self.seed, id), known=known)
-            check_length(sample, self.max_tokens)
-            return sample
+            seed = seed_of(self.seed, id)
+            return encode_row(self.processor, example, id, self.max_tokens, pairs=self.pairs, seed=seed, known=known)
         except self.skips as error:
             return Skipped(id, str(error))
         except ValueError as error:
@@ -329,6 +334,29 @@ class EncodedSamples(Dataset[Sample | Skipped]):
             opened.will_read(rows)
         if behind is not None:
             opened.will_fetch(behind)
+
+
+def encode_row(
+    processor: Processor,
+    example: Mapping[str, Any],
+    id: str,
+    max_tokens: int,
+    *,
+    pairs: bool = False,
+    seed: int | None = None,
+    known: dict[Any, Prepared] | None = None,
+) -> Sample:
+    """A row of a source as a sample of a stage whose packs hold `max_tokens`; with `pairs` it has its rejected answer.
+    Raises SampleTooLong, and what `Processor.encode` does."""
+    sample = processor.encode(example["messages"], id, seed=seed, known=known)
+    check_length(sample, max_tokens)
+    if not pairs:
+        return sample
+    if "rejected" not in example:
+        raise ValueError(f"sample {id}: has no rejected answer; preferences are learned from `kind: preferences`")
+    rejected = processor.encode(example["rejected"], f"{id}, rejected", seed=seed, known=known)
+    check_length(rejected, max_tokens)
+    return replace(sample, rejected=rejected)
 
 
 def check_length(sample: Sample, max_tokens: int) -> None:

@@ -37,6 +37,7 @@ from molora.train.frame_cache import FeatureCache
 from molora.train.log import MetricsLog
 from molora.train.optim import PartOptimizer, copy_parts, matches, set_trainable
 from molora.train.phases import PhaseClock
+from molora.train.preference import Reference, preference_step
 from molora.train.preflight import Trial, describe, open_trials, try_model
 from molora.train.recipe import Recipe, StageConfig, plan_recipe, remember_plugins, skipped_errors
 from molora.train.resume import Best, Position, check_environment, environment, planned_steps, resumed_position
@@ -127,6 +128,8 @@ class _Run:
         self.optimizers: dict[str, PartOptimizer] = {}
         self.optimizer_tensors: dict[str, Tensor] = {}
         self.features: FeatureCache | None = None
+        self.reference: Reference | None = None
+        self.reference_tensors: dict[str, Tensor] = {}
         self.failed: list[str] = []
 
     def begin(self, state: Path | None, trials: Mapping[str, Trial]) -> None:
@@ -178,6 +181,9 @@ class _Run:
             copy_parts(self.model, stage.start_from)
         for part, optimizer in self.optimizers.items() if first_step else ():
             optimizer.load(self.optimizer_tensors, self.position.part_steps.get(part, 0))
+        self.reference = None
+        if stage.objective == "preferences" and stage.preference.reference:
+            self.reference = Reference(self.model, self.reference_tensors if first_step else None)
         if self.recipe.feature_cache is not None:
             self.features = FeatureCache(Path(self.recipe.feature_cache), self.model)
         samples = EncodedSamples(
@@ -189,6 +195,7 @@ class _Run:
             where=f"stages.{index}.data",
             mixture=stage.mixture,
             samples_per_step=stage.samples_per_step,
+            pairs=stage.objective == "preferences",
         )
         if self.ranks.is_main and not totals.data:
             totals.data = about_sources(stage, samples)
@@ -275,8 +282,11 @@ class _Run:
         if self.features is not None:
             self.clock.to("encoding")
             samples = self.features.fill(samples)
-        how = (stage.tokens_per_pack, self.optimizers, self.ranks, self.clock, stage.objective)
-        row = train_step(self.model, self.processor, samples, *how)
+        with_what = (self.model, self.processor, samples, stage.tokens_per_pack, self.optimizers)
+        if stage.objective == "preferences":
+            row = preference_step(*with_what, stage.preference, self.reference, self.ranks, self.clock)
+        else:
+            row = train_step(*with_what, self.ranks, self.clock, stage.objective)
         ids = sorted(self.ranks.gather([sample.id for sample in samples]))
         row["samples"] = len(ids)
         row["samples_digest"] = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
@@ -389,6 +399,8 @@ class _Run:
                 **self._so_far(),
             }
             tensors = {"weights": self._trained(), "optimizer": moments}
+            if self.reference is not None and self.position.step:
+                tensors["reference"] = self.reference.tensors
             save_state(self.folder, self._state().name, tensors, about)
             self._export(self.folder)
         self.ranks.wait()
@@ -455,5 +467,6 @@ class _Run:
         except ValueError as error:
             raise ConfigError(f"{error}; did the plugin's code change? give another run=") from error
         self.optimizer_tensors = tensors["optimizer"]
+        self.reference_tensors = tensors.get("reference", {})
         self.best, self.totals = read_so_far(about, state, self.totals)
         self.log.truncate(about["logs"])

@@ -7,8 +7,8 @@ from molora.data.processor import Processor
 from molora.data.sources import (
     Source,
     SourceConfig,
-    check_length,
     check_samples,
+    encode_row,
     mixed_order,
     open_source,
     placed,
@@ -32,7 +32,8 @@ TRIED_ROWS_AT_MOST = 32
 class Trial:
     """A source, opened, with a few of its rows read, from the first to the last. `where` is its key in the recipe.
 
-    Rows with errors of the kinds in `skips` may be left out, and of an evaluation any may.
+    Rows with errors of the kinds in `skips` may be left out, and of an evaluation any may. With `pairs` each has a
+    rejected answer.
 
     Raises ConfigError for a source that cannot be opened; ValueError for rows that cannot be read.
     """
@@ -44,8 +45,10 @@ class Trial:
         *,
         evaluation: EvaluationConfig | None = None,
         skips: tuple[type[ValueError], ...] = (ValueError,),
+        pairs: bool = False,
     ) -> None:
         self.where = where
+        self.pairs = pairs
         self.evaluation = evaluation
         self.skips = skips
         try:
@@ -96,7 +99,7 @@ class Trial:
         example = self.source[row]
         if processor is not None:
             id = f"{self.where.rpartition('.')[2]}/{example['id']}@0"
-            check_length(processor.encode(example["messages"], id), max_tokens)
+            encode_row(processor, example, id, max_tokens, pairs=self.pairs)
 
 
 def _spread(length: int, few: int, many: int) -> list[int]:
@@ -112,7 +115,8 @@ def open_trials(recipe: Recipe, steps: Sequence[int], position: Position) -> dic
     for index, stage in list(enumerate(recipe.stages))[position.stage :]:
         for name, config in stage.data.items():
             where = f"stages.{index}.data.{name}"
-            trials[where] = Trial(where, config, skips=skipped_errors(stage))
+            pairs = stage.objective == "preferences"
+            trials[where] = Trial(where, config, skips=skipped_errors(stage), pairs=pairs)
         sources = [trials[f"stages.{index}.data.{name}"].source for name in stage.data]
         order = mixed_order(
             stage.data.values(), sources, stage.mixture, seed=recipe.seed, samples_per_step=stage.samples_per_step
@@ -144,6 +148,12 @@ def try_model(
         if stage.objective == "words" and others:
             told = f"stages.{index}.train: {others} learn nothing by `objective: words`, which runs no adapter"
             raise ConfigError(f"{told}; train encoders and projectors by it, and the rest in a stage of answers")
+        encoders = sorted(part for part in model.training_parts() if part.startswith("encoders."))
+        if stage.objective == "preferences" and encoders:
+            told = f"stages.{index}.train: {encoders} stay frozen while preferences are learned"
+            raise ConfigError(
+                f"{told}, so that a medium is encoded once for both answers; train them in a stage before"
+            )
         check_start(model, stage.start_from, f"stages.{index}.start_from")
         for name in stage.data:
             if trial := trials.get(f"stages.{index}.data.{name}"):

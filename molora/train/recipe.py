@@ -22,8 +22,9 @@ from molora.modality import MediaError
 from molora.plugins import Kind, find
 from molora.received import check_name
 from molora.train.optim import PartConfig
+from molora.train.preference_losses import PreferenceConfig
 
-Objective = Literal["answers", "words"]
+Objective = Literal["answers", "words", "preferences"]
 
 
 @dataclass(kw_only=True)
@@ -41,7 +42,8 @@ class StageConfig:
 
     The `objective` is what is learned. By `answers` the backbone gives them. By `words` the media tokens of a sample
     come to be the embeddings of its answer's tokens, in their order (CTC): no layer of the backbone runs, so a step
-    costs little more than the encoder does, and no adapter trains."""
+    costs little more than the encoder does, and no adapter trains. By `preferences` the chosen answer comes to be
+    likelier than the rejected one, beside what both were when the stage began; `preference` says by which losses."""
 
     name: str
     train: dict[str, PartConfig]
@@ -56,11 +58,14 @@ class StageConfig:
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     evaluate_every_steps: int = 0
     objective: Objective = "answers"
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     start_from: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require(self, 1, "samples_per_step", "tokens_per_pack")
         require(self, 0, "steps", "epochs", "evaluate_every_steps", "skip_limit")
+        if self.objective != "preferences" and self.preference != PreferenceConfig():
+            raise ValueError(f"preference: is for `objective: preferences`, and this stage learns {self.objective}")
         if (self.steps > 0) == (self.epochs > 0):
             raise ValueError(
                 f"steps is {self.steps} and epochs {self.epochs:g}; give one of the two, and the other as 0"

@@ -69,17 +69,21 @@ def train_step(
             clock.to("loading")
     clock.to("other")
     means, shares = _results(done, targets, ranks)
-    if not all(math.isfinite(mean) for mean in means.values()):
-        ids = ", ".join(sample.id for sample in samples[:4])
-        shown = {name_of(group): means[group] for group in groups}
-        told = f"the loss is not finite ({shown}); stopped before the optimiser"
-        raise TrainingError(f"{told}. The step's samples: {ids}, …")
+    check_finite({name_of(key) if isinstance(key, frozenset) else key: mean for key, mean in means.items()}, samples)
     row: dict[str, Any] = {}
     for key, mean in means.items():
         of, name = ("source_", key) if isinstance(key, str) else ("", name_of(key))
         row[f"{of}loss/{name}"], row[f"{of}targets/{name}"] = mean, targets[key]
     row |= _mean_shares(ranks.gather(shares))
     present = frozenset().union(*(parts[group] for group in groups if targets[group]))
+    return row | update(optimizers, present, ranks, clock)
+
+
+def update(
+    optimizers: Mapping[str, PartOptimizer], present: frozenset[str], ranks: Ranks, clock: PhaseClock
+) -> dict[str, float]:
+    """Steps the parts that a sample of any rank ran through (`present`); their gradient norms and learning rates."""
+    row: dict[str, float] = {}
     clock.to("optimizer")
     for part, optimizer in optimizers.items():
         if part in present:
@@ -87,6 +91,14 @@ def train_step(
             row[f"gradient_norm/{part}"], row[f"learning_rate/{part}"] = optimizer.step()
     clock.to("other")
     return row
+
+
+def check_finite(losses: Mapping[str, float], samples: Sequence[Sample]) -> None:
+    """Raises TrainingError for a step's losses, by what they are of, that are no numbers."""
+    if not all(map(math.isfinite, losses.values())):
+        ids = ", ".join(sample.id for sample in samples[:4])
+        told = f"the loss is not finite ({dict(losses)}); stopped before the optimiser"
+        raise TrainingError(f"{told}. The step's samples: {ids}, …")
 
 
 def source_of(id: str) -> str | None:
