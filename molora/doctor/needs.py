@@ -249,7 +249,7 @@ def training_needs(recipe: Recipe, trust: Sequence[str] = (), device_type: str =
     model.backbone.activation_checkpointing = recipe.activation_checkpointing
     moments, unknown = [], None
     cached = recipe.feature_cache is not None
-    for index, (stage, (gradients, optimiser)) in enumerate(zip(recipe.stages, learned, strict=True)):
+    for index, (stage, held) in enumerate(zip(recipe.stages, learned, strict=True)):
         set_trainable(model, stage.train, 1, f"stages.{index}.train")
         sets = [modalities for modalities in modality_sets(model) if model.trains(modalities)] or modality_sets(model)
         steps = []
@@ -265,9 +265,9 @@ def training_needs(recipe: Recipe, trust: Sequence[str] = (), device_type: str =
             unknown = f"stages.{index}.data: {first_line}"
         else:
             needs = _step(dry, samples, stage, cached, origin)
-            given = Moment(f"stage {stage.name}, as its data are", (gradients, optimiser, *needs))
-        moments.append(Moment(f"stage {stage.name}", (gradients, optimiser, *most), given))
-    optimiser = max((optimiser for _, optimiser in learned), key=lambda need: need.num_bytes)
+            given = Moment(f"stage {stage.name}, as its data are", (*held, *needs))
+        moments.append(Moment(f"stage {stage.name}", (*held, *most), given))
+    optimiser = max((held[1] for held in learned), key=lambda need: need.num_bytes)
     for name, evaluation in recipe.evaluations.items():
         running = min(evaluation.max_running_samples, evaluation.data.limit or evaluation.max_running_samples)
         decoding = GenerationConfig(max_new_tokens=evaluation.max_new_tokens, max_running_samples=running)
@@ -277,8 +277,9 @@ def training_needs(recipe: Recipe, trust: Sequence[str] = (), device_type: str =
     return MemoryNeeds(owned, tuple(moments), unknown=unknown, held=_held(dry, 1.0, tokens, device_type))
 
 
-def _learned(model: MoLoRA, stage: StageConfig, where: str) -> tuple[Need, Need]:
-    """Gradients and the optimiser's state of what a stage trains, made by its optimisers on the meta device."""
+def _learned(model: MoLoRA, stage: StageConfig, where: str) -> tuple[Need, ...]:
+    """Gradients and the optimiser's state of what a stage trains, made by its optimisers on the meta device, and the
+    copy of it that preferences are measured by."""
     optimizers: dict[str, PartOptimizer] = set_trainable(model, stage.train, 1, where)
     parameters = [p for optimizer in optimizers.values() for p in optimizer.parameters.values()]
     for parameter in parameters:
@@ -289,7 +290,10 @@ def _learned(model: MoLoRA, stage: StageConfig, where: str) -> tuple[Need, Need]
     for parameter in parameters:
         parameter.grad = None
     gradients = Need("gradients", size_of(parameters), about(parameters))
-    return gradients, Need("optimiser", size_of(state), f"of {', '.join(optimizers)}")
+    held = gradients, Need("optimiser", size_of(state), f"of {', '.join(optimizers)}")
+    if stage.objective == "preferences" and stage.preference.reference:
+        return *held, Need("reference", size_of(parameters), "what trains, as it was when the stage began")
+    return held
 
 
 def _heaviest_step(model: MoLoRA, recipe: Recipe, index: int) -> tuple[list[Sample], str]:
@@ -309,10 +313,12 @@ def _heaviest_step(model: MoLoRA, recipe: Recipe, index: int) -> tuple[list[Samp
         where=where,
         mixture=stage.mixture,
         samples_per_step=size,
+        pairs=stage.objective == "preferences",
     )
     rows = size * min(count_steps(stage, dataset.num_rows), max(1, _SAMPLED_ROWS // size))
     encoded = [dataset[k] for k in range(rows)]
-    steps = [[each for each in encoded[k : k + size] if isinstance(each, Sample)] for k in range(0, rows, size)]
+    answers = [(each, each.rejected) if isinstance(each, Sample) else () for each in encoded]
+    steps = [[one for both in answers[k : k + size] for one in both if one is not None] for k in range(0, rows, size)]
 
     def largest_pack(samples: list[Sample]) -> int:
         learning = [sample for sample in samples if model.trains(sample.modalities)]
@@ -359,7 +365,8 @@ def full_pack(model: MoLoRA, modalities: frozenset[str], stage: StageConfig) -> 
     """Samples that fill a pack of a stage, all the same: the largest examples of these modalities, and text."""
     most_tokens = min(stage.tokens_per_pack, model.backbone.max_tokens)
     shortest = largest_sample(model, modalities, 0, most_tokens)
-    number = min(stage.samples_per_step, stage.tokens_per_pack // len(shortest))
+    answers = stage.samples_per_step * (2 if stage.objective == "preferences" else 1)
+    number = min(answers, stage.tokens_per_pack // len(shortest))
     num_tokens = min(stage.tokens_per_pack // number, most_tokens)
     return copies(largest_sample(model, modalities, num_tokens, most_tokens), number)
 

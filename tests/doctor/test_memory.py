@@ -407,6 +407,22 @@ def test_packs_of_the_data_are_counted_as_the_recipes_own_steps_take_them(small:
     assert need(given, "activations") < need(moment, "activations")
 
 
+def test_preferences_hold_a_copy_of_what_trains_and_two_answers_of_a_pair(small: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(small)
+    (stage,) = recipe.stages
+    stage.objective, stage.train = "preferences", {"adapters.*": PartConfig(learning_rate=1e-3)}
+    row = {"prompt": "what?", "chosen": "a" * 20, "rejected": "b" * 50}
+    (tmp_path / "pairs.jsonl").write_text("\n".join([json.dumps(row)] * 8))
+    stage.data = {"pairs": SourceConfig(kind="preferences", options={"path": str(tmp_path / "pairs.jsonl")})}
+    (moment,) = training_needs(recipe).moments
+    assert need(moment, "reference") == need(moment, "gradients") > 0
+    (origin,) = (its.origin for its in moment.needs if its.what == "activations")
+    assert origin.startswith("a pack of 8 x ")
+    stage.preference.reference = False
+    (without,) = training_needs(recipe).moments
+    assert [each.what for each in without.needs] == ["gradients", "optimiser", "logits", "activations"]
+
+
 def test_what_is_needed_is_said_for_the_data_and_for_the_largest_packs(backbone: Path, tmp_path: Path) -> None:
     recipe = recipe_of(backbone)
     recipe.stages[0].data = {"rows": rows_of(tmp_path / "rows.jsonl", [1, 2, 3, 4])}
