@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import molora
-from molora.config import ConfigError, build
+from molora.config import ConfigError, build, dump
 from molora.data.processor import Processor
 from molora.data.sources import encode_row
 from molora.interrupt import Interrupt, Stopped
@@ -35,6 +35,7 @@ from molora.train.optim import PartConfig, set_trainable
 from molora.train.preference import Reference, preference_step
 from molora.train.preference_losses import LOSSES, PreferenceConfig
 from molora.train.recipe import Recipe
+from tests.train.test_train import two_processes
 
 TARGETS = ["o_proj", "down_proj"]
 # TRL's padded batch would have LongRoPE's frequencies of its longest row.
@@ -392,6 +393,26 @@ def test_a_stage_of_preferences_goes_on_as_if_it_had_not_stopped(
         molora.GenerationConfig(max_new_tokens=2),
     )
     assert isinstance(answer, str)
+
+
+def test_two_processes_learn_like_one(home: Path, tmp_path: Path) -> None:
+    """A pair for each, so that one often has a modality that the other has not, and sorts pairs that lie apart."""
+    runs = []
+    for name in ("one", "two"):
+        config = recipe(home, tmp_path / name, steps=20, samples_per_step=2, preference={"losses": {"aot": 1.0}})
+        for modality in config.modalities.values():
+            modality.adapter = {**(modality.adapter or {}), "lora_dropout": 0.0}
+        runs.append(config)
+    train(runs[0], show=False)
+    (tmp_path / "two.yaml").write_text(dump(runs[1]))
+    two_processes(tmp_path / "two.yaml", launched=False)
+    one, two = (logged(tmp_path / name) for name in ("one", "two"))
+    assert len(one) == len(two) == 20 and any("loss/numbers" in row and "loss/letters" in row for row in one)
+    for row, expected in zip(two, one, strict=True):
+        assert row.keys() == expected.keys() and row["samples_digest"] == expected["samples_digest"]
+        for key, value in expected.items():
+            if key.startswith(("loss/", "accuracy/", "reward_")):
+                assert row[key] == pytest.approx(value, rel=1e-5, abs=1e-5), f"step {row['step']}: {key}"
 
 
 def test_a_reference_that_is_gone_is_told(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
