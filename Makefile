@@ -38,8 +38,9 @@ test-oldest:  ## run the tests with the oldest libraries that setup.cfg allows, 
 	$(MAKE) VENV=$(VENV)-oldest $(VENV)-oldest/oldest.stamp
 	$(MAKE) VENV=$(VENV)-oldest test
 
-test-harness: $(VENV)-harness/made.stamp  ## run the tests of molora under lm-eval and lmms-eval, in .venv-harness
-	HF_HUB_OFFLINE=1 $(VENV)-harness/bin/python -m pytest --quiet tests/evaluate/test_harness.py
+test-harness: $(VENV)-harness/made.stamp  ## run the tests with lm-eval, lmms-eval and other clients, in .venv-harness
+	HF_HUB_OFFLINE=1 $(VENV)-harness/bin/python -m pytest --quiet tests/evaluate/test_harness.py \
+	tests/serve/test_other_clients.py
 
 check: $(VENV)/dev.stamp  ## lint, format and types
 	$(BIN)/ruff check
@@ -102,12 +103,15 @@ $(VENV)/oldest.stamp: $(VENV)/made.stamp setup.cfg pyproject.toml
 
 # What the harnesses bring beside what $(VENV) has, in an environment on top of it. lmms-eval asks for fifty more
 # packages, some at one version, for models and tasks that bring their own; those named here are what it imports itself.
-# It patches a private module that filelock 4 no longer has.
+# It patches a private module that filelock 4 no longer has. Beside them, clients that the server is tried with; that of npm
+# where there is npm.
 $(VENV)-harness/made.stamp: $(VENV)/dev.stamp Makefile setup.cfg
-	@echo "installing lm-eval and lmms-eval into $(VENV)-harness, on top of $(VENV) (about 400 MB; a few minutes)"
+	@echo "installing lm-eval, lmms-eval and clients into $(VENV)-harness, on top of $(VENV) (about 600 MB; a few minutes)"
 	$(BIN)/python -m venv --clear $(VENV)-harness
 	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(\"%s\")" % sysconfig.get_path("purelib"))' \
 	> "$$($(VENV)-harness/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth"
-	$(HARNESS_PIP) --editable '.[harness]' aiohttp 'filelock<4' loguru python-dotenv pytz tenacity
+	$(HARNESS_PIP) --editable '.[harness]' aiohttp 'filelock<4' loguru python-dotenv pytz tenacity \
+	'guidellm>=0.8,<0.9' 'litellm>=1.80,<2'
 	$(HARNESS_PIP) --no-deps 'lmms-eval>=0.7.3,<0.8'
+	! command -v npm >/dev/null || npm install --silent --no-save --prefix $(VENV)-harness openai@6
 	@touch $@

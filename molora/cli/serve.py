@@ -28,7 +28,9 @@ def serve(
     kv_cache_gib: Annotated[
         float | None, typer.Option(help="Memory for keys and values; by default half of what is free, at most.")
     ] = None,
-    prefill_tokens: Annotated[int, typer.Option(min=1, help="Tokens of prompts that enter in a step.")] = 512,
+    prefill_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of prompts that enter in a step; by default 512, or 128 on a CPU.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, if the client says nothing.")] = 1024,
     temperature: Annotated[float, typer.Option(min=0.0, help="If the client says nothing; 0 is greedy.")] = 0.0,
     answer_seconds: Annotated[float, typer.Option(min=0.001, help="The longest that an answer may take.")] = 600.0,

@@ -24,6 +24,8 @@ from molora.terminal import warn
 
 T = TypeVar("T")
 
+# Steps in a row that long prompts wait for short ones.
+_MOST_HELD_BACK = 3
 # How much of the memory that is free keys and values may take: activations and logits need some too.
 _SHARE_TAKEN = 0.7
 
@@ -118,7 +120,10 @@ class Batch:
         self._config = config
         self._frames = frames
         self._waiting: deque[Asked] = deque()
-        self._prompts: list[Prompts] = []
+        # Prompts that enter in a step, and those that need several.
+        self._short: list[Prompts] = []
+        self._long: list[Prompts] = []
+        self._held_back = 0
         self._running: list[Running] = []
         self.pool = self._pool_as_configured()
 
@@ -164,7 +169,7 @@ class Batch:
     @property
     def num_running(self) -> int:
         """Samples that hold pages."""
-        return len(self._running) + sum(len(prompts.to_come) for prompts in self._prompts)
+        return len(self._running) + sum(len(prompts.to_come) for prompts in (*self._short, *self._long))
 
     @property
     def has_room(self) -> bool:
@@ -188,9 +193,10 @@ class Batch:
         self._waiting = deque(asked for asked in self._waiting if asked.sample.id != id)
         gone = [sample for sample in self._running if sample.id == id]
         self._running = [sample for sample in self._running if sample.id != id]
-        for prompts in self._prompts:
+        for prompts in (*self._short, *self._long):
             gone += prompts.drop(id)
-        self._prompts = [prompts for prompts in self._prompts if prompts.to_come]
+        self._short = [prompts for prompts in self._short if prompts.to_come]
+        self._long = [prompts for prompts in self._long if prompts.to_come]
         for sample in gone:
             self.pool.release(sample.pages)
 
@@ -200,18 +206,36 @@ class Batch:
         sample that cannot be collated or encoded, or whose logits are no numbers, ends with its error."""
         logits = next_logits(self._model, self.pool, self._running)
         steps = self._enter()
-        fed = 0
-        while self._prompts and fed < self._config.prefill_tokens:
-            # In turn, so that a short prompt does not wait for all of a long one.
-            prompts = self._prompts.pop(0)
-            num_tokens, ended, their_logits = prompts.feed(self.pool, self._config.prefill_tokens)
-            fed, logits = fed + num_tokens, logits + their_logits
-            self._running += ended
-            if prompts.to_come:
-                self._prompts.append(prompts)
+        logits += self._feed()
         if self._running:
             steps += self._choose(torch.cat(logits) if len(logits) > 1 else logits[0])
         return steps
+
+    def _feed(self) -> list[Tensor]:
+        """Feeds short prompts in the order in which they came, and a chunk of one long prompt, in turn; the logits
+        behind those that end. A step with short prompts has no such chunk, so that their first tokens come soon; but of
+        some steps one has, so that long prompts go on as well."""
+        logits: list[Tensor] = []
+        fed = 0
+        while self._short and fed < self._config.prefill_tokens:
+            prompts = self._short[0]
+            fed += self._feed_chunk(prompts, logits)
+            if not prompts.to_come:
+                del self._short[0]
+        waits = bool(self._long and fed) and self._held_back < _MOST_HELD_BACK
+        self._held_back = self._held_back + 1 if waits else 0
+        if self._long and not waits:
+            prompts = self._long.pop(0)
+            self._feed_chunk(prompts, logits)
+            if prompts.to_come:
+                self._long.append(prompts)
+        return logits
+
+    def _feed_chunk(self, prompts: Prompts, logits: list[Tensor]) -> int:
+        num_tokens, ended, behind = prompts.feed(self.pool, self._config.prefill_tokens)
+        self._running += ended
+        logits += behind
+        return num_tokens
 
     def _enter(self) -> list[Step]:
         """Lets samples in that have pages now for all the tokens that they can come to have, embedded and routed, in
@@ -228,7 +252,7 @@ class Batch:
             entering.append((self._waiting.popleft(), pages))
         while entering:
             try:
-                self._prompts += self._prepared(entering)
+                self._prepare(entering)
                 break
             except Exception:
                 faulty = faults(self._model, [asked.sample for asked, _ in entering])
@@ -241,12 +265,16 @@ class Batch:
                 entering = [(asked, pages) for asked, pages in entering if asked.sample.id not in faulty]
         return failed
 
-    def _prepared(self, entering: Sequence[tuple[Asked, SamplePages]]) -> list[Prompts]:
+    def _prepare(self, entering: Sequence[tuple[Asked, SamplePages]]) -> None:
         samples = [asked.sample for asked, _ in entering]
         filled = samples if self._frames is None else self._frames.fill(samples)
         held = {asked.sample.id: (asked, pages) for asked, pages in entering}
-        packs = [[sample] for sample in filled] if self._model.deterministic_batch else [filled]
-        return [Prompts(self._model, pack, held) for pack in packs]
+        long = [sample for sample in filled if len(sample) > self._config.prefill_tokens]
+        short = [sample for sample in filled if len(sample) <= self._config.prefill_tokens]
+        packs = [[sample] for sample in short] if self._model.deterministic_batch else [short] * bool(short)
+        prompts = [Prompts(self._model, pack, held) for pack in (*packs, *([sample] for sample in long))]
+        self._short += prompts[: len(packs)]
+        self._long += prompts[len(packs) :]
 
     def _choose(self, logits_NV: Tensor) -> list[Step]:
         """The next token of every running sample; those that end leave."""

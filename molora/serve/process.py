@@ -37,12 +37,15 @@ from molora.terminal import say, warn
 _SHARE_FOR_KEYS_AND_VALUES = 0.5
 # Files that are open beside connections, at most.
 _OTHER_FILES = 128
+# Tokens of prompts in a step, by device: few enough that answers under way do not wait long, and not much slower to
+# read than more at a time.
+_PREFILL_TOKENS = {"cpu": 128, "cuda": 512}
 _LOOPBACK = ("127.0.0.1", "::1", "[::1]", "localhost")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
-    """Where and to whom a model is served, and within which limits. Sizes of None follow from the memory there is.
+    """Where and to whom a model is served, and within which limits. Sizes of None follow from the machine.
 
     Media that a request names by URL come from `media_hosts`, patterns as in `MediaPolicy`, by HTTPS alone unless
     `media_http` is set.
@@ -55,7 +58,7 @@ class ServeConfig:
     max_running_samples: int = 16
     max_waiting: int = 64
     kv_cache_gib: float | None = None
-    prefill_tokens: int = 512
+    prefill_tokens: int | None = None
     max_new_tokens: int = 1024
     temperature: float = 0.0
     answer_seconds: float = 600.0
@@ -75,7 +78,6 @@ def serve(load: Callable[[], LoadedModel], config: ServeConfig) -> int:
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         max_running_samples=config.max_running_samples,
-        prefill_tokens=config.prefill_tokens,
         kv_cache_gib=config.kv_cache_gib,
     )
     keys = None if config.api_keys is None else Keys(config.api_keys)
@@ -91,6 +93,8 @@ def serve(load: Callable[[], LoadedModel], config: ServeConfig) -> int:
         assert server is not None, "a model fails while it is served"
         server.should_exit = True
 
+    prefill_tokens = config.prefill_tokens or _PREFILL_TOKENS.get(loaded.model.device.type, _PREFILL_TOKENS["cpu"])
+    generation = replace(generation, prefill_tokens=prefill_tokens)
     if generation.kv_cache_gib is None:
         generation = replace(generation, kv_cache_gib=_room(loaded, config.max_running_samples))
     engine = Engine(loaded, generation, config.max_waiting, failed)

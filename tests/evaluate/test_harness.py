@@ -24,6 +24,7 @@ from molora.inference.generate import GenerationConfig
 from molora.inference.load import LoadedModel, load
 from molora.testing import save_backbone
 from molora.train import Recipe, train
+from tests.serve.conftest import Folders, serving
 
 lm_eval = pytest.importorskip("lm_eval")
 lmms_eval = pytest.importorskip("lmms_eval")
@@ -263,6 +264,25 @@ class TestLmEval:
         chosen = [max(range(4), key=found[start : start + 4].__getitem__) for start in range(0, len(found), 4)]
         right = [choice == text["right"] for choice, text in zip(chosen, texts, strict=True)]
         assert results["choose"]["acc,none"] == sum(right) / len(right)
+
+    def test_scores_over_http_are_those_of_our_own_evaluation(self, home: Home, tmp_path: Path) -> None:
+        """By lm-eval's own models for OpenAI's paths, against a server of the run."""
+        run = home.folder / "run"
+        texts = [{**question, "picture": None, "sound": None} for question in home.questions]
+        tasks = ("answer", "choose")
+        with serving(Folders(run, ()), tmp_path / "log", ["--deterministic-batch"]) as served:
+            path, common = f"{served.address}/v1", {"model": "tiny", "num_concurrent": 3, "max_retries": 1}
+            given = {**common, "tokenizer": str(home.folder / "backbone"), "max_length": 256}
+            theirs = self.run(home, "local-completions", {**given, "base_url": f"{path}/completions"}, tasks)
+            chat = {**common, "base_url": f"{path}/chat/completions"}
+            chatted = self.run(home, "local-chat-completions", chat, ["answer"], chat=True)
+        ours = self.run(home, "molora", {"run": str(run)}, tasks)
+        for task in tasks:
+            assert theirs["results"][task] == ours["results"][task]
+        for one, other in zip(ours["samples"]["choose"], theirs["samples"]["choose"], strict=True):
+            for ((mine, _),), ((its, _),) in zip(one["resps"], other["resps"], strict=True):
+                assert float(mine) == pytest.approx(float(its), abs=1e-4 * max(1, abs(float(its))))
+        assert chatted["results"]["answer"]["exact_match,none"] == home.own_score(texts)
 
 
 class TestLmmsEval:
