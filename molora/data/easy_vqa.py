@@ -20,10 +20,13 @@ TRANSCRIPT_QUESTION = "transcribe the audio."
 class EasyVQAConfig:
     """`task`: `questions` are the dataset's, `captions` are made from the answers: "a red triangle". `split`: the
     dataset's own. `system`: the system message of every row; None leaves it to the chat template, whose own may be
-    longer than all else in a prompt."""
+    longer than all else in a prompt. `balanced`: questions about what is in their picture, rarer than
+    those about what is not, come so often that each kind is half; so no question tells its answer without its picture.
+    """
 
     split: Literal["train", "test"]
     task: Literal["questions", "captions"] = "questions"
+    balanced: bool = False
     system: str | None = None
 
 
@@ -37,6 +40,8 @@ class EasyVQA:
         self.system = config.system
         questions, self.paths = read_split(config.split)
         if config.task == "questions":
+            if config.balanced:
+                questions = _balanced(questions)
             self.rows = [(q, a, image, "yes/no" if a in ("yes", "no") else "open") for q, a, image in questions]
         else:
             told = sorted(descriptions(questions).items())
@@ -121,6 +126,20 @@ def _conversation(system: str | None, content: list[dict[str, Any]], answer: str
     return [*before, {"role": "user", "content": content}, {"role": "assistant", "content": answer}]
 
 
+def _balanced(questions: list[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
+    """The questions, and once more those that ask about what is in their picture, until they are half of those that are
+    answered yes or no."""
+    there = [question for question in questions if question[1] in ("yes", "no") and _is_there(*question[:2])]
+    num_others = sum(question[1] in ("yes", "no") for question in questions) - len(there)
+    return questions + [there[index % len(there)] for index in range(num_others - len(there))]
+
+
+def _is_there(question: str, answer: str) -> bool:
+    """Whether a picture has what a question names, by an answer of yes or no."""
+    negated = bool(set(question.rstrip("?").split()) & {"not", "no"})
+    return negated == (answer == "no")
+
+
 def caption(colour: str, shape: str) -> str:
     return f"a {colour} {shape}"
 
@@ -141,10 +160,8 @@ def descriptions(questions: list[tuple[str, str, int]]) -> dict[int, tuple[str, 
     "triangle" tells both, as does a question with a yes."""
     told: dict[int, set[str]] = {}
     for question, answer, image in questions:
-        words = set(question.rstrip("?").split())
-        negated = bool(words & {"not", "no"})
-        if answer not in ("yes", "no") or negated == (answer == "no"):
-            told.setdefault(image, set()).update(words | {answer})
+        if answer not in ("yes", "no") or _is_there(question, answer):
+            told.setdefault(image, set()).update({*question.rstrip("?").split(), answer})
     found = {}
     for image, words in told.items():
         colours, shapes = words & set(COLOURS), words & set(SHAPES)

@@ -37,30 +37,32 @@ def target_losses(head: Callable[[Tensor], Tensor], hidden_KD: Tensor, targets_K
 def word_losses(media: Sequence[Tensor], words: Sequence[Tensor], embeddings_VD: Tensor) -> Tensor:
     """Negative log-likelihood (N,), in fp32, of each sample's words (token ids) in its media tokens (S, D), by CTC.
 
-    A media token says a word of the vocabulary the more the nearer it is to the word's embedding, and a blank the
-    nearer it is to zero. Every sample has as many media tokens as it has words, and one more between equal neighbours.
-    Source: Graves et al., ICML 2006 (CTC).
+    A media token says a word of the vocabulary the more the nearer it is to the word's embedding, a blank the nearer it
+    is to zero, and nothing where it is far from all of them. Every sample has as many media tokens as it has words, and
+    one more between equal neighbours. Source: Graves et al., ICML 2006 (CTC).
     """
     squares_V = torch.linalg.vector_norm(embeddings_VD, dim=1, dtype=torch.float32).square()
-    # A token at the embedding of a word of mean norm has the odds V to be this word rather than a blank, one at zero
-    # the same odds to be a blank: so the many words that are far away do not outweigh the one that is near.
-    scale = 2 * math.log(len(embeddings_VD)) / squares_V.mean()
-
-    offsets_V = (-scale / 2 * squares_V).to(embeddings_VD.dtype)
+    # Scores are squared distances, in units in which the mean word is 2 ln V from zero: the V words that are far from a
+    # token do not outweigh the one that is near. What is half as far as that from all is nowhere: without this a token
+    # would do best far beyond a word, where no layer of the backbone reads it as one.
+    scale = float(2 * math.log(len(embeddings_VD)) / squares_V.mean())
+    offsets_V = (-scale * squares_V).to(embeddings_VD.dtype)
 
     def scores(tokens_SD: Tensor, ids: Tensor | slice) -> Tensor:
-        scaled_SD = (scale * tokens_SD).to(embeddings_VD.dtype)
+        """Of words, to that of the blank."""
+        scaled_SD = (2 * scale * tokens_SD).to(embeddings_VD.dtype)
         return torch.addmm(offsets_V[ids], scaled_SD, embeddings_VD[ids].T).float()
 
     @torch.no_grad()
     def totals(tokens_SD: Tensor) -> tuple[Tensor, Tensor]:
-        """The log-sum of all scores, the blank's too, and its gradient: the scores are held here, once."""
+        """The log-sum of the scores of all words, blank and nowhere, and its gradient: all are held here, once."""
         scores_SV = scores(tokens_SD, slice(None))
-        highest_S1 = scores_SV.amax(1, keepdim=True).clamp(min=0)
-        shares_SV = scores_SV.sub_(highest_S1).exp_()
-        sums_S1 = shares_SV.sum(1, keepdim=True) + (-highest_S1).exp()
-        slopes_SD = shares_SV.to(embeddings_VD.dtype) @ embeddings_VD
-        return (sums_S1.log() + highest_S1).squeeze(1), scale * slopes_SD / sums_S1
+        nowhere_S1 = scale * tokens_SD.square().sum(1, keepdim=True) - math.log(len(embeddings_VD))
+        highest_S1 = scores_SV.amax(1, keepdim=True).maximum(nowhere_S1).clamp(min=0)
+        shares_SV, share_S1 = scores_SV.sub_(highest_S1).exp_(), (nowhere_S1 - highest_S1).exp()
+        sums_S1 = shares_SV.sum(1, keepdim=True) + share_S1 + (-highest_S1).exp()
+        slopes_SD = shares_SV.to(embeddings_VD.dtype) @ embeddings_VD + share_S1 * tokens_SD
+        return (sums_S1.log() + highest_S1).squeeze(1), 2 * scale * slopes_SD / sums_S1
 
     chunks = torch.cat([*media]).split(max(1, LOGITS_PER_CHUNK // len(embeddings_VD)))
     totals_S, slopes_SD = (torch.cat(parts) for parts in zip(*map(totals, chunks), strict=True))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from molora.config import ConfigError
-from molora.data.easy_vqa import SpokenEasyVQA, SpokenEasyVQAConfig
+from molora.data.easy_vqa import EasyVQA, EasyVQAConfig, SpokenEasyVQA, SpokenEasyVQAConfig
 from molora.data.sources import SourceConfig, open_source
 
 pytest.importorskip("easy_vqa")
@@ -50,6 +51,22 @@ def test_a_system_message_stands_before_every_row(kind: str, tmp_path: Path) -> 
         open_source(SourceConfig(kind=kind, options={**options, **more}), "here")[7] for more in ({}, {"system": ""})
     )
     assert told == {**plain, "messages": [{"role": "system", "content": ""}, *plain["messages"]]}
+
+
+def test_balanced_questions_do_not_tell_their_answers() -> None:
+    rows = EasyVQA(EasyVQAConfig(split="train", balanced=True)).rows
+    answers = {
+        negated: Counter(a for q, a, _, _ in rows if a in ("yes", "no") and _negated(q) == negated)
+        for negated in (True, False)
+    }
+    for counted in answers.values():
+        assert counted["yes"] == pytest.approx(counted["no"], rel=0.1)
+    plain = EasyVQA(EasyVQAConfig(split="train")).rows
+    assert rows[: len(plain)] == plain and set(rows) == set(plain)
+
+
+def _negated(question: str) -> bool:
+    return " not " in question or " no " in question
 
 
 def test_no_takes_are_refused() -> None:

@@ -258,8 +258,9 @@ def test_words_are_learned_through_the_embeddings_alone_and_without_neighbours()
         tokens_SD = model.embed(alone)[sample.modality_ids_T > 0]
         vectors = torch.cat([torch.zeros(1, model.backbone.width), embeddings_VD])
         distances = torch.cdist(tokens_SD.double(), vectors.double()).square()
-        sharpness = math.log(len(embeddings_VD)) / embeddings_VD.double().square().sum(1).mean()
-        log_probs = (-sharpness * distances).log_softmax(1)[:, None]
+        log_size, far = math.log(len(embeddings_VD)), embeddings_VD.double().square().sum(1).mean() / 2
+        nowhere = far.expand(len(distances), 1)
+        log_probs = (-log_size / far * torch.cat([distances, nowhere], 1)).log_softmax(1)[:, None]
         lengths = (torch.tensor([len(tokens_SD)]), torch.tensor([len(words)]))
         expected = ctc_loss(log_probs, words[None] + 1, *lengths, reduction="none")[0]
         assert_close(loss.double(), expected, what=id)
