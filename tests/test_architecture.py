@@ -33,12 +33,13 @@ MAY_IMPORT = {
     "testing": "",
     "plugin_kit": "data model checkpoint convert inference evaluate train testing",
     "serve": "data model checkpoint convert inference",
+    "synthetic": "data model checkpoint convert inference evaluate",
     "doctor": "data model checkpoint convert inference evaluate train testing",
     "report": "data model checkpoint convert inference evaluate train",
     "data_tools": "data model checkpoint convert inference evaluate train doctor report",
     "demo": "data model checkpoint convert inference evaluate train pretrain report",
-    "cli": "data model checkpoint convert inference evaluate train pretrain verify plugin_kit serve doctor report "
-    "data_tools demo",
+    "cli": "data model checkpoint convert inference evaluate train pretrain verify plugin_kit serve synthetic doctor "
+    "report data_tools demo",
 }
 ROOT_ROOMS = ("", "config", "media")
 # What a function may import though its file may not: plugins import `testing`, and must not bring the model with them.

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from molora.cli import answer, check, convert, data, plugins, serve, train
+from molora.cli import answer, check, convert, data, plugins, serve, synthetic, train
 from molora.process import settle_in
 
 
@@ -34,6 +34,7 @@ app = typer.Typer(
 )
 app.add_typer(train.app)
 app.add_typer(answer.app)
+app.add_typer(synthetic.app)
 app.add_typer(serve.app)
 app.add_typer(check.app)
 app.add_typer(plugins.modality_app, name="modality")

@@ -166,7 +166,7 @@ def answer_file(messages: Path, output: Path, result: str = "answer") -> Iterato
         if not output.is_file():
             raise ConfigError(f"output {output}: is no file; name one")
     with hold(output):
-        yield AnswerFile(source, output, ids, _answered(output, result), [])
+        yield AnswerFile(source, output, ids, answered_ids(output, result), [])
 
 
 def _ids(source: Messages) -> list[str]:
@@ -185,7 +185,7 @@ def _ids(source: Messages) -> list[str]:
     return [ids[row] for row in range(len(source))]
 
 
-def _answered(output: Path, result: str) -> set[str]:
+def answered_ids(output: Path, result: str) -> set[str]:
     """The ids that have an answer. Half a line and lines with an error are taken out of the file."""
     first: dict[str, int] = {}
     errors = 0

@@ -1,0 +1,162 @@
+"""Roll-outs go on where they stopped, draw the same whatever else runs, and give rows to learn from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import molora
+from molora.cli.commands import app
+from molora.config import ConfigError
+from molora.data.preferences import Preferences
+from molora.data.sources import Messages, MessagesConfig
+from molora.evaluate.metrics import Judged, NoOptions
+from molora.inference.generate import GenerationConfig
+from molora.inference.load import LoadedModel
+from molora.synthetic.roll_out import Drawn, RollOut, accepted, open_verifier, pairs, success_rates
+from molora.testing import save_backbone
+
+HERE = Path(__file__)
+
+
+class Even:
+    """Right is what has an even number of letters."""
+
+    config_type = NoOptions
+    rates_each = True
+
+    def __init__(self, config: NoOptions) -> None: ...
+
+    def score(self, judged: Sequence[Judged]) -> dict[str, float]:
+        return {"even": sum(len(item.answer) % 2 == 0 for item in judged) / len(judged)}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return molora.load(save_backbone(tmp_path_factory.mktemp("model") / "backbone"), device="cpu")
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    lines = [
+        {"id": f"r{n}", "messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "x"}]}
+        for n in range(5)
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def draw(model: LoadedModel, rows: Path, output: Path, num_answers: int = 4) -> RollOut:
+    found = RollOut(rows, output, num_answers)
+    # No answer of a random model ends by itself, and what a limit cuts off is not right.
+    config = GenerationConfig(max_new_tokens=6, temperature=1.0, seed=3, stop=("e", "a", "1"))
+    with found.held():
+        found.draw(model, config, open_verifier(f"{HERE}:Even"))
+    return found
+
+
+def lines(path: Path) -> dict[str, dict[str, Any]]:
+    return {row["id"]: row for row in map(json.loads, path.read_text().splitlines())}
+
+
+def test_every_prompt_gets_its_answers_rated(model: LoadedModel, rows: Path, tmp_path: Path) -> None:
+    found = draw(model, rows, tmp_path / "out.jsonl")
+    answers = lines(tmp_path / "out.jsonl")
+    assert set(answers) == {f"{n}:r{n}#{k}" for n in range(5) for k in range(4)}
+    for row in answers.values():
+        assert row["rating"] == float(len(row["answer"]) % 2 == 0) and row["adapters"] == []
+        assert row["right"] == (row["rating"] == 1 and row["finished"] == "stop")
+    assert len({row["answer"] for row in answers.values()}) > 5, "each answer is drawn by itself"
+    drawn = list(found.drawn())
+    assert [each.id for each in drawn] == [f"{n}:r{n}" for n in range(5)]
+    assert sum(each.num_right for each in drawn) == sum(row["right"] for row in answers.values()) > 0
+
+
+def test_what_was_stopped_goes_on_and_ends_the_same(model: LoadedModel, rows: Path, tmp_path: Path) -> None:
+    draw(model, rows, tmp_path / "whole.jsonl")
+    whole = lines(tmp_path / "whole.jsonl")
+    written = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
+    for kept in (0, 1, 7, 19):
+        part = tmp_path / f"{kept}.jsonl"
+        failed = json.dumps({"id": "4:r4#3", "error": "gone"}) + "\n"
+        part.write_text("".join(written[:kept]) + failed * (kept == 7) + written[kept][:9])
+        draw(model, rows, part)
+        assert lines(part) == whole and len(part.read_text().splitlines()) == len(whole)
+
+
+def test_more_answers_keep_the_ones_that_are_there(model: LoadedModel, rows: Path, tmp_path: Path) -> None:
+    draw(model, rows, tmp_path / "out.jsonl", 2)
+    two = lines(tmp_path / "out.jsonl")
+    more = draw(model, rows, tmp_path / "out.jsonl", 4)
+    four = lines(tmp_path / "out.jsonl")
+    assert two.items() <= four.items() and len(four) == 20
+    draw(model, rows, tmp_path / "other.jsonl", 4)
+    assert lines(tmp_path / "other.jsonl") == four
+    assert all(each.num_answers == 4 for each in more.drawn())
+
+
+def drawn(right: Sequence[str], wrong: Sequence[str], count: int = 4, id: str = "0:a") -> Drawn:
+    prompt = [{"role": "user", "content": "2 + 2?"}]
+    return Drawn(id, prompt, [*right], [*wrong], count - len(wrong) if right else 0, count)
+
+
+def test_rows_to_learn_from_are_read_by_their_sources(tmp_path: Path) -> None:
+    one = drawn(["4", "four", "it is 4"], ["5", "six"])
+    for path, kind, make in (("right", Messages, accepted), ("pairs", Preferences, pairs)):
+        (tmp_path / path).write_text("\n".join(json.dumps(row) for row in make(one, 2, 0)))
+        source = kind(MessagesConfig(path=str(tmp_path / path)))
+        told = [source[index] for index in range(len(source))]
+        assert len(told) == 2
+        assert {row["messages"][-1]["content"] for row in told} < {"4", "four", "it is 4"}
+        if kind is Preferences:
+            assert {row["rejected"][-1]["content"] for row in told} == {"5", "six"}
+    assert [*pairs(one, 2, 0)] == [*pairs(one, 2, 0)]
+    assert len({json.dumps([*accepted(one, 1, seed)]) for seed in range(20)}) == 3, "which one is drawn"
+
+
+def test_prompts_that_are_always_or_never_answered_give_no_pairs() -> None:
+    assert [*pairs(drawn(["4"], []), 2, 0)] == [] == [*pairs(drawn([], ["5"]), 2, 0)]
+    assert [*accepted(drawn([], ["5"]), 2, 0)] == []
+
+
+def test_success_is_told_by_answers_and_by_prompts() -> None:
+    everything = [drawn(["4"], []), drawn([], ["5"]), drawn(["4"], ["5", "6"])]
+    assert success_rates(everything) == {
+        "right": 0.5,
+        "pass@4": pytest.approx(2 / 3),
+        "always": pytest.approx(1 / 3),
+        "sometimes": pytest.approx(1 / 3),
+        "never": pytest.approx(1 / 3),
+    }
+    assert success_rates([]) == {}
+
+
+def test_the_command_writes_rows_and_says_how_many(model: LoadedModel, rows: Path, tmp_path: Path) -> None:
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("out", "accepted", "pairs")}
+    command = ["roll-out", str(model.layout.backbone), str(rows), str(files["out"]), "--metric", f"{HERE}:Even"]
+    command += ["--accepted", str(files["accepted"]), "--pairs", str(files["pairs"]), "--max-new-tokens", "4"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert "right 0." in done.output and "pass@8" in done.output and f"{files['pairs']}: " in done.output
+    assert len(lines(files["out"])) == 40
+    again = CliRunner().invoke(app, command)
+    assert again.output.splitlines()[-3:] == done.output.splitlines()[-3:]
+
+
+def test_what_cannot_be_rolled_out_is_told(rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="metric: 'word_error_rate' does not rate an answer by its text"):
+        open_verifier("word_error_rate")
+    with pytest.raises(ConfigError, match="is where the rows come from"), RollOut(rows, rows, 2).held():
+        pass
+    (tmp_path / "notes.jsonl").write_text('{"note": 1}\n')
+    with pytest.raises(ConfigError, match="line 1 is no answer"), RollOut(rows, tmp_path / "notes.jsonl", 2).held():
+        pass
+    (tmp_path / "asked.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}))
+    with pytest.raises(ValueError, match="row 1: must end with an assistant message"):
+        RollOut(tmp_path / "asked.jsonl", tmp_path / "out.jsonl", 2)
