@@ -177,13 +177,13 @@ function settings() {
 // What the model takes.
 
 function showWhatItTakes() {
-  const types = takes();
   const words = { image: "pictures", audio: "sounds" };
+  const others = takes().filter((type) => !(type in words));
+  const types = [...Object.keys(words).filter((type) => takes().includes(type)), ...others];
   $("model").textContent = fields("settings").model.value;
   $("takes").textContent = `Ask in ${listed(["text", ...types.map((type) => words[type] ?? type)])}`;
   for (const id of ["add-picture", "open-camera"]) $(id).hidden = !types.includes("image");
   for (const id of ["add-sound", "record"]) $(id).hidden = !types.includes("audio");
-  const others = types.filter((type) => !(type in words));
   $("open-part").hidden = !others.length;
   fields("part").kind.replaceChildren(...others.map((type) => new Option(type)));
   $("examples").replaceChildren(...offered.questions.filter(fits).map(card));

@@ -27,7 +27,7 @@ function shownOperation(path, method, { description, parameters, requestBody }) 
   const [type] = Object.keys(content);
   if (type) {
     const schema = resolved(content[type].schema);
-    inside.append(...(schema.description ? [made("p", "note", schema.description)] : []), fieldsOf(schema));
+    inside.append(...(schema.description ? [prose(schema.description)] : []), fieldsOf(schema));
     if (type === "application/json") inside.append(trial(path, method, exampleOf(schema)));
     else inside.append(made("p", "note", `Sent as ${type}.`));
   } else if (!parameters) inside.append(trial(path, method));
@@ -59,7 +59,7 @@ function fieldsOf(schema) {
 function trial(path, method, body) {
   const form = made("form", "try");
   const field = made("textarea");
-  const send = made("button", "", `Send ${method} ${path}`);
+  const send = made("button", "", "Send");
   const answer = made("pre");
   answer.hidden = true;
   answer.tabIndex = 0;
@@ -77,10 +77,21 @@ function trial(path, method, body) {
     send.disabled = true;
     answer.hidden = false;
     answer.textContent = "…";
-    answer.textContent = await raw(path.slice(1), body && { method, body: field.value }).catch((error) => error.message);
+    answer.textContent = await raw(path.slice(1), body && { method, body: field.value })
+      .then(indented)
+      .catch((error) => error.message);
     send.disabled = false;
   };
   return form;
+}
+
+/** JSON in lines; what is none, as it is. */
+function indented(text) {
+  try {
+    return JSON.stringify(JSON.parse(text), null, 2);
+  } catch {
+    return text;
+  }
 }
 
 /** A body with what is needed, from the examples in the schema. */
@@ -95,13 +106,21 @@ function kindOf(schema) {
   if (all.enum ?? all.const !== undefined) return (all.enum ?? [all.const]).map((value) => JSON.stringify(value)).join(" or ");
   if (all.type === "array") return `list of ${kindOf(all.items)}`;
   const bounds = { minimum: "from", exclusiveMinimum: "above", maximum: "to", exclusiveMaximum: "below" };
-  const within = Object.entries(bounds).filter(([key]) => key in all);
+  // Larger ones say how wide an integer is, and JavaScript does not have them exactly.
+  const within = Object.entries(bounds).filter(([key]) => Math.abs(all[key]) <= Number.MAX_SAFE_INTEGER);
   return [all.type ?? "anything", ...within.map(([key, word]) => `${word} ${all[key].toLocaleString("en")}`)].join(" ");
 }
 
 function resolved(schema) {
   const name = schema.$ref?.replace("#/components/schemas/", "");
   return name ? { ...resolved(api.components.schemas[name]), ...schema, $ref: undefined } : schema;
+}
+
+/** Text in which names stand between backticks. */
+function prose(text) {
+  const paragraph = made("p", "note");
+  paragraph.append(...text.split("`").map((piece, i) => (i % 2 ? made("code", "", piece) : piece)));
+  return paragraph;
 }
 
 function made(name, kind = "", text = "") {
