@@ -20,7 +20,7 @@ TRANSCRIPT_QUESTION = "transcribe the audio."
 class EasyVQAConfig:
     """`task`: `questions` are the dataset's, `captions` are made from the answers: "a red triangle". `split`: the
     dataset's own. `system`: the system message of every row; None leaves it to the chat template, whose own may be
-    longer than all else in a prompt. `balanced`: questions about what is in their picture, rarer than
+    longer than all else in a prompt. `balanced`: questions about what is in their picture, which are rarer than
     those about what is not, come so often that each kind is half; so no question tells its answer without its picture.
     """
 
