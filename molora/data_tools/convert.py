@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,7 +131,7 @@ def _convert_row(source: Source, row: int, name: str, files: _Files, written: Wr
         if len(written.why) < _MAX_TOLD:
             written.why.append(str(error))
         return
-    for message in values["messages"]:
+    for message in values.get("messages") or values["prompt"]:
         for part in message["content"] if isinstance(message["content"], list) else ():
             if isinstance(part.get("path"), _Content):
                 part["path"] = files.medium(row, part["path"].data, part["path"].ending)
@@ -150,8 +150,23 @@ def _row(source: Source, row: int, name: str) -> dict[str, Any]:
     except Exception as error:  # a plugin's source can fail in any way
         told = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise Unwritable(told if told.startswith(where) else f"{where}: {told}") from error
+    values = dict(example)
+    if rejected := values.pop("rejected", None):  # as `kind: preferences` reads it
+        *prompt, chosen = values.pop("messages")
+        values |= {"prompt": _with_content(prompt, where), "chosen": [chosen], "rejected": rejected[len(prompt) :]}
+    else:
+        values["messages"] = _with_content(values["messages"], where)
+    try:
+        _json(values)
+    except (TypeError, ValueError) as error:
+        raise Unwritable(f"{where}: holds what JSON cannot ({error}); only media may be bytes or arrays") from error
+    return values
+
+
+def _with_content(given: Sequence[Mapping[str, Any]], where: str) -> list[dict[str, Any]]:
+    """Messages with the content of their media. Raises Unwritable."""
     messages: list[dict[str, Any]] = []
-    for i, message in enumerate(example["messages"]):
+    for i, message in enumerate(given):
         if isinstance(message["content"], str):
             messages.append(dict(message))
             continue
@@ -162,12 +177,7 @@ def _row(source: Source, row: int, name: str) -> dict[str, Any]:
             except (ValueError, OSError, TypeError) as error:
                 raise Unwritable(f"{where}: message {i}, part {j} ({part['type']}): {error}") from error
         messages.append({**message, "content": content})
-    values = {**example, "messages": messages}
-    try:
-        _json(values)
-    except (TypeError, ValueError) as error:
-        raise Unwritable(f"{where}: holds what JSON cannot ({error}); only media may be bytes or arrays") from error
-    return values
+    return messages
 
 
 def _part(part: Mapping[str, Any]) -> dict[str, Any]:

@@ -115,7 +115,26 @@ class Examiner:
             self._weigh(named, messages, sample, facts)
             if is_whole and named.stage is not None:
                 _check_learned(named, named.stage.tokens_per_pack, sample, facts)
+        if named.stage is not None and named.stage.objective == "preferences":
+            self._check_rejected(named, named.stage.tokens_per_pack, source, example, facts, known)
         return facts
+
+    def _check_rejected(
+        self,
+        named: Named,
+        tokens_per_pack: int,
+        source: Source,
+        example: Mapping[str, Any],
+        facts: Facts,
+        known: dict[Any, Prepared],
+    ) -> None:
+        """The other answer of a pair."""
+        if "rejected" not in example:
+            _add(facts, named, "refused", "has no rejected answer; preferences are learned from `kind: preferences`")
+            return
+        sample = self._encoded(named, source, example["rejected"], facts, known, True)
+        if sample is not None:
+            _check_learned(named, tokens_per_pack, sample, facts)
 
     def _encoded(
         self,

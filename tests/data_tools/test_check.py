@@ -253,3 +253,20 @@ def test_real_rows_that_were_decoded_wrongly_are_found(clean: Recipe) -> None:
     lines = TABMWP.read_text(encoding="utf-8").splitlines()
     wrong = {number for number, line in enumerate(lines, start=1) if "\u00c2\u00b0" in json.loads(line)["table"]}
     assert {fault.row for fault in faults_of(clean)["encoding"]} == wrong != set()
+
+
+def test_both_answers_of_a_pair_are_looked_at(clean: Recipe, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n}?", "chosen": f"yes {n}", "rejected": "no " * (n * 40 + 1)} for n in range(3)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (stage,) = clean.stages[:1]
+    stage.objective, stage.tokens_per_pack = "preferences", 150
+    stage.data = {"pairs": SourceConfig(kind="preferences", options={"path": str(tmp_path / "pairs.jsonl")})}
+    (fault,) = faults_of(clean)["too long"]
+    assert "row 3" in fault.where and "a pack of this stage holds 150" in fault.what
+    stage.data = {
+        "rows": SourceConfig(kind="messages", options={"path": str(tmp_path / "rows.jsonl")}),
+    }
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns}))
+    (fault,) = faults_of(clean)["refused"]
+    assert "has no rejected answer" in fault.what

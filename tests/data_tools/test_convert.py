@@ -236,3 +236,21 @@ def test_a_source_whose_name_leads_elsewhere_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="becomes part of a path"):
         convert({"../out": config(tmp_path)}, tmp_path / "new", show=False)
     assert not (tmp_path / "new").exists()
+
+
+def test_preferences_are_read_again_as_they_were(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "a.png")
+    asked = [{"type": "image", "path": "a.png"}, {"type": "text", "text": "what?"}]
+    earlier = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+    row = {"id": "a", "prompt": [*earlier, {"role": "user", "content": asked}], "chosen": "red", "rejected": "blue"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
+    options = {"path": str(tmp_path / "pairs.jsonl")}
+    convert({"pairs": SourceConfig(kind="preferences", options=options)}, tmp_path / "out", show=False)
+    (tmp_path / "a.png").unlink()
+    again = open_source(SourceConfig(kind="preferences", options={"path": str(tmp_path / "out/pairs.jsonl")}), "test")[
+        0
+    ]
+    for side, answer in (("messages", "red"), ("rejected", "blue")):
+        assert [each["role"] for each in again[side]] == ["user", "assistant", "user", "assistant"]
+        assert again[side][1]["train"] is False and again[side][3]["content"] == answer
+        assert Path(again[side][2]["content"][0]["path"]).is_relative_to(tmp_path / "out")
