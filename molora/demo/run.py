@@ -290,7 +290,7 @@ def _write_examples(judged: dict[str, list[Judged]], run: Path) -> None:
         for item in draw.sample(judged[name], _OFFERED_EXAMPLES):
             content = [
                 part if part["type"] == "text" else {"type": part["type"], "bytes": Path(part["path"]).read_bytes()}
-                for part in item.messages[0]["content"]
+                for part in item.messages[-1]["content"]
             ]
             rows.append({"messages": kept([{"role": "user", "content": content}], run)})
     write_text(run / "examples.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

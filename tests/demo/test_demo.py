@@ -12,16 +12,22 @@ import pytest
 
 from molora.config import plain, read
 from molora.data.easy_vqa import COLOURS, SHAPES, EasyVQA, EasyVQAConfig, descriptions, read_split
+from molora.data.sources import open_source
 from molora.demo.run import (
+    SPOKEN,
+    TRANSCRIPT,
+    WRITTEN,
     BackboneName,
     Demo,
     _Clock,
+    _write_examples,
     answer_texts,
     answers_without_molora,
     demo_recipes,
     evaluations,
     run_demo,
 )
+from molora.evaluate.metrics import Judged
 from molora.inference.load import load
 from molora.interrupt import Stopped
 from molora.received import read_json
@@ -107,6 +113,17 @@ def test_a_demo_that_is_stopped_says_that_it_goes_on(tmp_path: Path, raised: Bas
         raise raised
     assert told.value.number == getattr(raised, "number", signal.SIGINT)
     assert "audio" in read_json(tmp_path / "seconds.json")
+
+
+def test_what_is_offered_is_the_question_and_not_the_system_message(tmp_path: Path) -> None:
+    data = evaluations(Demo(tmp_path, "smollm2"))[WRITTEN].data
+    judged = []
+    for row in range(4):
+        *asked, answer = open_source(data, "here")[row]["messages"]
+        judged.append(Judged(f"{row}", asked, answer["content"], answer["content"], True))
+    _write_examples(dict.fromkeys((WRITTEN, SPOKEN, TRANSCRIPT), judged), tmp_path)
+    for content in read_examples(tmp_path):
+        assert {part["type"] for part in content} == {"image_url", "text"}
 
 
 def test_the_demo_lies_in_a_folder_of_any_name() -> None:
