@@ -27,7 +27,7 @@ serve: $(VENV)/dev.stamp  ## serve the demo's run, or that of a quick demo, with
 	@run=runs/demo; test -e $$run/report.html || run=runs/quick_demo; \
 	if ! test -e $$run/report.html; then \
 	  echo "there is no runs/demo yet, and 'make demo' takes long: a quick one shows how it works, and knows next to nothing"; \
-	  $(BIN)/molora demo --quick --run $$run; \
+	  $(BIN)/molora demo --quick --run $$run || exit; \
 	fi; \
 	exec $(BIN)/molora serve $$run
 
