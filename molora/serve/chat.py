@@ -53,7 +53,7 @@ async def ask(request: Request, body: ChatBody, id: str) -> None:
     """Reads a body and says what is to be answered. Raises Refused."""
     request.check_name()
     likeliest = (body.top_logprobs or 0) if body.logprobs else None
-    decoding = request.service.decoding(body, body.max_completion_tokens or body.max_tokens, num_likeliest=likeliest)
+    decoding = request.service.decoding(body, body.limit, num_likeliest=likeliest)
     messages = messages_of(body)
     request.take_places(1)
     grammar = await asyncio.to_thread(_grammar, request, body)

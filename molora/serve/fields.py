@@ -1,8 +1,9 @@
 """What the bodies of requests hold. A field that nobody honours is refused, unless its value changes nothing."""
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 # Fields of clients that ask for something that is not done here, each with the values that ask for what is done anyway.
 CHANGES_NOTHING: dict[str, tuple[Any, ...]] = {
@@ -36,6 +37,32 @@ MOST_CHOICES = 64
 MOST_LIKELIEST = 20
 
 
+def _told(*rules: tuple[dict[str, Any], dict[str, Any]]) -> Callable[[dict[str, Any]], None]:
+    """What the schema of a body says beside its fields: that others are refused, which values of those that are not
+    honoured change nothing, and rules across fields, each a condition and what has to hold then."""
+
+    def tell(schema: dict[str, Any]) -> None:
+        schema["additionalProperties"] = False
+        schema["properties"] |= {name: {"enum": [*values, None]} for name, values in CHANGES_NOTHING.items()}
+        schema["properties"] |= {name: {} for name in ABOUT_THE_REQUEST}
+        schema["allOf"] = [{"if": _has(condition), "then": _has(needed)} for condition, needed in rules]
+
+    return tell
+
+
+def _has(fields: dict[str, Any]) -> dict[str, Any]:
+    return {"properties": fields, "required": list(fields)}
+
+
+def _whole(given: Any) -> Any:
+    return int(given) if isinstance(given, float) and given.is_integer() else given
+
+
+# In JSON 1.0 is a whole number too, and some languages know no other. It stands behind bounds, which would be missing
+# in the schema else.
+WHOLE = BeforeValidator(_whole)
+
+
 class ErrorInside(BaseModel):
     """What is wrong: in words, of which kind, with which field, and a name for it where it has one."""
 
@@ -61,19 +88,25 @@ class StreamOptions(BaseModel):
     include_obfuscation: Literal[False] | None = None
 
 
+_STREAMED = ({"stream_options": {"type": "object"}}, {"stream": {"const": True}})
+_SCORED = ({"top_logprobs": {"enum": list(range(1, MOST_LIKELIEST + 1))}}, {"logprobs": {"const": True}})
+_ECHOED = ({"max_tokens": {"const": 0}}, {"echo": {"const": True}})
+_UNSTREAMED = ({"echo": {"const": True}, "stream": {"type": "boolean"}}, {"stream": {"const": False}})
+
+
 class Asking(BaseModel):
     """What requests for answers have in common."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
     model: Annotated[str, Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=2**31), WHOLE] | None = None
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=2**31)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31), WHOLE] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE] | None = None
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES), WHOLE] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
@@ -83,10 +116,11 @@ class Asking(BaseModel):
         for name, value in (self.model_extra or {}).items():
             if value is None or name in ABOUT_THE_REQUEST:
                 continue
-            if name not in CHANGES_NOTHING:
+            known = CHANGES_NOTHING.get(name, ())
+            if not known:
                 raise ValueError(f"the field {name[:80]!r} is not honoured here; leave it out")
-            if value not in CHANGES_NOTHING[name]:
-                other = " or ".join(repr(each) for each in CHANGES_NOTHING[name])
+            if not any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in known):
+                other = " or ".join(repr(each) for each in known)
                 raise ValueError(f"the field {name!r} is honoured only as {other}; leave it out")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options are for a stream; set stream, or leave them out")
@@ -103,35 +137,42 @@ class ChatBody(Asking):
     """A conversation to go on with. Messages are OpenAI's; parts of a message are `text`, `image_url`, `input_audio`,
     `audio_url`, and those of the model's own modalities."""
 
+    model_config = ConfigDict(json_schema_extra=_told(_STREAMED, _SCORED))
+
     messages: Annotated[list[dict[str, Any]], Field(min_length=1, examples=[[{"role": "user", "content": "Hello"}]])]
-    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31), WHOLE] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELIEST)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELIEST), WHOLE] | None = None
     response_format: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> "ChatBody":
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true; set it, or leave top_logprobs out")
-        if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
-            raise ValueError("max_tokens and max_completion_tokens mean the same and differ; leave one out")
         return self
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens of an answer, by its older name, its newer, or both."""
+        return min((each for each in (self.max_tokens, self.max_completion_tokens) if each is not None), default=None)
 
 
 class CompletionBody(Asking):
     """Texts to go on with, as they are or as token ids, without a template. With `echo` an answer begins with its
     prompt, and `max_tokens` may be 0."""
 
+    model_config = ConfigDict(json_schema_extra=_told(_STREAMED, _ECHOED, _UNSTREAMED))
+
     prompt: Annotated[
         str
         | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-        | Annotated[list[list[Annotated[int, Field(ge=0)]]], Field(min_length=1)],
+        | Annotated[list[Annotated[int, Field(ge=0), WHOLE]], Field(min_length=1)]
+        | Annotated[list[list[Annotated[int, Field(ge=0), WHOLE]]], Field(min_length=1)],
         Field(examples=["Once upon a time"]),
     ]
-    max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=2**31), WHOLE] | None = None
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELIEST)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELIEST), WHOLE] | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> "CompletionBody":

@@ -246,6 +246,15 @@ def test_answers_keep_the_form_that_is_asked_for(client: openai.OpenAI, temperat
     assert all(choice.message.content.startswith("{") for choice in ask({"type": "json_object"}, max_tokens=4).choices)
 
 
+def test_whole_numbers_may_be_written_as_others(client: openai.OpenAI) -> None:
+    """As some languages write all of theirs; and of two limits both hold."""
+    settings: Any = {"temperature": 2.0, "extra_body": {"ignore_eos": True}}
+    asked = client.chat.completions.create(model="tiny", messages=user("a"), max_tokens=6, seed=3, n=2, **settings)
+    more: Any = {"max_tokens": 9.0, "max_completion_tokens": 6.0, "seed": 3.0, "n": 2.0, **settings}
+    same = client.chat.completions.create(model="tiny", messages=user("a"), **more)
+    assert same.choices == asked.choices and same.usage == asked.usage
+
+
 def test_every_set_of_modalities_has_a_name(client: openai.OpenAI) -> None:
     names = [model.id for model in client.models.list()]
     assert names == ["tiny", "tiny:audio", "tiny:numbers", "tiny:vision", "tiny:audio+vision"]

@@ -16,7 +16,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from pydantic import BaseModel, ValidationError
 
+from molora.serve.fields import ChatBody, CompletionBody
 from tests.png import chunk
 from tests.serve.conftest import Browsing, Folders, Served, picture, serving, sound
 
@@ -126,7 +128,7 @@ BAD_CHATS: dict[str, tuple[Any, int, str]] = {
     "a truth for a number": (chat(max_tokens=True), 400, "max_tokens"),
     "no tokens": (chat(max_tokens=0), 400, "max_tokens"),
     "fewer than no tokens": (chat(max_completion_tokens=-1), 400, "max_completion_tokens"),
-    "two limits": (chat(max_completion_tokens=9), 400, "mean the same"),
+    "a truth for a number that changes nothing": (chat(best_of=True), 400, "best_of"),
     "a cold temperature": (chat(temperature=-1), 400, "temperature"),
     "a temperature too small": (chat(temperature=1e-9), 400, "temperature"),
     "top_p of nothing": (chat(top_p=0), 400, "top_p"),
@@ -185,6 +187,23 @@ def test_what_is_wrong_is_one_error_that_says_what(server: Served, kind: str) ->
     assert (found, told.keys()) == (status, {"error"}), told
     assert told["error"].keys() == {"message", "type", "param", "code"}
     assert says in told["error"]["message"] and len(told["error"]["message"]) < 1000
+
+
+@pytest.mark.parametrize("body", [ChatBody, CompletionBody])
+def test_the_schema_has_the_bounds_and_rules_that_hold(body: type[BaseModel]) -> None:
+    schema = body.model_json_schema()
+    assert schema["properties"]["n"]["anyOf"][0] == {"type": "integer", "minimum": 1, "maximum": 64}
+    assert '"ge"' not in json.dumps(schema) and schema["additionalProperties"] is False
+    whole = {"model": "tiny", "messages": [{}], "prompt": "a"}
+    whole = {name: value for name, value in whole.items() if name in schema["required"]}
+    for rule in schema["allOf"]:
+        asked = dict(whole)
+        for name, condition in rule["if"]["properties"].items():
+            known = {"object": [{}], "boolean": [True]}.get(condition.get("type"), [condition.get("const")])
+            (asked[name], *_) = condition.get("enum", known)
+        with pytest.raises(ValidationError):
+            body.model_validate(asked)
+        body.model_validate(asked | {name: each["const"] for name, each in rule["then"]["properties"].items()})
 
 
 BAD_COMPLETIONS: dict[str, tuple[dict[str, Any], str]] = {
