@@ -55,12 +55,9 @@ def _has(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _whole(given: Any) -> Any:
+    """In JSON 1.0 is a whole number too, and some languages know no other. This stands behind bounds, which would be
+    missing in the schema else."""
     return int(given) if isinstance(given, float) and given.is_integer() else given
-
-
-# In JSON 1.0 is a whole number too, and some languages know no other. It stands behind bounds, which would be missing
-# in the schema else.
-WHOLE = BeforeValidator(_whole)
 
 
 class ErrorInside(BaseModel):
@@ -89,7 +86,6 @@ class StreamOptions(BaseModel):
 
 
 _STREAMED = ({"stream_options": {"type": "object"}}, {"stream": {"const": True}})
-_SCORED = ({"top_logprobs": {"enum": list(range(1, MOST_LIKELIEST + 1))}}, {"logprobs": {"const": True}})
 _ECHOED = ({"max_tokens": {"const": 0}}, {"echo": {"const": True}})
 _UNSTREAMED = ({"echo": {"const": True}, "stream": {"type": "boolean"}}, {"stream": {"const": False}})
 
@@ -100,13 +96,13 @@ class Asking(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     model: Annotated[str, Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1, le=2**31), WHOLE] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=2**31), BeforeValidator(_whole)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=2**31), WHOLE] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31), BeforeValidator(_whole)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), BeforeValidator(_whole)] | None = None
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES), WHOLE] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES), BeforeValidator(_whole)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
@@ -137,12 +133,17 @@ class ChatBody(Asking):
     """A conversation to go on with. Messages are OpenAI's; parts of a message are `text`, `image_url`, `input_audio`,
     `audio_url`, and those of the model's own modalities."""
 
-    model_config = ConfigDict(json_schema_extra=_told(_STREAMED, _SCORED))
+    model_config = ConfigDict(
+        json_schema_extra=_told(
+            _STREAMED,
+            ({"top_logprobs": {"enum": list(range(1, MOST_LIKELIEST + 1))}}, {"logprobs": {"const": True}}),
+        )
+    )
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1, examples=[[{"role": "user", "content": "Hello"}]])]
-    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31), WHOLE] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31), BeforeValidator(_whole)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELIEST), WHOLE] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELIEST), BeforeValidator(_whole)] | None = None
     response_format: dict[str, Any] | None = None
 
     @model_validator(mode="after")
@@ -166,13 +167,13 @@ class CompletionBody(Asking):
     prompt: Annotated[
         str
         | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[Annotated[int, Field(ge=0), WHOLE]], Field(min_length=1)]
-        | Annotated[list[list[Annotated[int, Field(ge=0), WHOLE]]], Field(min_length=1)],
+        | Annotated[list[Annotated[int, Field(ge=0), BeforeValidator(_whole)]], Field(min_length=1)]
+        | Annotated[list[list[Annotated[int, Field(ge=0), BeforeValidator(_whole)]]], Field(min_length=1)],
         Field(examples=["Once upon a time"]),
     ]
-    max_tokens: Annotated[int, Field(ge=0, le=2**31), WHOLE] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=2**31), BeforeValidator(_whole)] | None = None
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELIEST), WHOLE] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELIEST), BeforeValidator(_whole)] | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> "CompletionBody":
