@@ -113,5 +113,7 @@ $(VENV)-harness/made.stamp: $(VENV)/dev.stamp Makefile setup.cfg
 	$(HARNESS_PIP) --editable '.[harness]' aiohttp 'filelock<4' loguru python-dotenv pytz tenacity \
 	'guidellm>=0.8,<0.9' 'litellm>=1.80,<2'
 	$(HARNESS_PIP) --no-deps 'lmms-eval>=0.7.3,<0.8'
-	! command -v npm >/dev/null || npm install --silent --no-save --prefix $(VENV)-harness openai@6
+	! command -v npm >/dev/null || \
+	npm install --silent --no-save --fetch-timeout=20000 --fetch-retries=1 --prefix $(VENV)-harness openai@6 || \
+	echo "npm cannot fetch openai: the test of that client is left out" >&2
 	@touch $@
