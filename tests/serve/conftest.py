@@ -202,9 +202,10 @@ class Seen:
 Browsing = Callable[..., Seen]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Chromium with a picture for a camera and a tone for a microphone."""
+    """Chromium with a picture for a camera and a tone for a microphone. While it is there, its driver's event loop runs
+    in this thread, in which nothing else can run one: so it leaves with its module."""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'molora[dev]'")
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     tone = tmp_path_factory.mktemp("microphone") / "tone.wav"
