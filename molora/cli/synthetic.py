@@ -52,7 +52,8 @@ def roll_out(
     with rows.held():
         rows.draw(load(), config, verifier)
         drawn = list(rows.drawn())
-    say(", ".join(f"{name} {share:.3f}" for name, share in rolling.success_rates(drawn).items()))
+    rates = [f"{name} {share:.3f}" for name, share in rolling.success_rates(drawn).items()]
+    say(", ".join(rates) or "no prompt has all its answers")
     for path, make in ((accepted, rolling.accepted), (pairs, rolling.pairs)):
         if path is not None:
             count = rolling.write_rows(path, (row for each in drawn for row in make(each, per_prompt, seed)))

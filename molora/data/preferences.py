@@ -54,6 +54,8 @@ def both_sides(row: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict
             min(len(chosen), len(rejected)),
         )
         prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
+        if not (chosen and rejected):
+            raise ValueError(f"{where}: one side is the beginning of the other; write the prompt apart, or take it out")
         if not prompt:
             raise ValueError(f"{where}: chosen and rejected begin with different turns, and there is no prompt")
     if chosen == rejected:

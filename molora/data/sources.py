@@ -356,6 +356,9 @@ def encode_row(
         raise ValueError(f"sample {id}: has no rejected answer; preferences are learned from `kind: preferences`")
     rejected = processor.encode(example["rejected"], f"{id}, rejected", seed=seed, known=known)
     check_length(rejected, max_tokens)
+    if len(rejected.items) != len(sample.items):
+        told = f"{len(sample.items)} media with the chosen answer and {len(rejected.items)} with the rejected one"
+        raise ValueError(f"sample {id}: has {told}; the prompt shows media, write answers as text")
     return replace(sample, rejected=rejected)
 
 

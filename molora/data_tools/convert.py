@@ -152,8 +152,11 @@ def _row(source: Source, row: int, name: str) -> dict[str, Any]:
         raise Unwritable(told if told.startswith(where) else f"{where}: {told}") from error
     values = dict(example)
     if rejected := values.pop("rejected", None):  # as `kind: preferences` reads it
-        *prompt, chosen = values.pop("messages")
-        values |= {"prompt": _with_content(prompt, where), "chosen": [chosen], "rejected": rejected[len(prompt) :]}
+        chosen = values.pop("messages")
+        learned = (n for n, turn in enumerate(chosen) if turn["role"] == "assistant" and turn.get("train") is not False)
+        start = next(learned, len(chosen) - 1)  # behind the prompt, of which nothing is learned
+        prompt = _with_content(chosen[:start], where)
+        values |= {"prompt": prompt, "chosen": chosen[start:], "rejected": rejected[start:]}
     else:
         values["messages"] = _with_content(values["messages"], where)
     try:

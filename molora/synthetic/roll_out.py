@@ -106,7 +106,8 @@ class RollOut:
                     yield replace(sample, id=id)
 
         with progress() as bars, appending(self.output) as write:
-            bar = bars.add_task("roll-out", total=total, completed=min(total, len(self.done)), note="")
+            done = sum(id in self.done for asked in self.questions for id in self.ids_of(asked))
+            bar = bars.add_task("roll-out", total=total, completed=done, note="")
             for answer in loaded.answers(samples(), config, keep_going=True):
                 asked = waiting.pop(answer.id)
                 if answer.error is not None:
@@ -162,7 +163,7 @@ def write_rows(path: Path, rows: Iterator[Mapping[str, Any]]) -> int:
 
 def success_rates(everything: Sequence[Drawn]) -> dict[str, float]:
     """The share of answers that are right; of prompts with one that is (`pass@n`); and of those of which all are, some
-    and none."""
+    and none. Nothing if no prompt has all its answers."""
     if not everything:
         return {}
     shares = [drawn.num_right / drawn.num_answers for drawn in everything]

@@ -39,11 +39,11 @@ class FeatureCache:
 
     def fill(self, samples: Sequence[Sample]) -> list[Sample]:
         """The same samples, with the frames of items whose encoder is frozen."""
-        filled = [replace(sample, items=tuple(map(self._filled, sample.items))) for sample in samples]
-        return [
-            replace(sample, rejected=None if sample.rejected is None else self.fill([sample.rejected])[0])
-            for sample in filled
-        ]
+        return [self._with_frames(sample) for sample in samples]
+
+    def _with_frames(self, sample: Sample) -> Sample:
+        rejected = None if sample.rejected is None else self._with_frames(sample.rejected)
+        return replace(sample, items=tuple(map(self._filled, sample.items)), rejected=rejected)
 
     def _filled(self, item: Item) -> Item:
         if item.modality not in self._keys:

@@ -64,7 +64,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class _Pair:
-    """What is known of a pair on every rank: its group and source, the log-probabilities of both answers, chosen first,
+    """What is known of a pair on every rank: its group, the log-probabilities of both answers, chosen first,
     by the model and by the reference, and the answers' tokens."""
 
     id: str
@@ -136,9 +136,6 @@ def _encoded(model: MoLoRA, sample: Sample) -> tuple[Sample, Sample]:
         item if item.frames_SC is not None else replace(item, frames_SC=model.frames(item).frames_SC)
         for item in sample.items
     )
-    if len(rejected.items) != len(items):
-        told = f"{len(items)} media with the chosen answer and {len(rejected.items)} with the rejected one"
-        raise ValueError(f"sample {sample.id}: has {told}; the prompt shows them, and answers are text")
     return replace(sample, items=items, rejected=None), replace(rejected, items=items)
 
 

@@ -69,7 +69,7 @@ def train_step(
             clock.to("loading")
     clock.to("other")
     means, shares = _results(done, targets, ranks)
-    check_finite({name_of(key) if isinstance(key, frozenset) else key: mean for key, mean in means.items()}, samples)
+    check_finite({f"source {k}" if isinstance(k, str) else name_of(k): mean for k, mean in means.items()}, samples)
     row: dict[str, Any] = {}
     for key, mean in means.items():
         of, name = ("source_", key) if isinstance(key, str) else ("", name_of(key))

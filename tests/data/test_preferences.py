@@ -74,6 +74,7 @@ def test_media_stand_in_columns_or_in_the_prompt(tmp_path: Path) -> None:
         ({"prompt": 7, "chosen": "b", "rejected": "c"}, "prompt: expected a text, a turn or a list of turns, got 7"),
         ({"prompt": "a", "chosen": [], "rejected": "c"}, "chosen: expected a text, a turn or a list of turns"),
         ({"chosen": "b", "rejected": "c"}, "chosen and rejected begin with different turns, and there is no prompt"),
+        ({"chosen": [ASKED, FOUR], "rejected": [ASKED, FOUR, ASKED]}, "one side is the beginning of the other"),
         ({"input": "a", "chosen": "b", "rejected": "c"}, "input: expected an object with messages, got 'a'"),
     ],
 )

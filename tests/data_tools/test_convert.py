@@ -243,13 +243,17 @@ def test_preferences_are_read_again_as_they_were(tmp_path: Path) -> None:
     asked = [{"type": "image", "path": "a.png"}, {"type": "text", "text": "what?"}]
     earlier = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
     row = {"id": "a", "prompt": [*earlier, {"role": "user", "content": asked}], "chosen": "red", "rejected": "blue"}
-    (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
+    turns = [{"role": "assistant", "content": "no"}, {"role": "user", "content": "no?"}]
+    longer = {"prompt": "what?", "chosen": [*turns, {"role": "assistant", "content": "yes"}], "rejected": "blue"}
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, (row, {"id": "b", **longer}))))
     options = {"path": str(tmp_path / "pairs.jsonl")}
+    before = open_source(SourceConfig(kind="preferences", options=options), "test")[1]
     convert({"pairs": SourceConfig(kind="preferences", options=options)}, tmp_path / "out", show=False)
     (tmp_path / "a.png").unlink()
-    again = open_source(SourceConfig(kind="preferences", options={"path": str(tmp_path / "out/pairs.jsonl")}), "test")[
-        0
-    ]
+    options = {"path": str(tmp_path / "out/pairs.jsonl")}
+    converted = open_source(SourceConfig(kind="preferences", options=options), "test")
+    assert converted[1] == before, "an answer may be several turns"
+    again = converted[0]
     for side, answer in (("messages", "red"), ("rejected", "blue")):
         assert [each["role"] for each in again[side]] == ["user", "assistant", "user", "assistant"]
         assert again[side][1]["train"] is False and again[side][3]["content"] == answer

@@ -449,3 +449,13 @@ def test_rows_without_a_rejected_answer_are_told(home: Path, tmp_path: Path) -> 
     data = {"rows": {"kind": "messages", "options": {"path": str(home / "answers.jsonl")}}}
     with pytest.raises(ValueError, match="answers.jsonl, row 1: .*has no rejected answer; preferences are learned"):
         train(recipe(home, tmp_path / "run", data=data), show=False)
+
+
+def test_answers_that_show_other_media_are_told_before_training(home: Path, tmp_path: Path) -> None:
+    shown = [{"type": "letters", "letters": "ab"}, {"type": "text", "text": "this"}]
+    row = {"prompt": "what?", "chosen": "that", "rejected": [{"role": "assistant", "content": shown}]}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
+    data = {"pairs": {"kind": "preferences", "options": {"path": str(tmp_path / "pairs.jsonl")}}}
+    with pytest.raises(ValueError, match="0 media with the chosen answer and 1 with the rejected one"):
+        train(recipe(home, tmp_path / "run", data=data), show=False)
+    assert not (tmp_path / "run/state").exists()
