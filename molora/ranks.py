@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from molora.config import ConfigError
+from molora.shard import Shard
 
 _T = TypeVar("_T")
 
@@ -23,6 +24,11 @@ class Ranks:
     @property
     def is_main(self) -> bool:
         return self.index == 0
+
+    @property
+    def shard(self) -> Shard:
+        """The rows that this process takes of those that all go through."""
+        return Shard(self.index, self.count)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of every rank's tensor."""

@@ -40,20 +40,27 @@ def generate(
     ] = None,
     prefill_tokens: Annotated[int, typer.Option(min=1, help="Tokens of prompts that enter in a step.")] = 2048,
     strict: options.Strict = False,
+    shard: options.ShardText = None,
+    merge: options.Merge = None,
     deterministic_batch: options.DeterministicBatch = False,
     allow_urls: options.AllowUrls = False,
     allow_private_addresses: options.AllowPrivateAddresses = False,
     trust_plugin: options.Trust = None,
 ) -> None:
     """Answer one question, streamed; or, with --messages and --output, a mixed batch: a row that fails gets its error
-    for an answer, and exit code 2 says so."""
+    for an answer, and exit code 2 says so. Of N workers each does a --shard; the same call with --merge N instead makes
+    the output of theirs."""
     from molora.config import ConfigError
     from molora.inference.answers import answer_rows
     from molora.inference.generate import GenerationConfig
+    from molora.inference.shards import merge_answers
     from molora.terminal import visible
 
     if (messages is None) != (output is None):
         raise ConfigError("--messages and --output go together: rows come from one and answers go to the other")
+    share = options.shard_of(shard, merge)
+    if messages is None and (shard or merge):
+        raise ConfigError("--shard and --merge are about rows; give them with --messages and --output")
     parts: list[dict[str, Any]] = []
     for type, paths in (("image", image), ("audio", audio)):
         parts += [{"type": type, "path": str(path)} for path in paths or ()]
@@ -81,7 +88,11 @@ def generate(
     )
     load = options.opener(model, modality, rule, allow_urls, allow_private_addresses, trust_plugin, deterministic_batch)
     if messages is not None and output is not None:
-        raise typer.Exit(0 if answer_rows(load, messages, output, config, strict=strict) else options.FAILED_ROWS)
+        if merge is not None:
+            whole = merge_answers(messages, output, merge)
+        else:
+            whole = answer_rows(load, messages, output, config, shard=share, strict=strict)
+        raise typer.Exit(0 if whole else options.FAILED_ROWS)
     loaded = load()
     content = parts + ([{"type": "text", "text": prompt}] if prompt else [])
     for piece in loaded.stream([{"role": "user", "content": content}], config):
@@ -132,6 +143,8 @@ def evaluate(
         Path | None,
         typer.Option(metavar="RUN", help="Differences from another run, or from answers in a folder."),
     ] = None,
+    shard: options.ShardText = None,
+    merge: options.Merge = None,
     deterministic_batch: options.DeterministicBatch = False,
     allow_urls: options.AllowUrls = False,
     allow_private_addresses: options.AllowPrivateAddresses = False,
@@ -139,20 +152,38 @@ def evaluate(
 ) -> None:
     """Answer the evaluations of a config or a recipe: a table, JSON in MODEL/evaluation.json, or alone on standard
     output if MODEL is no run, and the answers with a page to look at them in MODEL/predictions. An interrupted call
-    goes on where it stopped. Questions that cannot be asked are counted, and exit code 2 says so."""
+    goes on where it stopped. Questions that cannot be asked are counted, and exit code 2 says so. Of N workers each
+    asks a --shard of the questions; the same call with --merge N instead scores the answers of all."""
     from molora.config import ConfigError, read
     from molora.evaluate.compare import answers_of, compare, keep_comparisons, show_comparisons
     from molora.evaluate.judge import Evaluations
-    from molora.evaluate.results import Place, evaluate_model, rescore_model, show
+    from molora.evaluate.results import (
+        Place,
+        evaluate_model,
+        evaluate_shard,
+        merge_evaluations,
+        rescore_model,
+        show,
+    )
     from molora.report.answers import write_pages
 
     if rescore and anew:
         raise ConfigError("--rescore and --anew contradict each other; leave one out")
+    share = options.shard_of(shard, merge)
+    if merge is not None and (rescore or anew):
+        raise ConfigError("--merge scores the answers that shards have; leave --rescore and --anew out")
+    if shard is not None and (rescore or against is not None):
+        raise ConfigError("--shard has a part of the answers, and --rescore and --against want all; merge them first")
     evaluations = read(Evaluations, config, overrides or (), in_part=True).evaluations
     place = Place(model, modality or (), sorted(rule or ()), predictions)
     others = {} if against is None else answers_of(against, evaluations)
     load = options.opener(model, modality, rule, allow_urls, allow_private_addresses, trust_plugin, deterministic_batch)
-    if rescore:
+    if share.count > 1:
+        whole = evaluate_shard(load, place, evaluations, share, strict=strict, anew=anew)
+        raise typer.Exit(0 if whole else options.FAILED_ROWS)
+    if merge is not None:
+        results = merge_evaluations(place, evaluations, merge)
+    elif rescore:
         results = rescore_model(place, evaluations)
     else:
         results = evaluate_model(load, place, evaluations, strict=strict, anew=anew)

@@ -11,6 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from molora.inference.load import LoadedModel
+    from molora.shard import Shard
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A run folder, or a backbone: a folder, hub id or package:NAME.")
@@ -43,6 +44,12 @@ DeterministicBatch = Annotated[
     bool, typer.Option("--deterministic-batch", help="Answers are the same to the bit in any batch; slower.")
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first row that fails.")]
+ShardText = Annotated[
+    str | None, typer.Option("--shard", metavar="I/N", help="Do every N-th row only, from row I on; rows count from 0.")
+]
+Merge = Annotated[
+    int | None, typer.Option("--merge", metavar="N", min=2, help="Put the answers of N shards together instead.")
+]
 Config = Annotated[Path, typer.Argument(metavar="CONFIG.yaml")]
 
 # The exit code of a command that did its work but for some rows.
@@ -71,6 +78,18 @@ def opener(
         trust=trust_plugin or (),
         deterministic_batch=deterministic_batch,
     )
+
+
+def shard_of(given: str | None, merge: int | None) -> Shard:
+    """What --shard says, all rows without it. Raises ConfigError; for --merge beside it too."""
+    from molora.config import ConfigError
+    from molora.shard import ALL_ROWS, Shard
+
+    if given is None:
+        return ALL_ROWS
+    if merge is not None:
+        raise ConfigError(f"--shard {given} does a part of the work, and --merge puts parts together; give one")
+    return Shard.read(given)
 
 
 def _rules(given: list[str] | None) -> Any:

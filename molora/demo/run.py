@@ -255,7 +255,7 @@ def _evaluate(demo: Demo, names: Iterable[str]) -> dict[str, list[Judged]]:
             found[name] = [Judged(**item) for item in known["answers"]]
             continue
         with progress(shown=ranks.is_main) as bars:
-            judged = Evaluation(name, config).run(loaded, bars, ranks=ranks)
+            judged = Evaluation(name, config).run(loaded, bars, shard=ranks.shard)
         found[name] = sorted(ranks.gather(judged), key=lambda item: item.row)
         if ranks.is_main:
             answers = [asdict(item) for item in found[name]]

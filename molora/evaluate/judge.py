@@ -18,8 +18,8 @@ from molora.evaluate.questions import Question, judge, question
 from molora.inference.generate import Failed, GenerationConfig, attempt
 from molora.inference.load import LoadedModel
 from molora.pack import Sample
-from molora.ranks import Ranks
 from molora.received import check_name
+from molora.shard import ALL_ROWS, Shard
 from molora.terminal import progress, warn
 
 _MAX_NAMED = 3
@@ -118,19 +118,19 @@ class Evaluation:
         loaded: LoadedModel,
         bars: Progress | None = None,
         *,
-        ranks: Ranks | None = None,
+        shard: Shard = ALL_ROWS,
         strict: bool = False,
         before_each: Callable[[], None] = lambda: None,
         predictions: Predictions | None = None,
     ) -> list[Judged]:
-        """Answers this rank's share of the questions, in order, with a bar. The last assistant message of a row is the
+        """Answers a shard of the questions, in order, with a bar. The last assistant message of a row is the
         expected answer. A question that cannot be read, asked or answered is judged with its `error`; `strict` raises
         the first one's. `before_each` is called before an answer is counted. Answers that `predictions` has are taken
         from there, and all others are added."""
         loaded = blanking(loaded, self.media, f"evaluations.{self.name}.media")
-        share = range(len(self.source)) if ranks is None else range(ranks.index, len(self.source), ranks.count)
+        rows = shard.rows(len(self.source))
         bars = bars or progress(shown=False)
-        bar = bars.add_task(self.name, total=len(share), note="")
+        bar = bars.add_task(self.name, total=len(rows), note="")
         asked: dict[str, Question] = {}
         judged: dict[str, Judged] = {}
 
@@ -146,7 +146,7 @@ class Evaluation:
             return item is not None
 
         limits = {name: getattr(self.config, name) for name in ("max_new_tokens", "max_running_samples")}
-        samples = self._samples(share, loaded, known)
+        samples = self._samples(rows, loaded, known)
         for answer in loaded.answers(samples, GenerationConfig(**limits), keep_going=not strict):
             error = None if answer.error is None else str(answer.error)
             item = judge(

@@ -21,6 +21,7 @@ from molora.evaluate.questions import Question, judge
 from molora.inference.answers import appending, row_bytes, written_rows
 from molora.interrupt import Stopped
 from molora.received import read_json
+from molora.shard import Shard
 from molora.storage import hold, write_atomically, write_json
 from molora.terminal import say
 
@@ -119,6 +120,44 @@ def keep_predictions(folder: Path, name: str, about: Mapping[str, Any], judged: 
             predictions.add(item)
         predictions.settle(judged)
         write_json(_about(path), {"format_version": FORMAT_VERSION, **about, "questions": len(judged)})
+
+
+def merge_predictions(folder: Path, name: str, about: Mapping[str, Any], num_questions: int, count: int) -> None:
+    """Makes the file of an evaluation's answers from those of its `count` shards, in the order of the questions. Raises
+    ConfigError that names every shard that is missing, unfinished, of anything else than `about`, or of other versions
+    than the first, or has the questions of another."""
+    lines: dict[int, bytes] = {}
+    problems: list[str] = []
+    first: dict[str, Any] | None = None
+    for shard in Shard.all(count):
+        path = folder / f"{shard.name(name)}.jsonl"
+        known = _read_about(path)
+        if known is None or not path.is_file():
+            problems.append(f"shard {shard} is missing: there is no {path}; make it with --shard {shard}")
+            continue
+        first = first or known
+        expected = {**about, "environment": first.get("environment")}
+        if differing := differences(known, {"format_version": FORMAT_VERSION, **expected}):
+            told = f"shard {shard} has other answers: {path}: {'; '.join(differing)}"
+            problems.append(f"{told}; make it again with --shard {shard} --anew")
+            continue
+        with hold(path):
+            found = {int(id.partition(":")[0]): row_bytes(row) for id, row in _rows(path).items()}
+        own = shard.rows(num_questions)
+        if strays := found.keys() - own:
+            told = f"{path} answers question {min(strays)}, which is in shard {min(strays) % count}/{count}"
+            problems.append(f"shard {shard} is doubled: {told}; make it again with --shard {shard} --anew")
+        elif left := [index for index in own if index not in found]:
+            told = f"{len(left)} of its {len(own)} questions have no answer, the first is {left[0]}"
+            problems.append(f"shard {shard} is unfinished: {told}; go on with --shard {shard}")
+        lines |= found
+    if problems:
+        raise ConfigError(f"evaluation {name!r}: its {count} shards cannot be merged: {'; '.join(problems)}")
+    assert first is not None, "there are two shards or more"
+    path = folder / f"{name}.jsonl"
+    with hold(path):
+        write_atomically(path, lambda to: to.write_bytes(b"".join(lines[index] for index in sorted(lines))))
+        write_json(_about(path), {**first, "questions": num_questions})
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], above: str = "") -> list[str]:

@@ -22,8 +22,9 @@ from molora.evaluate.intervals import Interval, interval
 from molora.evaluate.judge import Evaluation, EvaluationConfig, complaints
 from molora.evaluate.metrics import COUNTS, Judged, Metric, by_tag, open_metrics, scores
 from molora.evaluate.normalise import exact_match
-from molora.evaluate.predictions import keep_predictions, open_predictions, read_predictions
+from molora.evaluate.predictions import keep_predictions, merge_predictions, open_predictions, read_predictions
 from molora.inference.load import LoadedModel
+from molora.shard import ALL_ROWS, Shard
 from molora.storage import hold, read_json, write_json
 from molora.terminal import console, print_table, progress, say, warn
 
@@ -132,6 +133,59 @@ def evaluate_model(
 ) -> list[Result]:
     """Runs evaluations on the model that `load` opens. Answers are kept as they come, so that the next call goes on
     from there; with `anew` it does not. What a run gets is recorded in its evaluation.json."""
+    results = []
+    for evaluation, beside, judged in _asked(load, place, evaluations, ALL_ROWS, strict, anew):
+        results.append(_result(evaluation.name, evaluation.config, judged, beside))
+        _record(place, results[-1])
+    return results
+
+
+def evaluate_shard(
+    load: Callable[[], LoadedModel],
+    place: Place,
+    evaluations: Mapping[str, EvaluationConfig],
+    shard: Shard,
+    *,
+    strict: bool = False,
+    anew: bool = False,
+) -> bool:
+    """Asks the model a shard of the questions, and keeps the answers for `merge_evaluations`; else as `evaluate_model`.
+    Returns whether all have an answer. Raises ConfigError for a model that is no run, if no folder is named."""
+    _folder(place, "--shard")
+    whole = True
+    for evaluation, _, judged in _asked(load, place, evaluations, shard, strict, anew):
+        failed = sum(item.error is not None for item in judged)
+        whole = whole and not failed
+        told = f"{evaluation.name}: shard {shard} has {len(judged) - failed} of {len(judged)} answers"
+        say(f"{told}; when all have theirs, --merge {shard.count} puts them together")
+    return whole
+
+
+def merge_evaluations(place: Place, evaluations: Mapping[str, EvaluationConfig], count: int) -> list[Result]:
+    """What evaluations get for the answers of `count` shards, which become the model's answers, without the model.
+    Raises ConfigError that names the shards that are missing or wrong."""
+    folder = _folder(place, "--merge")
+    for name, config, _ in _each(evaluations):
+        merge_predictions(folder, name, place.about(config), len(Evaluation(name, config).source), count)
+    return rescore_model(place, evaluations)
+
+
+def _folder(place: Place, option: str) -> Path:
+    """Where answers are kept. Raises ConfigError where they are not."""
+    if place.folder is None:
+        raise ConfigError(f"{option}: {place.source} is no run; name the folder of its answers with --predictions")
+    return place.folder
+
+
+def _asked(
+    load: Callable[[], LoadedModel],
+    place: Place,
+    evaluations: Mapping[str, EvaluationConfig],
+    shard: Shard,
+    strict: bool,
+    anew: bool,
+) -> Iterator[tuple[Evaluation, str | None, list[Judged]]]:
+    """Each evaluation, what it is beside, and its answers."""
     if place.step is not None:
         raise ConfigError(
             f"--predictions {place.predictions}: has what the model answered at step {place.step} of its training; add "
@@ -142,28 +196,24 @@ def evaluate_model(
     for evaluation, _ in ready:
         evaluation.try_metrics()
     loaded = load()
-    results = []
     with progress() as bars:
         for evaluation, beside in ready:
-            name = evaluation.name
             if place.folder is None:
-                judged = evaluation.run(loaded, bars, strict=strict)
-            else:
-                about = {**place.about(evaluation.config), "environment": environment_of(loaded)}
-                with open_predictions(place.folder, name, about, len(evaluation.source), anew=anew) as predictions:
-                    judged = evaluation.run(loaded, bars, strict=strict, predictions=predictions)
-                    predictions.settle(judged)
-                judged = read_predictions(place.folder, name, about, "evaluate it again")
-            results.append(_result(name, evaluation.config, judged, beside))
-            _record(place, results[-1])
-    return results
+                yield evaluation, beside, evaluation.run(loaded, bars, strict=strict)
+                continue
+            about = {**place.about(evaluation.config), "environment": environment_of(loaded)}
+            name = evaluation.name if shard.count == 1 else shard.name(evaluation.name)
+            num_questions = len(shard.rows(len(evaluation.source)))
+            with open_predictions(place.folder, name, about, num_questions, anew=anew) as predictions:
+                judged = evaluation.run(loaded, bars, shard=shard, strict=strict, predictions=predictions)
+                predictions.settle(judged)
+            yield evaluation, beside, read_predictions(place.folder, name, about, "evaluate it again")
 
 
 def rescore_model(place: Place, evaluations: Mapping[str, EvaluationConfig]) -> list[Result]:
     """What evaluations get for the answers that are kept, without the model. Raises ConfigError for answers that are
     missing, or of another state of the model or other settings."""
-    if place.folder is None:
-        raise ConfigError(f"--rescore: {place.source} is no run; name the folder of its answers with --predictions")
+    folder = _folder(place, "--rescore")
     console.stderr = place.run is None
     how = "leave --rescore out to ask the model"
     if place.step is not None:
@@ -172,7 +222,7 @@ def rescore_model(place: Place, evaluations: Mapping[str, EvaluationConfig]) -> 
         how = f"score them as the training did: molora eval {place.run} {place.run}/config.yaml --rescore …"
     results = []
     for name, config, beside in _each(evaluations):
-        judged = read_predictions(place.folder, name, place.about(config), how)
+        judged = read_predictions(folder, name, place.about(config), how)
         results.append(_result(name, config, judged, beside))
     for result in results:
         _record(place, result)

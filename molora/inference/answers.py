@@ -17,12 +17,14 @@ from molora.inference.generate import Failed, GenerationConfig, attempt
 from molora.inference.load import Answer, LoadedModel
 from molora.interrupt import Stopped
 from molora.pack import Sample
+from molora.shard import ALL_ROWS, Shard
 from molora.storage import hold, write_atomically
 from molora.terminal import progress, warn
 
 _BEGINNING = b'{"id": '
 _MAX_NAMED = 5
-
+# What to do about a file of answers that is none.
+_HOW = "name a new file, or this one's right name"
 
 # What is made of a row: its id, what is written of it, and the error that stands in its place.
 _Result = tuple[str, dict[str, Any], Exception | None]
@@ -31,18 +33,20 @@ _Result = tuple[str, dict[str, Any], Exception | None]
 @dataclass
 class AnswerFile:
     """Rows to answer, or whose answers are to be scored, and the file of what is found, which goes on where it stopped.
-    A row that failed before is tried again. `failed` names those that failed this time."""
+    `ids` are those of all rows, and `rows` are the rows that go into this file. A row that failed before is tried
+    again. `failed` names those that failed this time."""
 
     source: Messages
     output: Path
     ids: list[str]
+    rows: range
     done: set[str]
     failed: list[str]
 
     @property
     def left(self) -> list[int]:
         """The rows without an answer."""
-        return [row for row, id in enumerate(self.ids) if id not in self.done]
+        return [row for row in self.rows if self.ids[row] not in self.done]
 
     def fill(
         self,
@@ -98,19 +102,25 @@ class AnswerFile:
         if not self.failed:
             return ""
         named = "; ".join(self.failed[:_MAX_NAMED]) + ("; …" if len(self.failed) > _MAX_NAMED else "")
-        told = f"{len(self.failed)} of {len(self.ids)} rows have no answer but an error"
+        told = f"{len(self.failed)} of {len(self.rows)} rows have no answer but an error"
         return f"{told}, and are tried again by the next call: {named}"
 
 
 def answer_rows(
-    load: Callable[[], LoadedModel], messages: Path, output: Path, config: GenerationConfig, *, strict: bool = False
+    load: Callable[[], LoadedModel],
+    messages: Path,
+    output: Path,
+    config: GenerationConfig,
+    *,
+    shard: Shard = ALL_ROWS,
+    strict: bool = False,
 ) -> bool:
     """Answers the rows of a file that have no answer yet, with a bar, and tells which failed. Returns whether none did.
-    Raises what `answer_file` raises, before the model is loaded; with `strict` the error of the first row that
-    fails, and Stopped after Ctrl-C, with all that was finished in the file."""
-    with answer_file(messages, output) as rows, progress() as bars, _telling_what_is_done(rows):
+    Raises what `answer_file` raises, before the model is loaded; with `strict` the error of the first row that fails,
+    and Stopped after Ctrl-C, with all that was finished in the file."""
+    with answer_file(messages, output, shard=shard) as rows, progress() as bars, _telling_what_is_done(rows):
         loaded = load()
-        bar = bars.add_task("generate", total=len(rows.ids), completed=len(rows.ids) - len(rows.left), note="")
+        bar = bars.add_task("generate", total=len(rows.rows), completed=len(rows.rows) - len(rows.left), note="")
         rows.fill(loaded, config, strict=strict, advance=lambda: bars.advance(bar))
     return _told_of_faults(rows)
 
@@ -119,7 +129,7 @@ def score_rows(load: Callable[[], LoadedModel], messages: Path, output: Path, *,
     """Writes the likelihoods of the answers that the rows of a file end with; else as `answer_rows`."""
     with answer_file(messages, output, "log_probability") as rows, progress() as bars, _telling_what_is_done(rows):
         loaded = load()
-        bar = bars.add_task("score", total=len(rows.ids), completed=len(rows.ids) - len(rows.left), note="")
+        bar = bars.add_task("score", total=len(rows.rows), completed=len(rows.rows) - len(rows.left), note="")
         rows.score(loaded, strict=strict, advance=lambda: bars.advance(bar))
     return _told_of_faults(rows)
 
@@ -129,7 +139,7 @@ def _telling_what_is_done(rows: AnswerFile) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        told = f"stopped: {len(rows.done)} of {len(rows.ids)} rows are done, in {rows.output}"
+        told = f"stopped: {len(rows.done)} of {len(rows.rows)} rows are done, in {rows.output}"
         raise Stopped(f"{told}; the same call goes on with the others", signal.SIGINT) from interrupt
 
 
@@ -145,19 +155,14 @@ def _told(answer: Answer) -> dict[str, Any]:
 
 
 @contextmanager
-def answer_file(messages: Path, output: Path, result: str = "answer") -> Iterator[AnswerFile]:
-    """Opens rows, and keeps other processes from the file of their answers, whose lines have the key `result`. A
-    half-written last line, left by a kill, is dropped. Raises ConfigError for ids that are not unique, and for an
-    output that is the input, holds anything but answers, or is in use; it is left as it is then."""
+def answer_file(messages: Path, output: Path, result: str = "answer", shard: Shard = ALL_ROWS) -> Iterator[AnswerFile]:
+    """Opens rows, and keeps other processes from the file of their answers, whose lines have the key `result`. The
+    answers to a `shard` of the rows go beside `output`. A half-written last line, left by a kill, is dropped. Raises
+    ConfigError for ids that are not unique, and for an output that is the input, holds anything but answers, has
+    those of another shard, or is in use; it is left as it is then."""
     source = Messages(MessagesConfig(path=str(messages)))
-    ids = _ids(source)
-    first: dict[str, int] = {}
-    for row, id in enumerate(ids):
-        if first.setdefault(id, row) != row:
-            raise ConfigError(
-                f"{messages}: ids are not unique: rows {first[id] + 1} and {row + 1} are both {id!r} (a row without an "
-                "id has its number from 0); give each an id of its own, or give none"
-            )
+    ids = row_ids(source, messages)
+    output = shard_file(output, shard)
     if not output.parent.is_dir():
         raise ConfigError(f"output {output}: no folder {output.parent}; make it first")
     if output.exists():
@@ -166,11 +171,33 @@ def answer_file(messages: Path, output: Path, result: str = "answer") -> Iterato
         if not output.is_file():
             raise ConfigError(f"output {output}: is no file; name one")
     with hold(output):
-        yield AnswerFile(source, output, ids, answered_ids(output, result), [])
+        rows, done = shard.rows(len(ids)), answered_ids(output, result)
+        if shard.count > 1 and (strays := done - {ids[row] for row in rows}):
+            told = f"answers {min(strays)!r}, which is none of the rows of shard {shard} of {messages}"
+            raise ConfigError(f"output {output}: {told}; give another --output, or take the file away")
+        yield AnswerFile(source, output, ids, rows, done, [])
+
+
+def shard_file(output: Path, shard: Shard) -> Path:
+    """Where the answers of a shard go: beside `output`, or into it if the shard is all rows."""
+    return output if shard.count == 1 else output.with_name(shard.name(output.stem) + output.suffix)
+
+
+def row_ids(source: Messages, messages: Path) -> list[str]:
+    """The ids of all rows of a file, each once. A row that cannot be read, which is told in its turn, has its number,
+    and no other's id. Raises ConfigError."""
+    ids = _ids(source)
+    first: dict[str, int] = {}
+    for row, id in enumerate(ids):
+        if first.setdefault(id, row) != row:
+            raise ConfigError(
+                f"{messages}: ids are not unique: rows {first[id] + 1} and {row + 1} are both {id!r} (a row without an "
+                "id has its number from 0); give each an id of its own, or give none"
+            )
+    return ids
 
 
 def _ids(source: Messages) -> list[str]:
-    """The ids of all rows. A row that cannot be read, which is told in its turn, has its number, and no other's id."""
     ids: dict[int, str] = {}
     for row in range(len(source)):
         with suppress(ValueError):
@@ -219,7 +246,7 @@ def appending(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
 
 
 def written_rows(
-    path: Path, where: str, result: str = "answer", *, how: str = "name a new file, or this one's right name"
+    path: Path, where: str, result: str = "answer", *, how: str = _HOW
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows that `appending` wrote, each with the number of its line; none if there is no file. Half a line at the
     end, left by a kill, is taken out of the file when all others are read. Raises ConfigError, beginning with `where`,
@@ -232,7 +259,7 @@ def written_rows(
             if not line.endswith(b"\n") and line[: len(_BEGINNING)] == _BEGINNING[: len(line)]:
                 half = len(line)
             elif line.strip():
-                yield number, _answer(line, where, number, result, how)
+                yield number, written_row(line, where, number, result, how)
     if half:
         os.truncate(path, path.stat().st_size - half)
 
@@ -243,7 +270,8 @@ def _copy_answers(output: Path, to: Path) -> None:
         new.writelines(line for line in whole if "error" not in json.loads(line))
 
 
-def _answer(line: bytes, where: str, number: int, result: str, how: str) -> dict[str, Any]:
+def written_row(line: bytes, where: str, number: int, result: str = "answer", how: str = _HOW) -> dict[str, Any]:
+    """The row that `appending` wrote as a line. Raises ConfigError, as `written_rows` does."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):

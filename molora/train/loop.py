@@ -356,7 +356,7 @@ class _Run:
 
         try:
             evaluation = Evaluation(name, config)
-            judged = evaluation.run(loaded, self.bars, ranks=self.ranks, before_each=stop_if_asked)
+            judged = evaluation.run(loaded, self.bars, shard=self.ranks.shard, before_each=stop_if_asked)
         except Exception as error:  # whatever an evaluation does wrong, the training goes on
             fault = f"{type(error).__name__}: {error}"
         faults = [other for other in self.ranks.gather([fault]) if other is not None]

@@ -266,3 +266,45 @@ def test_answers_of_a_step_are_scored_shown_and_compared(
     assert "settings.max_new_tokens is 2 there and 3 here; score them as the training did" in " ".join(
         capsys.readouterr().err.split()
     )
+
+
+def test_shards_of_an_evaluation_are_merged_to_what_one_call_gives(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = {"name": "sharded", "media": ["as is", "none"], "metrics": ["exact_match", "character_error_rate"]}
+    assert evaluate(home, "--anew", **asked) == 0
+    folder = home / "run" / "predictions"
+    files = [folder / f"sharded{beside}.jsonl" for beside in ("", " (none)")]
+    one = [(path.read_bytes(), path.with_suffix(".json").read_bytes()) for path in files]
+    before = recorded(home)
+    for path in files:
+        path.unlink()
+    assert evaluate(home, "--shard", "0/3", **asked) == 0
+    assert evaluate(home, "--merge", "3", **asked) == 1
+    told = " ".join(capsys.readouterr().err.split())
+    assert "shard 1/3 is missing" in told and "shard 2/3 is missing" in told and "shard 0/3 is" not in told
+    for index in (1, 2):
+        assert evaluate(home, "--shard", f"{index}/3", **asked) == 0
+    weights = shutil.move(home / "backbone/model.safetensors", tmp_path)
+    try:
+        assert evaluate(home, "--merge", "3", **asked) == 0
+    finally:
+        shutil.move(weights, home / "backbone")
+    assert [(path.read_bytes(), path.with_suffix(".json").read_bytes()) for path in files] == one
+    assert recorded(home) == before
+    shutil.copy(folder / "sharded.shard-0-of-3.jsonl", folder / "sharded.shard-2-of-3.jsonl")
+    assert evaluate(home, "--merge", "3", **asked) == 1
+    assert "shard 2/3 is doubled" in " ".join(capsys.readouterr().err.split())
+    assert evaluate(home, "--merge", "3", **{**asked, "max_new_tokens": 3}) == 1
+    assert "max_new_tokens is 2 there and 3 here" in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_does_not_go_with_shards_is_refused(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for options, told in (
+        (("--shard", "0/3", "--merge", "3"), "puts parts together; give one"),
+        (("--shard", "0/3", "--rescore"), "merge them first"),
+        (("--merge", "3", "--anew"), "leave --rescore and --anew out"),
+        (("--shard", "3/3"), "write it as I/N"),
+    ):
+        assert evaluate(home, *options) == 1
+        assert told in " ".join(capsys.readouterr().err.split())

@@ -1,0 +1,45 @@
+"""One of several workers that go through the same rows."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from molora.config import ConfigError
+
+_GIVEN = re.compile(r"(\d{1,9})/(\d{1,9})")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Every `count`-th row, from row `index` on. By itself it is all rows."""
+
+    index: int = 0
+    count: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+    @classmethod
+    def read(cls, text: str) -> Shard:
+        """The shard that is written I/N. Raises ConfigError."""
+        given = _GIVEN.fullmatch(text)
+        if given is None or int(given[1]) >= int(given[2]):
+            raise ConfigError(f"--shard {text:.40}: write it as I/N; of three they are 0/3, 1/3 and 2/3")
+        return cls(int(given[1]), int(given[2]))
+
+    @classmethod
+    def all(cls, count: int) -> list[Shard]:
+        """The shards that are all rows together."""
+        return [cls(index, count) for index in range(count)]
+
+    def rows(self, total: int) -> range:
+        """Its rows, of so many."""
+        return range(self.index, total, self.count)
+
+    def name(self, name: str) -> str:
+        """The name of its part of what is called `name`."""
+        return f"{name}.shard-{self.index}-of-{self.count}"
+
+
+ALL_ROWS = Shard()
