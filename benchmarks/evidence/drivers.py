@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from benchmarks.evidence import interference, pictures, plugins, routers, scaling, sounds
+from benchmarks.evidence import interference, pictures, plugins, routers, scaling, sounds, speech
 from benchmarks.evidence.page import Driver
 
 DRIVERS: Mapping[str, Driver] = {
@@ -10,6 +10,7 @@ DRIVERS: Mapping[str, Driver] = {
     "pictures": pictures,
     "plugins": plugins,
     "sounds": sounds,
+    "speech": speech,
     "scaling": scaling,
     "routers": routers,
 }

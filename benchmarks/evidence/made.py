@@ -58,9 +58,13 @@ def data_root(folder: Path) -> Path:
             (folder / f"esc/audio/{split}{n}.flac").write_bytes(_sound(draw, 1.0))
             sounds.append({"id": f"{split}{n}", "audio": f"audio/{split}{n}.flac", "category": ("rain", "dog")[n % 2]})
         _write_lines(folder / f"esc/{split}.jsonl", sounds)
-        _write_lines(
-            folder / f"tinystories/{split}.jsonl", [{"text": f"Once there were {n} cats."} for n in range(ROWS)]
-        )
+        # A word of the tiny tokenizer is a letter, and few letters take as long as these to say.
+        stories = [{"text": f"{'W' if split == 'train' else 'X'} w {letter}."} for letter in "xyzw"]
+        _write_lines(folder / f"tinystories/{split}.jsonl", stories)
+        (folder / "read_speech/audio").mkdir(parents=True, exist_ok=True)
+        (folder / f"read_speech/audio/{split}.flac").write_bytes(_sound(draw, 1.0))
+        said = {"id": split, "audio": f"audio/{split}.flac", "text": "Cats.", "language": "en"}
+        _write_lines(folder / f"read_speech/{split}.jsonl", [said])
         asked = [{"instruction": f"Say {n}.", "input": ""} for n in range(ROWS)]
         _write_lines(folder / f"self_instruct_seed/{split}.jsonl", asked)
     _write_weights(folder / "weights")

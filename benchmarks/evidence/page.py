@@ -202,22 +202,23 @@ def compared(
         yield table(headings, rows)
 
 
-def bars(results: Results, arms: Mapping[str, Sequence[str]], path: Path) -> None:
-    """Exact match of each task's arms with its interval; the most frequent answer as a line."""
+def bars(results: Results, arms: Mapping[str, Sequence[str]], path: Path, metric: str = "exact_match") -> None:
+    """A metric of each task's arms with its interval; the most frequent answer, if it has a figure, as a line."""
     figure, axes = plt.subplots(1, len(arms), figsize=(5 * len(arms), 3), layout="constrained", squeeze=False)
     for ax, (task, names) in zip(axes[0], arms.items(), strict=True):
         for place, arm in enumerate(names):
-            for found in results.figures(arm, "exact_match", task):
+            for found in results.figures(arm, metric, task):
                 low, high = (found.value if end is None else end for end in (found.low, found.high))
                 ax.errorbar(
                     found.value, place, xerr=[[found.value - low], [high - found.value]], fmt="o", capsize=3, color="C0"
                 )
-        for found in results.figures(names[0], "exact_match", task, "majority")[:1]:
+        majority = results.figures(names[0], metric, task, "majority")[:1]
+        for found in majority:
             ax.axvline(found.value, color="grey", linestyle=":")
         ax.set_yticks(range(len(names)), names)
         ax.invert_yaxis()
         ax.set_xlim(0, 1.02)
-        ax.set_xlabel(f"{task}: exact match; dotted: most frequent answer")
+        ax.set_xlabel(f"{task}: {metric.replace('_', ' ')}" + "; dotted: most frequent answer" * bool(majority))
     save_figure(figure, path)
 
 

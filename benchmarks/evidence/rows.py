@@ -17,6 +17,7 @@ from typing import Any
 
 import pyarrow.parquet
 
+from benchmarks.evidence import spoken
 from molora.storage import write_atomically, write_folder, write_text
 
 # The default system message of a chat template may be longer than all else in a prompt.
@@ -113,7 +114,12 @@ def prepare(data_root: Path, folder: Path, names: Sequence[str]) -> dict[str, An
         target = folder / name
         if not target.is_dir():
             with write_folder(target) as draft:
-                about = _of_pair(folder, draft, *name.split("+")) if "+" in name else _of_task(data_root, draft, name)
+                if name == "speech":
+                    about = spoken.write(data_root, draft, folder / "clips")
+                elif "+" in name:
+                    about = _of_pair(folder, draft, *name.split("+"))
+                else:
+                    about = _of_task(data_root, draft, name)
                 write_text(draft / "about.json", json.dumps(about, indent=1))
         found[name] = json.loads((target / "about.json").read_text(encoding="utf-8"))
     return found

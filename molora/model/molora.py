@@ -218,10 +218,11 @@ class MoLoRA(nn.Module):
         router_N = torch.zeros_like(sums_N) if routing.losses_N is None else routing.losses_N
         return Losses(sums_N, tuple(counts_N.tolist()), routing, router_N)
 
-    def word_losses(self, pack: Pack) -> Losses:
+    def word_losses(self, pack: Pack, vocabulary_V: Tensor | None = None) -> Losses:
         """How far the media tokens of each sample are from the embeddings of its answer's tokens ("words"), in their
-        order: no layer of the backbone runs, and no adapter. Raises ValueError for a sample with fewer media tokens
-        than words."""
+        order: no layer of the backbone runs, and no adapter. `vocabulary_V` are the ids that are told apart, sorted;
+        None is all of them. Raises ValueError for a sample with fewer media tokens than words, and for one with words
+        that are not in the vocabulary."""
         stops = torch.tensor(sorted(self.backbone.stop_ids), device=self.device)
         embeds, is_media = self.embed(pack).split(pack.lengths), (pack.modality_ids_T > 0).split(pack.lengths)
         media = [embeds_TD[media_T] for embeds_TD, media_T in zip(embeds, is_media, strict=True)]
@@ -236,5 +237,19 @@ class MoLoRA(nn.Module):
                     f"{id}: its {len(tokens_SD)} media tokens cannot say its {len(ids)} words, which need {needed}; "
                     "train it by `objective: answers`, or give its media more tokens"
                 )
-        sums_N = word_losses(media, words, self.backbone.embeddings_VD)
+        embeddings_VD = self.backbone.embeddings_VD
+        if vocabulary_V is not None:
+            embeddings_VD = embeddings_VD[vocabulary_V.to(self.device)]
+            words = [_places(ids, vocabulary_V, id).to(self.device) for id, ids in zip(pack.ids, words, strict=True)]
+        sums_N = word_losses(media, words, embeddings_VD)
         return Losses(sums_N, tuple(len(ids) for ids in words), Routing(()), torch.zeros_like(sums_N))
+
+
+def _places(ids_K: Tensor, vocabulary_V: Tensor, sample: str) -> Tensor:
+    """Where a sample's words (K,) are in the vocabulary (V,). Raises ValueError if some are not in it."""
+    ids_K = ids_K.cpu()
+    places_K = torch.searchsorted(vocabulary_V, ids_K).clamp(max=len(vocabulary_V) - 1)
+    if missing := ids_K[vocabulary_V[places_K] != ids_K].unique().tolist():
+        told = f"{sample}: its answer has tokens that the stage's vocabulary lacks, of ids {missing}"
+        raise ValueError(f"{told}; add the answer to the file of the vocabulary, as a line")
+    return places_K

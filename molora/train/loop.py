@@ -38,7 +38,7 @@ from molora.train.log import MetricsLog
 from molora.train.optim import PartOptimizer, copy_parts, matches, set_trainable
 from molora.train.phases import PhaseClock
 from molora.train.preference import Reference, preference_step
-from molora.train.preflight import Trial, describe, open_trials, try_model
+from molora.train.preflight import Trial, describe, open_trials, read_vocabulary, try_model
 from molora.train.recipe import Recipe, StageConfig, plan_recipe, remember_plugins, skipped_errors
 from molora.train.resume import Best, Position, check_environment, environment, planned_steps, resumed_position
 from molora.train.step import TrainingError, check_skipped, train_step
@@ -184,6 +184,7 @@ class _Run:
         self.reference = None
         if stage.objective == "preferences" and stage.preference.reference:
             self.reference = Reference(self.model, self.reference_tensors if first_step else None)
+        self.vocabulary_V = read_vocabulary(stage, self.processor, f"stages.{index}")
         if self.recipe.feature_cache is not None:
             self.features = FeatureCache(Path(self.recipe.feature_cache), self.model)
         samples = EncodedSamples(
@@ -286,7 +287,7 @@ class _Run:
         if stage.objective == "preferences":
             row = preference_step(*with_what, stage.preference, self.reference, self.ranks, self.clock)
         else:
-            row = train_step(*with_what, self.ranks, self.clock, stage.objective)
+            row = train_step(*with_what, self.ranks, self.clock, stage.objective, self.vocabulary_V)
         ids = sorted(self.ranks.gather([sample.id for sample in samples]))
         row["samples"] = len(ids)
         row["samples_digest"] = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]

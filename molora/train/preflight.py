@@ -1,6 +1,13 @@
-"""What a recipe names, opened and tried before training: a typo shows in seconds, and not after the last step."""
+"""What a recipe names, opened and tried before training: a typo shows in seconds, and not after the last step.
+
+Letter: V words of a vocabulary.
+"""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from molora.config import ConfigError, did_you_mean
 from molora.data.processor import Processor
@@ -154,6 +161,7 @@ def try_model(
             raise ConfigError(
                 f"{told}, so that a medium is encoded once for both answers; train them in a stage before"
             )
+        read_vocabulary(stage, processor, f"stages.{index}")
         check_start(model, stage.start_from, f"stages.{index}.start_from")
         for name in stage.data:
             if trial := trials.get(f"stages.{index}.data.{name}"):
@@ -161,6 +169,22 @@ def try_model(
     for name in recipe.evaluations:
         if trial := trials.get(f"evaluations.{name}.data"):
             trial.encode(processor, 0)
+
+
+def read_vocabulary(stage: StageConfig, processor: Processor, where: str) -> Tensor | None:
+    """The token ids (V,) of the answers in a stage's `vocabulary`, sorted; None where it has none, and words are told
+    apart from all tokens. Raises ConfigError for a file that is not there or says nothing."""
+    if stage.vocabulary is None:
+        return None
+    try:
+        lines = Path(stage.vocabulary).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        told = f"{where}.vocabulary: cannot be read as text ({error})"
+        raise ConfigError(f"{told}; name a file with an answer a line") from error
+    ids = sorted({id for line in lines for id in processor.text_ids(line, f"{where}.vocabulary")})
+    if not ids:
+        raise ConfigError(f"{where}.vocabulary: {stage.vocabulary} is empty; it needs an answer a line")
+    return torch.tensor(ids)
 
 
 def describe(model: MoLoRA, stage: StageConfig, steps: int, num_rows: Mapping[str, int]) -> None:

@@ -42,8 +42,10 @@ class StageConfig:
 
     The `objective` is what is learned. By `answers` the backbone gives them. By `words` the media tokens of a sample
     come to be the embeddings of its answer's tokens, in their order (CTC): no layer of the backbone runs, so a step
-    costs little more than the encoder does, and no adapter trains. By `preferences` the chosen answer comes to be
-    likelier than the rejected one, beside what both were when the stage began; `preference` says by which losses."""
+    costs little more than the encoder does, and no adapter trains. They are told apart from all words of the tokenizer
+    or, which costs less, from those of `vocabulary`, a text file with an answer a line. By `preferences` the chosen
+    answer comes to be likelier than the rejected one, beside what both were when the stage began; `preference` says by
+    which losses."""
 
     name: str
     train: dict[str, PartConfig]
@@ -58,6 +60,7 @@ class StageConfig:
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     evaluate_every_steps: int = 0
     objective: Objective = "answers"
+    vocabulary: str | None = None
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     start_from: dict[str, str] = field(default_factory=dict)
 
@@ -66,6 +69,8 @@ class StageConfig:
         require(self, 0, "steps", "epochs", "evaluate_every_steps", "skip_limit")
         if self.objective != "preferences" and self.preference != PreferenceConfig():
             raise ValueError(f"preference: is for `objective: preferences`, and this stage learns {self.objective}")
+        if self.objective != "words" and self.vocabulary is not None:
+            raise ValueError(f"vocabulary: is for `objective: words`, and this stage learns {self.objective}")
         if (self.steps > 0) == (self.epochs > 0):
             raise ValueError(
                 f"steps is {self.steps} and epochs {self.epochs:g}; give one of the two, and the other as 0"

@@ -35,11 +35,12 @@ def train_step(
     ranks: Ranks | None = None,
     clock: PhaseClock | None = None,
     objective: Objective = "answers",
+    vocabulary_V: Tensor | None = None,
 ) -> dict[str, Any]:
     """One update from this rank's samples of a global step; returns the step's metrics, the same on every rank.
 
     `ranks` are the processes that train together, this one alone if they are left out. `clock` is told each phase.
-    `objective` is the stage's.
+    `objective` and `vocabulary_V`, sorted ids, are the stage's.
 
     Each sample's loss is divided by the global target tokens of its group (its set of modalities), and each part is
     reduced, clipped and stepped on its own, so nothing shared couples modalities that train together.
@@ -58,7 +59,7 @@ def train_step(
             pack = pack.to(model.device)
             clock.to("forward")
             with nullcontext() if trains else torch.no_grad():
-                losses = model.losses(pack) if objective == "answers" else model.word_losses(pack)
+                losses = model.losses(pack) if objective == "answers" else model.word_losses(pack, vocabulary_V)
                 shares_N = torch.tensor([1 / max(1, targets[m]) for m in pack.modalities], device=model.device)
                 counts_N = torch.tensor(losses.num_targets, device=model.device)
                 loss = ((losses.sums_N + losses.router_N * counts_N) * shares_N).sum()

@@ -273,6 +273,21 @@ def test_words_are_learned_through_the_embeddings_alone_and_without_neighbours()
         }
 
 
+def test_words_of_a_vocabulary_are_told_apart_from_its_words_alone() -> None:
+    model = make_model("llama")
+    samples = [make_sample(model, name, length, kinds) for name, length, kinds in SPOKEN]
+    pack = collate(samples, model.modalities, model.router.order)
+    ids = torch.cat([sample.token_ids_T[sample.targets_T] for sample in samples])
+    everything = torch.arange(len(model.backbone.embeddings_VD))
+    assert torch.equal(model.word_losses(pack, everything).sums_N, model.word_losses(pack).sums_N)
+    few = torch.cat([ids, everything[:3]]).unique()
+    losses = model.word_losses(pack, few)
+    model.backbone.embeddings_VD[[n for n in everything.tolist() if n not in few]] *= 3
+    assert torch.equal(model.word_losses(pack, few).sums_N, losses.sums_N)
+    with pytest.raises(ValueError, match=r"its answer has tokens that the stage's vocabulary lacks, of ids \["):
+        model.word_losses(pack, few[few != ids[0]])
+
+
 def test_media_that_cannot_say_all_words_are_refused() -> None:
     model = make_model("llama")
     sample = make_sample(model, "a", 12, ("numbers",))

@@ -12,11 +12,12 @@ import resource
 import shutil
 import signal
 import socket
+import string
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -525,7 +526,10 @@ def test_a_part_starts_from_one_like_it_and_trains(
         train(config, show=False)
 
 
-def test_a_stage_of_words_teaches_media_to_say_the_answer_and_runs_no_layer(home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("vocabulary", [None, string.ascii_lowercase])
+def test_a_stage_of_words_teaches_media_to_say_the_answer_and_runs_no_layer(
+    home: Path, tmp_path: Path, vocabulary: str | None
+) -> None:
     path = tmp_path / "rows.jsonl"
     rows = [[{"type": "letters", "letters": letters}] for letters in ("abc", "cab", "bca", "acb") * 4]
     with path.open("w") as file:
@@ -540,6 +544,9 @@ def test_a_stage_of_words_teaches_media_to_say_the_answer_and_runs_no_layer(home
         "steps": 60,
         "samples_per_step": 8,
     }
+    if vocabulary is not None:
+        (tmp_path / "vocabulary.txt").write_text(vocabulary)
+        stage["vocabulary"] = str(tmp_path / "vocabulary.txt")
     config = recipe(home, tmp_path / "run", stages=[stage], evaluations={})
     train(config, show=False)
     loaded = molora.load(tmp_path / "run")
@@ -548,6 +555,27 @@ def test_a_stage_of_words_teaches_media_to_say_the_answer_and_runs_no_layer(home
         embeds_TD = loaded.model.embed(collate([sample], loaded.model.modalities))
         nearest = torch.cdist(embeds_TD[sample.modality_ids_T > 0], loaded.model.backbone.embeddings_VD).argmin(1)
         assert loaded.processor.tokenizer.decode(nearest) == content[0]["letters"]
+
+
+@pytest.mark.parametrize(
+    ("objective", "text", "message"),
+    [
+        ("answers", "abc", "vocabulary: is for `objective: words`, and this stage learns answers"),
+        ("words", None, r"stages.0.vocabulary: cannot be read as text \(.*No such file.*; name a file with"),
+        ("words", " ", "stages.0.vocabulary: .*empty; it needs an answer a line"),
+    ],
+)
+def test_a_vocabulary_that_cannot_be_used_stops_at_the_start(
+    home: Path, tmp_path: Path, objective: str, text: str | None, message: str
+) -> None:
+    path = tmp_path / "vocabulary.txt"
+    if text is not None:
+        path.write_text(text.strip())
+    with pytest.raises((ConfigError, ValueError), match=message):
+        config = recipe(home, tmp_path / "run")
+        stage = replace(config.stages[0], objective=objective, vocabulary=str(path))
+        stage.train = {part: how for part, how in stage.train.items() if not part.startswith("adapters")}
+        train(replace(config, stages=[stage]), show=False)
 
 
 @pytest.mark.parametrize("part", ["adapters.letters", "*"])
