@@ -22,6 +22,7 @@ from molora.cli.commands import app
 from molora.doctor.needs import AnsweringConfig
 from molora.plugins import Kind, available, find
 from molora.pretrain.loop import PretrainConfig
+from molora.synthetic.workflow import WorkflowConfig
 from molora.train.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -41,8 +42,8 @@ The options of modalities, routers, sources of data and metrics are in [Options 
 PLUGINS = """# Options of plugins
 
 What comes with molora. A recipe names a plugin and gives it `options`; a key that is not in its table is an error. For
-plugins that are installed beside molora, `molora modality list`, `molora router list` and `molora metric list` show
-where they come from.
+plugins that are installed beside molora, `molora modality list`, `molora router list`, `molora metric list` and
+`molora step list` show where they come from.
 """
 
 COMMANDS = """# Commands
@@ -55,6 +56,7 @@ KINDS: dict[Kind, tuple[str, str]] = {
     "modality": ("Modalities", "under `modalities.NAME.options`, beside `plugin: {}`"),
     "router": ("Routers", "under `router.options`, beside `plugin: {}`"),
     "source": ("Sources of data", "under `options` of a source, beside `kind: {}`"),
+    "step": ("Steps of workflows", "under `steps.0.options`, beside `kind: {}`"),
     "metric": ("Metrics", "in the list `evaluations.NAME.metrics`, as `{}` or `{{{}: {{option: value}}}}`"),
 }
 
@@ -80,6 +82,8 @@ def recipes() -> str:
             *_sections("At the top", Recipe),
             "## The file of `molora pretrain`\n",
             *_sections("", PretrainConfig),
+            "## The file of `molora make`\n",
+            *_sections("", WorkflowConfig),
             "## Settings of `molora doctor --fit MODEL`\n",
             *_sections("", AnsweringConfig),
         ]

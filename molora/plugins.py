@@ -1,8 +1,8 @@
 """Plugins: from a name in a config to the class that it means.
 
 A spec is a built-in name, `package.module:Class`, `path/to/file.py:Class`, or a name that an installed package declares
-in the entry-point group `molora.modalities`, `molora.routers`, `molora.sources` or `molora.metrics`. This is for what a
-user writes; what a received folder says goes through `molora.checkpoint.trust`, which decides whether its code may run.
+in the entry-point group of its kind, such as `molora.modalities`. This is for what a user writes; what a received
+folder says goes through `molora.checkpoint.trust`, which decides whether its code may run.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 
 from molora.config import ConfigError, did_you_mean
 
-Kind = Literal["modality", "router", "source", "metric"]
+Kind = Literal["modality", "router", "source", "metric", "step"]
 
 _SOURCES = {
     "messages": "molora.data.sources:Messages",
@@ -54,9 +54,27 @@ _METRICS = {
     "rouge": "molora.evaluate.metrics.writing:Rouge",
     "judge": "molora.evaluate.metrics.judge_model:JudgeModel",
 }
+_STEPS = {
+    "table": "molora.synthetic.steps.reading:ReadTable",
+    "conversations": "molora.synthetic.steps.reading:ReadConversations",
+    "sample": "molora.synthetic.steps.choosing:DrawRows",
+    "filter": "molora.synthetic.steps.choosing:Filter",
+    "deduplicate": "molora.synthetic.steps.overlap:Deduplicate",
+    "decontaminate": "molora.synthetic.steps.overlap:Decontaminate",
+    "passages": "molora.synthetic.steps.shaping:Passages",
+    "compose": "molora.synthetic.steps.shaping:Compose",
+    "extract": "molora.synthetic.steps.shaping:Extract",
+    "spread": "molora.synthetic.steps.shaping:Spread",
+    "choices": "molora.synthetic.steps.shaping:MakeChoices",
+    "conversation": "molora.synthetic.steps.shaping:MakeConversation",
+    "ask": "molora.synthetic.steps.asking:Ask",
+    "dialogue": "molora.synthetic.steps.asking:Dialogue",
+    "vote": "molora.synthetic.steps.judging:Vote",
+    "verify": "molora.synthetic.steps.judging:Verify",
+}
 
-# What a class must have to keep the contract of molora.modality, molora.routing, molora.data.sources or
-# molora.evaluate.metrics (`name` and `config` are instances').
+# What a class must have to keep the contract of molora.modality, molora.routing, molora.data.sources,
+# molora.evaluate.metrics or molora.synthetic.rows (`name` and `config` are instances').
 _MEMBERS = {
     "modality": (
         *("config_type", "part_type", "load", "prepare", "collate"),
@@ -65,6 +83,7 @@ _MEMBERS = {
     "router": ("config_type", "order", "adapters", "learns", "forward"),
     "source": ("config_type", "__len__", "__getitem__"),
     "metric": ("config_type", "score"),
+    "step": ("config_type", "run"),
 }
 
 
@@ -101,7 +120,7 @@ def available(kind: Kind) -> list[Plugin]:
     elif kind == "router":
         from molora.routers import ROUTERS as built_in
     else:
-        built_in = _SOURCES if kind == "source" else _METRICS
+        built_in = {"source": _SOURCES, "metric": _METRICS, "step": _STEPS}[kind]
     group = "molora.modalities" if kind == "modality" else f"molora.{kind}s"
     declared = _declared(group, tuple((path, _changed_ns(path)) for path in sys.path))
     return [*(Plugin(name, "built-in", spec) for name, spec in built_in.items()), *declared]

@@ -40,6 +40,7 @@ app.add_typer(check.app)
 app.add_typer(plugins.modality_app, name="modality")
 app.add_typer(plugins.router_app, name="router")
 app.add_typer(plugins.metric_app, name="metric")
+app.add_typer(plugins.step_app, name="step")
 app.add_typer(convert.app, name="convert")
 app.add_typer(data.app, name="data")
 

@@ -21,6 +21,7 @@ OptionsArgument = Annotated[
 modality_app = typer.Typer(help="Modality plugins: list, new, check.", no_args_is_help=True)
 router_app = typer.Typer(help="Router plugins: list, new, check.", no_args_is_help=True)
 metric_app = typer.Typer(help="Metric plugins: list.", no_args_is_help=True)
+step_app = typer.Typer(help="Steps of workflows, which are plugins: list.", no_args_is_help=True)
 
 
 @modality_app.command("list")
@@ -61,6 +62,14 @@ def list_metrics(specs: SpecsArgument = None) -> None:
     from molora.plugin_kit.catalogue import metrics, show
 
     show(metrics(specs or ()), ("what it is",))
+
+
+@step_app.command("list")
+def list_steps(specs: SpecsArgument = None) -> None:
+    """Every step of `molora make` that is found by name: where from, what it makes."""
+    from molora.plugin_kit.catalogue import show, steps
+
+    show(steps(specs or ()), ("what it makes",))
 
 
 @router_app.command("list")

@@ -10,6 +10,30 @@ from molora.cli import options
 app = typer.Typer()
 
 
+@app.command()
+def make(
+    config: options.Config,
+    overrides: options.Overrides = None,
+    allow_urls: options.AllowUrls = False,
+    allow_private_addresses: options.AllowPrivateAddresses = False,
+    trust_plugin: options.Trust = None,
+) -> None:
+    """Make data with models, step by step, as a workflow says: rows with where each comes from, and a report. The same
+    call goes on where it stopped."""
+    from functools import partial
+
+    from molora.inference.load import load
+    from molora.synthetic.workflow import open_workflow
+
+    opener = partial(
+        load,
+        allow_urls=allow_urls,
+        allow_private_addresses=allow_private_addresses,
+        trust=trust_plugin or (),
+    )
+    open_workflow(config, overrides or (), opener).run()
+
+
 @app.command("roll-out")
 def roll_out(
     model: options.Model,

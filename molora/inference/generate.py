@@ -14,6 +14,7 @@ from torch import Tensor
 
 from molora.data.processor import SampleTooLong
 from molora.inference.frames import FrameMemory
+from molora.inference.grammar import Grammar
 from molora.inference.running import Asked, Prompts, Running, next_logits
 from molora.inference.sampling import NO_TOKEN, Decoding, TokenLikelihood, choose, likelihoods, positive
 from molora.model.molora import MoLoRA
@@ -372,12 +373,14 @@ def generate(
     keep_going: bool = False,
     frames: FrameMemory | None = None,
     is_over: Callable[[Sequence[int]], bool] = lambda tokens: False,
+    grammar: Grammar | None = None,
 ) -> Iterator[Step]:
     """Decodes samples, yielding tokens as they come; samples enter as others finish.
 
     A sample's tokens do not depend on its neighbours: it has a generator, seeded by the config's seed and the sample's
     id. Ids must be unique. `frames` remembers those of media that appear again. `is_over` says of an answer's tokens so
-    far whether they are to be its last, as a text of the config's `stop` is complete.
+    far whether they are to be its last, as a text of the config's `stop` is complete. Every answer is held to
+    `grammar`, if there is one.
 
     With `keep_going` a sample that fails (could not be made, collated or encoded, does not fit into `kv_cache_gib`, or
     has logits that are no numbers) ends with a step that has its error, and the others go on as if it had never been
@@ -400,7 +403,8 @@ def generate(
                 refused.append(Step(sample.id, -1, "error", sample.error))
             else:
                 try:
-                    batch.add(Asked(sample, config, seed_of(config.seed, sample.id), is_over))
+                    held = None if grammar is None else grammar.again()
+                    batch.add(Asked(sample, config, seed_of(config.seed, sample.id), is_over, held))
                 except SampleTooLong as error:
                     refused.append(Step(sample.id, -1, "error", error))
         for step in refused or batch.step():

@@ -16,6 +16,7 @@ from molora.data.messages import Message
 from molora.data.processor import Processor
 from molora.inference.frames import FrameMemory
 from molora.inference.generate import Failed, GenerationConfig, Step, attempt, generate
+from molora.inference.grammar import Grammar
 from molora.inference.likelihood import Scored, score
 from molora.inference.text import FinalText, before, ends_at
 from molora.media import MediaPolicy
@@ -133,10 +134,15 @@ class LoadedModel:
         return score(self.model, samples, keep_going=keep_going, frames=self.frames)
 
     def answers(
-        self, samples: Iterable[Sample | Failed], config: GenerationConfig | None = None, *, keep_going: bool = False
+        self,
+        samples: Iterable[Sample | Failed],
+        config: GenerationConfig | None = None,
+        *,
+        keep_going: bool = False,
+        grammar: Grammar | None = None,
     ) -> Iterator[Answer]:
-        """Answers in the order in which they finish. Sample ids must be unique. With `keep_going` a sample that fails
-        is an answer with its error; else its error is raised."""
+        """Answers in the order in which they finish, each held to `grammar`. Sample ids must be unique. With
+        `keep_going` a sample that fails is an answer with its error; else its error is raised."""
         known: dict[str, Sample] = {}
 
         def remembered() -> Iterator[Sample | Failed]:
@@ -147,7 +153,7 @@ class LoadedModel:
                     known[sample.id] = sample
                 yield sample
 
-        for step, tokens in self._steps(remembered(), config, keep_going):
+        for step, tokens in self._steps(remembered(), config, keep_going, grammar):
             if step.finished:
                 sample = known.pop(step.id, None)
                 modalities = frozenset() if sample is None else sample.modalities
@@ -166,13 +172,26 @@ class LoadedModel:
         return before(self.processor.decode(tokens), config.stop if config else ())
 
     def _steps(
-        self, samples: Iterable[Sample | Failed], config: GenerationConfig | None, keep_going: bool
+        self,
+        samples: Iterable[Sample | Failed],
+        config: GenerationConfig | None,
+        keep_going: bool,
+        grammar: Grammar | None = None,
     ) -> Iterator[tuple[Step, list[int]]]:
         """Every step with the tokens of its sample's answer so far, of which a stop token is none."""
         config = config or GenerationConfig()
         is_over = ends_at(self.processor.decode, config.stop)
         answers: dict[str, list[int]] = {}
-        for step in generate(self.model, samples, config, keep_going=keep_going, frames=self.frames, is_over=is_over):
+        steps = generate(
+            self.model,
+            samples,
+            config,
+            keep_going=keep_going,
+            frames=self.frames,
+            is_over=is_over,
+            grammar=grammar,
+        )
+        for step in steps:
             tokens = answers.setdefault(step.id, [])
             stops = step.token_id in self.model.backbone.stop_ids and not config.ignore_stop_tokens
             if step.finished != "error" and not stops:

@@ -42,6 +42,11 @@ def metrics(specs: Sequence[str] = ()) -> list[Entry]:
     return _entries("metric", specs, lambda found, _: (_summary(found),))
 
 
+def steps(specs: Sequence[str] = ()) -> list[Entry]:
+    """Every step of workflows that has a name, and those of `specs`; the column is what it makes."""
+    return _entries("step", specs, lambda found, _: (_summary(found),))
+
+
 def _entries(kind: Kind, specs: Sequence[str], columns: Callable[[Any, str], tuple[str, ...]]) -> list[Entry]:
     entries = []
     named = [(plugin, plugin.name) for plugin in available(kind)]

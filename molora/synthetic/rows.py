@@ -1,0 +1,181 @@
+"""Rows that a workflow makes, where each comes from, and the contract of the steps that make them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from molora.config import ConfigError, did_you_mean
+from molora.data.formats.templates import Place, Template, as_text, place_in
+from molora.data.messages import Message
+
+# What the id of a row has behind that of the row it is a part of: which part.
+_MARK = "#"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row with its columns, which are values of JSON. Its id is its own among the rows of a step. `parents` are the
+    places of the rows, or of the row of a file, that it was made of; `place` is its own, which the workflow sets."""
+
+    id: str
+    columns: Mapping[str, Any]
+    parents: tuple[str, ...] = ()
+    place: str = ""
+
+    def having(self, **columns: Any) -> Row:
+        """The row that a step makes of this one, with more columns or others."""
+        return Row(self.id, {**self.columns, **columns}, (self.place,))
+
+    def part(self, number: int, **columns: Any) -> Row:
+        """The row number `number`, from 0, of several that a step makes of this one."""
+        return Row(f"{self.id}{_MARK}{number}", {**self.columns, **columns}, (self.place,))
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A row that a step leaves out. Rows are counted by `reason`; `detail` is what is true of this one alone."""
+
+    row: Row
+    reason: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A model's answer, ended by itself ("stop") or by a limit ("length"). If `error` is not empty, there is none."""
+
+    text: str
+    finished: str
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    error: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingConfig:
+    """How a model of a workflow answers. `temperature` 0 takes the likeliest tokens; `top_p` draws among the likeliest
+    up to that mass. An answer ends before the first of the texts `stop`. `schema`, a JSON schema, and `regex` hold
+    answers to a form; give one of them at most."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.7
+    top_p: float = 0.95
+    stop: list[str] = field(default_factory=list)
+    schema: dict[str, Any] | None = None
+    regex: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.schema is not None and self.regex is not None:
+            raise ConfigError("give schema or regex, not both")
+
+
+# Messages, and the number of the answer to them: that of a turn, or of several answers to one prompt.
+Request = tuple[Row, Sequence[Message], int]
+
+
+class Work(Protocol):
+    """What a workflow does for its steps."""
+
+    name: str
+
+    def seed_of(self, *key: int | str) -> int:
+        """A seed of this step, by the workflow's seed and names."""
+        ...
+
+    def ask(self, model: str, requests: Sequence[Request], how: DecodingConfig) -> list[Reply]:
+        """The replies of a model, which the config names, in the order of the requests. What was answered before, in
+        this call or an earlier one of the same workflow, is not asked again; the draws of a reply depend on the
+        workflow's seed, the step, the row's id and the request's number alone."""
+        ...
+
+
+class Step(Protocol):
+    """Makes rows of rows; built as `Plugin(config)`, with the workflow's options read into its `config_type`.
+
+    What a step makes depends on the rows, its config and `work` alone, so that a workflow that was stopped makes the
+    same again. A row that is left out is yielded as `Dropped`. A step that says `begins = True` has no rows before it.
+    `models` are the names of the workflow's models that it asks. Building it raises ImportError or ValueError for what
+    it needs and does not find, so that this is told before any model is asked."""
+
+    config_type: type
+
+    def run(self, rows: Sequence[Row], work: Work) -> Iterable[Row | Dropped]: ...
+
+
+class RowByRow(ABC):
+    """A step that makes of each row what does not depend on the others. A row that it raises ValueError for is dropped
+    as faulty; a ConfigError, such as for a column that no row has, ends the workflow."""
+
+    @abstractmethod
+    def made_of(self, row: Row, work: Work) -> Iterable[Row | Dropped]: ...
+
+    def run(self, rows: Sequence[Row], work: Work) -> Iterator[Row | Dropped]:
+        for row in rows:
+            yield from unless_faulty(row, lambda row=row: self.made_of(row, work))
+
+
+def unless_faulty(row: Row, make: Any) -> list[Any]:
+    """What `make` makes of a row; the row, dropped, if it raises ValueError, unless that is a ConfigError."""
+    try:
+        return [*make()]
+    except ConfigError:
+        raise
+    except ValueError as error:
+        return [Dropped(row, "faulty", str(error))]
+
+
+class Text:
+    """A template over the columns of rows, such as "{question}" or "{answers[0]}"."""
+
+    def __init__(self, text: str, where: str) -> None:
+        self.template = Template(text, where)
+        self.bound: tuple[str, ...] | None = None
+
+    def of(self, row: Row) -> str:
+        """Raises ConfigError for a column that there is not, ValueError for one that holds no text."""
+        if self.bound != (names := tuple(row.columns)):
+            self.template.places = [place_of(name, row, self.template.where) for name in self.template.fields]
+            self.bound = names
+        return self.template.fill(row.columns, f"row {row.id}")
+
+
+def texts_of(templates: Mapping[str, str], where: str) -> dict[str, Text]:
+    """Templates by name, each with its name in errors."""
+    return {name: Text(text, f"{where}.{name}") for name, text in templates.items()}
+
+
+def place_of(name: str, row: Row, where: str) -> Place:
+    """The column, or what is inside, that a config names. Raises ConfigError."""
+    if (place := place_in(name, row.columns)) is None:
+        near = did_you_mean(name, row.columns)
+        raise ConfigError(f"{where}: no column {name!r}; {near}row {row.id} has {', '.join(row.columns) or 'none'}")
+    return place
+
+
+def value_of(name: str, row: Row, where: str) -> Any:
+    """What a row has in a column, or inside it. Raises ConfigError for a column that there is not."""
+    return place_of(name, row, where).value(row.columns, f"row {row.id}")
+
+
+def text_of(name: str, row: Row, where: str) -> str:
+    """The same as text. Raises ValueError for a value that is none."""
+    return as_text(value_of(name, row, where), name, f"row {row.id}")
+
+
+def list_of(name: str, row: Row, where: str) -> list[Any]:
+    """The same as a list. Raises ValueError for a value that is none."""
+    value = value_of(name, row, where)
+    if not isinstance(value, list):
+        raise ValueError(f"row {row.id}: {name}: expected a list, got {value!r:.80}")
+    return value
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text in a value, those of lists and mappings too."""
+    if isinstance(value, str):
+        yield value
+    for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ():
+        yield from texts_in(inner)

@@ -1,0 +1,134 @@
+"""Steps that judge answers: against each other, and against what is right."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from molora.config import ConfigError
+from molora.evaluate.metrics import Named, open_metrics
+from molora.evaluate.normalise import normalise
+from molora.evaluate.questions import Question, judge
+from molora.synthetic.rows import Dropped, Row, RowByRow, Text, Work, list_of
+
+_NUMBER = re.compile(r"[-+]?\d[\d,\u202f\u00a0]*(?:\.\d+)?(?:[eE][-+]?\d+)?")
+_GROUPING = re.compile("[,\u202f\u00a0]")
+
+
+@dataclass(kw_only=True)
+class VoteConfig:
+    """`column` holds a list of answers, of which the one that most agree on becomes the column `into`. They agree by
+    their `text`, but for case, spaces and a closing full stop, or by the last `number` in it. `at_least` is the share
+    of the answers that must agree; an answer without a number agrees with none. Where two lead, the row is dropped."""
+
+    column: str
+    into: str = "answer"
+    by: Literal["text", "number"] = "text"
+    at_least: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.at_least <= 1:
+            raise ConfigError(f"at_least is {self.at_least}; give a share, from 0 to 1")
+
+
+class Vote(RowByRow):
+    """The answer of the majority, and `agreement`, the share of the answers that it has.
+
+    Source: self-consistency (arXiv 2203.11171)."""
+
+    config_type = VoteConfig
+
+    def __init__(self, config: VoteConfig) -> None:
+        self.config = config
+
+    def made_of(self, row: Row, work: Work) -> Iterator[Row | Dropped]:
+        config = self.config
+        answers = [str(answer) for answer in list_of(config.column, row, "column")]
+        groups: dict[str, list[str]] = {}
+        for answer in answers:
+            key = normalise(answer) if config.by == "text" else last_number(answer)
+            if key:
+                groups.setdefault(key, []).append(answer)
+        ranked = sorted(groups.items(), key=lambda group: -len(group[1]))  # stable: the first that was said leads
+        if not ranked:
+            yield Dropped(row, "no answer to count")
+            return
+        key, same = ranked[0]
+        share = len(same) / len(answers)
+        if share < config.at_least:
+            yield Dropped(row, f"less than {config.at_least:.0%} agree", f"{share:.2f}")
+        elif len(ranked) > 1 and len(ranked[1][1]) == len(same):
+            yield Dropped(row, "two answers lead", f"{key!r} and {ranked[1][0]!r}"[:200])
+        else:
+            said = key if config.by == "number" else same[0]
+            yield row.having(**{config.into: said, "agreement": share, "agreeing": same})
+
+
+def last_number(text: str) -> str:
+    """The last number in a text, as its shortest decimal; empty if there is none. Commas group digits."""
+    found = _NUMBER.findall(text)
+    return f"{float(_GROUPING.sub('', found[-1])):.12g}" if found else ""
+
+
+@dataclass(kw_only=True)
+class VerifyConfig:
+    """`metric` rates `answer` against `expected`, both templates, or against each text of the list in the column
+    `answers`: a metric's name, or a name with options. Its first number becomes the column `into`, and the row stays if
+    that is `at_least` and `at_most` what they say; give one at least."""
+
+    metric: Named
+    answer: str
+    expected: str | None = None
+    answers: str | None = None
+    into: str = "rating"
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.expected is None) == (self.answers is None):
+            raise ConfigError("give either expected or answers")
+        if self.at_least is None and self.at_most is None:
+            raise ConfigError("give at_least or at_most, or the metric decides about nothing")
+
+
+class Verify(RowByRow):
+    """Rows whose answer a metric rates well enough: exact match, a word error rate, chrF of a translation and back."""
+
+    config_type = VerifyConfig
+
+    def __init__(self, config: VerifyConfig) -> None:
+        self.config = config
+        (self.metric,) = open_metrics([config.metric], "metric")
+        if getattr(self.metric, "needs", None):
+            raise ConfigError(f"metric: {config.metric!r} rates an answer by more than its text")
+        self.answer = Text(config.answer, "answer")
+        self.expected = None if config.expected is None else Text(config.expected, "expected")
+
+    def made_of(self, row: Row, work: Work) -> Iterator[Row | Dropped]:
+        config = self.config
+        if self.expected is not None:
+            accepted = [self.expected.of(row)]
+        else:
+            accepted = [str(answer) for answer in list_of(config.answers or "", row, "answers")]
+        if not accepted:
+            yield Dropped(row, "nothing to compare with")
+            return
+        messages = row.columns.get("messages")
+        prompt = messages if isinstance(messages, list) else []
+        choices, choice = row.columns.get("choices"), row.columns.get("choice")
+        asked = Question(row.id, prompt, accepted[0], answers=accepted)
+        if isinstance(choices, list) and isinstance(choice, int):
+            asked = Question(row.id, prompt, accepted[0], answers=accepted, choices=choices, choice=choice)
+        numbers = self.metric.score([judge(asked, self.answer.of(row))])
+        if not numbers:
+            yield Dropped(row, "the metric gives no number")
+            return
+        rating = float(next(iter(numbers.values())))
+        if config.at_least is not None and rating < config.at_least:
+            yield Dropped(row, f"rated below {config.at_least:g}", f"{rating:g}")
+        elif config.at_most is not None and rating > config.at_most:
+            yield Dropped(row, f"rated above {config.at_most:g}", f"{rating:g}")
+        else:
+            yield row.having(**{config.into: rating})
