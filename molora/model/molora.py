@@ -221,28 +221,32 @@ class MoLoRA(nn.Module):
     def word_losses(self, pack: Pack, vocabulary_V: Tensor | None = None) -> Losses:
         """How far the media tokens of each sample are from the embeddings of its answer's tokens ("words"), in their
         order: no layer of the backbone runs, and no adapter. `vocabulary_V` are the ids that are told apart, sorted;
-        None is all of them. Raises ValueError for a sample with fewer media tokens than words, and for one with words
-        that are not in the vocabulary."""
-        stops = torch.tensor(sorted(self.backbone.stop_ids), device=self.device)
+        None is all of them. Raises ValueError as `words_of` does, and for a sample with words that are not in the
+        vocabulary."""
         embeds, is_media = self.embed(pack).split(pack.lengths), (pack.modality_ids_T > 0).split(pack.lengths)
         media = [embeds_TD[media_T] for embeds_TD, media_T in zip(embeds, is_media, strict=True)]
-        told = zip(
-            pack.token_ids_T.split(pack.lengths), pack.targets_T.to(self.device).split(pack.lengths), strict=True
-        )
-        words = [ids_T[targets_T & ~torch.isin(ids_T, stops)] for ids_T, targets_T in told]
-        for id, tokens_SD, ids in zip(pack.ids, media, words, strict=True):
-            needed = len(ids) + int((ids[1:] == ids[:-1]).sum())
-            if len(tokens_SD) < needed:
-                raise ValueError(
-                    f"{id}: its {len(tokens_SD)} media tokens cannot say its {len(ids)} words, which need {needed}; "
-                    "train it by `objective: answers`, or give its media more tokens"
-                )
+        ids, targets = pack.token_ids_T.split(pack.lengths), pack.targets_T.to(self.device).split(pack.lengths)
+        words = [self.words_of(*each) for each in zip(pack.ids, ids, targets, map(len, media), strict=True)]
         embeddings_VD = self.backbone.embeddings_VD
         if vocabulary_V is not None:
             embeddings_VD = embeddings_VD[vocabulary_V.to(self.device)]
             words = [_places(ids, vocabulary_V, id).to(self.device) for id, ids in zip(pack.ids, words, strict=True)]
         sums_N = word_losses(media, words, embeddings_VD)
         return Losses(sums_N, tuple(len(ids) for ids in words), Routing(()), torch.zeros_like(sums_N))
+
+    def words_of(self, id: str, token_ids_T: Tensor, targets_T: Tensor, num_media: int) -> Tensor:
+        """The words of a sample's answer: its target ids (K,) but those that end a turn. Raises ValueError if they are
+        more than its media tokens can say."""
+        stops = torch.tensor(sorted(self.backbone.stop_ids), device=token_ids_T.device)
+        words_K = token_ids_T[targets_T & ~torch.isin(token_ids_T, stops)]
+        needed = len(words_K) + int((words_K[1:] == words_K[:-1]).sum())
+        if num_media < needed:
+            told = f"{id}: its {num_media} media tokens cannot say its {len(words_K)} words, which need {needed}"
+            raise ValueError(
+                f"{told}; train it by `objective: answers`, give its media more tokens, or leave such samples out by "
+                "`too_long: skip`"
+            )
+        return words_K
 
 
 def _places(ids_K: Tensor, vocabulary_V: Tensor, sample: str) -> Tensor:

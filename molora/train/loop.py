@@ -176,6 +176,8 @@ class _Run:
         """Trains a stage from where the run stands to the stage's end."""
         stage, steps, totals = self.recipe.stages[index], self.steps[index], self.totals[index]
         first_step = self.position.step
+        # Words alone do not make a model answer, so its answers are not asked for before a stage of them.
+        speaks = stage.objective != "words" or index + 1 == len(self.recipe.stages)
         self.optimizers = set_trainable(self.model, stage.train, steps, f"stages.{index}.train")
         if not first_step:
             copy_parts(self.model, stage.start_from)
@@ -223,7 +225,7 @@ class _Run:
             self.bars.update(bar, advance=1, note=", ".join(notes))
             finished = step + 1 == steps
             self.position = Position(index + 1) if finished else Position(index, step + 1, skipped=skipped)
-            if finished or (stage.evaluate_every_steps and (step + 1) % stage.evaluate_every_steps == 0):
+            if (finished and speaks) or (stage.evaluate_every_steps and (step + 1) % stage.evaluate_every_steps == 0):
                 self.position.evaluate = list(self.recipe.evaluations)
             if (step + 1) % self.recipe.log_every_steps == 0:
                 self.log.write({**self._about(), **row})
@@ -279,6 +281,8 @@ class _Run:
         # Dropout is the one thing drawn from the global generator; seeding it per step needs no state to resume.
         torch.manual_seed(seed_of(self.recipe.seed, stage.name, "step", step, self.ranks.index))
         self.model.train()
+        if stage.objective == "words":
+            encoded = [self._said(stage, each) for each in encoded]
         samples = [sample for sample in encoded if isinstance(sample, Sample)]
         if self.features is not None:
             self.clock.to("encoding")
@@ -300,6 +304,16 @@ class _Run:
         row |= {f"seconds/{phase}": value for phase, value in seconds.items()}
         self.totals[self.position.stage].add(row, ids, [id for _, id in skipped])
         return row
+
+    def _said(self, stage: StageConfig, sample: Sample | Skipped) -> Sample | Skipped:
+        """A sample of a stage of words, left out as too long if its media tokens cannot say its answer."""
+        if isinstance(sample, Sample) and stage.too_long == "skip":
+            num_media = int((sample.modality_ids_T > 0).sum())
+            try:
+                self.model.words_of(sample.id, sample.token_ids_T, sample.targets_T, num_media)
+            except ValueError as error:
+                return Skipped(sample.id, str(error))
+        return sample
 
     def _evaluate_due(self) -> None:
         """Runs the evaluations that are due. What fails is told and logged, and stops nothing: all is saved already."""

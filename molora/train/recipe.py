@@ -34,11 +34,11 @@ class StageConfig:
     by their weights; all but the one that takes longest come again in it. A part of an epoch is allowed.
 
     Every step takes `samples_per_step` samples, over all processes, packed up to `tokens_per_pack`; several packs are
-    accumulated. Evaluations run at the end of every stage, and after every `evaluate_every_steps` steps if that is
-    above 0. A sample longer than a pack is `too_long`, one whose media cannot be used is `unusable`: either stops the
-    run, or is left out and counted. When more than `skip_limit` were left out, the run stops and lists them.
-    `start_from` maps a part that trains to the part whose weights it begins with. `mixture` is how the sources are
-    mixed.
+    accumulated. Evaluations run at the end of every stage but one of words that others follow, and after every
+    `evaluate_every_steps` steps if that is above 0. A sample longer than a pack, or with more words than its media can
+    say, is `too_long`; one whose media cannot be used is `unusable`: either stops the run, or is left out and counted.
+    When more than `skip_limit` were left out, the run stops and lists them. `start_from` maps a part that trains to the
+    part whose weights it begins with. `mixture` is how the sources are mixed.
 
     The `objective` is what is learned. By `answers` the backbone gives them. By `words` the media tokens of a sample
     come to be the embeddings of its answer's tokens, in their order (CTC): no layer of the backbone runs, so a step

@@ -557,6 +557,39 @@ def test_a_stage_of_words_teaches_media_to_say_the_answer_and_runs_no_layer(
         assert loaded.processor.tokenizer.decode(nearest) == content[0]["letters"]
 
 
+def test_a_stage_of_words_leaves_out_what_its_media_cannot_say_and_is_not_asked(home: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    content = [{"type": "letters", "letters": "abc"}]
+    rows = [
+        {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": said}]}
+        for said in ("abc", "abcabc")
+    ]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    config = recipe(home, tmp_path / "run")
+    stage = replace(
+        config.stages[0],
+        objective="words",
+        train={"projectors.letters": PartConfig(learning_rate=1e-3)},
+        data={"rows": SourceConfig(kind="messages", options={"path": str(path)})},
+        steps=2,
+        samples_per_step=2,
+        evaluate_every_steps=0,
+    )
+    answers = replace(stage, name="answers", objective="answers")
+    with pytest.raises(ValueError, match="its 3 media tokens cannot say its 6 words, which need 6; train it by"):
+        train(replace(config, stages=[stage, answers]), show=False)
+    run = train(
+        replace(config, run=str(tmp_path / "other"), stages=[replace(stage, too_long="skip"), answers]), show=False
+    )
+    log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in log if "samples" in row]
+    assert [(row["stage"], row["samples"], row["skipped"]) for row in steps] == [
+        *[(stage.name, 1, 1)] * 2,
+        *[("answers", 2, 0)] * 2,
+    ]
+    assert {row["step"] for row in log if any("exact_match" in key for key in row)} == {4}
+
+
 @pytest.mark.parametrize(
     ("objective", "text", "message"),
     [
