@@ -134,13 +134,18 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(value).__name__}")
+    if is_deep(value):
+        raise ValueError(f"{where}: nested deeper than {MAX_JSON_DEPTH} levels; is it the right file?")
+    return value
+
+
+def is_deep(value: dict[str, Any]) -> bool:
+    """Whether JSON is nested deeper than `MAX_JSON_DEPTH` levels."""
     level: list[Any] = [value]
     for _ in range(MAX_JSON_DEPTH):
         inner = chain.from_iterable(outer.values() if isinstance(outer, dict) else outer for outer in level)
         level = [value for value in inner if isinstance(value, (dict, list))]
-    if level:
-        raise ValueError(f"{where}: nested deeper than {MAX_JSON_DEPTH} levels; is it the right file?")
-    return value
+    return bool(level)
 
 
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 A message is {"role", "content"}, and `train: false` where a turn is not to be learned. Content is text or a list of
 parts: {"type": "text", "text": ...} or media, such as {"type": "image", "path": ...}, whose type a modality answers to.
+An assistant's message may have `tool_calls`, which the messages of role `tool` behind it answer (tools.py).
 """
 
 import os
@@ -12,14 +13,24 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from molora.data.tools import check_calls, read_calls
 from molora.modality import MediaError
 
 Message = Mapping[str, Any]
 Part = Mapping[str, Any]
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 
-_SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_KEYS = ("role", "content", "train")
+_MORE_KEYS = {"assistant": ("tool_calls",), "tool": ("tool_call_id", "name")}
+_SPEAKERS = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "tool": "tool",
+}
 _MARKED_TYPES = ("image", "audio", "video")
 _MEDIA_COLUMNS = tuple(f"{kind}{ending}" for kind in _MARKED_TYPES for ending in ("", "s"))
 
@@ -45,12 +56,14 @@ def check(messages: Sequence[Message], part_types: Mapping[str, str] | None, whe
         here = f"{where}: message {i}"
         if not isinstance(message, Mapping):
             raise ValueError(f"{here}: expected a mapping with role and content, got {message!r:.80}")
-        surplus = sorted(str(k) for k, v in message.items() if k not in ("role", "content", "train") and v is not None)
-        if surplus:
-            raise ValueError(f"{here}: has {', '.join(surplus)}; a message has role, content and train, nothing else")
         role = message.get("role")
         if role not in ROLES:
             raise ValueError(f"{here}: role {role!r:.80} is none of {', '.join(ROLES)}")
+        keys = (*_KEYS, *_MORE_KEYS.get(role, ()))
+        if surplus := sorted(str(key) for key, value in message.items() if key not in keys and value is not None):
+            *first, last = keys
+            told = f"a message of role {role} has {', '.join(first)} and {last}, nothing else"
+            raise ValueError(f"{here}: has {', '.join(surplus)}; {told}")
         if not isinstance(message.get("train"), (bool, type(None))):
             raise ValueError(f"{here}: train: expected true or false, got {message['train']!r:.80}")
         if message.get("train") and role != "assistant":
@@ -59,6 +72,7 @@ def check(messages: Sequence[Message], part_types: Mapping[str, str] | None, whe
             raise ValueError(f"{here}: content: expected text or a list of parts, got {message.get('content')!r:.80}")
         for j, part in enumerate(parts(message)):
             _check_part(part, part_types, f"{here}, part {j}")
+    check_calls(messages, where)
 
 
 def _check_part(part: Part, part_types: Mapping[str, str] | None, here: str) -> None:
@@ -170,6 +184,8 @@ def _message(turn: Any, places: _Places, marks: Sequence[str], where: str) -> di
     if not isinstance(turn, Mapping):
         raise ValueError(f"{where}: expected a mapping with role and content, got {turn!r:.80}")
     given = {key: value for key, value in turn.items() if value is not None}
+    if given.get("tool_calls"):
+        given = {"content": "", **given, "tool_calls": read_calls(given["tool_calls"], where)}
     speaker, content = _one_of(given, turn, ("role", "from"), where), _one_of(given, turn, ("content", "value"), where)
     if not isinstance(speaker, str) or speaker not in _SPEAKERS:
         raise ValueError(f"{where}: role {speaker!r:.80} is none of {', '.join(_SPEAKERS)}")

@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from molora.data.messages import Message, Part, check, media_parts, parts
-from molora.data.prompt import ChatTemplate
+from molora.data.prompt import ChatTemplate, Tools
+from molora.data.tools import as_json
 from molora.media import MediaPolicy
 from molora.modality import MediaError, Modality, Prepared
 from molora.pack import Item, Pack, Sample, collate
@@ -54,7 +55,7 @@ class Processor:
         self.max_tokens = max_tokens
         self.num_embeddings = num_embeddings
         self.media_policy = media_policy or MediaPolicy()
-        self._template = ChatTemplate(tokenizer)
+        self.template = ChatTemplate(tokenizer)
         self._ids = {name: 1 + index for index, name in enumerate(self.modalities)}
 
     def encode(
@@ -65,10 +66,12 @@ class Processor:
         generate: bool = False,
         seed: int | None = None,
         known: dict[Any, Prepared] | None = None,
+        tools: Tools = (),
     ) -> Sample:
         """Turns one conversation into a sample; `seed` drives augmentation, None means none.
 
-        With `generate` the sample ends with the generation prompt and has no targets. `known` holds what was prepared
+        With `generate` the sample ends with the generation prompt and has no targets; then the model may be told of
+        `tools` that it may call, as transformers' chat templates take them. `known` holds what was prepared
         of a step's other samples, and this one's media are added: a file that is there again is not read again, unless
         its preparation draws from the sample's own randomness.
 
@@ -78,9 +81,9 @@ class Processor:
         where = f"sample {id}"
         self._check_counts(messages, where)
         check(messages, self.part_types, where)
-        self._check_texts(
-            [part["text"] for message in messages for part in parts(message) if part["type"] == "text"], where
-        )
+        texts = [part["text"] for message in messages for part in parts(message) if part["type"] == "text"]
+        told = [tools, *(message.get("tool_calls") for message in messages)]
+        self._check_texts([*texts, *(as_json(each, f"{where}: tools") for each in told if each)], where)
         media = [(place, self.part_types[part["type"]], part) for place, part in media_parts(messages)]
         modalities = frozenset(modality for _, modality, _ in media)
         try:
@@ -101,7 +104,7 @@ class Processor:
                 )
             items.append(item)
         lengths = [item.prepared.num_tokens for item in items]
-        prompt = self._template.encode(messages, lengths, generate=generate, where=where)
+        prompt = self.template.encode(messages, lengths, generate=generate, tools=tools, where=where)
         if len(prompt.token_ids) > self.max_tokens:
             raise SampleTooLong(
                 f"{where}: has {len(prompt.token_ids)} tokens ({sum(lengths)} of media), but at most {self.max_tokens}"

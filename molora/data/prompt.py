@@ -1,25 +1,30 @@
 """Prompts: chat messages to token ids, with the places of media and the tokens that the model should learn to produce.
 
 The chat template renders the messages and the tokenizer reads the result in one piece, so ids are those of
-`apply_chat_template`. Only two things must not reach the tokenizer: media, and text that happens to spell a special
-token. Each is rendered as a private character, a hole; the rendered text is cut there, and the hole is filled with
-reserved positions or with the ids of the text. So every special token among the ids was written by the template.
+`apply_chat_template`. Only two things must not reach the tokenizer: media, and text (of tools and their calls too) that
+happens to spell a special token. Each is rendered as a private character, a hole; the rendered text is cut there, and
+the hole is filled with reserved positions or with the ids of the text. So every special token among the ids was written
+by the template.
 
 What to learn is found by those special tokens. The same roles are rendered once with placeholders as contents, which
 shows between which special tokens the content of each turn lies; the generation prompt shows where the turn's header
 ends. What the model must produce itself, after its generation prompt, is a target, up to the turn's end token.
 """
 
+import json
 import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby, zip_longest
+from functools import cached_property
+from itertools import count, groupby, zip_longest
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from molora.data.messages import Message, parts
 from molora.data.template import compiled, render
+from molora.data.tools import as_json
 
 # Plane 16 of Unicode, for private use.
 _FIRST_HOLE = 0x100000
@@ -27,7 +32,10 @@ _HOLE = re.compile("([\U00100000-\U0010fffd])")
 _SHOWN_ROLES = 8
 
 # Messages whose content is text.
-_Texts = Sequence[Mapping[str, str]]
+_Texts = Sequence[Mapping[str, Any]]
+Tools = Sequence[Mapping[str, Any]]
+# What a template is told of a message beside its role and content.
+_OF_TOOLS = ("tool_calls", "tool_call_id", "name")
 
 
 @dataclass(frozen=True)
@@ -86,9 +94,12 @@ class ChatTemplate:
             raise ValueError(f"tokenizer {name} has no chat template; set tokenizer.chat_template and save it again")
         self.tokenizer = tokenizer
         self._source = tokenizer.get_chat_template()
+        # A tokenizer may have another one for conversations with tools.
+        self._source_with_tools = tokenizer.get_chat_template(tools=[])
         self._names = tokenizer.special_tokens_map
         try:
             compiled(self._source)
+            compiled(self._source_with_tools)
         except ValueError as error:
             raise ValueError(f"tokenizer {name}: its chat template {error}") from error
         self._special = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -98,32 +109,60 @@ class ChatTemplate:
         self._layouts: dict[tuple[tuple[str, ...], bool], _Layout] = {}
 
     def encode(
-        self, messages: Sequence[Message], media_lengths: Sequence[int] = (), *, generate: bool = False, where: str
+        self,
+        messages: Sequence[Message],
+        media_lengths: Sequence[int] = (),
+        *,
+        generate: bool = False,
+        tools: Tools = (),
+        where: str,
     ) -> Prompt:
-        """Tokenises checked messages; `media_lengths` are the tokens of every media part, in the order of the messages.
+        """Tokenises checked messages; `media_lengths` are the tokens of every media part, in the order of the messages,
+        and `tools` what the model is told that it may call.
 
         Targets are what the generation prompt of each assistant turn leaves to the model, up to and with the turn's end
         token, or the last special token of the text if the turn is the last; a message's `train: false` exempts it.
         With `generate`, the generation prompt ends the text and nothing is a target. Media positions hold id 0.
         `where` starts every error message.
 
-        Raises: ValueError if the template refuses the messages, loses or repeats content, ends turns without a special
-        token, or starts them otherwise than its generation prompt says.
+        Raises: ValueError if the template refuses the messages, loses or repeats content, loses tools or calls of them,
+        ends turns without a special token, or starts them otherwise than its generation prompt says; for tools and
+        their calls without `generate`.
         """
         try:
-            return self._encode(messages, media_lengths, generate)
+            return self._encode(messages, media_lengths, generate, tools)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
 
-    def _encode(self, messages: Sequence[Message], media_lengths: Sequence[int], generate: bool) -> Prompt:
+    @cached_property
+    def takes_tools(self) -> bool:
+        """Whether the template tells the model of tools."""
+        try:
+            self._layout_with_tools([{"role": "user", "content": "a"}], [_tool("f")], 0)
+        except ValueError:
+            return False
+        return True
+
+    def shown_call(self, name: str, arguments: Mapping[str, Any]) -> str:
+        """A call of a tool as the template writes it, with what is before it. Raises ValueError where it cannot."""
+        call = {"id": "0", "type": "function", "function": {"name": name, "arguments": arguments}}
+        asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        return self._render(asked, False, [_tool(name)])
+
+    def _encode(
+        self, messages: Sequence[Message], media_lengths: Sequence[int], generate: bool, tools: Tools
+    ) -> Prompt:
         roles = tuple(message["role"] for message in messages)
+        has_tools = bool(tools) or any(message.get("tool_calls") for message in messages)
+        if has_tools and not generate:
+            raise ValueError("holds calls of tools, which can be read and not learned here; take the row away")
         if generate and roles[-1] == "assistant":
             raise ValueError("ends with an assistant turn, which leaves nothing to generate; take it away")
         media = [_hole(index) for index in range(len(media_lengths))]
         fills = {hole: [0] * length for hole, length in zip(media, media_lengths, strict=True)}
-        texts = self._with_holes(messages, media, fills)
-        rendered = self._tokenise(self._render(texts, generate), fills)
-        layout = self._layout(roles, generate)
+        texts, tools = self._with_holes(messages, tools, media, fills)
+        rendered = self._tokenise(self._render(texts, generate, tools), fills)
+        layout = self._layout_with_tools(texts, tools, len(fills)) if has_tools else self._layout(roles, generate)
         found = [rendered.ids[index] for index in rendered.specials]
         if found != layout.special_ids:
             here, there = (self.tokenizer.convert_ids_to_tokens(ids) for ids in (found, layout.special_ids))
@@ -169,8 +208,10 @@ class ChatTemplate:
             return frozenset(layout.special_ids[turn.end] for turn in turns)
         return frozenset()
 
-    def _with_holes(self, messages: Sequence[Message], media: Sequence[str], fills: dict[str, list[int]]) -> _Texts:
-        """Messages of text with holes; what fills the holes of spelled special tokens is added to `fills`."""
+    def _with_holes(
+        self, messages: Sequence[Message], tools: Tools, media: Sequence[str], fills: dict[str, list[int]]
+    ) -> tuple[_Texts, Tools]:
+        """Messages of text, and tools, with holes; what fills holes of spelled special tokens is added to `fills`."""
         holes: dict[str, str] = {}
 
         def protect(match: re.Match[str]) -> str:
@@ -179,6 +220,9 @@ class ChatTemplate:
                 holes[spelling] = _hole(len(fills))
                 fills[holes[spelling]] = self._text_ids(spelling)
             return holes[spelling]
+
+        def protected(value: Any) -> Any:
+            return json.loads(self._spellings.sub(protect, as_json(value, "tools"))) if value else value
 
         waiting = iter(media)
         texts = []
@@ -189,8 +233,9 @@ class ChatTemplate:
                     pieces.append(self._spellings.sub(protect, "".join(part["text"] for part in run)))
                 else:
                     pieces.extend(next(waiting) for _ in run)
-            texts.append({"role": message["role"], "content": "".join(pieces)})
-        return texts
+            of_tools = {key: protected(message[key]) for key in _OF_TOOLS if message.get(key)}
+            texts.append({"role": message["role"], "content": "".join(pieces), **of_tools})
+        return texts, protected(tools)
 
     def _text_ids(self, spelling: str) -> list[int]:
         ids = self.tokenizer(spelling, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -198,9 +243,9 @@ class ChatTemplate:
             raise ValueError(f"the tokenizer cannot write {spelling!r} as text, only as the special token")
         return ids
 
-    def _render(self, texts: _Texts, generate: bool) -> str:
+    def _render(self, texts: _Texts, generate: bool, tools: Tools = ()) -> str:
         try:
-            return render(self._source, texts, generate, self._names)
+            return render(self._source_with_tools if tools else self._source, texts, generate, self._names, tools)
         except ValueError as error:
             shown = [text["role"] for text in texts[:_SHOWN_ROLES]] + ["…"] * (len(texts) > _SHOWN_ROLES)
             raise ValueError(f"the chat template refuses roles {', '.join(shown)}: {error}") from error
@@ -244,15 +289,38 @@ class ChatTemplate:
         if (roles, generate) not in self._layouts:
             texts = [{"role": role, "content": _hole(index)} for index, role in enumerate(roles)]
             text = self._render(texts, generate)
-            for index, role in enumerate(roles):
-                if text.count(_hole(index)) != 1:
-                    what = "repeats" if _hole(index) in text else "drops"
-                    raise ValueError(f"the chat template {what} message {index} ({role})")
+            _check_contents(text, texts)
             rendered = self._tokenise(text, {_hole(index): [] for index in range(len(roles))})
             asked = () if generate else [i for i, role in enumerate(roles) if role == "assistant" and i > 0]
             turns = {index: self._turn(index, texts, rendered) for index in asked}
             self._layouts[roles, generate] = _Layout([rendered.ids[index] for index in rendered.specials], turns)
         return self._layouts[roles, generate]
+
+    def _layout_with_tools(self, texts: _Texts, tools: Tools, num_holes: int) -> _Layout:
+        """The same of messages with tools, or calls of them, to be answered. They hold so many holes already."""
+        holes = map(_hole, count(num_holes))
+        names: dict[str, str] = {}
+
+        def named(given: Tools) -> Tools:
+            """Tools, or calls, with a hole for each name, which shows whether a template writes it."""
+            with_holes = []
+            for each in given:
+                names[hole := next(holes)] = each["function"]["name"]
+                with_holes.append({**each, "function": {**each["function"], "name": hole}})
+            return with_holes
+
+        emptied = []
+        for text in texts:
+            calls = named(text.get("tool_calls", ()))
+            # Who calls a tool may say nothing else.
+            content = next(holes) if text["content"] or not calls else ""
+            emptied.append({**text, "content": content, **({"tool_calls": calls} if calls else {})})
+        rendered = self._render(emptied, True, named(tools))
+        _check_contents(rendered, emptied)
+        if lost := [name for hole, name in names.items() if hole not in rendered]:
+            raise ValueError(f"the chat template drops tools, or calls of them: {', '.join(lost):.200}")
+        tokens = self._tokenise(rendered, {hole: [] for hole in _HOLE.findall(rendered)})
+        return _Layout([tokens.ids[index] for index in tokens.specials], {})
 
     def _turn(self, index: int, texts: _Texts, rendered: _Rendered) -> _Turn:
         text = rendered.text
@@ -296,6 +364,19 @@ class ChatTemplate:
         # A token that spans the border belongs to the turn. Without a header the turn starts right behind the special
         # token, also when the next token stands for no character (a trimmed space).
         return bisect_right(rendered.offsets, begin + len(header), first, key=lambda o: o[1]) if header else first
+
+
+def _check_contents(text: str, texts: _Texts) -> None:
+    """Raises ValueError unless each content, a hole of its own, is there once."""
+    for index, message in enumerate(texts):
+        if message["content"] and text.count(message["content"]) != 1:
+            what = "repeats" if message["content"] in text else "drops"
+            raise ValueError(f"the chat template {what} message {index} ({message['role']})")
+
+
+def _tool(name: str) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": {}, "required": []}
+    return {"type": "function", "function": {"name": name, "description": name, "parameters": parameters}}
 
 
 def _hole(index: int) -> str:

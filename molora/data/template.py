@@ -7,6 +7,7 @@ before a text or a list is multiplied.
 
 import functools
 import re
+import sys
 import time
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, Sized, ValuesView
 from contextvars import ContextVar
@@ -117,14 +118,21 @@ def _size(value: Any, most: int) -> int:
     return size
 
 
-def render(source: str, messages: Sequence[Mapping[str, str]], generate: bool, names: Mapping[str, Any]) -> str:
-    """A conversation as text by a template; `names` are what it knows beside the messages: special tokens. Raises
+def render(
+    source: str,
+    messages: Sequence[Mapping[str, Any]],
+    generate: bool,
+    names: Mapping[str, Any],
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """A conversation as text by a template; `names` are what it knows beside messages and tools: special tokens. Raises
     ValueError for a template that is none, that refuses the messages, fails on them or takes too much."""
     template = compiled(source)
-    given = sum(len(message["content"]) for message in messages)
-    token = _SPENT.set(_Spent(MAX_CHARACTERS + 4 * given))
+    token = _SPENT.set(_Spent(MAX_CHARACTERS + 4 * _size([messages, tools], sys.maxsize)))
     try:
-        return template.render(names, messages=messages, tools=None, documents=None, add_generation_prompt=generate)
+        return template.render(
+            names, messages=messages, tools=tools or None, documents=None, add_generation_prompt=generate
+        )
     except Exception as error:  # a template is a program, and fails in every way that programs do
         raise ValueError(_shown(error)) from error
     finally:

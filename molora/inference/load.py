@@ -14,6 +14,7 @@ from molora.checkpoint.opening import Layout, open_model, plan_model
 from molora.convert.release import converted
 from molora.data.messages import Message
 from molora.data.processor import Processor
+from molora.data.prompt import Tools
 from molora.inference.frames import FrameMemory
 from molora.inference.generate import Failed, GenerationConfig, Step, attempt, generate
 from molora.inference.grammar import Grammar
@@ -105,9 +106,9 @@ class LoadedModel:
         scored = self.scored(samples, keep_going=errors == "return")
         return [each.error or each.likelihood for each in scored]
 
-    def encode(self, messages: Sequence[Message], id: str = "0") -> Sample:
-        """A conversation as a sample to answer."""
-        return self.processor.encode(messages, id, generate=True)
+    def encode(self, messages: Sequence[Message], id: str = "0", tools: Tools = ()) -> Sample:
+        """A conversation as a sample to answer, with `tools` that the model may call."""
+        return self.processor.encode(messages, id, generate=True, tools=tools)
 
     def encode_answered(
         self, messages: Sequence[Message], id: str = "0", known: dict[Any, Prepared] | None = None

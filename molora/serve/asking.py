@@ -1,5 +1,6 @@
 """One request on its way through the engine: its samples, their answers piece by piece, and what it took."""
 
+import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -23,6 +24,9 @@ from molora.serve.fields import Asking
 from molora.serve.numbers import Numbers
 from molora.serve.preparation import Preparation
 
+# A client knows its request, and the answer's headers have the id.
+_SAMPLE = re.compile(r"^sample \S+: ")
+
 
 class Refused(Exception):
     """A request that cannot be answered as it is; `param` is the field that is wrong, where one is."""
@@ -37,7 +41,8 @@ class Refused(Exception):
 def refusal(error: ValueError, param: str | None) -> Refused:
     """What a client is told of something wrong with its request."""
     codes = {SampleTooLong: "context_length_exceeded", MediaError: "invalid_media", RoutingError: "no_routing_rule"}
-    return Refused(str(error), next((code for kind, code in codes.items() if isinstance(error, kind)), None), param)
+    told = _SAMPLE.sub("", str(error))
+    return Refused(told, next((code for kind, code in codes.items() if isinstance(error, kind)), None), param)
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ class Service:
     preparation: Preparation
     numbers: Numbers
     grammars: Grammars
+    # Whether the model calls tools in a form that is read.
+    reads_calls: bool = False
     max_new_tokens: int = 1024
     temperature: float = 0.0
     answer_seconds: float = 600.0
@@ -78,8 +85,8 @@ class Service:
         decode: Any = self.loaded.processor.tokenizer.decode
         return cache(lambda token_id: decode([token_id]))
 
-    def decoding(self, body: Asking, max_new_tokens: int | None, **more: Any) -> Decoding:
-        """How the answers to a request are decoded. Raises Refused."""
+    def decoding(self, body: Asking, max_new_tokens: int | None, stops: tuple[str, ...] = (), **more: Any) -> Decoding:
+        """How the answers to a request are decoded, which end at its stops and at these. Raises Refused."""
         greedy = body.top_k in (None, -1, 0)
         try:
             return Decoding(
@@ -89,7 +96,7 @@ class Service:
                 top_k=None if greedy else body.top_k,
                 # Below 2**53, so that a client that keeps numbers as floats can ask for the same answer again.
                 seed=secrets.randbits(53) if body.seed is None else body.seed,
-                stop=body.stops,
+                stop=body.stops + stops,
                 ignore_stop_tokens=bool(body.ignore_eos),
                 **more,
             )

@@ -8,9 +8,10 @@ from typing import Any
 from molora.data.messages import conversation
 from molora.inference.grammar import Grammar
 from molora.inference.sampling import TokenLikelihood
-from molora.serve.asking import Refused, Request, refusal
+from molora.serve.asking import Choice, Refused, Request, refusal
 from molora.serve.fields import ChatBody
 from molora.serve.replies import Json, event
+from molora.serve.tool_calls import END, CallReader
 
 # What `format` of a sound may say; it is read by its content.
 _SOUNDS = ("wav", "mp3", "flac", "ogg", "opus", "aac", "m4a", "webm")
@@ -53,15 +54,39 @@ async def ask(request: Request, body: ChatBody, id: str) -> None:
     """Reads a body and says what is to be answered. Raises Refused."""
     request.check_name()
     likeliest = (body.top_logprobs or 0) if body.logprobs else None
-    decoding = request.service.decoding(body, body.limit, num_likeliest=likeliest)
+    ends = _check_tools(request, body)
+    decoding = request.service.decoding(body, body.limit, ends, num_likeliest=likeliest)
     messages = messages_of(body)
     request.take_places(1)
     grammar = await asyncio.to_thread(_grammar, request, body)
     try:
-        sample = await request.service.preparation.sample(messages, id)
+        sample = await request.service.preparation.sample(messages, id, body.told_tools)
     except ValueError as error:
         raise refusal(error, "messages") from error
     request.ask([sample], decoding, strip=True, grammar=grammar)
+
+
+def _check_tools(request: Request, body: ChatBody) -> tuple[str, ...]:
+    """The texts that end an answer beside its stops. Raises Refused for tools that the model cannot be told of."""
+    if not body.told_tools:
+        return ()
+    if not request.service.loaded.processor.template.takes_tools:
+        told = f"the chat template of {request.model} takes no tools; leave tools out, or serve a model whose does"
+        raise Refused(told, "tools_not_supported", "tools")
+    if body.parallel_tool_calls is not False:
+        return ()
+    if not request.service.reads_calls:
+        told = f"parallel_tool_calls false: {request.model} calls tools in a form that is not read here; leave it out"
+        raise Refused(told, None, "parallel_tool_calls")
+    return (END,)
+
+
+def _reader(request: Request, body: ChatBody) -> CallReader:
+    return CallReader(bool(body.told_tools) and request.service.reads_calls)
+
+
+def _finish(choice: Choice, reader: CallReader) -> str | None:
+    return "tool_calls" if reader.calls and choice.finished == "stop" else choice.finished
 
 
 def _grammar(request: Request, body: ChatBody) -> Grammar | None:
@@ -100,20 +125,25 @@ async def whole(request: Request, body: ChatBody) -> Json:
 
 
 def _whole(request: Request, body: ChatBody, texts: Sequence[str]) -> Json:
+    choices = []
+    for choice in request.choices:
+        reader = _reader(request, body)
+        text, calls = reader.read(texts[choice.index], True)
+        called = {"content": text or None, "tool_calls": calls} if calls else {}
+        choices.append(
+            {
+                "index": choice.index,
+                "message": {"role": "assistant", "content": text, "refusal": None, **called},
+                "logprobs": _logprobs(request, choice.likelihoods) if body.logprobs else None,
+                "finish_reason": _finish(choice, reader),
+            }
+        )
     told = {
         "id": request.id,
         "object": "chat.completion",
         "created": request.created,
         "model": request.model,
-        "choices": [
-            {
-                "index": choice.index,
-                "message": {"role": "assistant", "content": texts[choice.index], "refusal": None},
-                "logprobs": _logprobs(request, choice.likelihoods) if body.logprobs else None,
-                "finish_reason": choice.finished,
-            }
-            for choice in request.choices
-        ],
+        "choices": choices,
         "usage": request.usage(),
         "molora": request.about(),
     }
@@ -126,6 +156,7 @@ async def events(request: Request, body: ChatBody) -> AsyncGenerator[bytes, None
     options = body.stream_options
     usage, always = (options and options.include_usage, options and options.continuous_usage_stats)
     waiting: dict[int, list[TokenLikelihood]] = {choice.index: [] for choice in request.choices}
+    readers = [_reader(request, body) for _ in request.choices]
 
     def chunk(choices: list[dict[str, Any]], *, last: bool = False) -> bytes:
         told = {"usage": request.usage() if last or always else None} if usage else {}
@@ -141,13 +172,18 @@ async def events(request: Request, body: ChatBody) -> AsyncGenerator[bytes, None
         yield chunk([delta(choice.index, {"role": "assistant", "content": ""})])
     async with aclosing(request.pieces()) as pieces:
         async for piece in pieces:
-            index, finished = piece.choice.index, piece.choice.finished
+            index, reader = piece.choice.index, readers[piece.choice.index]
+            text, calls = reader.read(piece.text, piece.choice.finished is not None)
+            finished = _finish(piece.choice, reader)
             waiting[index] += piece.likelihoods
-            if not (piece.text or finished):
+            if not (text or calls or finished):
                 continue
             told = _logprobs(request, waiting[index]) if request.decoding.num_likeliest is not None else None
             waiting[index] = []
-            content = {"content": piece.text} if piece.text or not finished else {}
+            content: dict[str, Any] = {"content": text} if text else {}
+            if calls:
+                numbered = enumerate(calls, len(reader.calls) - len(calls))
+                content["tool_calls"] = [{"index": number, **call} for number, call in numbered]
             yield chunk([delta(index, content, logprobs=told, finish_reason=finished)])
     if usage:
         yield chunk([], last=True)

@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from molora.received import MAX_JSON_DEPTH, is_deep
+
 # Fields of clients that ask for something that is not done here, each with the values that ask for what is done anyway.
 CHANGES_NOTHING: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
@@ -19,15 +21,12 @@ CHANGES_NOTHING: dict[str, tuple[Any, ...]] = {
     "min_p": (0,),
     "min_tokens": (0,),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
     "presence_penalty": (0,),
     "repetition_penalty": (1,),
     "service_tier": ("auto", "default"),
     "skip_special_tokens": (True,),
     "store": (False,),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "use_beam_search": (False,),
     "verbosity": ("medium",),
 }
@@ -35,6 +34,7 @@ CHANGES_NOTHING: dict[str, tuple[Any, ...]] = {
 ABOUT_THE_REQUEST = ("metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "user")
 MOST_CHOICES = 64
 MOST_LIKELIEST = 20
+MOST_TOOLS = 128
 
 
 def _told(*rules: tuple[dict[str, Any], dict[str, Any]]) -> Callable[[dict[str, Any]], None]:
@@ -85,6 +85,32 @@ class StreamOptions(BaseModel):
     include_obfuscation: Literal[False] | None = None
 
 
+class Function(BaseModel):
+    """A function by its name, with what it does, and a JSON schema of its parameters."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Literal[False] | None = None
+
+
+class Tool(BaseModel):
+    """What the model may call."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["function"]
+    function: Function
+
+    def as_told(self) -> dict[str, Any]:
+        """As chat templates take it."""
+        of = self.function
+        told = {"name": of.name, "description": of.description, "parameters": of.parameters}
+        return {"type": self.type, "function": {key: value for key, value in told.items() if value is not None}}
+
+
 _STREAMED = ({"stream_options": {"type": "object"}}, {"stream": {"const": True}})
 _ECHOED = ({"max_tokens": {"const": 0}}, {"echo": {"const": True}})
 _UNSTREAMED = ({"echo": {"const": True}, "stream": {"type": "boolean"}}, {"stream": {"const": False}})
@@ -106,6 +132,13 @@ class Asking(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_is_deep(cls, given: Any) -> Any:
+        if isinstance(given, dict) and is_deep(given):
+            raise ValueError(f"the body is nested deeper than {MAX_JSON_DEPTH} levels; make it flatter")
+        return given
 
     @model_validator(mode="after")
     def _refuse_what_is_not_honoured(self) -> "Asking":
@@ -145,12 +178,22 @@ class ChatBody(Asking):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELIEST), BeforeValidator(_whole)] | None = None
     response_format: dict[str, Any] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> "ChatBody":
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true; set it, or leave top_logprobs out")
+        if self.told_tools and self.response_format is not None and self.response_format != {"type": "text"}:
+            raise ValueError("response_format holds the whole answer, which leaves no room for tools; leave one out")
         return self
+
+    @property
+    def told_tools(self) -> list[dict[str, Any]]:
+        """The tools that the model is told of."""
+        return [] if self.tool_choice == "none" else [tool.as_told() for tool in self.tools or ()]
 
     @property
     def limit(self) -> int | None:

@@ -26,6 +26,7 @@ import torch
 from molora.data.loader import Joined, join
 from molora.data.messages import Message
 from molora.data.processor import Processor
+from molora.data.prompt import Tools
 from molora.interrupt import leave_interrupts_to_parent
 from molora.modality import MediaError
 from molora.pack import Sample
@@ -63,30 +64,30 @@ class Preparation:
         for _ in range(limits.processes):
             self._idle.put(None)
 
-    async def sample(self, messages: Sequence[Message], id: str) -> Sample:
-        """A conversation as a sample to answer.
+    async def sample(self, messages: Sequence[Message], id: str, tools: Tools = ()) -> Sample:
+        """A conversation as a sample to answer, with `tools` that the model may call.
 
         Raises what `Processor.encode` raises, and MediaError for media that take too long, or more memory than they
         may.
         """
         loop = asyncio.get_running_loop()
         if _has_media(messages):
-            return await loop.run_in_executor(self._media_threads, self._in_process, messages, id)
-        return await loop.run_in_executor(self._text_thread, self._encode, messages, id)
+            return await loop.run_in_executor(self._media_threads, self._in_process, messages, id, tools)
+        return await loop.run_in_executor(self._text_thread, self._encode, messages, id, tools)
 
     async def text_ids(self, text: str) -> list[int]:
         """The tokens of a text, as `Processor.text_ids` gives and refuses them."""
         run = asyncio.get_running_loop().run_in_executor
         return await run(self._text_thread, self._of_text.text_ids, text, "the prompt")
 
-    def _encode(self, messages: Sequence[Message], id: str) -> Sample:
-        return self._of_text.encode(messages, id, generate=True)
+    def _encode(self, messages: Sequence[Message], id: str, tools: Tools) -> Sample:
+        return self._of_text.encode(messages, id, generate=True, tools=tools)
 
-    def _in_process(self, messages: Sequence[Message], id: str) -> Sample:
+    def _in_process(self, messages: Sequence[Message], id: str, tools: Tools) -> Sample:
         child = self._idle.get()
         try:
             child = child or self._nursery.child()
-            found = child.answer(pickle.dumps((messages, id)), self.limits.seconds)
+            found = child.answer(pickle.dumps((messages, id, tools)), self.limits.seconds)
         except (EOFError, OSError, TimeoutError) as error:
             if child is None:
                 raise RuntimeError("no process can be made that decodes media; is there memory?") from error
@@ -194,11 +195,11 @@ def _prepare_requests(connection: Connection, processor: Processor, memory_bytes
     connection.send(os.getpid())
     while True:
         try:
-            messages, id = pickle.loads(connection.recv_bytes())
+            messages, id, tools = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
         try:
-            found = join(processor.encode(messages, id, generate=True))
+            found = join(processor.encode(messages, id, generate=True, tools=tools))
         except Exception as error:
             found = join(error)
         connection.send_bytes(found.pickled)

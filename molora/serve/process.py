@@ -31,6 +31,7 @@ from molora.serve.engine import Engine
 from molora.serve.gate import Keys
 from molora.serve.numbers import Numbers
 from molora.serve.preparation import Preparation, PreparationLimits
+from molora.serve.tool_calls import writes_calls
 from molora.terminal import say, warn
 
 # Of the memory that is free once the model is there, what keys and values take at most unless their size is given.
@@ -106,6 +107,7 @@ def serve(load: Callable[[], LoadedModel], config: ServeConfig) -> int:
         preparation,
         Numbers(engine),
         Grammars(copy.deepcopy(loaded.processor.tokenizer), backbone.stop_ids, backbone.vocab_size),
+        reads_calls=writes_calls(loaded.processor),
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         answer_seconds=config.answer_seconds,

@@ -19,6 +19,7 @@ from molora.inference.generate import GenerationConfig
 from molora.inference.load import LoadedModel
 from molora.pack import Sample, collate
 from tests.serve.conftest import Folders, Served, picture, serving, sound
+from tests.tools import ASKED, CALLED, TOLD, TOOL
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +254,20 @@ def test_whole_numbers_may_be_written_as_others(client: openai.OpenAI) -> None:
     more: Any = {"max_tokens": 9.0, "max_completion_tokens": 6.0, "seed": 3.0, "n": 2.0, **settings}
     same = client.chat.completions.create(model="tiny", messages=user("a"), **more)
     assert same.choices == asked.choices and same.usage == asked.usage
+
+
+def test_a_template_without_tools_is_named(client: openai.OpenAI) -> None:
+    """This model's: it neither tells of tools nor shows calls."""
+
+    def ask(messages: Any, **more: Any) -> Any:
+        return client.chat.completions.create(model="tiny", messages=messages, max_tokens=2, **more)
+
+    with pytest.raises(openai.BadRequestError, match="the chat template of tiny takes no tools") as told:
+        ask(ASKED, tools=[TOOL])
+    assert (told.value.param, told.value.code) == ("tools", "tools_not_supported")
+    assert ask(ASKED, tools=[TOOL], tool_choice="none").choices == ask(ASKED).choices
+    with pytest.raises(openai.BadRequestError, match="drops tools, or calls of them: hue"):
+        ask([*ASKED, CALLED, TOLD])
 
 
 def test_every_set_of_modalities_has_a_name(client: openai.OpenAI) -> None:

@@ -1,0 +1,186 @@
+"""Tools by the openai package: a model that has learned to call one does, and others are told what they cannot do."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+import torch
+
+import molora
+from molora.data.processor import Processor
+from molora.data.prompt import ChatTemplate
+from molora.inference.generate import GenerationConfig
+from molora.inference.load import LoadedModel
+from molora.serve.tool_calls import CallReader, writes_calls
+from molora.testing import byte_tokenizer, tiny_model
+from tests.serve.conftest import NUMBERS, Folders, Served, serving
+from tests.tools import ASKED, CALL, CALLED, TEMPLATE, TOLD, TOOL
+
+CALL_TEXT = '\n<tool_call>\n{"name": "hue", "arguments": {"of": "rose"}}\n</tool_call>'
+READ: dict[str, tuple[str, str, list[tuple[str, dict[str, Any]]]]] = {
+    "a call": (CALL_TEXT, "", [("hue", {"of": "rose"})]),
+    "text and a call": (f"I look.\n{CALL_TEXT}", "I look.", [("hue", {"of": "rose"})]),
+    "two calls": (CALL_TEXT * 2, "", [("hue", {"of": "rose"})] * 2),
+    "text between and behind": (f"a{CALL_TEXT} b {CALL_TEXT} c", "a b c", [("hue", {"of": "rose"})] * 2),
+    "a call without its end": (CALL_TEXT.removesuffix("\n</tool_call>"), "", [("hue", {"of": "rose"})]),
+    "a call without arguments": ('<tool_call>{"name": "now"}</tool_call>', "", [("now", {})]),
+    "a call that is cut off": ('a <tool_call>{"name": "hu', 'a <tool_call>{"name": "hu', []),
+    "no JSON": ("a <tool_call>hue(rose)</tool_call> b", "a <tool_call>hue(rose)</tool_call> b", []),
+    "another form": ("<tool_call><function=hue></tool_call>", "<tool_call><function=hue></tool_call>", []),
+    "a name that is none": ('<tool_call>{"name": 7}</tool_call>', '<tool_call>{"name": 7}</tool_call>', []),
+    "words about calls": ("1 < 2, <tool and <tool_calls> ", "1 < 2, <tool and <tool_calls> ", []),
+}
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_calls_are_read_however_an_answer_comes(kind: str) -> None:
+    answer, text, calls = READ[kind]
+    draws = random.Random(0)
+    for size in (len(answer), 1, 3, 7):
+        reader, texts, found = CallReader(), [], []
+        starts = range(0, len(answer), size) if size < 7 else sorted({0, *draws.sample(range(len(answer)), 3)})
+        for start, stop in zip(starts, [*starts[1:], len(answer)], strict=True):
+            piece, more = reader.read(answer[start:stop], stop == len(answer))
+            texts.append(piece)
+            found += more
+        assert "".join(texts) == text and reader.calls == found
+        assert [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in found] == calls
+    assert len({call["id"] for call in found}) == len(calls)
+
+
+def test_text_goes_out_while_no_call_begins() -> None:
+    reader = CallReader()
+    assert [reader.read(piece, False)[0] for piece in ("I ", "look", " \n", "<tool", "s>", "")] == [
+        *("I", " look", "", "", " \n<tools>", "")
+    ]
+
+
+@pytest.fixture(scope="module")
+def caller(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """A model that has learned to call the tool, and to say what it was told."""
+    folder = tmp_path_factory.mktemp("tools") / "caller"
+    tokenizer, model = byte_tokenizer(), tiny_model("phi4-mini", max_tokens=512)
+    tokenizer.chat_template = TEMPLATE
+    template = ChatTemplate(tokenizer)
+    learned = [(ASKED, f"I look.{CALL_TEXT}"), ([*ASKED, CALLED, TOLD], "It is red.")]
+    rows = []
+    for messages, answer in learned:
+        asked = template.encode(messages, generate=True, tools=[TOOL], where="row").token_ids
+        said: Any = tokenizer(f"{answer}<|end|>", add_special_tokens=False)["input_ids"]
+        rows.append((torch.tensor([asked + said]), torch.tensor([[-100] * len(asked) + said])))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(400):
+        losses = [model.train()(input_ids=ids_1T, labels=labels_1T).loss for ids_1T, labels_1T in rows]
+        optimizer.zero_grad()
+        torch.stack(losses).sum().backward()
+        optimizer.step()
+        if max(losses) < 0.01:
+            break
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    backbone = Folders(folder, ())
+    return Folders(folder, (backbone.save("numbers", NUMBERS),))
+
+
+@pytest.fixture(scope="module")
+def server(caller: Folders, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving(caller, tmp_path_factory.mktemp("tools") / "log", []) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def offline(caller: Folders) -> LoadedModel:
+    return molora.load(caller.backbone, caller.modalities, trust=[NUMBERS], device="cpu")
+
+
+def ask(server: Served, messages: list[Any], **more: Any) -> Any:
+    more = {"tools": [TOOL], "max_tokens": 100, **more}
+    return server.client().chat.completions.create(model="tiny", messages=messages, **more)
+
+
+def test_a_tool_is_called_and_what_it_told_is_read(server: Served, offline: LoadedModel) -> None:
+    """As agents do: the answer goes back as the client has it, with the result behind it."""
+    found = ask(server, ASKED)
+    (choice,) = found.choices
+    assert choice.finish_reason == "tool_calls" and choice.message.content == "I look."
+    (call,) = choice.message.tool_calls
+    assert (call.type, call.function.name, json.loads(call.function.arguments)) == ("function", "hue", {"of": "rose"})
+    sample = offline.encode(ASKED, tools=[TOOL])
+    assert found.usage.prompt_tokens == len(sample)
+    (answer,) = offline.answers([sample], GenerationConfig(max_new_tokens=100))
+    assert answer.text == f"I look.{CALL_TEXT}" and found.usage.completion_tokens == answer.answer_tokens
+    told = {"role": "tool", "tool_call_id": call.id, "content": "red"}
+    last = ask(server, [*ASKED, choice.message, told]).choices[0]
+    assert (last.message.content, last.message.tool_calls, last.finish_reason) == ("It is red.", None, "stop")
+
+
+@pytest.mark.parametrize("more", [{}, {"parallel_tool_calls": False}, {"n": 2}], ids=["", "one call", "two choices"])
+def test_calls_are_streamed(server: Served, more: dict[str, Any]) -> None:
+    choices = ask(server, ASKED, **more).choices
+    calls: dict[int, list[Any]] = {choice.index: [] for choice in choices}
+    texts, ends = dict.fromkeys(calls, ""), {}
+    for chunk in ask(server, ASKED, stream=True, **more):
+        (choice,) = chunk.choices
+        texts[choice.index] += choice.delta.content or ""
+        calls[choice.index] += choice.delta.tool_calls or []
+        ends |= {choice.index: choice.finish_reason} if choice.finish_reason else {}
+    for choice in choices:
+        assert (texts[choice.index], ends[choice.index]) == (choice.message.content, choice.finish_reason)
+        assert [(call.index, call.type, call.function.model_dump()) for call in calls[choice.index]] == [
+            (index, call.type, call.function.model_dump()) for index, call in enumerate(choice.message.tool_calls)
+        ]
+    assert ends == dict.fromkeys(calls, "tool_calls")
+
+
+def test_an_answer_that_is_cut_off_in_a_call_is_text(server: Served) -> None:
+    (choice,) = ask(server, ASKED, max_tokens=30).choices
+    assert (choice.finish_reason, choice.message.tool_calls) == ("length", None)
+    assert choice.message.content == f"I look.{CALL_TEXT}"[:30]
+
+
+def test_tools_that_are_not_to_be_called_are_not_told(server: Served) -> None:
+    bare = server.client().chat.completions.create(model="tiny", messages=ASKED, max_tokens=9)  # pyright: ignore
+    found = ask(server, ASKED, tool_choice="none", max_tokens=9)
+    assert found.choices == bare.choices and found.usage == bare.usage
+
+
+def test_tools_go_with_media(server: Served, offline: LoadedModel) -> None:
+    content = [{"type": "numbers", "numbers": [1.0, 2.0]}, {"type": "text", "text": "a rose?"}]
+    messages = [{"role": "user", "content": content}]
+    found = ask(server, messages, max_tokens=4)
+    (answer,) = offline.answers([offline.encode(messages, tools=[TOOL])], GenerationConfig(max_new_tokens=4))
+    assert found.molora["adapters"] == ["numbers"] and found.usage.prompt_tokens == answer.prompt_tokens
+    assert found.choices[0].message.content == answer.text
+
+
+@pytest.mark.parametrize(
+    "more, says",
+    [
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "hue"}}}, "tool_choice"),
+        ({"tools": [{"type": "custom", "custom": {"name": "hue"}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "hue", "strict": True}}]}, "strict"),
+        ({"tools": [{"type": "function", "function": {"name": "<|end|>"}}]}, "tools.0.function.name"),
+        ({"tools": [TOOL] * 129}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format holds the whole answer"),
+        ({"messages": [*ASKED, {**TOLD, "tool_call_id": "c9"}]}, "message 1: role tool"),
+        ({"messages": [*ASKED, {**CALLED, "tool_calls": [{**CALL, "function": {}}]}, TOLD]}, "function.name"),
+    ],
+)
+def test_what_cannot_be_done_is_named(server: Served, more: dict[str, Any], says: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=says):
+        ask(server, **{"messages": ASKED, **more})
+
+
+def test_only_calls_in_the_form_that_is_read_are_expected(offline: LoadedModel) -> None:
+    assert writes_calls(offline.processor)
+    tokenizer = byte_tokenizer()
+    for template in (tokenizer.chat_template, TEMPLATE.replace("<tool_call>", "[CALL]")):
+        tokenizer.chat_template = template
+        processor = Processor(tokenizer, {}, lambda names: (), 256)
+        assert not writes_calls(processor)
