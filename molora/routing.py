@@ -19,21 +19,26 @@ if TYPE_CHECKING:
     from molora.pack import Pack
 
 
+# What text alone is called: the set without modalities.
+TEXT = "text"
+
+
 class RoutingError(ValueError):
     """A set of modalities without a rule, or a rule that names an unknown adapter."""
 
 
 def modality_set(key: str, where: str) -> frozenset[str]:
-    """The set that "audio+vision" means. Raises RoutingError for one without modalities."""
-    modalities = frozenset(name.strip() for name in key.split("+") if name.strip())
-    if not modalities:
-        raise RoutingError(f"router {where}: a rule for text alone is not possible, it runs on the bare backbone")
-    return modalities
+    """The set that "audio+vision" means; "text" is text alone, the empty set. Raises RoutingError for a key without
+    names."""
+    names = frozenset(name.strip() for name in key.split("+") if name.strip())
+    if not names:
+        raise RoutingError(f"router {where}: {key!r} names no modality; a rule for text alone is written {TEXT!r}")
+    return frozenset() if names == {TEXT} else names
 
 
 def name_of(modalities: Iterable[str]) -> str:
     """What a set of modalities is called, such as "audio+vision"; none is "text"."""
-    return "+".join(sorted(modalities)) or "text"
+    return "+".join(sorted(modalities)) or TEXT
 
 
 def check_part(name: str) -> None:
@@ -109,7 +114,8 @@ def runs(keys: Sequence[K], lengths: Sequence[int]) -> Iterator[tuple[K, int, in
 class Router(Protocol):
     """Decides adapters; an `nn.Module`, called once per forward. `config_type` is a dataclass; a recipe's
     `router.options` are read into it, and the plugin is built as `Plugin(adapters, config, width)` with the names of
-    the adapters there are and the backbone's width D. Text alone runs on the bare backbone, whatever the router."""
+    the adapters there are and the backbone's width D. Text alone runs on the bare backbone, unless an option of the
+    router names an adapter for it."""
 
     config_type: ClassVar[type]
 

@@ -72,6 +72,10 @@ class LearnedRouter(nn.Module):
         self.config = config
         self.known = tuple(sorted(adapters))
         self.rules = {modality_set(key, "rules"): adapter for key, adapter in config.rules.items()}
+        if frozenset() in self.rules:
+            raise RoutingError(
+                "rules: text alone runs on the bare backbone here; the routers table and sum can give it an adapter"
+            )
         if strange := sorted(frozenset().union(*self.rules) - set(config.modalities)):
             raise RoutingError(f"rules name modalities {strange}; the router is made for {config.modalities}")
         for key, adapter in config.rules.items():

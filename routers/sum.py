@@ -13,7 +13,8 @@ from molora.routing import Routing, RoutingError, Slice, modality_set, name_of, 
 @dataclass
 class SumConfig:
     """`weights` maps modalities joined by "+" (any order) to how much of which adapter they run with, such as
-    {"audio+vision": {"vision": 1.0, "audio": 0.5}}. Without an entry a set runs with all of its own adapters, in full.
+    {"audio+vision": {"vision": 1.0, "audio": 0.5}}. Without an entry a set runs with all of its own adapters, in full,
+    and text alone on the bare backbone.
     """
 
     weights: dict[str, dict[str, float]] = field(default_factory=dict)

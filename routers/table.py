@@ -13,8 +13,9 @@ from molora.routing import Routing, RoutingError, modality_set, name_of
 class TableConfig:
     """`rules` maps modalities joined by "+" (any order) to an adapter, or to null for the bare backbone.
 
-    Each modality alone runs with the adapter of its own name unless a rule says otherwise. Text alone always runs on
-    the bare backbone. Sets of several modalities need a rule of their own.
+    Each modality alone runs with the adapter of its own name unless a rule says otherwise. Text alone runs on the bare
+    backbone, unless the rule "text" names an adapter that is made for it. Sets of several modalities need a rule of
+    their own.
     Source: Phi-4-Multimodal (arXiv 2503.01743), where image+audio runs with the vision adapter.
     """
 
@@ -29,15 +30,16 @@ class TableRouter(nn.Module):
     def __init__(self, adapters: Sequence[str], config: TableConfig, width: int = 0) -> None:
         super().__init__()
         self.table: dict[frozenset[str], str | None] = {frozenset({name}): name for name in adapters}
+        self.table[frozenset()] = None
+        rules = {modality_set(key, "rules"): adapter for key, adapter in config.rules.items()}
         for key, adapter in config.rules.items():
             if adapter is not None and adapter not in adapters:
                 raise RoutingError(
                     f"rule {key!r} names adapter {adapter!r}; the adapters here are {sorted(adapters)}; load "
                     "that modality too, or change the rule"
                 )
-            self.table[modality_set(key, "rules")] = adapter
-        self.table[frozenset()] = None
-        self.named = frozenset().union(*self.table)
+        self.table |= rules
+        self.named = frozenset().union(*rules)
 
     def adapter(self, modalities: frozenset[str]) -> str | None:
         """The adapter for a set of modalities. Raises RoutingError if no rule covers the set."""

@@ -16,7 +16,7 @@ from molora.model.backbone import Backbone
 from molora.model.lora import lora_config
 from molora.model.molora import MoLoRA
 from molora.plugins import Finder, Found, find
-from molora.routing import RoutingError, check_part
+from molora.routing import TEXT, RoutingError, check_part
 
 
 @dataclass(kw_only=True)
@@ -36,7 +36,8 @@ class BackboneConfig:
 
 @dataclass(kw_only=True)
 class ModalityConfig:
-    """A modality: a plugin with its options and its adapter's LoraConfig options, or a saved folder (`path`)."""
+    """A modality: a plugin with its options and its adapter's LoraConfig options, or a saved folder (`path`). Under the
+    plugin "text" there is an adapter and nothing else: text alone runs with it where a rule of the router says so."""
 
     plugin: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
@@ -60,10 +61,10 @@ class RouterConfig:
 @dataclass(frozen=True)
 class Blueprint:
     """A modality before its weights: the plugin's spec and the hash of its code as folders record them, the weightless
-    plugin, its adapter's config, and where all this is written."""
+    plugin (None of an adapter for text), its adapter's config, and where all this is written."""
 
     plugin: str
-    modality: Modality
+    modality: Modality | None
     adapter: LoraConfig | None
     where: str = ""
     plugin_sha256: str | None = None
@@ -96,6 +97,19 @@ def blueprint(
 ) -> Blueprint:
     """Finds a plugin with `find` and reads its options. Those of a `saved` modality may hold what was an option when it
     was saved and is the caller's to say now; that is left out. Raises ConfigError, and the plugin's own errors."""
+    adapter_config = None if adapter is None else lora_config(adapter, f"{where}.adapter")
+    if plugin == TEXT:
+        if options:
+            raise ConfigError(f"{where}.options: plugin {TEXT!r} has none, as it reads no media; take them out")
+        if adapter is None and not saved:
+            raise ConfigError(f"{where}.adapter: missing, and plugin {TEXT!r} is nothing but an adapter; give one")
+        try:
+            check_part(name)
+        except ValueError as error:
+            raise ConfigError(f"{where}: {error}") from error
+        return Blueprint(TEXT, None, adapter_config, where)
+    if name == TEXT:
+        raise ConfigError(f"{where}: {name!r} is what rules call samples without media; take another name")
     try:
         found = find("modality", plugin)
     except ConfigError as error:
@@ -116,7 +130,6 @@ def blueprint(
         raise
     except (OSError, ValueError) as error:
         raise ConfigError(f"{_option_in(error, config, where) or where}: {error}") from error
-    adapter_config = None if adapter is None else lora_config(adapter, f"{where}.adapter")
     return Blueprint(found.spec, modality, adapter_config, where, found.sha256)
 
 
@@ -155,13 +168,14 @@ def assemble(
     where the router is written. Raises ConfigError for two modalities that answer to one part type, RoutingError for a
     router that does not fit the modalities."""
     part_types: dict[str, str] = {}
-    for name, plan in blueprints.items():
-        part_type = plan.modality.part_type
+    modalities = {name: plan.modality for name, plan in blueprints.items() if plan.modality is not None}
+    for name, modality in modalities.items():
+        part_type = modality.part_type
         other = part_types.setdefault(part_type, name)
         if other != name:
             raise ConfigError(
-                f"{plan.where}: modality {name!r} answers to parts of type {part_type!r}, and so does {other!r} "
-                f"({blueprints[other].where}); keep one of them, or give the plugin of one another part_type"
+                f"{blueprints[name].where}: modality {name!r} answers to parts of type {part_type!r}, and so does "
+                f"{other!r} ({blueprints[other].where}); keep one of them, or give the plugin of one another part_type"
             )
     adapters = {name: plan.adapter for name, plan in blueprints.items() if plan.adapter is not None}
     planned = router if isinstance(router, RouterPlan) else router_plan(router, where)
@@ -169,13 +183,15 @@ def assemble(
     try:
         options = build(router_class.config_type, planned.options, "options")
         decide = router_class(list(adapters), options, backbone.width)
+        if wrong := sorted(decide.adapters(frozenset()) & modalities.keys()):
+            told = f"text alone would run with the adapters of {wrong}, which are for media"
+            raise RoutingError(f"{told}; give it an adapter that was made for it, as `plugin: {TEXT}`, or none")
     except (ConfigError, RoutingError) as error:
         raise type(error)(f"{where}: {error}") from error
-    modalities = {name: plan.modality for name, plan in blueprints.items()}
     try:
         model = MoLoRA(backbone, modalities, adapters, decide, seed=seed)
     except OSError as error:
-        keys = (_option_in(error, plan.modality.config, plan.where) for plan in blueprints.values())
+        keys = (_option_in(error, each.config, blueprints[name].where) for name, each in modalities.items())
         if key := next(filter(None, keys), None):
             raise ConfigError(f"{key}: {error}") from error
         raise

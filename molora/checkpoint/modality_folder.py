@@ -13,12 +13,13 @@ from molora.checkpoint.assembly import Blueprint, blueprint
 from molora.checkpoint.format import COMMIT, FORMAT_VERSION, checked, fill, read_described, tensor_hash
 from molora.checkpoint.trust import Untrusted, find_received
 from molora.config import ConfigError
-from molora.modality import Origin, WeightSource
+from molora.modality import Modality, Origin, WeightSource
 from molora.model import lora
 from molora.model.identity import Identity
 from molora.model.molora import MoLoRA
 from molora.plugins import Found, file_of
 from molora.received import TensorFile, check_hash, check_name, copy_file, file_hash, listed_files, read_json_bytes
+from molora.routing import TEXT
 from molora.storage import check_shapes, write_atomically, write_json, write_tensors, write_text
 
 # What is loaded of a modality's folder, if modality.json lists it.
@@ -35,13 +36,16 @@ def save_modality(model: MoLoRA, name: str, plan: Blueprint, folder: Path, prist
     """Writes a modality's folder. `modality.json` comes last and holds the hashes of the others. The encoder is left
     out only if it can be fetched again: its origin is known, and its tensors still have the hash that they had when it
     was built (`pristine`)."""
-    files: dict[str, Mapping[str, Tensor]] = {_PROJECTOR: model.projectors[name].state_dict()}
-    encoder: Any = model.encoders[name]
-    encoder_hash = tensor_hash(encoder.state_dict())
-    origin: Any = encoder.origin
-    with_weights = origin is None or encoder_hash != pristine[name]
-    if with_weights:
-        files[_ENCODER] = encoder.state_dict()
+    files: dict[str, Mapping[str, Tensor]] = {}
+    encoder_hash, origin, options, width = tensor_hash({}), None, {}, 0
+    if plan.modality is not None:
+        encoder: Any = model.encoders[name]
+        files[_PROJECTOR] = model.projectors[name].state_dict()
+        encoder_hash, origin, width = tensor_hash(encoder.state_dict()), encoder.origin, encoder.width
+        with_weights = origin is None or encoder_hash != pristine[name]
+        if with_weights:
+            files[_ENCODER] = encoder.state_dict()
+        options = asdict(encoder.saved_config(with_weights) or plan.modality.config)
     for file, tensors in files.items():
         write_tensors(folder / file, tensors)
     names = sorted(files)
@@ -50,15 +54,15 @@ def save_modality(model: MoLoRA, name: str, plan: Blueprint, folder: Path, prist
         write_tensors(tensors, lora.adapter_tensors(model.backbone.model, name))
         write_text(config, lora.adapter_json(plan.adapter, model.backbone.identity.source))
         names += _ADAPTER
-    options = encoder.saved_config(with_weights) or plan.modality.config
-    widths = (encoder.width, model.backbone.width)
-    describe_modality(folder, plan, options, widths, model.backbone.identity, encoder_hash, origin, names)
+    widths, identity = (width, model.backbone.width), model.backbone.identity
+    describe_modality(folder, name, plan, options, widths, identity, encoder_hash, origin, names)
 
 
 def describe_modality(
     folder: Path,
+    name: str,
     plan: Blueprint,
-    options: Any,
+    options: Mapping[str, Any],
     widths: tuple[int, int],
     backbone: Identity,
     encoder_hash: str,
@@ -72,14 +76,14 @@ def describe_modality(
         folder / "modality.json",
         {
             "format_version": FORMAT_VERSION,
-            "name": plan.modality.name,
+            "name": name,
             "plugin": plan.plugin,
             "plugin_sha256": plan.plugin_sha256,
-            "options": asdict(options),
-            "part_type": plan.modality.part_type,
+            "options": options,
+            "part_type": TEXT if plan.modality is None else plan.modality.part_type,
             "frame_width": widths[0],
             "backbone_width": widths[1],
-            "projectors": sorted(plan.modality.projectors()),
+            "projectors": [] if plan.modality is None else sorted(plan.modality.projectors()),
             "backbone": asdict(backbone),
             "encoder": {"hash": encoder_hash, "origin": None if origin is None else asdict(origin)},
             "files": {file: file_hash(folder / file) for file in files},
@@ -111,7 +115,8 @@ def read_about(folder: Path) -> dict[str, Any]:
     about = read_described(path, _MODALITY_KEYS)
     check_name(about["name"], f'{path}: "name"')
     files = listed_files(about["files"], path)
-    for file in (_PROJECTOR, *(_ADAPTER if files.keys() & {*_ADAPTER} else ())):
+    of_text = about["plugin"] == TEXT
+    for file in (*(() if of_text else (_PROJECTOR,)), *(_ADAPTER if of_text or files.keys() & {*_ADAPTER} else ())):
         if file not in files:
             raise ValueError(f'{path}: "files" lacks {file}, which is loaded too; copy the whole folder again')
     for file in (_ENCODER, *_ADAPTER):
@@ -123,7 +128,7 @@ def read_about(folder: Path) -> dict[str, Any]:
     if not isinstance(sha256, str) or not (origin is None or texts):
         told = f'{path}: "encoder": hash is {sha256!r:.80} and origin {origin!r:.80}'
         raise ValueError(f"{told}, expected a text, and null or texts as source and revision; copy it again")
-    if origin is None and _ENCODER not in about["files"]:
+    if origin is None and _ENCODER not in about["files"] and not of_text:
         told = f'"files" lacks {_ENCODER}, and "encoder" says no origin where its weights are'
         raise ValueError(f"{path}: {told}; copy the whole folder again")
     return about
@@ -166,15 +171,16 @@ def read_plan(folder: Path, name: str, trusted: Sequence[str | Found] = ()) -> B
         raise
     except ConfigError as error:
         raise ConfigError(f"{error}; {_how_to_get_plugin(about['plugin'])}") from error
-    _check_sources(plan, about, path)
+    if plan.modality is not None:
+        _check_sources(plan.modality, about, path)
     sha256 = about["files"].get(_ADAPTER[0])
     adapter = None if sha256 is None else lora.read_adapter(folder, sha256, path)
     return replace(plan, adapter=adapter)
 
 
-def _check_sources(plan: Blueprint, about: Mapping[str, Any], path: Path) -> None:
+def _check_sources(modality: Modality, about: Mapping[str, Any], path: Path) -> None:
     """Raises ConfigError for options that read a local path, or fetch what is not pinned to the origin's commit."""
-    sources = list(_sources(plan.modality.config))
+    sources = list(_sources(modality.config))
     origin = about["encoder"]["origin"] or {}
     for source in sources:
         if source.path is not None:
@@ -188,7 +194,7 @@ def _check_sources(plan: Blueprint, about: Mapping[str, Any], path: Path) -> Non
                 f'expected the commit that "encoder" gives as its origin ({origin.get("revision")!r:.80}); write that '
                 "commit there, or save the modality anew"
             )
-    ours = type(plan.modality).__module__.startswith("molora.encoders.")
+    ours = type(modality).__module__.startswith("molora.encoders.")
     if ours and _ENCODER not in about["files"] and not any(source.fetches for source in sources):
         told = f"its encoder is neither in {_ENCODER} nor named on the hub by its options"
         raise ConfigError(f"{path}: {told}; copy the whole folder again")
@@ -207,7 +213,7 @@ def _sources(value: Any) -> Iterator[WeightSource]:
 def check_encoder(plan: Blueprint, folder: Path) -> None:
     """Compares the tensors in a folder's encoder.safetensors with those of the encoder that its options describe. It is
     built without memory for its weights, so that no more is ever taken than the file holds. Raises ValueError."""
-    if _ENCODER not in read_about(folder)["files"]:
+    if plan.modality is None or _ENCODER not in read_about(folder)["files"]:
         return
     try:
         with torch.device("meta"):
@@ -236,6 +242,15 @@ def load_modality(model: MoLoRA, name: str, folder: Path) -> None:
     path = folder / "modality.json"
     about = read_about(folder)
     files = about["files"]
+    if about["plugin"] != TEXT:
+        _load_media_modules(model, name, folder, about)
+    if _ADAPTER[1] in files:
+        fill(lora.adapter_tensors(model.backbone.model, name), folder / _ADAPTER[1], files[_ADAPTER[1]], path)
+
+
+def _load_media_modules(model: MoLoRA, name: str, folder: Path, about: Mapping[str, Any]) -> None:
+    """Fills encoder and projectors."""
+    path, files = folder / "modality.json", about["files"]
     modality: Any = model.modalities[name]
     encoder: Any = model.encoders[name]
     now = {"part_type": modality.part_type, "frame_width": encoder.width, "projectors": sorted(modality.projectors())}
@@ -251,5 +266,3 @@ def load_modality(model: MoLoRA, name: str, folder: Path) -> None:
     elif tensor_hash(encoder.state_dict()) != about["encoder"]["hash"]:
         told = f"{folder}: its encoder comes from {about['encoder']['origin']}"
         raise ValueError(f"{told}, whose tensors now have another hash than when the modality was saved")
-    if _ADAPTER[1] in files:
-        fill(lora.adapter_tensors(model.backbone.model, name), folder / _ADAPTER[1], files[_ADAPTER[1]], path)

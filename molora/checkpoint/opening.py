@@ -15,6 +15,7 @@ from molora.data.processor import Processor
 from molora.media import MediaPolicy
 from molora.model.molora import MoLoRA
 from molora.received import file_hash
+from molora.routing import TEXT
 from molora.terminal import warn
 
 
@@ -111,11 +112,14 @@ def open_model(plan: ModelPlan, device: torch.device | str) -> tuple[MoLoRA, Pro
     for name, folder in plan.folders.items():
         warnings += check_modality(folder, backbone.identity)
         check_encoder(plan.modalities[name], folder)
-    for warning in warnings:
-        warn(warning)
     model, processor = assemble(
         backbone, tokenizer, plan.modalities, plan.router, seed=plan.seed, where=plan.where, policy=plan.media_policy
     )
+    of_text = {name for name, each in plan.modalities.items() if each.modality is None}
+    for name in sorted(of_text - model.router.adapters(frozenset())):
+        warnings.append(f"{name}: is an adapter for text, which runs without it; the rule {TEXT}={name} would use it")
+    for warning in warnings:
+        warn(warning)
     for name, folder in plan.folders.items():
         load_modality(model, name, folder)
     if plan.learned is not None:

@@ -182,7 +182,9 @@ class Release:
         with torch.device("meta"):
             reference = Phi4MultimodalForCausalLM(self.config).state_dict()
             backbone = AutoModelForCausalLM.from_config(self.backbone_config(), trust_remote_code=False).state_dict()
-            encoders = {name: plan.modality.build_encoder().state_dict() for name, plan in plans.items()}
+            encoders = {
+                name: plan.modality.build_encoder().state_dict() for name, plan in plans.items() if plan.modality
+            }
         if self.config.tie_word_embeddings:
             del reference["lm_head.weight"], backbone["lm_head.weight"]
         ours = {name: ("backbone", name, tensor.shape) for name, tensor in backbone.items()}

@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -191,6 +192,7 @@ def _describe_run(run: Path, release: Release, layout: Layout, source: str) -> N
     """Writes what makes the folders modalities, and all of it a run."""
     identity = identify(run / "backbone", str(run / "backbone"))
     for name, plan in release.blueprints().items():
+        assert plan.modality is not None, "both have media"
         folder = run / "modalities" / name
         if layout == "hub":
             write_text(folder / "adapter_config.json", lora.adapter_json(release.adapters[name], source))
@@ -198,7 +200,8 @@ def _describe_run(run: Path, release: Release, layout: Layout, source: str) -> N
         frames = release.config.vision_config if name == "vision" else release.config.audio_config
         widths = (frames.hidden_size, release.config.hidden_size)
         files = ["encoder.safetensors", "projector.safetensors", "adapter_model.safetensors", "adapter_config.json"]
-        describe_modality(folder, plan, plan.modality.config, widths, identity, tensor_hash(encoder), None, files)
+        options = asdict(plan.modality.config)
+        describe_modality(folder, name, plan, options, widths, identity, tensor_hash(encoder), None, files)
     write_run(run, identity, list(ADAPTERS), RouterConfig(options={"rules": _RULES}))
 
 

@@ -347,10 +347,12 @@ def _step(dry: DryRun, samples: list[Sample], stage: StageConfig, cached: bool, 
 
 
 def modality_sets(model: MoLoRA) -> list[frozenset[str]]:
-    """Sets of modalities that a sample may have: single ones, pairs, and all together, as far as they have a rule."""
+    """Sets of modalities that a sample may have: single ones, pairs, and all together, as far as they have a rule; none
+    where text runs with an adapter, or where there is no other."""
     names = sorted(model.modalities)
     sets = [frozenset(some) for size in sorted({1, 2, len(names)}) for some in combinations(names, size)]
-    return [some for some in sets if _ruled(model, some)] or [frozenset()]
+    text = [frozenset[str]()] if model.router.adapters(frozenset()) else []
+    return [*text, *(some for some in sets if _ruled(model, some))] or [frozenset()]
 
 
 def _ruled(model: MoLoRA, modalities: frozenset[str]) -> bool:

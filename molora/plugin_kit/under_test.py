@@ -103,7 +103,7 @@ class ModalityUnderTest(UnderTest):
         """A modality to stand beside the plugin, of another part type."""
         plans = (blueprint(OTHER, spec, {}, _ADAPTER, "the neighbour") for spec in _NEIGHBOURS)
         part_type = self.make().part_type
-        return next(plan for plan in plans if plan.modality.part_type != part_type)
+        return next(plan for plan in plans if plan.modality and plan.modality.part_type != part_type)
 
     def plans(self) -> dict[str, Blueprint]:
         return {OWN: self.blueprint(), OTHER: self.neighbour()}
@@ -111,7 +111,8 @@ class ModalityUnderTest(UnderTest):
     def samples(self, processor: Processor, kind: Literal["own", "others", "mixed"]) -> list[Sample]:
         """Conversations about the plugin's parts; about none and about the neighbour's; about both."""
         text = {"type": "text", "text": "what is it?"}
-        others = self.neighbour().modality.examples()
+        neighbour: Any = self.neighbour().modality
+        others = neighbour.examples()
         contents = {
             "own": [[self.part(index), text] for index in self.every],
             "others": [[text], *([part, text] for part in others)],

@@ -186,7 +186,7 @@ def _facts(
             "dtype": str(backbone.model.dtype).removeprefix("torch."),
             "revision": backbone.revision,
         },
-        "modalities": {name: _about_modality(recipe, model, name) for name in model.modalities},
+        "modalities": {name: _about_modality(recipe, model, name) for name in recipe.modalities},
         "router": plain(recipe.router),
         "stages": [_about_stage(model, *stage) for stage in began],
         "evaluations": _results(recipe),

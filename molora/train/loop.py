@@ -443,7 +443,7 @@ class _Run:
         write_run(
             run,
             self.model.backbone.identity,
-            list(self.model.modalities),
+            list(self.plan.modalities),
             self.plan.router,
             dtype=self.recipe.backbone.dtype,
             revision=self.model.backbone.revision,

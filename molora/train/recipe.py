@@ -21,6 +21,7 @@ from molora.media import MediaPolicy
 from molora.modality import MediaError
 from molora.plugins import Kind, find
 from molora.received import check_name
+from molora.routing import TEXT
 from molora.train.optim import PartConfig
 from molora.train.preference_losses import PreferenceConfig
 
@@ -183,7 +184,7 @@ def remember_plugins(recipe: Recipe) -> None:
     sources = [source for stage in recipe.stages for source in stage.data.values()]
     sources += [evaluation.data for evaluation in recipe.evaluations.values()]
     named: dict[Kind, Iterable[str | None]] = {
-        "modality": (config.plugin for config in recipe.modalities.values()),
+        "modality": (config.plugin for config in recipe.modalities.values() if config.plugin != TEXT),
         "router": [recipe.router.plugin],
         "source": (source.kind for source in sources),
         "metric": (spec for one in recipe.evaluations.values() for spec, _ in specs_of(one.metrics)),

@@ -105,20 +105,24 @@ def frozen(checked: _Checked) -> Iterator[Finding]:
     same = all(torch.equal(mine[name], value) for name, value in stock.state_dict().items())
     yield Finding(promise, "weights in memory equal those on disk to the bit", same)
     texts = [checked.alone(sample) for sample in checked.samples if not sample.items]
+    dressed = model.router.adapters(frozenset())
+    what = f"texts without adapter {', '.join(sorted(dressed))}" if dressed else "texts"
 
     def beside_stock() -> Iterator[tuple[Tensor, Tensor]]:
         for text in texts:
-            yield model.logits(text), stock(input_ids=text.token_ids_T[None]).logits[0]
+            bare = Routing.by_sample([()], text.lengths) if dressed else None
+            ours = model.backbone.head(model(text, routing=bare))
+            yield ours, stock(input_ids=text.token_ids_T[None]).logits[0]
 
     if stock.config._attn_implementation == "sdpa":
         equal = [torch.equal(ours, theirs) for ours, theirs in beside_stock()]
-        found = f"{sum(equal)} of {len(texts)} texts equal transformers (sdpa) to the bit"
+        found = f"{sum(equal)} of {len(texts)} {what} equal transformers (sdpa) to the bit"
         yield Finding(promise, found, all(equal))
         return
     for precision in checked.precisions:  # caps and sinks are computed in another order
         with precision.of(model.backbone.model), precision.of(stock):
             worst = largest(difference(ours, theirs) for ours, theirs in beside_stock())
-        yield precision.check(promise, f"{len(texts)} texts differ from transformers (eager)", worst)
+        yield precision.check(promise, f"{len(texts)} {what} differ from transformers (eager)", worst)
 
 
 def no_interference(checked: _Checked) -> Iterator[Finding]:
@@ -130,7 +134,7 @@ def no_interference(checked: _Checked) -> Iterator[Finding]:
     found = f"{sum(untouched)} of {len(untouched)} samples without adapter equal the bare backbone's pack to the bit"
     yield Finding(promise, found, all(untouched))
     stayed: list[bool] = []
-    for name in model.modalities:
+    for name in {**model.modalities, **model.adapters}:
         with _negated(model, name):
             logits = checked.logits()
         others = [id for id, its in modalities.items() if name not in its | model.router.adapters(its)]
@@ -244,11 +248,10 @@ def nothing_lost(checked: _Checked) -> Iterator[Finding]:
     other: list[str] = []
     for name, path in folders.items():
         check_modality(path, model.backbone.identity)
-        here = {
-            "projector.safetensors": model.projectors[name].state_dict(),
-            "encoder.safetensors": model.encoders[name].state_dict(),
-            "adapter_model.safetensors": adapter_tensors(model.backbone.model, name),
-        }
+        here = {"adapter_model.safetensors": adapter_tensors(model.backbone.model, name)}
+        if name in model.modalities:
+            here["projector.safetensors"] = model.projectors[name].state_dict()
+            here["encoder.safetensors"] = model.encoders[name].state_dict()
         for file in here.keys() & read_about(path)["files"].keys():
             tensors, mine = read_tensors(path / file, path), here[file]
             if mine.keys() != tensors.keys() or not all(

@@ -454,7 +454,8 @@ RUN_EDITS: list[tuple[Callable[[Any], object], str]] = [
     (lambda about: about["backbone"].update(dtype="\x1b[2J"), "dtype is .*, expected a text"),
     (lambda about: about["backbone"].update(dtype="int8"), "dtype 'int8' is none"),
     (lambda about: about["router"].update(options={"rules": {"vision": "other"}}), "names adapter 'other'"),
-    (lambda about: about["router"].update(options={"rules": {"+": "vision"}}), "a rule for text alone"),
+    (lambda about: about["router"].update(options={"rules": {"+": "vision"}}), "'\\+' names no modality"),
+    (lambda about: about["router"].update(options={"rules": {"text": "vision"}}), "which are for media"),
     (
         lambda about: about.update(router={"plugin": "learned", "options": {"modalities": ["vision"] * 20000}}),
         "made for 20000 modalities, allowed 1000",

@@ -269,8 +269,17 @@ def test_a_learned_router_refuses_modalities_that_it_was_not_made_for() -> None:
     ("plugin", "options", "message"),
     [
         ("sum", {"weights": {"letters": {"smells": 1.0}}}, r"'letters' name \['smells'\]; the adapters here are"),
-        ("sum", {"weights": {"+": {"letters": 1.0}}}, "a rule for text alone is not possible"),
-        ("table", {"rules": {"": "letters"}}, "a rule for text alone is not possible"),
+        (
+            "sum",
+            {"weights": {"+": {"letters": 1.0}}},
+            "'\\+' names no modality; a rule for text alone is written 'text'",
+        ),
+        ("table", {"rules": {"": "letters"}}, "'' names no modality; a rule for text alone is written 'text'"),
+        (
+            "learned",
+            {"modalities": ["letters", "numbers"], "rules": {"text": "letters"}},
+            "runs on the bare backbone here",
+        ),
         ("table", {"rules": {"letters": "smells"}}, "names adapter 'smells'; the adapters here are"),
         ("learned", {"modalities": ["letters", "numbers"], "rules": {"letters": "smells"}}, "names adapter 'smells'"),
         ("learned", {"modalities": ["letters", "numbers"], "top_k": 0}, "top_k is at least 1, got 0"),

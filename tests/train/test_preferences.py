@@ -43,22 +43,14 @@ FAMILY = "llama"
 ANSWERS = (("yes, it is", "no"), ("four", "five, or six"), ("a cat", "some dog or other"), ("b", "cc"))
 
 
-class OneForAll(TableRouter):
-    """Text has an adapter too, which no table allows: TRL compares texts."""
-
-    def __init__(self, adapters: Sequence[str], config: TableConfig, width: int = 0) -> None:
-        super().__init__(adapters, config, width)
-        self.table[frozenset()] = "numbers"
-
-
-def make_model(router: type[TableRouter] = TableRouter) -> MoLoRA:
+def make_model(rules: dict[str, str | None] | None = None) -> MoLoRA:
     modalities: dict[str, Any] = {
         "numbers": Numbers("numbers", NumbersConfig()),
         "letters": Letters("letters", NumbersConfig()),
     }
     adapters = {name: lora_config({"r": 4, "lora_alpha": 8, "target_modules": TARGETS}, name) for name in modalities}
     backbone = Backbone(tiny_model(FAMILY), Identity("test", "", "", "", ""))
-    return MoLoRA(backbone, modalities, adapters, router([*modalities], TableConfig()))
+    return MoLoRA(backbone, modalities, adapters, TableRouter([*modalities], TableConfig(rules or {})))
 
 
 def processor_of(model: MoLoRA) -> Processor:
@@ -118,7 +110,7 @@ class Trl:
 
     def __init__(self, folder: Path) -> None:
         datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
-        self.ours = make_model(OneForAll)
+        self.ours = make_model({"text": "numbers"})
         trained(self.ours, ["adapters.numbers"])
         randomise(self.ours, 1)
         self.reference = Reference(self.ours)
