@@ -24,6 +24,7 @@ def make(
 
     from molora.inference.load import load
     from molora.synthetic.workflow import open_workflow
+    from molora.synthetic.workflow_report import report
 
     opener = partial(
         load,
@@ -31,7 +32,8 @@ def make(
         allow_private_addresses=allow_private_addresses,
         trust=trust_plugin or (),
     )
-    open_workflow(config, overrides or (), opener).run()
+    workflow = open_workflow(config, overrides or (), opener)
+    report(workflow, workflow.run())
 
 
 @app.command("roll-out")

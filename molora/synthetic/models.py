@@ -1,22 +1,35 @@
-"""Models that a workflow asks: one that is opened here."""
+"""Models that a workflow asks: opened here, or at an OpenAI-compatible address."""
 
 from __future__ import annotations
 
+import base64
+import json
+import mimetypes
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from molora.checkpoint.assembly import RouterConfig
 from molora.config import ConfigError, plain, require
-from molora.data.messages import Message
+from molora.data.messages import Message, parts
 from molora.inference.generate import Failed, GenerationConfig, attempt
 from molora.inference.grammar import Grammar, Grammars
-from molora.inference.load import LoadedModel, load
+from molora.inference.load import LoadedModel
+from molora.inference.remote import Refused, Server, ServerConfig, Silent
 from molora.pack import Sample
 from molora.received import stamps
+from molora.seeding import seed_of
 from molora.synthetic.rows import DecodingConfig, Reply
+
+# Requests to a server that are kept together, for each that runs at a time.
+_ROUNDS = 4
+# Statuses that the next request would have too: the key, the place or the model is wrong.
+_HOPELESS = (401, 402, 403, 404)
+_TOKENS_OF_MEDIUM, _TOKENS_OF_TURN = 8192, 16
 
 
 @dataclass(kw_only=True)
@@ -39,13 +52,14 @@ class LocalConfig:
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """A model by its name in a workflow."""
+    """A model of a workflow: `local`, one that is opened here, or `server`, one at an OpenAI-compatible address."""
 
     local: LocalConfig | None = None
+    server: ServerConfig | None = None
 
     def __post_init__(self) -> None:
-        if self.local is None:
-            raise ConfigError("names no model; give local, one that is opened here")
+        if (self.local is None) == (self.server is None):
+            raise ConfigError("give either local, a model that is opened here, or server, one at an address")
 
 
 # The messages to answer, with the id that draws depend on.
@@ -69,9 +83,21 @@ class Model(Protocol):
 Opener = Callable[..., LoadedModel]
 
 
-def open_models(configs: Mapping[str, ModelConfig], opener: Opener = load) -> dict[str, Model]:
-    """The models of a workflow. One that is opened here is so when it is asked first."""
-    return {name: LocalModel(config.local, opener) for name, config in configs.items() if config.local}
+def open_models(configs: Mapping[str, ModelConfig], opener: Opener) -> dict[str, Model]:
+    """The models of a workflow. One that is opened here is so when it is asked first. Raises ConfigError for a server
+    whose key is not in the environment."""
+    models: dict[str, Model] = {}
+    for name, config in configs.items():
+        try:
+            models[name] = LocalModel(config.local, opener) if config.local else _server(config)
+        except ValueError as error:
+            raise ConfigError(f"models: {name}: {error}") from error
+    return models
+
+
+def _server(config: ModelConfig) -> ServerModel:
+    assert config.server is not None, "a config names one of the two"
+    return ServerModel(config.server)
 
 
 class LocalModel:
@@ -130,6 +156,106 @@ class LocalModel:
         if how.schema is not None:
             return self.grammars.of_json_schema(how.schema)
         return None if how.regex is None else self.grammars.of_regex(how.regex)
+
+
+class ServerModel:
+    """A model at an OpenAI-compatible address. What it draws again is the same only if the server says so of its
+    seeds; what it has answered is kept."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.config = config
+        self.server = Server(config)
+        self.identity: Any = [config.url, config.model]
+        self.per_round = _ROUNDS * config.parallel
+
+    def answer(
+        self, prompts: Sequence[Prompt], how: DecodingConfig, seed: int, room: int | None, advance: Callable[[], object]
+    ) -> list[Reply]:
+        asked: list[Prompt] = []
+        for id, messages in prompts:
+            if room is not None and (room := room - most_tokens(messages, how)) < 0:
+                break
+            asked.append((id, messages))
+
+        def one(prompt: Prompt) -> Reply | Exception:
+            try:
+                reply = self.reply(*prompt, how, seed)
+            except (Refused, Silent) as error:
+                if isinstance(error, Silent) or error.passing or error.status in _HOPELESS:
+                    return error
+                reply = Reply("", "error", error=f"{error}: {error.detail}")
+            advance()
+            return reply
+
+        with ThreadPoolExecutor(self.config.parallel) as threads:
+            given = list(threads.map(one, asked))
+        replies = [*takewhile(lambda each: isinstance(each, Reply), given)]
+        if asked and not replies:
+            raise ValueError(f"{given[0]}; what was answered is kept, and the same call goes on")
+        return cast(list[Reply], replies)
+
+    def reply(self, id: str, messages: Sequence[Message], how: DecodingConfig, seed: int) -> Reply:
+        try:
+            said = [{**message, "content": _content(message)} for message in messages]
+        except OSError as error:
+            return Reply("", "error", error=str(error))
+        body: dict[str, Any] = {
+            "model": self.config.model,
+            "messages": said,
+            "max_tokens": how.max_new_tokens,
+            "temperature": how.temperature,
+            "top_p": how.top_p,
+            "seed": seed_of(seed, id) >> 32,  # as many bits as every server takes
+        }
+        if how.stop:
+            body["stop"] = how.stop
+        if how.schema is not None:
+            form = {"name": "answer", "schema": how.schema, "strict": True}
+            body["response_format"] = {"type": "json_schema", "json_schema": form}
+        if how.regex is not None:
+            body["response_format"] = {"type": "regex", "pattern": how.regex}
+        return _read(self.server.complete(body), most_tokens(messages, how))
+
+
+def most_tokens(messages: Sequence[Message], how: DecodingConfig) -> int:
+    """The most tokens that a prompt and its answer can have on any server: no token is less than a byte. What a medium
+    takes is not known, and put high."""
+    content = [part for message in messages for part in parts(message)]
+    text = sum(len(part.get("text", "").encode(errors="replace")) for part in content)
+    media = sum(part["type"] != "text" for part in content)
+    return text + media * _TOKENS_OF_MEDIUM + len(messages) * _TOKENS_OF_TURN + how.max_new_tokens
+
+
+def _content(message: Message) -> Any:
+    """What a message says, in OpenAI's parts. Raises OSError for a file that cannot be read, ValueError for a part that
+    no server takes."""
+    if isinstance(message["content"], str):
+        return message["content"]
+    return [dict(part) if part["type"] == "text" else _medium(part) for part in message["content"]]
+
+
+def _medium(part: Mapping[str, Any]) -> dict[str, Any]:
+    if part["type"] not in ("image", "audio") or not isinstance(part.get("path"), str):
+        raise ConfigError(f"a server is sent pictures and sounds by the path of a file, not {part!r:.80}")
+    path = Path(part["path"])
+    data = base64.b64encode(path.read_bytes()).decode()
+    if part["type"] == "audio":
+        return {"type": "input_audio", "input_audio": {"data": data, "format": path.suffix.lstrip(".").lower()}}
+    kind = mimetypes.guess_type(path.name)[0] or "image/*"
+    return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}}
+
+
+def _read(reply: bytes, most: int) -> Reply:
+    """A chat completion. Its tokens are those that the server counts, or `most`, if it does not."""
+    try:
+        body = json.loads(reply)
+        (choice,) = body["choices"]
+        text = choice["message"]["content"] or ""
+        ended = "length" if choice.get("finish_reason") == "length" else "stop"
+        used = body.get("usage") or {"prompt_tokens": most, "completion_tokens": 0}
+        return Reply(text.strip(), ended, int(used["prompt_tokens"]), int(used["completion_tokens"]))
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return Reply("", "error", error=f"no chat completion: {reply[:100]!r}")
 
 
 def _weights(folder: Path) -> list[Path]:

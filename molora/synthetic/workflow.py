@@ -20,6 +20,7 @@ from rich.progress import Progress
 
 from molora.config import ConfigError, build, did_you_mean, dump, plain, read, require
 from molora.inference.answers import row_bytes
+from molora.inference.load import load
 from molora.interrupt import Stopped
 from molora.plugins import find
 from molora.seeding import seed_of
@@ -101,11 +102,14 @@ class Workflow:
     """The steps of a config, ready to run. Raises ConfigError, ImportError or ValueError for a step that cannot be
     found, has wrong options or asks a model that is not named; `where` is the config's file."""
 
-    def __init__(self, config: WorkflowConfig, where: str, opener: Opener | None = None) -> None:
+    def __init__(self, config: WorkflowConfig, where: str, opener: Opener = load) -> None:
         self.config = config
         self.where = where
         self.folder = Path(config.output)
-        self.models = open_models(config.models) if opener is None else open_models(config.models, opener)
+        try:
+            self.models = open_models(config.models, opener)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
         self.steps: list[Any] = []
         self.hashes: dict[str, str] = {}
         for number, step in enumerate(config.steps):
@@ -272,6 +276,6 @@ class _Work:
         return given
 
 
-def open_workflow(path: Path, overrides: Iterable[str] = (), opener: Opener | None = None) -> Workflow:
+def open_workflow(path: Path, overrides: Iterable[str] = (), opener: Opener = load) -> Workflow:
     """Reads the config of a workflow, and opens its steps. Raises what `Workflow` and `read` raise."""
     return Workflow(read(WorkflowConfig, path, overrides), str(path), opener)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import random
@@ -21,6 +22,7 @@ from molora.evaluate.metrics import NoOptions
 from molora.inference.load import LoadedModel
 from molora.synthetic.rows import Dropped, Row, Work
 from molora.synthetic.workflow import OutOfBudget, Workflow, open_workflow
+from molora.synthetic.workflow_report import spread
 from molora.testing import save_backbone
 
 HERE = Path(__file__)
@@ -125,7 +127,7 @@ def test_a_kill_at_any_byte_of_what_is_kept_changes_nothing(model: LoadedModel, 
     opened(model, config(model, seeds, tmp_path / "whole"), tmp_path).run()
     whole, kept = written(tmp_path / "whole"), (tmp_path / "whole/answers.jsonl").read_bytes()
     draw = random.Random(0)
-    for number in range(6):
+    for number in range(4):
         part = tmp_path / f"part{number}"
         part.mkdir()
         (part / "answers.jsonl").write_bytes(kept[: draw.randrange(len(kept))])
@@ -267,6 +269,23 @@ def test_the_command_runs_a_workflow(model: LoadedModel, seeds: Path, tmp_path: 
     done = CliRunner().invoke(app, ["make", str(path), "steps.0.options.limit=2"])
     assert done.exit_code == 0, done.output
     assert {row["question"] for row in rows(tmp_path / "out/steps/seeds.jsonl")} == {"0?", "1?"}
+    found = json.loads((tmp_path / "out/report.json").read_text())
+    again = CliRunner().invoke(app, ["make", str(path), "steps.0.options.limit=2"])
+    assert again.output.splitlines()[-1] == done.output.splitlines()[-1]
+    assert json.loads((tmp_path / "out/report.json").read_text()) == found
+    assert found["steps"][0]["rows"] == 2 and found["rows"] == found["steps"][-1]["rows"]
+    for before, step in itertools.pairwise(found["steps"]):
+        assert step["before"] == before["rows"]
+        assert sum(step["dropped"].values()) == round((1 - step["accepted"]) * step["before"])
+    assert found["steps"][1]["answers"] == 4 and found["tokens"] >= found["steps"][1]["prompt_tokens"]
+    page = (tmp_path / "out/report.md").read_text()
+    assert "| answers | ask | 2 |" in page and "| second |" in page
+
+
+def test_diversity_is_zero_where_all_is_the_same(model: LoadedModel) -> None:
+    assert spread(model, ["a b", "a b", "a b"]) == pytest.approx(0, abs=1e-6)
+    alike, apart = spread(model, ["aaab", "aaac"]), spread(model, ["aaaa", "zzzz"])
+    assert 0 < alike < apart
 
 
 def changed(values: dict[str, Any], place: str, value: Any) -> None:
@@ -295,7 +314,7 @@ def changed(values: dict[str, Any], place: str, value: Any) -> None:
         ("steps.0.options.path", "none.jsonl", r"steps.0 \(seeds\): .*none.jsonl"),
         ("steps.0.after", ["seeds"], "steps.0.after: no step before it"),
         ("steps.0.kind", "filter", r"steps.0 \(seeds\)"),
-        ("models.writer", {}, "models.writer: names no model"),
+        ("models.writer", {}, "models.writer: give either local"),
         ("steps.2.options.into", "lineage", "step each: row r0#0 has a column 'lineage'"),
         ("budget_tokens", 0, "budget_tokens is 0"),
     ],

@@ -1,22 +1,17 @@
 """A metric that asks another model, at an OpenAI-compatible address, how good each answer is."""
 
-import http.client
 import json
-import os
 import re
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from molora.config import ConfigError, require
 from molora.data.messages import parts
 from molora.evaluate.metrics import Counted, Judged, ratio
+from molora.inference.remote import Refused, Server, ServerConfig, Silent
 from molora.terminal import warn
 
 _PROMPT = """How well does the answer agree with the accepted one?
@@ -27,16 +22,12 @@ Answer: {answer}
 
 Write one number from {lowest:g} (wrong) to {highest:g} (right) and nothing else."""
 
-_MAX_REPLY_BYTES = 2**20
-_MAX_WAIT_SECONDS = 60.0
 # A server that leaves so many answers in a row without a word, each after its retries, is asked no more.
 _MAX_SILENT = 10
-# What may pass when one asks again: the server is busy, restarts or had no time.
-_PASSING = (408, 409, 425, 429, 500, 502, 503, 504)
 
 
 @dataclass(kw_only=True)
-class JudgeConfig:
+class JudgeConfig(ServerConfig):
     """`url` is where the server's `chat/completions` lies, as http://127.0.0.1:8000/v1, and `model` its name there.
     `prompt` may name {question}, {expected}, {answer}, {lowest} and {highest}; the judge sees no media. The last line
     of its reply must be a number from `lowest` to `highest`, alone or after "score:". `key_variable` names the
@@ -44,27 +35,16 @@ class JudgeConfig:
     that has no answer in `timeout_seconds`, or that a busy server refuses, is sent again up to `retries` times, the
     first time after `wait_seconds` and then after twice as long each time."""
 
-    url: str
-    model: str
     prompt: str = _PROMPT
     lowest: float = 0.0
     highest: float = 10.0
-    key_variable: str | None = None
     max_tokens: int = 512
-    parallel: int = 8
-    timeout_seconds: float = 60.0
-    retries: int = 3
-    wait_seconds: float = 1.0
 
     def __post_init__(self) -> None:
-        require(self, 1, "max_tokens", "parallel")
-        require(self, 0, "retries")
-        if not re.match(r"https?://[^/]", self.url):
-            raise ConfigError(f"url is {self.url!r}; give an http or https address, as http://127.0.0.1:8000/v1")
+        super().__post_init__()
+        require(self, 1, "max_tokens")
         if not self.lowest < self.highest:
             raise ConfigError(f"lowest is {self.lowest:g} and highest {self.highest:g}; lowest must be less")
-        if self.timeout_seconds <= 0 or self.wait_seconds < 0:
-            raise ConfigError("timeout_seconds must be above 0, and wait_seconds not below")
         try:
             self.prompt.format(question="", expected="", answer="", lowest=0.0, highest=1.0)
         except (KeyError, IndexError, ValueError) as error:
@@ -78,13 +58,6 @@ class NoScore(ValueError):
     """Why the judge gave an answer no score."""
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A server that sends elsewhere would get the key there."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
-
-
 class JudgeModel(Counted):
     """The mean score that a judge model gives the answers, and how many it gave none (`judge_failed`), which are not in
     the mean. Each answer is judged once.
@@ -95,23 +68,10 @@ class JudgeModel(Counted):
 
     def __init__(self, config: JudgeConfig) -> None:
         self.config = config
-        self.headers = {"Content-Type": "application/json"}
-        if config.key_variable is not None:
-            key = os.environ.get(config.key_variable)
-            if not key or not (key.isascii() and key.isprintable()):
-                told = "has no" if not key else "has no key, but other characters, in"
-                raise ValueError(f"key_variable: the environment {told} {config.key_variable}; set it to the key")
-            self.headers["Authorization"] = f"Bearer {key}"
-        self.opener = urllib.request.build_opener(_NoRedirects)
+        self.server = Server(config)
         self.scores: dict[tuple[str, str], float | NoScore] = {}
         self.silent = 0
-        try:
-            self.send("models", None)
-        except urllib.error.HTTPError as error:
-            if error.code in (401, 403):
-                raise ValueError(f"url: {config.url} refuses the key ({error.code}); see key_variable") from error
-        except (OSError, http.client.HTTPException) as error:
-            raise ValueError(f"url: {config.url} does not answer ({_said(error)}); start the server first") from error
+        self.server.check()
 
     def counts(self, judged: Sequence[Judged]) -> np.ndarray:
         self.silent = 0
@@ -141,32 +101,17 @@ class JudgeModel(Counted):
         }
         if self.silent >= _MAX_SILENT:
             return NoScore(f"not asked, as {config.url} was silent for {self.silent} others; --rescore asks again")
-        for tried in range(config.retries + 1):
-            wait_seconds = config.wait_seconds * 2**tried
-            try:
-                reply = self.send("chat/completions", body)
-                self.silent = 0
-                return self.read(reply)
-            except NoScore as error:
-                return error
-            except urllib.error.HTTPError as error:
-                if error.code not in _PASSING or tried == config.retries:
-                    return NoScore(f"{config.url} answers {error.code} {error.reason}")
-                asked = error.headers.get("Retry-After", "")
-                wait_seconds = max(wait_seconds, float(asked)) if asked.isdecimal() else wait_seconds
-            except (OSError, http.client.HTTPException) as error:
-                if tried == config.retries:
-                    self.silent += 1
-                    return NoScore(f"{config.url} does not answer ({_said(error)})")
-            time.sleep(min(wait_seconds, _MAX_WAIT_SECONDS))
-        raise AssertionError("the last try returns")
-
-    def send(self, place: str, body: Mapping[str, Any] | None) -> bytes:
-        """What the server replies at a place below the address."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.config.url.rstrip('/')}/{place}", data, self.headers)
-        with self.opener.open(request, timeout=self.config.timeout_seconds) as reply:
-            return reply.read(_MAX_REPLY_BYTES + 1)
+        try:
+            reply = self.server.complete(body)
+            self.silent = 0
+            return self.read(reply)
+        except NoScore as error:
+            return error
+        except Refused as error:
+            return NoScore(str(error))
+        except Silent as error:
+            self.silent += 1
+            return NoScore(str(error))
 
     def read(self, reply: bytes) -> float:
         """The score in a server's reply. Raises NoScore."""
@@ -185,7 +130,3 @@ def _question(item: Judged) -> str:
     """The last message of a question as text, its media by their types."""
     last = parts(item.messages[-1]) if item.messages else []
     return "\n".join(part["text"] if part["type"] == "text" else f"[{part['type']}]" for part in last)
-
-
-def _said(error: Exception) -> str:
-    return str(getattr(error, "reason", error)) or type(error).__name__

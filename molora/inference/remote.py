@@ -1,0 +1,122 @@
+"""A model at an OpenAI-compatible address, asked over HTTP, and asked again where that may help."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from molora.config import ConfigError, require
+
+_MAX_REPLY_BYTES = 2**20
+_MAX_WAIT_SECONDS = 60.0
+# What may pass when one asks again: the server is busy, restarts or had no time.
+_PASSING = (408, 409, 425, 429, 500, 502, 503, 504)
+
+
+@dataclass(kw_only=True)
+class ServerConfig:
+    """`url` is where the server's `chat/completions` lies, as http://127.0.0.1:8000/v1, and `model` its name there.
+    `key_variable` names the environment variable that holds the server's key, if it asks for one. `parallel` requests
+    run at a time. A request that has no answer in `timeout_seconds`, or that a busy server refuses, is sent again up to
+    `retries` times, the first time after `wait_seconds` and then after twice as long each time."""
+
+    url: str
+    model: str
+    key_variable: str | None = None
+    parallel: int = 8
+    timeout_seconds: float = 60.0
+    retries: int = 3
+    wait_seconds: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(self, 1, "parallel")
+        require(self, 0, "retries")
+        if not re.match(r"https?://[^/]", self.url):
+            raise ConfigError(f"url is {self.url!r}; give an http or https address, as http://127.0.0.1:8000/v1")
+        if self.timeout_seconds <= 0 or self.wait_seconds < 0:
+            raise ConfigError("timeout_seconds must be above 0, and wait_seconds not below")
+
+
+class Refused(ValueError):
+    """A server refuses a request. `passing` says that it may not do so later, and did after all tries."""
+
+    def __init__(self, message: str, status: int, detail: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.detail = detail
+        self.passing = status in _PASSING
+
+
+class Silent(ValueError):
+    """A server says nothing, after all tries."""
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A server that sends elsewhere would get the key there."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+class Server:
+    """Sends requests, from any thread. Raises ValueError for a key that is not in the environment."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.config = config
+        self._headers = {"Content-Type": "application/json"}
+        if config.key_variable is not None:
+            key = os.environ.get(config.key_variable)
+            if not key or not (key.isascii() and key.isprintable()):
+                told = "has no" if not key else "has no key, but other characters, in"
+                raise ValueError(f"key_variable: the environment {told} {config.key_variable}; set it to the key")
+            self._headers["Authorization"] = f"Bearer {key}"
+        self._opener = urllib.request.build_opener(_NoRedirects)
+
+    def check(self) -> None:
+        """Raises ValueError for a server that does not answer, or refuses the key."""
+        url = self.config.url
+        try:
+            self._send("models", None)
+        except urllib.error.HTTPError as error:
+            if error.code in (401, 403):
+                raise ValueError(f"url: {url} refuses the key ({error.code}); see key_variable") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise ValueError(f"url: {url} does not answer ({_said(error)}); start the server first") from error
+
+    def complete(self, body: Mapping[str, Any]) -> bytes:
+        """The server's reply to a chat that is to be completed. Raises Refused and Silent."""
+        config = self.config
+        for tried in range(config.retries + 1):
+            wait_seconds = config.wait_seconds * 2**tried
+            try:
+                return self._send("chat/completions", body)
+            except urllib.error.HTTPError as error:
+                if error.code not in _PASSING or tried == config.retries:
+                    detail = error.read(1000).decode(errors="replace")
+                    raise Refused(f"{config.url} answers {error.code} {error.reason}", error.code, detail) from error
+                asked = error.headers.get("Retry-After", "")
+                wait_seconds = max(wait_seconds, float(asked)) if asked.isdecimal() else wait_seconds
+            except (OSError, http.client.HTTPException) as error:
+                if tried == config.retries:
+                    raise Silent(f"{config.url} does not answer ({_said(error)})") from error
+            time.sleep(min(wait_seconds, _MAX_WAIT_SECONDS))
+        raise AssertionError("the last try returns or raises")
+
+    def _send(self, place: str, body: Mapping[str, Any] | None) -> bytes:
+        """What the server replies at a place below the address."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.config.url.rstrip('/')}/{place}", data, self._headers)
+        with self._opener.open(request, timeout=self.config.timeout_seconds) as reply:
+            return reply.read(_MAX_REPLY_BYTES + 1)
+
+
+def _said(error: Exception) -> str:
+    return str(getattr(error, "reason", error)) or type(error).__name__
