@@ -52,6 +52,10 @@ _METRICS = {
     "chrf": "molora.evaluate.metrics.translation:Chrf",
     "cider": "molora.evaluate.metrics.writing:Cider",
     "rouge": "molora.evaluate.metrics.writing:Rouge",
+    "number": "molora.evaluate.metrics.values:Number",
+    "regular_expression": "molora.evaluate.metrics.values:RegularExpression",
+    "math": "molora.evaluate.metrics.mathematics:MathAnswer",
+    "unit_tests": "molora.evaluate.metrics.programs:UnitTests",
     "judge": "molora.evaluate.metrics.judge_model:JudgeModel",
 }
 _STEPS = {
