@@ -17,7 +17,7 @@ asked sentences of other stories in other voices, the same with noise and rooms,
 DATA = ("speech",)
 RECIPES = DATA
 ARM = "words, then answers"
-ARMS = dict.fromkeys(("held-out voices", "noise and rooms", "read speech"), (ARM,))
+ARMS: dict[str, tuple[str, ...]] = dict.fromkeys(("held-out voices", "noise and rooms", "read speech"), (ARM,))
 BUDGET: dict[str, int] = {}
 METRICS = ("word_error_rate", "exact_match")
 NOT_SHOWN = (

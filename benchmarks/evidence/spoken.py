@@ -27,7 +27,7 @@ HELD_OUT = 400
 
 def write(data_root: Path, draft: Path, clips: Path) -> dict[str, Any]:
     """Writes `train`, `val` (held out, without noise or room), `noisy` (held out, with them as in training) and `read`
-    as JSONL, and `vocabulary.txt`, the answers to train on; clips go to a folder of their own, which survives a stop.
+    as JSONL; clips go to a folder of their own, which survives a stop.
     Returns what is known of them."""
     sources = {split: data_root / f"tinystories/{split}.jsonl" for split in ("train", "val")}
     known = _sentences(sources["train"])
@@ -43,7 +43,6 @@ def write(data_root: Path, draft: Path, clips: Path) -> dict[str, Any]:
         lines = [f"{json.dumps(row)}\n" for row in rows]
         write_text(draft / f"{name}.jsonl", "".join(lines))
         counts[name] = len(lines)
-    write_text(draft / "vocabulary.txt", "".join(f"{sentence}\n" for sentence in known))
     hashes = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in sources.values()}
     files = {str(path.relative_to(data_root)): hash for path, hash in hashes.items()}
     return {"about": ABOUT, "files": files, "rows": counts}

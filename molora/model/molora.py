@@ -5,7 +5,7 @@ Letters: T tokens in a pack, N samples, S frames, C encoder width, D backbone wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -218,42 +218,11 @@ class MoLoRA(nn.Module):
         router_N = torch.zeros_like(sums_N) if routing.losses_N is None else routing.losses_N
         return Losses(sums_N, tuple(counts_N.tolist()), routing, router_N)
 
-    def word_losses(self, pack: Pack, vocabulary_V: Tensor | None = None) -> Losses:
-        """How far the media tokens of each sample are from the embeddings of its answer's tokens ("words"), in their
-        order: no layer of the backbone runs, and no adapter. `vocabulary_V` are the ids that are told apart, sorted;
-        None is all of them. Raises ValueError as `words_of` does, and for a sample with words that are not in the
-        vocabulary."""
+    def word_losses(self, pack: Pack, words: Sequence[Tensor], vocabulary: int | None = None) -> Losses:
+        """How far the media tokens of each sample are from the embeddings of its words (K,), in their order: no layer
+        of the backbone runs, and no adapter. Words are told apart from the first `vocabulary` tokens, or from all."""
         embeds, is_media = self.embed(pack).split(pack.lengths), (pack.modality_ids_T > 0).split(pack.lengths)
         media = [embeds_TD[media_T] for embeds_TD, media_T in zip(embeds, is_media, strict=True)]
-        ids, targets = pack.token_ids_T.split(pack.lengths), pack.targets_T.to(self.device).split(pack.lengths)
-        words = [self.words_of(*each) for each in zip(pack.ids, ids, targets, map(len, media), strict=True)]
-        embeddings_VD = self.backbone.embeddings_VD
-        if vocabulary_V is not None:
-            embeddings_VD = embeddings_VD[vocabulary_V.to(self.device)]
-            words = [_places(ids, vocabulary_V, id).to(self.device) for id, ids in zip(pack.ids, words, strict=True)]
-        sums_N = word_losses(media, words, embeddings_VD)
-        return Losses(sums_N, tuple(len(ids) for ids in words), Routing(()), torch.zeros_like(sums_N))
-
-    def words_of(self, id: str, token_ids_T: Tensor, targets_T: Tensor, num_media: int) -> Tensor:
-        """The words of a sample's answer: its target ids (K,) but those that end a turn. Raises ValueError if they are
-        more than its media tokens can say."""
-        stops = torch.tensor(sorted(self.backbone.stop_ids), device=token_ids_T.device)
-        words_K = token_ids_T[targets_T & ~torch.isin(token_ids_T, stops)]
-        needed = len(words_K) + int((words_K[1:] == words_K[:-1]).sum())
-        if num_media < needed:
-            told = f"{id}: its {num_media} media tokens cannot say its {len(words_K)} words, which need {needed}"
-            raise ValueError(
-                f"{told}; train it by `objective: answers`, give its media more tokens, or leave such samples out by "
-                "`too_long: skip`"
-            )
-        return words_K
-
-
-def _places(ids_K: Tensor, vocabulary_V: Tensor, sample: str) -> Tensor:
-    """Where a sample's words (K,) are in the vocabulary (V,). Raises ValueError if some are not in it."""
-    ids_K = ids_K.cpu()
-    places_K = torch.searchsorted(vocabulary_V, ids_K).clamp(max=len(vocabulary_V) - 1)
-    if missing := ids_K[vocabulary_V[places_K] != ids_K].unique().tolist():
-        told = f"{sample}: its answer has tokens that the stage's vocabulary lacks, of ids {missing}"
-        raise ValueError(f"{told}; add the answer to the file of the vocabulary, as a line")
-    return places_K
+        on_device = [words_K.to(self.device) for words_K in words]
+        sums_N = word_losses(media, on_device, self.backbone.embeddings_VD[:vocabulary])
+        return Losses(sums_N, tuple(map(len, words)), Routing(()), torch.zeros_like(sums_N))

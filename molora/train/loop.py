@@ -19,6 +19,7 @@ from molora.checkpoint.opening import open_model
 from molora.checkpoint.run_folder import latest_state, read_state, save_state, write_run
 from molora.config import ConfigError, dump, plain
 from molora.data.loader import step_loader
+from molora.data.processor import SampleTooLong
 from molora.data.sources import EncodedSamples, Skipped
 from molora.evaluate.judge import Evaluation, EvaluationConfig, complaints
 from molora.evaluate.metrics import Judged
@@ -38,11 +39,12 @@ from molora.train.log import MetricsLog
 from molora.train.optim import PartOptimizer, copy_parts, matches, set_trainable
 from molora.train.phases import PhaseClock
 from molora.train.preference import Reference, preference_step
-from molora.train.preflight import Trial, describe, open_trials, read_vocabulary, try_model
+from molora.train.preflight import Trial, describe, open_trials, try_model, words_of
 from molora.train.recipe import Recipe, StageConfig, plan_recipe, remember_plugins, skipped_errors
 from molora.train.resume import Best, Position, check_environment, environment, planned_steps, resumed_position
 from molora.train.step import TrainingError, check_skipped, train_step
 from molora.train.trackers import check_trackers
+from molora.train.words import Words
 
 # What a full disk, a quota or a limit on the size of files says.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -186,7 +188,7 @@ class _Run:
         self.reference = None
         if stage.objective == "preferences" and stage.preference.reference:
             self.reference = Reference(self.model, self.reference_tensors if first_step else None)
-        self.vocabulary_V = read_vocabulary(stage, self.processor, f"stages.{index}")
+        self.words = words_of(stage, self.model, self.processor, f"stages.{index}")
         if self.recipe.feature_cache is not None:
             self.features = FeatureCache(Path(self.recipe.feature_cache), self.model)
         samples = EncodedSamples(
@@ -281,8 +283,8 @@ class _Run:
         # Dropout is the one thing drawn from the global generator; seeding it per step needs no state to resume.
         torch.manual_seed(seed_of(self.recipe.seed, stage.name, "step", step, self.ranks.index))
         self.model.train()
-        if stage.objective == "words":
-            encoded = [self._said(stage, each) for each in encoded]
+        if self.words is not None and stage.too_long == "skip":
+            encoded = [_said(self.words, each) for each in encoded]
         samples = [sample for sample in encoded if isinstance(sample, Sample)]
         if self.features is not None:
             self.clock.to("encoding")
@@ -291,7 +293,7 @@ class _Run:
         if stage.objective == "preferences":
             row = preference_step(*with_what, stage.preference, self.reference, self.ranks, self.clock)
         else:
-            row = train_step(*with_what, self.ranks, self.clock, stage.objective, self.vocabulary_V)
+            row = train_step(*with_what, self.ranks, self.clock, self.words)
         ids = sorted(self.ranks.gather([sample.id for sample in samples]))
         row["samples"] = len(ids)
         row["samples_digest"] = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
@@ -304,16 +306,6 @@ class _Run:
         row |= {f"seconds/{phase}": value for phase, value in seconds.items()}
         self.totals[self.position.stage].add(row, ids, [id for _, id in skipped])
         return row
-
-    def _said(self, stage: StageConfig, sample: Sample | Skipped) -> Sample | Skipped:
-        """A sample of a stage of words, left out as too long if its media tokens cannot say its answer."""
-        if isinstance(sample, Sample) and stage.too_long == "skip":
-            num_media = int((sample.modality_ids_T > 0).sum())
-            try:
-                self.model.words_of(sample.id, sample.token_ids_T, sample.targets_T, num_media)
-            except ValueError as error:
-                return Skipped(sample.id, str(error))
-        return sample
 
     def _evaluate_due(self) -> None:
         """Runs the evaluations that are due. What fails is told and logged, and stops nothing: all is saved already."""
@@ -485,3 +477,13 @@ class _Run:
         self.reference_tensors = tensors.get("reference", {})
         self.best, self.totals = read_so_far(about, state, self.totals)
         self.log.truncate(about["logs"])
+
+
+def _said(words: Words, sample: Sample | Skipped) -> Sample | Skipped:
+    """A sample of a stage of words, left out if its media cannot say its answer."""
+    if isinstance(sample, Sample):
+        try:
+            words.of(sample)
+        except SampleTooLong as error:
+            return Skipped(sample.id, str(error))
+    return sample

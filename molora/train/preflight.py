@@ -1,13 +1,6 @@
-"""What a recipe names, opened and tried before training: a typo shows in seconds, and not after the last step.
-
-Letter: V words of a vocabulary.
-"""
+"""What a recipe names, opened and tried before training: a typo shows in seconds, and not after the last step."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from molora.config import ConfigError, did_you_mean
 from molora.data.processor import Processor
@@ -30,6 +23,7 @@ from molora.terminal import say
 from molora.train.optim import check_start, count, set_trainable
 from molora.train.recipe import Recipe, StageConfig, shares_of, skipped_errors
 from molora.train.resume import Position
+from molora.train.words import Words
 
 # Rows of a source that are tried, spread over it; more of them if none of these can be used.
 TRIED_ROWS = 4
@@ -161,7 +155,7 @@ def try_model(
             raise ConfigError(
                 f"{told}, so that a medium is encoded once for both answers; train them in a stage before"
             )
-        read_vocabulary(stage, processor, f"stages.{index}")
+        words_of(stage, model, processor, f"stages.{index}")
         check_start(model, stage.start_from, f"stages.{index}.start_from")
         for name in stage.data:
             if trial := trials.get(f"stages.{index}.data.{name}"):
@@ -171,20 +165,11 @@ def try_model(
             trial.encode(processor, 0)
 
 
-def read_vocabulary(stage: StageConfig, processor: Processor, where: str) -> Tensor | None:
-    """The token ids (V,) of the answers in a stage's `vocabulary`, sorted; None where it has none, and words are told
-    apart from all tokens. Raises ConfigError for a file that is not there or says nothing."""
-    if stage.vocabulary is None:
+def words_of(stage: StageConfig, model: MoLoRA, processor: Processor, where: str) -> Words | None:
+    """What a stage's samples say; None where words are not what it learns. Raises ConfigError for its vocabulary."""
+    if stage.objective != "words":
         return None
-    try:
-        lines = Path(stage.vocabulary).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        told = f"{where}.vocabulary: cannot be read as text ({error})"
-        raise ConfigError(f"{told}; name a file with an answer a line") from error
-    ids = sorted({id for line in lines for id in processor.text_ids(line, f"{where}.vocabulary")})
-    if not ids:
-        raise ConfigError(f"{where}.vocabulary: {stage.vocabulary} is empty; it needs an answer a line")
-    return torch.tensor(ids)
+    return Words(processor.tokenizer, model.backbone.stop_ids, stage.vocabulary, f"{where}.vocabulary")
 
 
 def describe(model: MoLoRA, stage: StageConfig, steps: int, num_rows: Mapping[str, int]) -> None:

@@ -43,8 +43,9 @@ class StageConfig:
 
     The `objective` is what is learned. By `answers` the backbone gives them. By `words` the media tokens of a sample
     come to be the embeddings of its answer's tokens, in their order (CTC): no layer of the backbone runs, so a step
-    costs little more than the encoder does, and no adapter trains. They are told apart from all words of the tokenizer
-    or, which costs less, from those of `vocabulary`, a text file with an answer a line. By `preferences` the chosen
+    costs little more than the encoder does, and no adapter trains. With a `vocabulary` answers
+    are spelled with so many first tokens of the tokenizer, which are pieces of words: speech is learned sooner so, and
+    for less, and words of its own by a stage after it. By `preferences` the chosen
     answer comes to be likelier than the rejected one, beside what both were when the stage began; `preference` says by
     which losses."""
 
@@ -61,7 +62,7 @@ class StageConfig:
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     evaluate_every_steps: int = 0
     objective: Objective = "answers"
-    vocabulary: str | None = None
+    vocabulary: int | None = None
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     start_from: dict[str, str] = field(default_factory=dict)
 

@@ -19,7 +19,8 @@ from molora.ranks import Ranks
 from molora.routing import Routing, name_of
 from molora.train.optim import PartOptimizer
 from molora.train.phases import PhaseClock
-from molora.train.recipe import Objective, StageConfig
+from molora.train.recipe import StageConfig
+from molora.train.words import Words
 
 
 class TrainingError(RuntimeError):
@@ -34,13 +35,12 @@ def train_step(
     optimizers: Mapping[str, PartOptimizer],
     ranks: Ranks | None = None,
     clock: PhaseClock | None = None,
-    objective: Objective = "answers",
-    vocabulary_V: Tensor | None = None,
+    words: Words | None = None,
 ) -> dict[str, Any]:
     """One update from this rank's samples of a global step; returns the step's metrics, the same on every rank.
 
     `ranks` are the processes that train together, this one alone if they are left out. `clock` is told each phase.
-    `objective` and `vocabulary_V`, sorted ids, are the stage's.
+    `words` say what samples say, in a stage that learns words and no answers.
 
     Each sample's loss is divided by the global target tokens of its group (its set of modalities), and each part is
     reduced, clipped and stepped on its own, so nothing shared couples modalities that train together.
@@ -48,6 +48,7 @@ def train_step(
     ranks = ranks or Ranks(model.device)
     clock = clock or PhaseClock(model.device)
     targets = _global_targets(samples, ranks)
+    by_id = {sample.id: sample for sample in samples}
     groups = [key for key in targets if isinstance(key, frozenset)]
     done: list[tuple[Pack, Routing, Tensor]] = []
     training = model.training_parts()
@@ -59,7 +60,10 @@ def train_step(
             pack = pack.to(model.device)
             clock.to("forward")
             with nullcontext() if trains else torch.no_grad():
-                losses = model.losses(pack) if objective == "answers" else model.word_losses(pack, vocabulary_V)
+                if words is None:
+                    losses = model.losses(pack)
+                else:
+                    losses = model.word_losses(pack, [words.of(by_id[id]) for id in pack.ids], words.vocabulary)
                 shares_N = torch.tensor([1 / max(1, targets[m]) for m in pack.modalities], device=model.device)
                 counts_N = torch.tensor(losses.num_targets, device=model.device)
                 loss = ((losses.sums_N + losses.router_N * counts_N) * shares_N).sum()
