@@ -62,6 +62,7 @@ _STEPS = {
     "table": "molora.synthetic.steps.reading:ReadTable",
     "conversations": "molora.synthetic.steps.reading:ReadConversations",
     "sample": "molora.synthetic.steps.choosing:DrawRows",
+    "shots": "molora.synthetic.steps.choosing:Shots",
     "filter": "molora.synthetic.steps.choosing:Filter",
     "deduplicate": "molora.synthetic.steps.overlap:Deduplicate",
     "decontaminate": "molora.synthetic.steps.overlap:Decontaminate",
@@ -73,6 +74,7 @@ _STEPS = {
     "conversation": "molora.synthetic.steps.shaping:MakeConversation",
     "ask": "molora.synthetic.steps.asking:Ask",
     "dialogue": "molora.synthetic.steps.asking:Dialogue",
+    "speak": "molora.synthetic.steps.speaking:Speak",
     "vote": "molora.synthetic.steps.judging:Vote",
     "verify": "molora.synthetic.steps.judging:Verify",
 }

@@ -97,7 +97,8 @@ class Step(Protocol):
 
     What a step makes depends on the rows, its config and `work` alone, so that a workflow that was stopped makes the
     same again. A row that is left out is yielded as `Dropped`. A step that says `begins = True` has no rows before it.
-    `models` are the names of the workflow's models that it asks. Building it raises ImportError or ValueError for what
+    `models` are the names of the workflow's models that it asks, `rates` a column with a number that it decides by, of
+    rows that it drops too, which the report shows the spread of. Building it raises ImportError or ValueError for what
     it needs and does not find, so that this is told before any model is asked."""
 
     config_type: type

@@ -5,10 +5,12 @@ Letters: N texts, D backbone width.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from molora.data.messages import parts
@@ -24,6 +26,7 @@ from molora.terminal import print_table, say
 FORMAT_VERSION = "1.0"
 _EXAMPLES = 3
 _MOST_CHARACTERS = 300
+_RANGES = 10
 
 
 def report(workflow: Workflow, done: Sequence[Done]) -> dict[str, Any]:
@@ -34,7 +37,7 @@ def report(workflow: Workflow, done: Sequence[Done]) -> dict[str, Any]:
         "rows": len(rows),
         "tokens": workflow.kept.tokens,
         "budget_tokens": workflow.config.budget_tokens,
-        "steps": [_step(each) for each in done],
+        "steps": [_step(each, step) for each, step in zip(done, workflow.steps, strict=True)],
         "columns": {name: _diversity(workflow, texts) for name, texts in _columns(rows).items()},
         "examples": [{"id": row.id, **row.columns} for row in _spaced(rows, _EXAMPLES)],
     }
@@ -52,7 +55,8 @@ def report(workflow: Workflow, done: Sequence[Done]) -> dict[str, Any]:
     return found
 
 
-def _step(done: Done) -> dict[str, Any]:
+def _step(done: Done, step: Any) -> dict[str, Any]:
+    rates = getattr(step, "rates", None)
     asked = {
         "answers": len(done.replies),
         "prompt_tokens": sum(reply.prompt_tokens for reply in done.replies),
@@ -66,7 +70,20 @@ def _step(done: Done) -> dict[str, Any]:
         "accepted": 1 - len(done.dropped) / done.num_before if done.num_before else None,
         "dropped": done.reasons,
         **(asked if done.replies else {}),
+        **({} if rates is None else {"ratings": _ratings(done, rates)}),
     }
+
+
+def _ratings(done: Done, column: str) -> dict[str, Any]:
+    """How many rows were kept and dropped by the number in a column, in ranges of equal width."""
+    kept = [float(row.columns[column]) for row in done.rows]
+    dropped = [float(each.row.columns[column]) for each in done.dropped if column in each.row.columns]
+    edges = np.histogram_bin_edges([*kept, *dropped], _RANGES) if kept or dropped else np.zeros(0)
+    counts = {
+        name: np.histogram(values, edges)[0].tolist() if len(edges) else []
+        for name, values in {"kept": kept, "dropped": dropped}.items()
+    }
+    return {"column": column, "edges": edges.tolist(), **counts}
 
 
 def _columns(rows: Iterable[Row]) -> dict[str, list[str]]:
@@ -151,6 +168,18 @@ def _page(workflow: Workflow, found: Mapping[str, Any]) -> str:
         cells = (step["name"], step["kind"], step["before"], step["rows"], accepted)
         asked = (f"{step['answers']:,}", f"{tokens:,}") if "answers" in step else ("", "")
         lines.append("| " + " | ".join(_cell(str(each)) for each in (*cells, *asked, _reasons(step, 9))) + " |")
+    for step in found["steps"]:
+        if (ratings := step.get("ratings")) and ratings["edges"]:
+            lines += [
+                "",
+                f"## {step['name']}: {ratings['column']}",
+                "",
+                "| from | to | kept | dropped |",
+                "|---|---|---|---|",
+            ]
+            edges = itertools.pairwise(ratings["edges"])
+            for (low, high), kept, dropped in zip(edges, ratings["kept"], ratings["dropped"], strict=True):
+                lines.append(f"| {low:.3g} | {high:.3g} | {kept} | {dropped} |")
     lines += [
         "",
         "## Diversity",

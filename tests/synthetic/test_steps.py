@@ -78,6 +78,19 @@ def test_rows_are_drawn_in_their_order() -> None:
     assert len(run("sample", rows[:3], count=20)[0]) == 3
 
 
+def test_each_row_gets_examples_of_the_others() -> None:
+    rows = [{"text": str(n)} for n in range(6)]
+    made, _ = run("shots", rows, column="text", count=3)
+    assert len(made) == 6
+    for row in made:
+        assert len({*row.columns["shots"], row.columns["text"]}) == 4
+    twice, _ = run("shots", rows, column="text", count=3, take=2, into="others")
+    assert [row.id for row in twice][:3] == ["0#0", "0#1", "1#0"]
+    assert any(a.columns["others"] != b.columns["others"] for a, b in zip(twice[::2], twice[1::2], strict=True))
+    with pytest.raises(ConfigError, match="count is 3, and there are 3 rows"):
+        run("shots", rows[:3], column="text")
+
+
 @pytest.mark.parametrize(
     ("rule", "kept", "reason"),
     [
@@ -307,6 +320,7 @@ def test_a_word_error_rate_has_a_highest_value() -> None:
     rows = [{"said": said, "text": "what colour is the circle"} for said in ("What colour is the circle?", "a circle")]
     kept, dropped = run("verify", rows, metric="word_error_rate", answer="{said}", expected="{text}", at_most=0.2)
     assert texts(kept, "rating") == [0.0] and [each.reason for each in dropped] == ["rated above 0.2"]
+    assert dropped[0].row.columns["rating"] == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize(

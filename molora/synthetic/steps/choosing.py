@@ -40,6 +40,41 @@ class DrawRows:
 
 
 @dataclass(kw_only=True)
+class ShotsConfig:
+    """Each row gets `count` texts of other rows' `column`, as a list in the column `into`; `take` is how many times
+    each row is taken, with other texts each time."""
+
+    column: str
+    count: int = 3
+    take: int = 1
+    into: str = "shots"
+
+    def __post_init__(self) -> None:
+        require(self, 1, "count", "take")
+
+
+class Shots:
+    """Rows with examples that are drawn from the other rows, such as for a prompt of several."""
+
+    config_type = ShotsConfig
+
+    def __init__(self, config: ShotsConfig) -> None:
+        self.config = config
+
+    def run(self, rows: Sequence[Row], work: Work) -> Iterator[Row | Dropped]:
+        config = self.config
+        texts = [text_of(config.column, row, "column") for row in rows]
+        if len(rows) <= config.count:
+            raise ConfigError(f"count is {config.count}, and there are {len(rows)} rows to draw from; give more rows")
+        for number, row in enumerate(rows):
+            for again in range(config.take):
+                draw = random.Random(work.seed_of("shots", row.id, again))
+                drawn = draw.sample([other for other in range(len(rows)) if other != number], config.count)
+                made = {config.into: [texts[other] for other in drawn]}
+                yield row.part(again, **made) if config.take > 1 else row.having(**made)
+
+
+@dataclass(kw_only=True)
 class RuleConfig:
     """What a column has to hold. Its text has so many characters and words, in any script; `matches` is a regular
     expression that is found in it, `rejects` one that is not; it is `one_of` some texts. `at_least` and `at_most` are

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from molora.config import ConfigError
@@ -100,6 +100,7 @@ class Verify(RowByRow):
 
     def __init__(self, config: VerifyConfig) -> None:
         self.config = config
+        self.rates = config.into
         (self.metric,) = open_metrics([config.metric], "metric")
         if getattr(self.metric, "needs", None):
             raise ConfigError(f"metric: {config.metric!r} rates an answer by more than its text")
@@ -126,9 +127,10 @@ class Verify(RowByRow):
             yield Dropped(row, "the metric gives no number")
             return
         rating = float(next(iter(numbers.values())))
+        rated = replace(row, columns={**row.columns, config.into: rating})
         if config.at_least is not None and rating < config.at_least:
-            yield Dropped(row, f"rated below {config.at_least:g}", f"{rating:g}")
+            yield Dropped(rated, f"rated below {config.at_least:g}")
         elif config.at_most is not None and rating > config.at_most:
-            yield Dropped(row, f"rated above {config.at_most:g}", f"{rating:g}")
+            yield Dropped(rated, f"rated above {config.at_most:g}")
         else:
             yield row.having(**{config.into: rating})

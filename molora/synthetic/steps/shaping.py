@@ -240,8 +240,8 @@ class MakeChoices(RowByRow):
 @dataclass(kw_only=True)
 class MakeConversationConfig:
     """Templates of what the `user` and the `assistant` say, and of a `system` message. `media` maps a part type to the
-    column that holds the path of one, which stands before the user's text. `keep` names columns that stay beside
-    `messages`, such as choices and tags."""
+    column that holds the path of one, which stands before the user's text; this may be empty then. `keep` names columns
+    that stay beside `messages`, such as choices and tags."""
 
     user: str
     assistant: str
@@ -269,7 +269,7 @@ class MakeConversation(RowByRow):
                 return
             media = self.config.media if role == "user" else {}
             content = [{"type": kind, "path": text_of(column, row, f"media.{kind}")} for kind, column in media.items()]
-            said: Any = [*content, {"type": "text", "text": text}] if content else text
+            said: Any = [*content, *([{"type": "text", "text": text}] if text else [])] if content else text
             messages.append({"role": role, "content": said})
         kept = {name: value_of(name, row, "keep") for name in self.config.keep}
         yield Row(row.id, {"messages": messages, **kept}, (row.place,))

@@ -1,0 +1,164 @@
+"""The workflows in configs/make/: each runs from its first row to its last, and its rows are read where it says."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import molora
+from molora.data.preferences import Preferences
+from molora.data.sources import Messages, MessagesConfig
+from molora.evaluate.normalise import words
+from molora.inference.load import LoadedModel
+from molora.synthetic.workflow import Workflow, open_workflow
+from molora.testing import byte_tokenizer, tiny_model
+
+FOLDER = Path(__file__).parents[2] / "configs" / "make"
+# Speech has a test of its own.
+CONFIGS = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "spoken_questions")
+
+# Sentences that are all unlike each other.
+FACTS = [
+    f"The {animal} of {place} likes to {verb} near the {thing} when {number} friends come along in {month}."
+    for number, (animal, place, verb, thing, month) in enumerate(
+        [
+            ("otter", "Norway", "swim", "harbour", "May"),
+            ("parrot", "Brazil", "sing", "orchard", "June"),
+            ("badger", "Wales", "dig", "quarry", "July"),
+            ("camel", "Morocco", "rest", "fountain", "August"),
+            ("falcon", "Chile", "hunt", "glacier", "March"),
+            ("lemur", "Madagascar", "climb", "baobab", "April"),
+        ],
+        start=2,
+    )
+]
+
+
+@pytest.fixture
+def data_root(tmp_path: Path) -> Path:
+    """Tables with the columns of the data that the configs name."""
+    tables = {
+        "wiki_mini": [{"text": " ".join(FACTS[n:] + FACTS[:n])} for n in range(6)],
+        "self_instruct_seed": [
+            {"instruction": f"Tell about {fact[4:30]}", "input": "", "output": " ".join([fact, fact.upper()])}
+            for fact in FACTS
+        ],
+        "gsm8k": [{"question": f"{fact} How many friends?", "final": str(n)} for n, fact in enumerate(FACTS, start=2)],
+        "caption_text": [{"captions": [" ".join(fact.split()[:10]), "x"]} for fact in FACTS],
+    }
+    for name, rows in tables.items():
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for split, part in (
+            ("train", rows),
+            ("val", [{**rows[0], "question": "What else is there to be asked here?"}]),
+        ):
+            lines = "\n".join(map(json.dumps, part))
+            (tmp_path / "data" / name / f"{split}.jsonl").write_text(lines)
+    return tmp_path / "data"
+
+
+def scripted(body: dict[str, Any]) -> str:
+    """What a model that understands the configs' prompts says."""
+    said = body["messages"][-1]["content"]
+    form = body.get("response_format", {})
+    fact = next((fact for fact in FACTS if fact[:20] in said), FACTS[body["seed"] % len(FACTS)])
+    if form.get("type") == "regex":
+        letter = re.search(rf"^([A-D])\. {re.escape(fact[4:20])}$", said, re.MULTILINE)
+        return {"yes|no": "yes", "A|B": "B"}.get(form["pattern"]) or (letter[1] if letter else "A")
+    if form:
+        wrong = [other[4:20] for other in FACTS if other != fact][:3]
+        return json.dumps({"question": f"{fact[:-1]}, or who does?", "right": fact[4:20], "wrong": wrong})
+    if "NUMBER" in said:
+        number = re.search(r"when (\d) friends", said)
+        return f"They are some. The answer is {number[1] if number else 0}."
+    if "into French" in said:
+        return f"Le {' '.join(reversed(words(said.partition(': ')[2])))}"
+    if "into English" in said:
+        return " ".join(reversed(words(said.partition(": Le ")[2])))
+    if "question" in said and "answers" in said:
+        return f"{fact[:-1]}, and why?"
+    if "new task" in said:
+        return f"2. Describe {' and '.join(words(fact)[body['seed'] % 7 :])}."
+    if "in your own words" in said:
+        return "Dear pupil: " + " ".join(said.partition("\n\n")[2].split()[:60])
+    return f"{fact} So much is known, number {body['seed']}."
+
+
+class Scripted(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        message = {"role": "assistant", "content": scripted(body)}
+        usage = {"prompt_tokens": 1, "completion_tokens": 1}
+        data = json.dumps({"choices": [{"message": message, "finish_reason": "stop"}], "usage": usage}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Scripted) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("llama", max_tokens=2048).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return molora.load(folder, device="cpu")
+
+
+def opened(name: str, data_root: Path, *overrides: str, **more: Any) -> Workflow:
+    given = [f"data_root={data_root}", f"output={data_root.parent / 'out'}", *overrides]
+    return open_workflow(FOLDER / f"{name}.yaml", given, **more)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_workflow_makes_rows_that_are_read_where_it_says(name: str, data_root: Path, url: str) -> None:
+    pytest.importorskip("sacrebleu")
+    workflow = opened(name, data_root, "models.writer.local=null", f"models.writer.server={{url: '{url}', model: m}}")
+    done = workflow.run()
+    left_out = [(each.config.name, each.reasons) for each in done if each.dropped]
+    assert done[-1].rows, left_out
+    path = data_root.parent / "out" / "rows.jsonl"
+    kinds = {"preferences": Preferences, "conversations": Messages}
+    if kind := kinds.get(workflow.config.steps[-1].name):
+        source = kind(MessagesConfig(path=str(path)))
+        for number in range(len(source)):
+            told = source[number]["messages"]
+            assert [message["role"] for message in told] == ["user", "assistant"] * (len(told) // 2)
+            assert all(message["content"] for message in told)
+    else:
+        assert name == "rewriting" and all(row.columns["text"] for row in done[-1].rows)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_workflow_runs_on_a_model_that_is_opened_here(name: str, data_root: Path, model: LoadedModel) -> None:
+    """A random model's answers are left out sooner or later; all steps run, and what is left out is counted."""
+    pytest.importorskip("llguidance")
+    workflow = opened(name, data_root, "budget_tokens=200_000", opener=lambda *_, **__: model)
+    for step in workflow.steps:
+        decoding = getattr(step.config, "decoding", None) if hasattr(step, "config") else None
+        if decoding is not None:
+            step.config.decoding = replace(decoding, max_new_tokens=min(decoding.max_new_tokens, 12))
+            step.config.cut_off = "keep"
+    done = workflow.run()
+    assert sum(each.replies != [] for each in done) >= 1
+    for before, each in itertools.pairwise(done):
+        if each.config.after is None:
+            assert each.num_before == len(before.rows)

@@ -1,0 +1,94 @@
+"""Spoken questions: what is transcribed wrongly is left out, what comes back right is kept, and both are counted."""
+
+from __future__ import annotations
+
+import base64
+import json
+import random
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from molora.data.sources import Messages, MessagesConfig
+from molora.synthetic.workflow import open_workflow
+from molora.synthetic.workflow_report import report
+
+CONFIG = Path(__file__).parents[2] / "configs" / "make" / "spoken_questions.yaml"
+
+
+class Listener(ThreadingHTTPServer):
+    """Hears every clip as what it is told to."""
+
+    daemon_threads = True
+    heard: dict[str, str]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Listener
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        sound, text = body["messages"][0]["content"]
+        assert sound["input_audio"]["format"] == "flac" and text["text"] == "transcribe the audio."
+        message = {"role": "assistant", "content": self.server.heard[sound["input_audio"]["data"]]}
+        usage = {"prompt_tokens": 1, "completion_tokens": 1}
+        data = json.dumps({"choices": [{"message": message, "finish_reason": "stop"}], "usage": usage}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+@pytest.fixture
+def listener() -> Iterator[Listener]:
+    with Listener(("127.0.0.1", 0), _Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def wrong(text: str, draw: random.Random) -> str:
+    """A transcript with more than a fifth of its words wrong, missing or added."""
+    words = text.rstrip("?").split()
+    for place in draw.sample(range(len(words)), len(words) // 4 + 1):
+        words[place] = draw.choice(["", "umbrella", f"{words[place]} never"])
+    return " ".join(words)
+
+
+def test_planted_wrong_transcripts_are_left_out_and_right_ones_kept(listener: Listener, tmp_path: Path) -> None:
+    for library in ("espeakng_loader", "easy_vqa", "soundfile", "jiwer"):
+        pytest.importorskip(library)
+    output, server = tmp_path / "out", f"http://127.0.0.1:{listener.server_port}/v1"
+    overrides = [f"output={output}", "steps.0.options.limit=60", "steps.1.options.count=30"]
+    overrides += ["models.listener.local=null", f"models.listener.server={{url: '{server}', model: m}}"]
+    whole = open_workflow(CONFIG, overrides)
+    steps, whole.config.steps, whole.steps = whole.config.steps, whole.config.steps[:3], whole.steps[:3]
+    spoken = whole.run()[-1].rows
+    assert len(spoken) == 30 and len({row.columns["voice"] for row in spoken}) > 5
+
+    draw = random.Random(0)
+    listener.heard, planted = {}, set()
+    for number, row in enumerate(spoken):
+        clip = base64.b64encode(Path(row.columns["clip"]).read_bytes()).decode()
+        question = row.columns["question"]
+        listener.heard[clip] = wrong(question, draw) if number % 3 == 0 else question.upper().rstrip("?")
+        planted |= {row.id} if number % 3 == 0 else set()
+    workflow = open_workflow(CONFIG, overrides)
+    assert [step.name for step in steps] == [step.name for step in workflow.config.steps]
+    done = {each.config.name: each for each in workflow.run()}
+    assert {each.row.id for each in done["understood"].dropped} == planted and len(planted) == 10
+    assert {row.id for row in done["conversations"].rows} == {row.id for row in spoken} - planted
+    found = report(workflow, [*done.values()])
+    ratings = next(step["ratings"] for step in found["steps"] if step["name"] == "understood")
+    assert ratings["kept"] == [20] + [0] * 9, "all that is right has a rate of 0"
+    assert ratings["dropped"][0] == 0 and sum(ratings["dropped"]) == 10
+    source = Messages(MessagesConfig(path=str(output / "rows.jsonl")))
+    (asked, answered) = source[0]["messages"]
+    assert [part["type"] for part in asked["content"]] == ["image", "audio"] and answered["content"]
+    assert all(Path(part["path"]).is_file() for part in asked["content"])
