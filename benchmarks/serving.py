@@ -1,13 +1,15 @@
 """The server beside the offline batch, and short texts beside long prompts and clients that vanish.
 
-    python -m benchmarks.serving [--seconds 60] [--clients 64] [--rounds 3] [--json FILE] [options of molora serve]
+    python -m benchmarks.serving [--seconds 60] [--clients 64] [--askers 16] [--rounds 3] [--json FILE]
+        [options of molora serve]
 
 - load: clients that ask one request after the other: text, a picture, a sound, both, a plugin's numbers, each drawn
   with a seed of its own. Every answer is compared with the one that the model gives offline. Throughput: tokens of
   answers a second beside those of the same requests in an offline batch, in turns. Memory: resident, of all processes
   of the server, in the last fifth of the time over that in the second fifth.
 - first text: the 95th percentile of the time to the first text of short questions, while prompts of 4,000 tokens enter,
-  or while clients leave in the middle of bodies and answers, over that of the short questions alone, in turns.
+  or while clients leave in the middle of bodies and answers, over that of the short questions alone, in turns. Clients
+  that leave make work until they do, so beside that stands the time while as many ask the same and stay.
 
 The model: a random Llama of 4 layers, width 256, with small encoders. All on one machine, which the clients share.
 """
@@ -67,7 +69,9 @@ PLUGINS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 RULES = {"audio+vision": "vision"}
 RUNNING, KEPT_GIB = 32, 0.5
-LONG_TOKENS, LONG_CLIENTS, SHORT_CLIENTS, VANISHING_CLIENTS = 4000, 2, 16, 8
+# After how long clients that vanish do so.
+LEAVE_SECONDS = 0.2
+LONG_TOKENS, LONG_CLIENTS, VANISHING_CLIENTS = 4000, 2, 8
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,13 @@ def save_model(home: Path) -> list[Path]:
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
     config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=MAX_TOKENS, **SIZES)
-    LlamaForCausalLM(config).save_pretrained(home / "backbone")
+    model = LlamaForCausalLM(config)
+    # It says printable characters, as halves of others wait for their rest and the first token would be no text.
+    printable = tokenizer.convert_tokens_to_ids([chr(code) for code in range(ord("!"), ord("~") + 1)])
+    with torch.no_grad():
+        head_VD = model.lm_head.weight
+        head_VD.copy_(torch.zeros_like(head_VD).index_copy(0, torch.tensor(printable), 30 * head_VD[printable]))
+    model.save_pretrained(home / "backbone")
     tokenizer.save_pretrained(home / "backbone")
     for name, (plugin, options) in PLUGINS.items():
         backbone, tokenizer = load_backbone(str(home / "backbone"))
@@ -248,8 +258,10 @@ async def ask_for(
     load.seconds += time.monotonic() - begun
 
 
-async def first_texts(server: Server, seconds: float, beside: Callable[[], Awaitable[None]] | None) -> list[float]:
-    """Seconds to the first text of short questions, one after the other by a few clients, beside what else goes on."""
+async def first_texts(
+    server: Server, askers: int, seconds: float, beside: Callable[[], Awaitable[None]] | None
+) -> list[float]:
+    """Seconds to the first text of short questions, one after the other by some clients, beside what else goes on."""
     begun, found = time.monotonic(), []
 
     async def ask_on(client: openai.AsyncOpenAI, number: int) -> None:
@@ -272,7 +284,7 @@ async def first_texts(server: Server, seconds: float, beside: Callable[[], Await
 
     async with server.client() as client:
         others = [] if beside is None else [asyncio.ensure_future(beside())]
-        await asyncio.gather(*(ask_on(client, number) for number in range(SHORT_CLIENTS)))
+        await asyncio.gather(*(ask_on(client, number) for number in range(askers)))
         for each in others:
             each.cancel()
         await asyncio.gather(*others, return_exceptions=True)
@@ -294,22 +306,25 @@ async def send_long(server: Server) -> None:
         await asyncio.gather(*(ask_on(client, 1000 * number) for number in range(LONG_CLIENTS)))
 
 
-async def vanish(server: Server) -> None:
-    """Clients that leave in the middle of a body, of a stream and of their wait, without end."""
+async def vanish(server: Server, leave: bool) -> None:
+    """Clients that leave in the middle of a body, of a stream and of their wait, without end; or that stay."""
     address = urlsplit(server.address)
     asked = {"model": "model", "messages": [{"role": "user", "content": "a"}], "max_tokens": 400, "ignore_eos": True}
 
     async def leave_on(number: int) -> None:
         while True:
             body = json.dumps({**asked, "stream": number % 3 == 0}).encode()
-            length = len(body) + (10_000 if number % 3 == 1 else 0)
-            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n"
+            length = len(body) + (10_000 if number % 3 == 1 and leave else 0)
+            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+            head += f"Content-Length: {length}\r\n"
             reader, writer = await asyncio.open_connection(address.hostname, address.port)
             writer.write(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
-            if number % 3 == 0:
+            if not leave:
+                await reader.read()
+            elif number % 3 == 0:
                 with suppress(ConnectionError):
                     await reader.read(1)
-            await asyncio.sleep(1)
+            await asyncio.sleep(LEAVE_SECONDS if leave else 0)
             writer.transport.abort()
 
     await asyncio.gather(*(leave_on(number) for number in range(VANISHING_CLIENTS)))
@@ -347,19 +362,21 @@ def measure_load(
     }
 
 
-def measure_first(server: Server, seconds: float, rounds: int) -> dict[str, Any]:
+def measure_first(server: Server, askers: int, seconds: float, rounds: int) -> dict[str, Any]:
     beside: dict[str, Callable[[], Awaitable[None]] | None] = {
         "alone": None,
         "long prompts": lambda: send_long(server),
-        "vanishing clients": lambda: vanish(server),
+        "clients that leave": lambda: vanish(server, True),
+        "clients that stay": lambda: vanish(server, False),
     }
-    asyncio.run(first_texts(server, 2, None))
+    asyncio.run(first_texts(server, askers, 2, None))
     found: dict[str, list[float]] = {name: [] for name in beside}
     for _ in range(rounds):
         for name, work in beside.items():
-            found[name] += asyncio.run(first_texts(server, seconds / rounds, work))
+            found[name] += asyncio.run(first_texts(server, askers, seconds / rounds, work))
     p95 = {name: percentile(values, 0.95) for name, values in found.items()}
     return {
+        "askers": askers,
         "questions": {name: len(values) for name, values in found.items()},
         "p50_ms": {name: 1000 * percentile(values, 0.5) for name, values in found.items()},
         "p95_ms": {name: 1000 * value for name, value in p95.items()},
@@ -371,6 +388,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0, help="of the load; first tokens take half as long each")
     parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--askers", type=int, default=16, help="of short questions")
     parser.add_argument("--questions", type=int, default=80)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
@@ -390,7 +408,7 @@ def main() -> None:
                 f"throughput {load['throughput_ratio']:.2f} of the offline batch, memory x {load['memory_growth']:.3f}",
                 flush=True,
             )
-            first = measure_first(server, given.seconds / 2, given.rounds)
+            first = measure_first(server, given.askers, given.seconds / 2, given.rounds)
             for name, value in first["p95_ms"].items():
                 ratio = f", x {first['p95_ratio'][name]:.2f}" if name in first["p95_ratio"] else ""
                 times = f"p50 {first['p50_ms'][name]:.0f} ms, p95 {value:.0f} ms{ratio}"

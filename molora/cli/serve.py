@@ -29,7 +29,7 @@ def serve(
         float | None, typer.Option(help="Memory for keys and values; by default half of what is free, at most.")
     ] = None,
     prefill_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of prompts that enter in a step; by default 512, or 128 on a CPU.")
+        int | None, typer.Option(min=1, help="Tokens of prompts that enter in a step; by default 512, or 256 on a CPU.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, if the client says nothing.")] = 1024,
     temperature: Annotated[float, typer.Option(min=0.0, help="If the client says nothing; 0 is greedy.")] = 0.0,

@@ -35,7 +35,8 @@ _SHARE_TAKEN = 0.7
 class GenerationConfig(Decoding):
     """How answers are decoded, and how many samples run together.
 
-    `prefill_tokens` of prompts enter in a step, so that samples that run do not wait long for those that come.
+    `prefill_tokens` of prompts enter in a step, so that samples that run do not wait long for those that come, and of a
+    prompt that has more, `chunk_tokens` (as many by default).
     `kv_cache_gib` is the memory for keys and values: samples wait until enough of it is free for prompt and answer, and
     one that needs more than all of it is refused. None takes what the first `max_running_samples` samples need, and,
     when none of them runs any more, what a later one needs, but no more than 70 % of the memory that is free.
@@ -43,6 +44,7 @@ class GenerationConfig(Decoding):
 
     max_running_samples: int = 64
     prefill_tokens: int = 2048
+    chunk_tokens: int | None = None
     kv_cache_gib: float | None = None
 
     def _settings(self) -> list[tuple[str, bool, str]]:
@@ -51,6 +53,7 @@ class GenerationConfig(Decoding):
             *super()._settings(),
             ("max_running_samples", positive(self.max_running_samples), "a whole number, 1 or more"),
             ("prefill_tokens", positive(self.prefill_tokens), "a whole number, 1 or more"),
+            ("chunk_tokens", self.chunk_tokens is None or positive(self.chunk_tokens), "a whole number, 1 or more"),
             ("kv_cache_gib", sized, "a number above 0"),
         ]
 
@@ -220,20 +223,20 @@ class Batch:
         fed = 0
         while self._short and fed < self._config.prefill_tokens:
             prompts = self._short[0]
-            fed += self._feed_chunk(prompts, logits)
+            fed += self._feed_chunk(prompts, self._config.prefill_tokens, logits)
             if not prompts.to_come:
                 del self._short[0]
         waits = bool(self._long and fed) and self._held_back < _MOST_HELD_BACK
         self._held_back = self._held_back + 1 if waits else 0
         if self._long and not waits:
             prompts = self._long.pop(0)
-            self._feed_chunk(prompts, logits)
+            self._feed_chunk(prompts, self._config.chunk_tokens or self._config.prefill_tokens, logits)
             if prompts.to_come:
                 self._long.append(prompts)
         return logits
 
-    def _feed_chunk(self, prompts: Prompts, logits: list[Tensor]) -> int:
-        num_tokens, ended, behind = prompts.feed(self.pool, self._config.prefill_tokens)
+    def _feed_chunk(self, prompts: Prompts, most: int, logits: list[Tensor]) -> int:
+        num_tokens, ended, behind = prompts.feed(self.pool, most)
         self._running += ended
         logits += behind
         return num_tokens

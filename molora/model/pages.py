@@ -155,13 +155,14 @@ class PagePool:
 
 @dataclass
 class _Slots:
-    """Where the tokens of a forward go in layers of one window, and where those before them are, as token slots."""
+    """Where the tokens of a forward go in layers of one window, and where those are that they attend to, as token
+    slots: by a table, or sample by sample, with the new tokens in layers without a window, without them in others."""
 
     write_T: Tensor
     # The tokens of the pack that are written; None for all: a ring has no room for more than its window.
     written_T: Tensor | None
     table: PageTable | None = None
-    history: list[Tensor] = field(default_factory=list)
+    read: list[Tensor | slice] = field(default_factory=list)
 
 
 class Feed(Cache):
@@ -204,7 +205,7 @@ class Feed(Cache):
         """Parts of prompts, which read what their samples hold and themselves."""
         writes: list[Tensor] = []
         written: list[Tensor] = []
-        history: list[Tensor] = []
+        read: list[Tensor | slice] = []
         start = 0
         for sample, length in zip(samples, self._lengths, strict=True):
             end = sample.length + length
@@ -212,20 +213,24 @@ class Feed(Cache):
             writes.append(self._places(sample, window, first, end))
             written.append(torch.arange(start + first - sample.length, start + length))
             start += length
-            if not self._fresh:
-                seen = 0 if window is None else max(0, sample.length - window + 1)
-                history.append(self._places(sample, window, seen, sample.length).to(self._device))
+            if not self._fresh and window is None:
+                read.append(_as_slice(self._places(sample, None, 0, end), self._device))
+            elif not self._fresh:
+                seen = max(0, sample.length - window + 1)
+                read.append(self._places(sample, window, seen, sample.length).to(self._device))
         all_written = sum(map(len, written)) == start
         written_T = None if all_written else torch.cat(written).to(self._device)
-        return _Slots(torch.cat(writes).to(self._device), written_T, None, history)
+        return _Slots(torch.cat(writes).to(self._device), written_T, None, read)
 
     def update(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
         """Writes new keys and values (1, G, T, d) and returns what attention reads."""
-        slots = self._slots[self._pool.kept.layers[layer_idx].window]
+        window = self._pool.kept.layers[layer_idx].window
+        slots = self._slots[window]
         both = (key_states, self._pool.keys[layer_idx]), (value_states, self._pool.values[layer_idx])
-        history = [self._with_history(new, kept, slots.history) for new, kept in both] if slots.history else []
+        # A ring is read before it is written over.
+        seen = [self._seen(new, kept, slots.read) for new, kept in both] if slots.read and window is not None else []
         for new, kept_PBGd in both:
             new_TGd = new[0].transpose(0, 1)
             if slots.written_T is not None:
@@ -233,12 +238,16 @@ class Feed(Cache):
             kept_PBGd.flatten(0, 1).index_copy_(0, slots.write_T, new_TGd)
         if slots.table is not None:
             return Paged(both[0][1], slots.table), Paged(both[1][1], slots.table)
-        return (history[0], history[1]) if history else (key_states, value_states)
+        if slots.read and window is None:
+            seen = [
+                Segments(kept.flatten(0, 1)[places].transpose(0, 1)[None] for places in slots.read) for _, kept in both
+            ]
+        return (seen[0], seen[1]) if seen else (key_states, value_states)
 
-    def _with_history(self, new: Tensor, kept_PBGd: Tensor, history: list[Tensor]) -> Segments:
-        """What the pool has of every sample, and what is new; read before a ring is written over."""
+    def _seen(self, new: Tensor, kept_PBGd: Tensor, read: Sequence[Tensor | slice]) -> Segments:
+        """What a ring has of every sample, and what is new."""
         kept = kept_PBGd.flatten(0, 1)
-        parts = zip(history, new.split(self._lengths, dim=2), strict=True)
+        parts = zip(read, new.split(self._lengths, dim=2), strict=True)
         return Segments(torch.cat([kept[slots].transpose(0, 1)[None], own], dim=2) for slots, own in parts)
 
     def _places(self, sample: SamplePages, window: int | None, start: int, stop: int) -> Tensor:
@@ -251,6 +260,14 @@ class Feed(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         raise RuntimeError("a pack has one length per sample; positions must be passed explicitly")
+
+
+def _as_slice(places: Tensor, device: torch.device) -> Tensor | slice:
+    """Token slots as a slice, which reads without a copy, if they are neighbours."""
+    first, last = int(places[0]), int(places[-1])
+    if last - first + 1 == len(places) and bool((places.diff() == 1).all()):
+        return slice(first, last + 1)
+    return places.to(device)
 
 
 class Surveyor(Cache):

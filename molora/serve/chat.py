@@ -58,7 +58,7 @@ async def ask(request: Request, body: ChatBody, id: str) -> None:
     decoding = request.service.decoding(body, body.limit, ends, num_likeliest=likeliest)
     messages = messages_of(body)
     request.take_places(1)
-    grammar = await asyncio.to_thread(_grammar, request, body)
+    grammar = None if body.response_format is None else await asyncio.to_thread(_grammar, request, body)
     try:
         sample = await request.service.preparation.sample(messages, id, body.told_tools)
     except ValueError as error:
@@ -91,8 +91,7 @@ def _finish(choice: Choice, reader: CallReader) -> str | None:
 
 def _grammar(request: Request, body: ChatBody) -> Grammar | None:
     """What the answer is held to. Raises Refused for a form that is not known, or cannot be followed."""
-    if body.response_format is None:
-        return None
+    assert body.response_format is not None
     form = {key: value for key, value in body.response_format.items() if value is not None}
     kind, grammars = form.pop("type", None), request.service.grammars
     given = form.pop("json_schema" if kind == "json_schema" else "pattern", None)

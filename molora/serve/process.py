@@ -38,9 +38,10 @@ from molora.terminal import say, warn
 _SHARE_FOR_KEYS_AND_VALUES = 0.5
 # Files that are open beside connections, at most.
 _OTHER_FILES = 128
-# Tokens of prompts in a step, by device: few enough that answers under way do not wait long, and not much slower to
-# read than more at a time.
-_PREFILL_TOKENS = {"cpu": 128, "cuda": 512}
+# Tokens of prompts in a step, by device, and the share of them that a prompt with more enters by: so few that answers
+# under way, and those who ask then, do not wait long, and not much slower to read than more at a time.
+_PREFILL_TOKENS = {"cpu": 256, "cuda": 512}
+_LONG_PROMPTS_SHARE = {"cpu": 4, "cuda": 1}
 _LOOPBACK = ("127.0.0.1", "::1", "[::1]", "localhost")
 
 
@@ -82,7 +83,7 @@ def serve(load: Callable[[], LoadedModel], config: ServeConfig) -> int:
         kv_cache_gib=config.kv_cache_gib,
     )
     keys = None if config.api_keys is None else Keys(config.api_keys)
-    listening = _listen(config)
+    listening = listen(config)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr)
     loaded = load()
     # Before there are other threads, as processes are forked from this one.
@@ -94,8 +95,10 @@ def serve(load: Callable[[], LoadedModel], config: ServeConfig) -> int:
         assert server is not None, "a model fails while it is served"
         server.should_exit = True
 
-    prefill_tokens = config.prefill_tokens or _PREFILL_TOKENS.get(loaded.model.device.type, _PREFILL_TOKENS["cpu"])
-    generation = replace(generation, prefill_tokens=prefill_tokens)
+    device = "cuda" if loaded.model.device.type == "cuda" else "cpu"
+    prefill_tokens = config.prefill_tokens or _PREFILL_TOKENS[device]
+    chunk_tokens = -(-prefill_tokens // _LONG_PROMPTS_SHARE[device])
+    generation = replace(generation, prefill_tokens=prefill_tokens, chunk_tokens=chunk_tokens)
     if generation.kv_cache_gib is None:
         generation = replace(generation, kv_cache_gib=_room(loaded, config.max_running_samples))
     engine = Engine(loaded, generation, config.max_waiting, failed)
@@ -159,7 +162,9 @@ class _Server(uvicorn.Server):
         self._draining()
 
 
-def _listen(config: ServeConfig) -> socket.socket:
+def listen(config: ServeConfig) -> socket.socket:
+    """The socket that a server listens on. Raises ConfigError for more connections than this process may have, OSError
+    for an address that is not to be had."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files != resource.RLIM_INFINITY and config.max_connections + _OTHER_FILES > files:
         told = f"--max-connections {config.max_connections}: this process may have {files} files open, and needs"
@@ -168,10 +173,13 @@ def _listen(config: ServeConfig) -> socket.socket:
         warn(f"everybody who reaches {config.host} may ask, as there are no keys; give --api-keys FILE")
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
-        return socket.create_server((config.host, config.port), family=family, backlog=2048)
+        listening = socket.create_server((config.host, config.port), family=family, backlog=2048)
     except OSError as error:
         told = f"{config.host}:{config.port} cannot be listened on: {error.strerror or error}"
         raise OSError(f"{told}; give another --port, or --port 0 for any that is free") from error
+    # Connections inherit it. asyncio does not set it on these, and each stream would wait 40 ms for an acknowledgement.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening
 
 
 def _as_served(loaded: LoadedModel, config: ServeConfig) -> Processor:

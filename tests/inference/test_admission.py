@@ -86,11 +86,12 @@ def test_chunks_and_a_narrow_pool_change_no_logits(family: str, monkeypatch: pyt
     model = make_model("phi4-mini" if learned else family, learned)
     samples = make_samples(model, (30, 9, 33, 41, 5, 20) if family == "llama-dynamic" else LENGTHS)
     alone = logits_of(model, [[sample] for sample in samples], GenerationConfig(max_new_tokens=4), monkeypatch)
-    for prefill_tokens in (7, 50):
+    for prefill_tokens, chunk_tokens in ((7, None), (50, 20)):
         config = GenerationConfig(
             max_new_tokens=4,
             max_running_samples=5,
             prefill_tokens=prefill_tokens,
+            chunk_tokens=chunk_tokens,
             kv_cache_gib=gib(model, 4, 5),
         )
         together = logits_of(model, [samples], config, monkeypatch)
@@ -116,10 +117,11 @@ def logits_of(
     return {id: torch.stack([logits[index] for index in places]) for id, places in order.items()}
 
 
-def test_samples_that_run_do_not_wait_for_a_long_prompt() -> None:
+@pytest.mark.parametrize("sizes", [{"prefill_tokens": 40}, {"prefill_tokens": 160, "chunk_tokens": 40}])
+def test_samples_that_run_do_not_wait_for_a_long_prompt(sizes: dict[str, Any]) -> None:
     model = make_model("llama")
     samples = make_samples(model, (9, 200))
-    steps = [step.id for step in generate(model, samples, GenerationConfig(max_new_tokens=12, prefill_tokens=40))]
+    steps = [step.id for step in generate(model, samples, GenerationConfig(max_new_tokens=12, **sizes))]
     assert steps.index("s1") >= 4, "the first has an answer for each chunk of the second"
 
 

@@ -124,6 +124,37 @@ def fill(
     return samples, written
 
 
+def test_part_of_a_prompt_gives_the_same_bits_wherever_its_pages_lie() -> None:
+    """Neighbouring pages are seen as they are, and scattered ones are gathered."""
+    chunks = [PAGE + 3, 2 * PAGE, 7]
+    generator = torch.Generator().manual_seed(0)
+    written = torch.randn(2, 1, GROUPS, sum(chunks), WIDTH, generator=generator)
+    query = torch.randn(1, HEADS, sum(chunks), WIDTH, generator=generator)
+
+    def attended(pool: PagePool, scattered: bool) -> list[Tensor]:
+        pages = pool.admit(sum(chunks))
+        assert pages and (pages.pages[None] != [*range(pages.pages[None][0], pages.pages[None][0] + 4)]) is scattered
+        outputs, start = [], 0
+        for count in chunks:
+            new, asked = (each[..., start : start + count, :] for each in (written, query))
+            feed = pool.feed([pages], [count], [sum(chunks)])
+            with flowing(Flow((count,))):
+                for layer, window in {0: None, 1: 40}.items():
+                    keys, values = feed.update(new[0], new[1], layer)
+                    output, _ = packed_attention(Layer(), asked, keys, values, None, sliding_window=window)
+                    outputs.append(output)
+            start += count
+        return outputs
+
+    pool = make_pool(8, 4)
+    apart = [pool.admit(PAGE) for _ in range(8)]
+    for pages in apart[::2]:
+        assert pages
+        pool.release(pages)
+    for one, other in zip(attended(make_pool(8, 4), False), attended(pool, True), strict=True):
+        assert torch.equal(one, other)
+
+
 class Layer(nn.Module):
     is_causal = True
     num_key_value_groups = HEADS // GROUPS

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
+from molora.serve.process import ServeConfig, listen
 from tests.serve.conftest import Folders, Served, serving
 
 MOST = 12
@@ -47,6 +48,13 @@ def post(body: dict[str, Any], path: str = "/v1/chat/completions", length: int |
     data = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(data) if length is None else length}\r\n\r\n".encode() + data
+
+
+def test_a_piece_of_an_answer_waits_for_no_acknowledgement_of_the_one_before() -> None:
+    with listen(ServeConfig(name="tiny", port=0)) as listening, socket.create_connection(listening.getsockname()):
+        wire, _ = listening.accept()
+        with wire:
+            assert wire.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
