@@ -15,11 +15,14 @@ from typing import Any
 import pytest
 
 import molora
+from molora.config import ConfigError
 from molora.data.preferences import Preferences
 from molora.data.sources import Messages, MessagesConfig
+from molora.evaluate.metrics import open_metrics
 from molora.evaluate.normalise import words
 from molora.inference.load import LoadedModel
-from molora.synthetic.workflow import Workflow, open_workflow
+from molora.plugins import available
+from molora.synthetic.workflow import StepConfig, Workflow, open_workflow
 from molora.testing import byte_tokenizer, tiny_model
 
 FOLDER = Path(__file__).parents[2] / "configs" / "make"
@@ -53,6 +56,9 @@ def data_root(tmp_path: Path) -> Path:
             for fact in FACTS
         ],
         "gsm8k": [{"question": f"{fact} How many friends?", "final": str(n)} for n, fact in enumerate(FACTS, start=2)],
+        "tasks": [
+            {"task": f"Write a function that adds {n}.", "test": f"assert add_{n}(1) == {n + 1}"} for n in range(2, 8)
+        ],
         "caption_text": [{"captions": [" ".join(fact.split()[:10]), "x"]} for fact in FACTS],
     }
     for name, rows in tables.items():
@@ -84,6 +90,13 @@ def scripted(body: dict[str, Any]) -> str:
         return f"Le {' '.join(reversed(words(said.partition(': ')[2])))}"
     if "into English" in said:
         return " ".join(reversed(words(said.partition(": Le ")[2])))
+    if "function" in said:
+        number = re.search(r"adds? (\d)|\+ (\d)", said)
+        name = next(filter(None, number.groups())) if number else "0"
+        if said.startswith("```"):
+            return f"The function add_{name} takes a number, and adds {name}."
+        wrong = body["seed"] % 3 == 0 and "pass this test" in said
+        return f"```python\ndef add_{name}(x):\n    return x + {int(name) + wrong}\n```"
     if "question" in said and "answers" in said:
         return f"{fact[:-1]}, and why?"
     if "new task" in said:
@@ -128,9 +141,19 @@ def opened(name: str, data_root: Path, *overrides: str, **more: Any) -> Workflow
     return open_workflow(FOLDER / f"{name}.yaml", given, **more)
 
 
+def skip_without_sandbox(name: str) -> None:
+    """Programs are run where they can be confined alone."""
+    if name == "code_round_trip":
+        try:
+            open_metrics(["unit_tests"], "here")
+        except ConfigError as error:
+            pytest.skip(str(error))
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_workflow_makes_rows_that_are_read_where_it_says(name: str, data_root: Path, url: str) -> None:
     pytest.importorskip("sacrebleu")
+    skip_without_sandbox(name)
     workflow = opened(name, data_root, "models.writer.local=null", f"models.writer.server={{url: '{url}', model: m}}")
     done = workflow.run()
     left_out = [(each.config.name, each.reasons) for each in done if each.dropped]
@@ -151,6 +174,7 @@ def test_a_workflow_makes_rows_that_are_read_where_it_says(name: str, data_root:
 def test_a_workflow_runs_on_a_model_that_is_opened_here(name: str, data_root: Path, model: LoadedModel) -> None:
     """A random model's answers are left out sooner or later; all steps run, and what is left out is counted."""
     pytest.importorskip("llguidance")
+    skip_without_sandbox(name)
     workflow = opened(name, data_root, "budget_tokens=200_000", opener=lambda *_, **__: model)
     for step in workflow.steps:
         decoding = getattr(step.config, "decoding", None) if hasattr(step, "config") else None
@@ -162,3 +186,22 @@ def test_a_workflow_runs_on_a_model_that_is_opened_here(name: str, data_root: Pa
     for before, each in itertools.pairwise(done):
         if each.config.after is None:
             assert each.num_before == len(before.rows)
+
+
+def test_what_the_page_shows_runs(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (FOLDER.parents[1] / "docs" / "how_to" / "make_data.md").read_text(encoding="utf-8")
+    blocks = dict(re.findall(r'^```\w+ title="([^"]+)"\n(.*?)^```$', page, re.DOTALL | re.MULTILINE))
+    monkeypatch.chdir(tmp_path)
+    for name, text in blocks.items():
+        Path(name).write_text(text, encoding="utf-8")
+    Path("articles.jsonl").write_text("\n".join(json.dumps({"text": " ".join([*FACTS, *FACTS])}) for _ in range(2)))
+    given = ["models.writer.local=null", f"models.writer.server={{url: '{url}', model: m}}"]
+    config = open_workflow(Path("questions.yaml"), given).config
+    config.steps.append(StepConfig(name="loud", kind="shout.py:Shout", options={"column": "answer"}, after=["answers"]))
+    done = Workflow(config, "questions.yaml").run()
+    assert done[-1].rows and all(row.columns["answer"].isupper() for row in done[-1].rows)
+    assert {step.kind for step in config.steps} <= {"shout.py:Shout", *re.findall(r"`(\w+)`", page)}
+    told = {plugin.name for plugin in available("step")}
+    assert told <= {*re.findall(r"`(\w+)`", page)}, "every built-in step is on the page"
+    configs = {path.name for path in FOLDER.glob("*.yaml")}
+    assert configs == {*re.findall(r"^\| `(\w+\.yaml)`", page, re.MULTILINE)}

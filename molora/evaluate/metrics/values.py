@@ -69,10 +69,10 @@ class Number(Mean):
         return [float(any(self.is_right(item, expected) for expected in item.answers)) for item in judged]
 
     def is_right(self, item: Judged, expected: str) -> bool:
-        wanted = list(_numbers(expected))
+        wanted = list(numbers_in(expected))
         if len(wanted) != 1:
             raise ValueError(f"question {item.id}: expects {expected!r:.60}; number needs one number there")
-        given = list(_numbers(self._part(item.answer)))
+        given = list(numbers_in(self._part(item.answer)))
         if not given or (self.config.read == "only" and len(given) > 1):
             return False
         (value, unit), (right, right_unit) = given[-1], wanted[0]
@@ -87,7 +87,7 @@ class Number(Mean):
         return re.split(r"answer(?:\s+is|:)", answer, flags=re.IGNORECASE)[-1]
 
 
-def _numbers(text: str) -> Iterator[tuple[float, str]]:
+def numbers_in(text: str) -> Iterator[tuple[float, str]]:
     """The numbers of a text, each with its unit: one of the table above, a currency, per cent, degrees, or none."""
     for found in _NUMBER.finditer(text):
         whole, part = (found["whole"] or "0").replace(",", ""), found["part"] or found["point"] or ""

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from molora.config import ConfigError
 from molora.evaluate.metrics import Named, open_metrics
+from molora.evaluate.metrics.values import numbers_in
 from molora.evaluate.normalise import normalise
 from molora.evaluate.questions import Question, judge
 from molora.synthetic.rows import Dropped, Row, RowByRow, Text, Work, list_of
-
-_NUMBER = re.compile(r"[-+]?\d[\d,\u202f\u00a0]*(?:\.\d+)?(?:[eE][-+]?\d+)?")
-_GROUPING = re.compile("[,\u202f\u00a0]")
 
 
 @dataclass(kw_only=True)
@@ -67,9 +64,9 @@ class Vote(RowByRow):
 
 
 def last_number(text: str) -> str:
-    """The last number in a text, as its shortest decimal; empty if there is none. Commas group digits."""
-    found = _NUMBER.findall(text)
-    return f"{float(_GROUPING.sub('', found[-1])):.12g}" if found else ""
+    """The last number in a text, as its shortest decimal; empty if there is none."""
+    found = [value for value, _ in numbers_in(text)]
+    return f"{found[-1]:.12g}" if found else ""
 
 
 @dataclass(kw_only=True)
