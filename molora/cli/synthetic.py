@@ -41,6 +41,7 @@ def roll_out(
     model: options.Model,
     messages: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="Rows that end with the right answer.")],
     output: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Where answers go, row by row.")],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[key=value]…", help="The metric's options.")] = None,
     answers: Annotated[int, typer.Option(min=1, help="Answers drawn for each prompt.")] = 8,
     metric: Annotated[str, typer.Option(help="What tells how right an answer is, from 0 to 1.")] = "exact_match",
     at_least: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of the metric, for a right answer.")] = 1.0,
@@ -61,11 +62,12 @@ def roll_out(
     """Draw several answers for each row of {"id", "messages"}, and tell the right ones by the last message. Right
     answers become rows for `kind: messages`, pairs of a right and a wrong one rows for `kind: preferences`. The same
     call goes on where it stopped; a row that fails gets its error, and exit code 2 says so."""
+    from molora.config import options as read_options
     from molora.inference.generate import GenerationConfig
     from molora.synthetic import roll_out as rolling
     from molora.terminal import say, warn
 
-    verifier = rolling.open_verifier(metric, at_least)
+    verifier = rolling.open_verifier(metric, at_least, read_options(settings or ()))
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -75,8 +77,9 @@ def roll_out(
     )
     load = options.opener(model, modality, rule, allow_urls, allow_private_addresses, trust_plugin)
     rows = rolling.RollOut(messages, output, answers)
-    with rows.held():
-        rows.draw(load(), config, verifier)
+    with rows.held(verifier):
+        if rows.num_left:
+            rows.draw(load(), config, verifier)
         drawn = list(rows.drawn())
     rates = [f"{name} {share:.3f}" for name, share in rolling.success_rates(drawn).items()]
     say(", ".join(rates) or "no prompt has all its answers")

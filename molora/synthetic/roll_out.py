@@ -6,21 +6,27 @@ become rows to learn from: the right ones, or pairs of a right and a wrong one.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
+import signal
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from molora.config import ConfigError
+from molora.config import ConfigError, plain
 from molora.data.sources import Messages, MessagesConfig
-from molora.evaluate.metrics import Metric, Named, open_metrics
+from molora.evaluate.metrics import open_metrics
 from molora.evaluate.questions import Question, judge, question
 from molora.inference.answers import answered_ids, appending, row_bytes, written_rows
 from molora.inference.generate import Failed, GenerationConfig, attempt
 from molora.inference.load import Answer, LoadedModel
+from molora.interrupt import Stopped
 from molora.pack import Sample
 from molora.seeding import seed_of
 from molora.storage import hold, write_atomically
@@ -32,25 +38,39 @@ _MARK = "#"
 
 @dataclass(frozen=True)
 class Verifier:
-    """A metric that rates single answers; one that gets `at_least` is right, if no limit cut it off."""
+    """A metric that rates single answers; one that gets `at_least` is right, if no limit cut it off. `name` tells the
+    metric, its options and the bound from all others."""
 
-    metric: Metric
+    name: str
+    metric: Any
     at_least: float
 
+    @property
+    def parallel(self) -> int:
+        """How many answers it rates at a time."""
+        return getattr(self.metric, "parallel", 1)
+
     def rate(self, asked: Question, answer: Answer) -> tuple[float, bool]:
-        """How right an answer is, from 0 to 1, and whether that is enough."""
+        """How right an answer is, from 0 to 1, and whether that is enough. Raises ValueError for an answer that cannot
+        be rated."""
         judged = judge(asked, answer.text, cut_off=answer.finished == "length", adapters=answer.adapters)
-        rating = float(next(iter(self.metric.score([judged]).values())))
+        if hasattr(self.metric, "rate"):
+            rating = float(self.metric.rate(judged))
+        else:
+            rating = float(next(iter(self.metric.score([judged]).values())))
         return rating, rating >= self.at_least and not judged.cut_off
 
 
-def open_verifier(named: Named, at_least: float = 1.0) -> Verifier:
+def open_verifier(spec: str, at_least: float = 1.0, options: Mapping[str, Any] | None = None) -> Verifier:
     """Raises ConfigError for a metric that does not rate single answers from their text, and ImportError for what it
     needs."""
-    (metric,) = open_metrics([named], "metric")
-    if not getattr(metric, "rates_each", False) or getattr(metric, "needs", None):
-        raise ConfigError(f"metric: {named!r} does not rate an answer by its text; take one such as exact_match")
-    return Verifier(metric, at_least)
+    (metric,) = open_metrics([{spec: dict(options or {})}], "metric")
+    rates = hasattr(metric, "rate") or getattr(metric, "rates_each", False)
+    if not rates or getattr(metric, "needs", None):
+        raise ConfigError(f"metric: {spec!r} does not rate an answer by its text; take one such as exact_match")
+    pinned = {**plain(getattr(metric, "config", None) or {}), **(options or {}), "at_least": at_least}
+    digest = hashlib.sha256(json.dumps(pinned, sort_keys=True).encode()).hexdigest()[:12]
+    return Verifier(f"{spec} {digest}", metric, at_least)
 
 
 @dataclass(frozen=True)
@@ -77,23 +97,40 @@ class RollOut:
         self.failed: list[str] = []
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self, verifier: Verifier) -> Iterator[None]:
         """Keeps other processes from the output, and finds what is done. Raises ConfigError for an output that holds
-        anything but answers."""
+        anything but answers, or some that another verifier rated; Stopped after Ctrl-C."""
         if self.output.exists() and self.output.samefile(self.messages):
             raise ConfigError(f"output {self.output}: is where the rows come from; give it another name")
         with hold(self.output):
             self.done = answered_ids(self.output, "answer")
-            yield
+            for number, row in written_rows(self.output, f"output {self.output}") if self.done else ():
+                if row.get("verifier", verifier.name) != verifier.name:
+                    told = f"line {number} was rated by {row['verifier']!r:.80}, and not by {verifier.name!r}"
+                    raise ConfigError(f"output {self.output}: {told}; give the same metric, or another output")
+            try:
+                yield
+            except KeyboardInterrupt as interrupt:
+                done = self.num_answers_in_all - self.num_left
+                told = f"stopped: {done} of {self.num_answers_in_all} answers are drawn, in {self.output}"
+                raise Stopped(f"{told}; the same call goes on with the others", signal.SIGINT) from interrupt
 
     def ids_of(self, asked: Question) -> list[str]:
         return [f"{asked.id}{_MARK}{number}" for number in range(self.num_answers)]
 
+    @property
+    def num_answers_in_all(self) -> int:
+        return len(self.questions) * self.num_answers
+
+    @property
+    def num_left(self) -> int:
+        """The answers that are not there yet."""
+        return sum(id not in self.done for asked in self.questions for id in self.ids_of(asked))
+
     def draw(self, loaded: LoadedModel, config: GenerationConfig, verifier: Verifier) -> None:
-        """Draws the answers that are not there yet, each written as it is finished. Its seed is that of the config and
-        its id, so that it is the same whenever and beside whatever it is drawn."""
+        """Draws the answers that are not there yet. Each is rated while others are drawn, and then written. Its seed is
+        that of the config and its id, so that it is the same whenever and beside whatever it is drawn."""
         waiting: dict[str, Question] = {}
-        total = len(self.questions) * self.num_answers
 
         def samples() -> Iterator[Sample | Failed]:
             for asked in self.questions:
@@ -105,20 +142,33 @@ class RollOut:
                     waiting[id] = asked
                     yield replace(sample, id=id)
 
-        with progress() as bars, appending(self.output) as write:
-            done = sum(id in self.done for asked in self.questions for id in self.ids_of(asked))
-            bar = bars.add_task("roll-out", total=total, completed=done, note="")
-            for answer in loaded.answers(samples(), config, keep_going=True):
-                asked = waiting.pop(answer.id)
-                if answer.error is not None:
-                    write({"id": answer.id, "error": str(answer.error)})
-                    self.failed.append(f"{answer.id}: {answer.error}")
+        with progress() as bars, appending(self.output) as write, ThreadPoolExecutor(verifier.parallel) as threads:
+            drawn = self.num_answers_in_all - self.num_left
+            bar = bars.add_task("roll-out", total=self.num_answers_in_all, completed=drawn, note="")
+
+            def finish(answer: Answer, rated: Future[tuple[float, bool]] | None) -> None:
+                error = answer.error if rated is None else rated.exception()
+                if rated is None or error is not None:
+                    write({"id": answer.id, "error": str(error)})
+                    self.failed.append(f"{answer.id}: {error}")
                 else:
-                    rating, right = verifier.rate(asked, answer)
+                    rating, right = rated.result()
                     told = {"answer": answer.text, "rating": rating, "right": right, "finished": answer.finished}
-                    write({"id": answer.id, **told, "adapters": list(answer.adapters)})
+                    write({"id": answer.id, **told, "adapters": list(answer.adapters), "verifier": verifier.name})
                     self.done.add(answer.id)
                 bars.advance(bar)
+
+            being_rated: deque[tuple[Answer, Future[tuple[float, bool]] | None]] = deque()
+            try:
+                for answer in loaded.answers(samples(), config, keep_going=True):
+                    asked = waiting.pop(answer.id)
+                    rated = None if answer.error is not None else threads.submit(verifier.rate, asked, answer)
+                    being_rated.append((answer, rated))
+                    while being_rated and (being_rated[0][1] is None or being_rated[0][1].done()):
+                        finish(*being_rated.popleft())
+            finally:  # also of a draw that is stopped: what was drawn is not lost
+                for each in being_rated:
+                    finish(*each)
 
     def drawn(self) -> Iterator[Drawn]:
         """The prompts that have all their answers, in the order of their rows."""

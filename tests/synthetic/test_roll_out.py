@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from molora.data.sources import Messages, MessagesConfig
 from molora.evaluate.metrics import Judged, NoOptions
 from molora.inference.generate import GenerationConfig
 from molora.inference.load import LoadedModel
+from molora.interrupt import Stopped
 from molora.synthetic.roll_out import Drawn, RollOut, accepted, open_verifier, pairs, success_rates
 from molora.testing import save_backbone
 
@@ -56,8 +58,9 @@ def draw(model: LoadedModel, rows: Path, output: Path, num_answers: int = 4) -> 
     found = RollOut(rows, output, num_answers)
     # No answer of a random model ends by itself, and what a limit cuts off is not right.
     config = GenerationConfig(max_new_tokens=6, temperature=1.0, seed=3, stop=("e", "a", "1"))
-    with found.held():
-        found.draw(model, config, open_verifier(f"{HERE}:Even"))
+    verifier = open_verifier(f"{HERE}:Even")
+    with found.held(verifier):
+        found.draw(model, config, verifier)
     return found
 
 
@@ -137,7 +140,9 @@ def test_success_is_told_by_answers_and_by_prompts() -> None:
     assert success_rates([]) == {}
 
 
-def test_the_command_writes_rows_and_says_how_many(model: LoadedModel, rows: Path, tmp_path: Path) -> None:
+def test_the_command_writes_rows_and_says_how_many(
+    model: LoadedModel, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = {name: tmp_path / f"{name}.jsonl" for name in ("out", "accepted", "pairs")}
     command = ["roll-out", str(model.layout.backbone), str(rows), str(files["out"]), "--metric", f"{HERE}:Even"]
     command += ["--accepted", str(files["accepted"]), "--pairs", str(files["pairs"]), "--max-new-tokens", "4"]
@@ -145,17 +150,83 @@ def test_the_command_writes_rows_and_says_how_many(model: LoadedModel, rows: Pat
     assert done.exit_code == 0, done.output
     assert "right 0." in done.output and "pass@8" in done.output and f"{files['pairs']}: " in done.output
     assert len(lines(files["out"])) == 40
+    monkeypatch.setattr("molora.inference.load.load", lambda *_, **__: pytest.fail("no model is needed"))
     again = CliRunner().invoke(app, command)
-    assert again.output.splitlines()[-3:] == done.output.splitlines()[-3:]
+    assert again.exit_code == 0 and again.output.splitlines()[-3:] == done.output.splitlines()[-3:]
+
+
+def test_ctrl_c_says_how_many_answers_are_drawn(model: LoadedModel, rows: Path, tmp_path: Path) -> None:
+    verifier = open_verifier(f"{HERE}:Even")
+    found = RollOut(rows, tmp_path / "out.jsonl", 4)
+    config = GenerationConfig(max_new_tokens=6, temperature=1.0, seed=3, stop=("e", "a", "1"), max_running_samples=2)
+
+    def interrupted(samples: Any, *given: Any, **more: Any) -> Any:
+        for number, answer in enumerate(LoadedModel.answers(model, samples, *given, **more)):
+            if number == 7:
+                raise KeyboardInterrupt
+            yield answer
+
+    stopping = copy.copy(model)
+    stopping.answers = interrupted
+    with (
+        pytest.raises(Stopped, match=r"7 of 20 answers are drawn, in .*out.jsonl; the same call goes on"),
+        found.held(verifier),
+    ):
+        found.draw(stopping, config, verifier)
+    draw(model, rows, tmp_path / "out.jsonl")
+    draw(model, rows, tmp_path / "whole.jsonl")
+    assert lines(tmp_path / "out.jsonl") == lines(tmp_path / "whole.jsonl")
+
+
+def test_answers_that_another_verifier_rated_are_not_mixed_with_this_ones(
+    model: LoadedModel, rows: Path, tmp_path: Path
+) -> None:
+    draw(model, rows, tmp_path / "out.jsonl")
+    other = open_verifier("regular_expression", options={"pattern": "a"})
+    assert other.name != open_verifier("regular_expression", options={"pattern": "b"}).name
+    assert other.name != open_verifier("regular_expression", 0.5, {"pattern": "a"}).name
+    with (
+        pytest.raises(ConfigError, match="line 1 was rated by '.*Even .*', and not by 'regular_expression"),
+        RollOut(rows, tmp_path / "out.jsonl", 4).held(other),
+    ):
+        pass
+
+
+class Doubts(Even):
+    """Rates no answer with an x, as a judge that says nothing."""
+
+    parallel = 3
+
+    def rate(self, item: Judged) -> float:
+        if "x" in item.answer:
+            raise ValueError("no score")
+        return 0.5
+
+
+def test_an_answer_that_cannot_be_rated_is_drawn_again(model: LoadedModel, rows: Path, tmp_path: Path) -> None:
+    verifier = open_verifier(f"{HERE}:Doubts", 0.5)
+    assert verifier.parallel == 3
+    found = RollOut(rows, tmp_path / "out.jsonl", 8)
+    with found.held(verifier):
+        found.draw(model, GenerationConfig(max_new_tokens=12, temperature=1.0, seed=3), verifier)
+    rated = lines(tmp_path / "out.jsonl").values()
+    errors = [row for row in rated if "error" in row]
+    assert 0 < len(errors) < 40 and all(row["error"] == "no score" for row in errors)
+    assert all(row["rating"] == 0.5 for row in rated if "error" not in row)
+    assert len(found.failed) == len(errors) == found.num_left
 
 
 def test_what_cannot_be_rolled_out_is_told(rows: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="metric: 'word_error_rate' does not rate an answer by its text"):
         open_verifier("word_error_rate")
-    with pytest.raises(ConfigError, match="is where the rows come from"), RollOut(rows, rows, 2).held():
+    exact = open_verifier("exact_match")
+    with pytest.raises(ConfigError, match="is where the rows come from"), RollOut(rows, rows, 2).held(exact):
         pass
     (tmp_path / "notes.jsonl").write_text('{"note": 1}\n')
-    with pytest.raises(ConfigError, match="line 1 is no answer"), RollOut(rows, tmp_path / "notes.jsonl", 2).held():
+    with (
+        pytest.raises(ConfigError, match="line 1 is no answer"),
+        RollOut(rows, tmp_path / "notes.jsonl", 2).held(exact),
+    ):
         pass
     (tmp_path / "asked.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}))
     with pytest.raises(ValueError, match="row 1: must end with an assistant message"):

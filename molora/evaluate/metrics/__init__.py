@@ -61,8 +61,9 @@ class Metric(Protocol):
     `config_type`. Building it raises ImportError or ValueError for what the metric needs and does not find, so that
     this is told before the model answers. A class that says `needs = "likelihoods"` gets answers with `likelihoods`.
     One that says `rates_each = True` has as its first number over one question how right that answer is, from 0 to 1;
-    it is also shown what the most frequent answer would get. One that says `share = NAME` has as that number the mean
-    over the questions of one from 0 to 1; it has an interval where all answers are right, or all wrong, too."""
+    it is also shown what the most frequent answer would get. One with a method `rate(judged)` says this of a question
+    where it is dear, and `parallel` threads may call it at a time. One that says `share = NAME` has as that number the
+    mean over the questions of one from 0 to 1; it has an interval where all answers are right, or all wrong, too."""
 
     config_type: type
 

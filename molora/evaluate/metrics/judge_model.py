@@ -4,7 +4,8 @@ import json
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -33,12 +34,14 @@ class JudgeConfig(ServerConfig):
     of its reply must be a number from `lowest` to `highest`, alone or after "score:". `key_variable` names the
     environment variable that holds the server's key, if it asks for one. `parallel` requests run at a time. A request
     that has no answer in `timeout_seconds`, or that a busy server refuses, is sent again up to `retries` times, the
-    first time after `wait_seconds` and then after twice as long each time."""
+    first time after `wait_seconds` and then after twice as long each time. `more` is what else a request holds, in
+    that server's words, such as a form of its reply."""
 
     prompt: str = _PROMPT
     lowest: float = 0.0
     highest: float = 10.0
     max_tokens: int = 512
+    more: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,7 +63,7 @@ class NoScore(ValueError):
 
 class JudgeModel(Counted):
     """The mean score that a judge model gives the answers, and how many it gave none (`judge_failed`), which are not in
-    the mean. Each answer is judged once.
+    the mean. Each answer is judged once. As the verifier of a roll-out its scores are spread over 0 to 1.
 
     Source: LLM-as-a-judge (arXiv 2306.05685)."""
 
@@ -68,6 +71,7 @@ class JudgeModel(Counted):
 
     def __init__(self, config: JudgeConfig) -> None:
         self.config = config
+        self.parallel = config.parallel
         self.server = Server(config)
         self.scores: dict[tuple[str, str], float | NoScore] = {}
         self.silent = 0
@@ -88,6 +92,13 @@ class JudgeModel(Counted):
         total, scored, failed = sums_BK.T
         return {"judge": ratio(total, scored), "judge_failed": failed}
 
+    def rate(self, item: Judged) -> float:
+        """The score of one answer, from 0 to 1. Raises NoScore."""
+        score = self.ask(item)
+        if isinstance(score, NoScore):
+            raise score
+        return (score - self.config.lowest) / (self.config.highest - self.config.lowest)
+
     def ask(self, item: Judged) -> float | NoScore:
         """The judge's score of an answer, or why there is none."""
         config = self.config
@@ -98,6 +109,7 @@ class JudgeModel(Counted):
             "messages": [{"role": "user", "content": text}],
             "max_tokens": config.max_tokens,
             "temperature": 0,
+            **config.more,
         }
         if self.silent >= _MAX_SILENT:
             return NoScore(f"not asked, as {config.url} was silent for {self.silent} others; --rescore asks again")
