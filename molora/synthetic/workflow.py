@@ -163,25 +163,34 @@ class Workflow:
     def _run(self, config: StepConfig, step: Any, done: Mapping[str, Done], bars: Progress) -> Done:
         before = [] if getattr(step, "begins", False) else self._before(config, done)
         work = _Work(self, config.name, bars)
-        rows: list[Row] = []
-        dropped: list[Dropped] = []
-        try:
+        found = Done(config, len(before), [], [], work.replies)
+        with self._placed(config):
             for made in step.run(before, work):
                 if isinstance(made, Dropped):
-                    dropped.append(made)
+                    found.dropped.append(made)
                 else:
-                    rows.append(made)
-        except OutOfBudget:
-            raise
-        except ValueError as error:
-            raise ConfigError(f"{self.where}: step {config.name}: {error}") from error
-        rows = [replace(row, place=f"{config.name}/{row.id}") for row in rows]
-        self._check(config, rows)
-        found = Done(config, len(before), rows, dropped, work.replies)
-        write_atomically(self._file("steps", config), lambda path: path.write_bytes(b"".join(self._lines(found))))
-        lines = [self._dropped_line(each) for each in dropped]
-        write_atomically(self._file("dropped", config), lambda path: path.write_bytes(b"".join(lines)))
+                    found.rows.append(replace(made, place=f"{config.name}/{made.id}"))
+            self._check(found.rows)
+            for folder, lines in {"steps": self._lines(found), "dropped": self._dropped_lines(found)}.items():
+                data = b"".join(lines)
+                path = self.folder / folder / f"{config.name}.jsonl"
+                write_atomically(path, lambda temporary, data=data: temporary.write_bytes(data))
         return found
+
+    @contextmanager
+    def _placed(self, config: StepConfig) -> Iterator[None]:
+        """Names the step in what it raises."""
+        where = f"{self.where}: step {config.name}"
+        try:
+            yield
+        except OutOfBudget as error:
+            raise OutOfBudget(f"{where}: {error}") from error
+        except ValueError as error:
+            raise ConfigError(f"{where}: {error}") from error
+        except (ImportError, OSError):  # it says what to install, or which file
+            raise
+        except Exception as error:  # a plugin can fail in any way
+            raise ConfigError(f"{where}: {type(error).__name__}: {error}; --debug shows where") from error
 
     def _before(self, config: StepConfig, done: Mapping[str, Done]) -> list[Row]:
         if config.after is None:
@@ -190,17 +199,17 @@ class Workflow:
             return done[config.after[0]].rows
         return [replace(row, id=row.place) for name in config.after for row in done[name].rows]
 
-    def _check(self, config: StepConfig, rows: Iterable[Row]) -> None:
+    def _check(self, rows: Iterable[Row]) -> None:
         """Raises ConfigError for rows whose ids or columns could not be told apart."""
         seen: set[str] = set()
         for row in rows:
             if row.id in seen:
-                raise ConfigError(f"{self.where}: step {config.name}: two of its rows have the id {row.id!r}")
+                raise ConfigError(f"two of its rows have the id {row.id!r}")
             seen.add(row.id)
             for name in _OWN:
                 if name in row.columns:
-                    told = f"{self.where}: step {config.name}: row {row.id} has a column {name!r}"
-                    raise ConfigError(f"{told}, which every row has of its own; give the column another name")
+                    told = f"row {row.id} has a column {name!r}, which every row has of its own"
+                    raise ConfigError(f"{told}; give the column another name")
 
     def _lines(self, done: Done) -> Iterator[bytes]:
         name = done.config.name
@@ -208,13 +217,11 @@ class Workflow:
             lineage = {"step": name, "parents": [*row.parents], "config": self.hashes[name], "seed": self.config.seed}
             yield row_bytes({"id": row.id, **row.columns, "lineage": lineage})
 
-    def _dropped_line(self, dropped: Dropped) -> bytes:
-        row = dropped.row
-        why = {"reason": dropped.reason, **({"detail": dropped.detail} if dropped.detail else {})}
-        return row_bytes({"id": row.id, "dropped": why, **row.columns, "parents": [row.place]})
-
-    def _file(self, folder: str, config: StepConfig) -> Path:
-        return self.folder / folder / f"{config.name}.jsonl"
+    def _dropped_lines(self, done: Done) -> Iterator[bytes]:
+        for dropped in done.dropped:
+            row = dropped.row
+            why = {"reason": dropped.reason, **({"detail": dropped.detail} if dropped.detail else {})}
+            yield row_bytes({"id": row.id, "dropped": why, **row.columns, "parents": [row.place]})
 
     def _sweep(self) -> None:
         """Takes away the files of steps that the config does not have any more."""
@@ -272,8 +279,8 @@ class _Work:
         given = asked.answer(prompts, how, self.workflow.config.seed, room, lambda: self.bars.advance(bar))
         if not given:
             raise OutOfBudget(
-                f"step {self.name}: {used:,} of {budget:,} tokens (budget_tokens) are used, and the next answer may "
-                f"take more than are left; the same call with a larger budget goes on from there"
+                f"{used:,} of {budget:,} tokens (budget_tokens) are used, and the next answer may take more than are "
+                "left; the same call with a larger budget goes on from there"
             )
         return given
 

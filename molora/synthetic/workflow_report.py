@@ -93,8 +93,8 @@ def _columns(rows: Iterable[Row]) -> dict[str, list[str]]:
         for name, value in row.columns.items():
             if name == "messages" and isinstance(value, list):
                 for message in value:
-                    said = " ".join(part["text"] for part in parts(message) if part["type"] == "text")
-                    found.setdefault(f"{name}: {message['role']}", []).append(said)
+                    said = [part["text"] for part in parts(message) if part["type"] == "text" and part["text"].strip()]
+                    found.setdefault(f"{name}: {message['role']}", []).extend(said)
             else:
                 found.setdefault(name, []).extend(text for text in texts_in(value) if text.strip())
     return {name: texts for name, texts in found.items() if texts}
@@ -128,15 +128,14 @@ def spread(loaded: LoadedModel, texts: Sequence[str]) -> float:
     its tokens' embeddings in the backbone."""
     tokenizer: Any = loaded.processor.tokenizer
     table_VD = loaded.model.backbone.embeddings_VD
+    ids = [each for text in texts if (each := tokenizer(text, add_special_tokens=False)["input_ids"])]
+    if (number := len(ids)) < 2:
+        return 0.0
     with torch.no_grad():
-        ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
-        means_ND = torch.stack(
-            [table_VD[torch.tensor(each, device=table_VD.device)].float().mean(0) for each in ids if each]
-        )
-        units_ND = torch.nn.functional.normalize(means_ND, dim=-1)
-        number = len(units_ND)
+        means = [table_VD[torch.tensor(each, device=table_VD.device)].float().mean(0) for each in ids]
+        units_ND = torch.nn.functional.normalize(torch.stack(means), dim=-1)
         all_pairs = float(units_ND.sum(0).square().sum()) - float(units_ND.square().sum())
-    return 1 - all_pairs / (number * (number - 1)) if number > 1 else 0.0
+    return 1 - all_pairs / (number * (number - 1))
 
 
 def _spaced(rows: Sequence[Row], count: int) -> list[Row]:

@@ -284,6 +284,7 @@ def test_the_command_runs_a_workflow(model: LoadedModel, seeds: Path, tmp_path: 
 
 def test_diversity_is_zero_where_all_is_the_same(model: LoadedModel) -> None:
     assert spread(model, ["a b", "a b", "a b"]) == pytest.approx(0, abs=1e-6)
+    assert spread(model, ["a b"]) == spread(model, []) == 0
     alike, apart = spread(model, ["aaab", "aaac"]), spread(model, ["aaaa", "zzzz"])
     assert 0 < alike < apart
 
@@ -325,6 +326,22 @@ def test_what_is_wrong_is_told_with_its_place(
     values = config(model, seeds, tmp_path / "out")
     changed(values, place, value)
     with pytest.raises(ConfigError, match=f"workflow.yaml: .*{told}"):
+        opened(model, values, tmp_path).run()
+
+
+class Faulty(Shout):
+    """A step that fails as its mood takes it."""
+
+    def run(self, rows: Sequence[Row], work: Work) -> Iterable[Row | Dropped]:
+        yield rows[0].having(question={1, 2}) if len(rows) < 3 else rows[len(rows)]
+
+
+@pytest.mark.parametrize(("limit", "told"), [(6, "IndexError: list index"), (2, "TypeError: .* set is not JSON")])
+def test_a_step_that_fails_is_named(model: LoadedModel, seeds: Path, tmp_path: Path, limit: int, told: str) -> None:
+    values = config(model, seeds, tmp_path / "out")
+    values["steps"][0]["options"]["limit"] = limit
+    values["steps"][1:] = [{"name": "odd", "kind": f"{HERE}:Faulty"}]
+    with pytest.raises(ConfigError, match=rf"workflow.yaml: step odd: {told}.*; --debug shows where"):
         opened(model, values, tmp_path).run()
 
 
