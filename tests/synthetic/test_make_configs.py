@@ -76,6 +76,10 @@ def scripted(body: dict[str, Any]) -> str:
     """What a model that understands the configs' prompts says."""
     said = body["messages"][-1]["content"]
     form = body.get("response_format", {})
+    if (told := body["messages"][0])["role"] == "system" and (
+        "curious" in told["content"] or "patient" in told["content"]
+    ):
+        return FACTS[(2 * len(body["messages"]) + ("patient" in told["content"])) % len(FACTS)]
     fact = next((fact for fact in FACTS if fact[:20] in said), FACTS[body["seed"] % len(FACTS)])
     if form.get("type") == "regex":
         letter = re.search(rf"^([A-D])\. {re.escape(fact[4:20])}$", said, re.MULTILINE)
@@ -87,9 +91,9 @@ def scripted(body: dict[str, Any]) -> str:
         number = re.search(r"when (\d) friends", said)
         return f"They are some. The answer is {number[1] if number else 0}."
     if "into French" in said:
-        return f"Le {' '.join(reversed(words(said.partition(': ')[2])))}"
+        return f"Le {' '.join(reversed(words(re.findall('English: (.*)', said)[-1])))}"
     if "into English" in said:
-        return " ".join(reversed(words(said.partition(": Le ")[2])))
+        return " ".join(reversed(words(re.findall("French: Le (.*)", said)[-1])))
     if "function" in said:
         number = re.search(r"adds? (\d)|\+ (\d)", said)
         name = next(filter(None, number.groups())) if number else "0"
