@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from molora.config import ConfigError, did_you_mean
+from molora.config import ConfigError, did_you_mean, require
 from molora.data.formats.templates import Place, Template, as_text, place_in
 from molora.data.messages import Message
 
@@ -29,9 +29,13 @@ class Row:
         """The row that a step makes of this one, with more columns or others."""
         return Row(self.id, {**self.columns, **columns}, (self.place,))
 
-    def part(self, number: int, **columns: Any) -> Row:
-        """The row number `number`, from 0, of several that a step makes of this one."""
-        return Row(f"{self.id}{_MARK}{number}", {**self.columns, **columns}, (self.place,))
+    def with_only(self, columns: Mapping[str, Any]) -> Row:
+        """The row that a step makes of this one, with these columns alone."""
+        return Row(self.id, columns, (self.place,))
+
+    def part(self, number: int, columns: Mapping[str, Any]) -> Row:
+        """The row number `number`, from 0, of several that a step makes of this one, with these columns alone."""
+        return Row(f"{self.id}{_MARK}{number}", columns, (self.place,))
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,10 @@ class DecodingConfig:
     regex: str | None = None
 
     def __post_init__(self) -> None:
+        require(self, 1, "max_new_tokens")
+        require(self, 0, "temperature")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is {self.top_p}; give a share above 0, and 1 at most")
         if self.schema is not None and self.regex is not None:
             raise ConfigError("give schema or regex, not both")
 
@@ -118,7 +126,7 @@ class RowByRow(ABC):
             yield from unless_faulty(row, lambda row=row: self.made_of(row, work))
 
 
-def unless_faulty(row: Row, make: Any) -> list[Any]:
+def unless_faulty(row: Row, make: Callable[[], Iterable[Any]]) -> list[Any]:
     """What `make` makes of a row; the row, dropped, if it raises ValueError, unless that is a ConfigError."""
     try:
         return [*make()]

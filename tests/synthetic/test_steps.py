@@ -342,6 +342,8 @@ def test_a_word_error_rate_has_a_highest_value() -> None:
         ("verify", {"metric": "choice_likelihood", "answer": "a", "expected": "b", "at_least": 1.0}, "by more than"),
         ("ask", {"model": "m"}, "give prompt, messages or both"),
         ("ask", {"model": "m", "prompt": "p", "decoding": {"schema": {}, "regex": "a"}}, "give schema or regex"),
+        ("ask", {"model": "m", "prompt": "p", "decoding": {"max_new_tokens": 0}}, "max_new_tokens is 0"),
+        ("ask", {"model": "m", "prompt": "p", "decoding": {"top_p": 0.0}}, "top_p is 0"),
         ("dialogue", {"roles": {"a": {"model": "m", "system": ""}}}, "roles: give two"),
     ],
 )

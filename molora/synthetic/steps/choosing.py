@@ -71,7 +71,7 @@ class Shots:
                 draw = random.Random(work.seed_of("shots", row.id, again))
                 drawn = draw.sample([other for other in range(len(rows)) if other != number], config.count)
                 made = {config.into: [texts[other] for other in drawn]}
-                yield row.part(again, **made) if config.take > 1 else row.having(**made)
+                yield row.part(again, {**row.columns, **made}) if config.take > 1 else row.having(**made)
 
 
 @dataclass(kw_only=True)

@@ -49,7 +49,7 @@ class Passages(RowByRow):
         ]
         rest = {name: value for name, value in row.columns.items() if name != config.column}
         for number, text in enumerate(found[: config.at_most]):
-            yield Row(f"{row.id}#{number}", {**rest, config.into: text}, (row.place,))
+            yield row.part(number, {**rest, config.into: text})
         if not found:
             yield Dropped(row, f"no passage of {config.min_words} words")
 
@@ -95,7 +95,7 @@ class Compose(RowByRow):
         kept = row.columns if config.only is None else {name: row.columns[name] for name in config.only}
         kept = {name: value for name, value in kept.items() if name not in config.drop}
         made = {name: text.of(row).strip() for name, text in self.texts.items()}
-        yield Row(row.id, {**kept, **made}, (row.place,))
+        yield row.with_only({**kept, **made})
 
 
 @dataclass(kw_only=True)
@@ -184,7 +184,7 @@ class Spread(RowByRow):
         items.pop("", None)
         rest = {name: value for name, value in row.columns.items() if name != config.column}
         for number, item in enumerate([*items.values()][: config.at_most]):
-            yield Row(f"{row.id}#{number}", {**rest, config.into: item}, (row.place,))
+            yield row.part(number, {**rest, config.into: item})
         if not items:
             yield Dropped(row, f"{config.column} is empty")
 
@@ -272,4 +272,4 @@ class MakeConversation(RowByRow):
             said: Any = [*content, *([{"type": "text", "text": text}] if text else [])] if content else text
             messages.append({"role": role, "content": said})
         kept = {name: value_of(name, row, "keep") for name in self.config.keep}
-        yield Row(row.id, {"messages": messages, **kept}, (row.place,))
+        yield row.with_only({"messages": messages, **kept})
