@@ -1,14 +1,19 @@
-"""Ctrl-C and SIGTERM: the first is noted, so that work can end at a good place, and the second acts at once."""
+"""Ctrl-C, SIGTERM and SIGUSR1: the first is noted, so that work ends at a good place, and the second acts at once."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Schedulers of clusters send SIGUSR1 some time before they take a machine away.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# One signal may come twice: from a terminal or a scheduler, which reach every process, and from the launcher, which
+# passes on what it got. What comes so soon is no second one.
+_ECHO_SECONDS = 2.0
 
 
 class Stopped(KeyboardInterrupt):
@@ -29,6 +34,7 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.number = 0
+        self._noted = 0.0
         self._before: dict[int, Any] = {}
         self._process = os.getpid()
 
@@ -43,13 +49,17 @@ class Interrupt:
         self._before = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.__exit__()
-        if os.getpid() == self._process:  # and not a data worker that was forked from it
-            self.number = number
+        if os.getpid() != self._process:  # a data worker that was forked from it
+            self.__exit__()
+        elif not self.number:
+            self.number, self._noted = number, time.monotonic()
+        elif time.monotonic() - self._noted > _ECHO_SECONDS:
+            self.__exit__()
+            signal.raise_signal(number)
 
 
 def leave_interrupts_to_parent(worker: int = 0) -> None:
-    """For a data worker: Ctrl-C in a terminal, or a scheduler's SIGTERM, reaches it too, and it must serve its parent
+    """For a data worker: Ctrl-C in a terminal, or what a scheduler sends, reaches it too, and it must serve its parent
     until that is done. It ends when its parent does."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)

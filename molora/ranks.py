@@ -67,6 +67,7 @@ def launched_ranks(name: str | None = None) -> Ranks:
     ConfigError for a device that is not there, or that all ranks would share."""
     from accelerate import Accelerator
 
+    _begin_again()
     if name is None:
         # Told of no device, accelerate takes ranks on CPUs for processes that know nothing of each other.
         return _Launched(Accelerator(cpu=not torch.accelerator.is_available()))
@@ -79,6 +80,26 @@ def launched_ranks(name: str | None = None) -> Ranks:
     if ranks.device.type != device.type:
         raise ConfigError(f"device: is {name}, but accelerate runs this process on {ranks.device}; give that one")
     return ranks
+
+
+def _begin_again() -> None:
+    """Makes the group of processes that torchrun has started again. Newer versions of it give every attempt the same
+    store, where the addresses of processes lie that have gone. Raises ConfigError on several machines, which do not
+    agree on the number of the attempt."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    if os.environ["WORLD_SIZE"] != os.environ["LOCAL_WORLD_SIZE"]:
+        raise ConfigError(
+            "torchrun has started the processes again with the store of those before; give it a new one each time: "
+            "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all machines"
+        )
+    from torch.distributed import init_process_group
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    store, index, count = next(rendezvous("env://"))
+    init_process_group(store=PrefixStore(f"attempt {attempt}", store), rank=index, world_size=count)
 
 
 def pick_device(name: str | None = None) -> torch.device:

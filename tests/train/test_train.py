@@ -63,8 +63,11 @@ METRICS = ["exact_match", f"{__file__}:Answered"]
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_home(tmp_path_factory.mktemp("train"))
+
+
+def write_home(folder: Path) -> Path:
     """A tiny backbone and a few rows of text, numbers and letters."""
-    folder = tmp_path_factory.mktemp("train")
     save_backbone(folder / "backbone")
     generator = random.Random(0)
     with open(folder / "rows.jsonl", "w", encoding="utf-8") as file:
@@ -912,7 +915,7 @@ def test_an_evaluation_that_fails_costs_nothing_but_itself(home: Path, tmp_path:
     assert {path: path.read_bytes() for path in weights} == weights
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_says_so_and_the_run_goes_on_exactly(home: Path, tmp_path: Path, number: int) -> None:
     config = recipe(home, tmp_path / "run", save_every_steps=1000, evaluations={}, data_workers=1)
     config.stages[1].steps = 400
