@@ -38,8 +38,9 @@ test-oldest:  ## run the tests with the oldest libraries that setup.cfg allows, 
 	$(MAKE) VENV=$(VENV)-oldest $(VENV)-oldest/oldest.stamp
 	$(MAKE) VENV=$(VENV)-oldest test
 
-test-harness: $(VENV)-harness/made.stamp  ## run the tests with lm-eval, lmms-eval and other clients, in .venv-harness
+test-harness: $(VENV)-harness/made.stamp  ## run the tests with lm-eval, lmms-eval, other clients and quantisers, in .venv-harness
 	HF_HUB_OFFLINE=1 $(VENV)-harness/bin/python -m pytest --quiet tests/evaluate/test_harness.py \
+	tests/model/test_quantization.py \
 	tests/serve/test_other_clients.py
 
 check: $(VENV)/dev.stamp  ## lint, format and types
@@ -106,11 +107,11 @@ $(VENV)/oldest.stamp: $(VENV)/made.stamp setup.cfg pyproject.toml
 # It patches a private module that filelock 4 no longer has. Beside them, clients that the server is tried with; that of npm
 # where there is npm.
 $(VENV)-harness/made.stamp: $(VENV)/dev.stamp Makefile setup.cfg
-	@echo "installing lm-eval, lmms-eval and clients into $(VENV)-harness, on top of $(VENV) (about 600 MB; a few minutes)"
+	@echo "installing lm-eval, lmms-eval, clients and quantisers into $(VENV)-harness, on top of $(VENV) (about 600 MB; a few minutes)"
 	$(BIN)/python -m venv --clear $(VENV)-harness
 	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(\"%s\")" % sysconfig.get_path("purelib"))' \
 	> "$$($(VENV)-harness/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth"
-	$(HARNESS_PIP) --editable '.[harness]' aiohttp 'filelock<4' loguru python-dotenv pytz tenacity \
+	$(HARNESS_PIP) --editable '.[harness,quantization]' aiohttp 'filelock<4' loguru python-dotenv pytz tenacity \
 	'guidellm>=0.8,<0.9' 'litellm>=1.80,<2'
 	$(HARNESS_PIP) --no-deps 'lmms-eval>=0.7.3,<0.8'
 	! command -v npm >/dev/null || \

@@ -67,6 +67,7 @@ LAZY = (
     "sacrebleu",
     "soundfile",
     "tensorboard",
+    "torchao",
     "torchaudio",
 )
 

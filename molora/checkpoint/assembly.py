@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
@@ -15,6 +15,7 @@ from molora.modality import Modality
 from molora.model.backbone import Backbone
 from molora.model.lora import lora_config
 from molora.model.molora import MoLoRA
+from molora.model.quantization import Quantization
 from molora.plugins import Finder, Found, find
 from molora.routing import TEXT, RoutingError, check_part
 
@@ -23,15 +24,19 @@ from molora.routing import TEXT, RoutingError, check_part
 class BackboneConfig:
     """A causal LM: `path` is a folder, a hub id, or `package:NAME` for the GGUF file in an installed Python package;
     `revision` is a branch, tag or commit on the hub. `dtype` casts its weights; by default they keep their stored
-    dtype, those of a GGUF file fp32."""
+    dtype, those of a GGUF file fp32. `quantization` stores its linear layers, but for the head, in 4 bits (`nf4`) or 8
+    (`int8`); they compute in the dtype, and encoders, projectors and adapters are what they are without."""
 
     path: str
     dtype: str | None = None
     revision: str | None = None
+    quantization: Quantization = "none"
 
     def __post_init__(self) -> None:
         if self.dtype is not None:
             self.dtype = str(read_dtype(self.dtype)).removeprefix("torch.")
+        if self.quantization not in (known := get_args(Quantization)):
+            raise ValueError(f"quantization: {self.quantization!r:.80} is none; give one of {', '.join(known)}")
 
 
 @dataclass(kw_only=True)

@@ -14,6 +14,7 @@ from molora.config import ConfigError
 from molora.data.processor import Processor
 from molora.media import MediaPolicy
 from molora.model.molora import MoLoRA
+from molora.model.quantization import Quantization
 from molora.received import file_hash
 from molora.routing import TEXT
 from molora.terminal import warn
@@ -83,12 +84,13 @@ def plan_model(
     *,
     router: RouterConfig | None = None,
     dtype: str | None = None,
+    quantization: Quantization | None = None,
     media_policy: MediaPolicy | None = None,
     trust: Sequence[str] = (),
 ) -> ModelPlan:
-    """The plan of a run folder, or of a backbone with modality folders, with another `router` or `dtype` if given.
-    Raises ConfigError or ValueError naming the file that is missing or wrong, Untrusted for code that `trust` does not
-    name."""
+    """The plan of a run folder, or of a backbone with modality folders, with another `router`, `dtype` or
+    `quantization` if given. Raises ConfigError or ValueError naming the file that is missing or wrong, Untrusted for
+    code that `trust` does not name."""
     layout = locate(source, modalities)
     run = layout.run
     plans = {name: read_plan(folder, name, trust) for name, folder in layout.folders.items()}
@@ -97,7 +99,10 @@ def plan_model(
     else:
         chosen, where, learned = run.router_plan(trust), str(run.folder / "molora.json"), run.folder
     dtype = dtype or (None if run is None else run.backbone["dtype"])
-    backbone = BackboneConfig(path=layout.backbone, dtype=dtype, revision=layout.revision)
+    recorded: Quantization = "none" if run is None else run.backbone["quantization"]
+    backbone = BackboneConfig(
+        path=layout.backbone, dtype=dtype, revision=layout.revision, quantization=quantization or recorded
+    )
     return ModelPlan(backbone, plans, chosen, where, layout.folders, learned, run, media_policy=media_policy)
 
 
@@ -105,7 +110,9 @@ def open_model(plan: ModelPlan, device: torch.device | str) -> tuple[MoLoRA, Pro
     """The model of a plan with its processor. Raises ConfigError or ValueError naming the file that does not fit;
     BackboneRefused for a backbone that cannot run."""
     given = plan.backbone
-    backbone, tokenizer = load_backbone(given.path, dtype=given.dtype, revision=given.revision, device=device)
+    backbone, tokenizer = load_backbone(
+        given.path, dtype=given.dtype, revision=given.revision, quantization=given.quantization, device=device
+    )
     warnings = []
     if plan.run is not None:
         warnings += backbone.identity.check(plan.run.backbone, str(plan.run.folder / "molora.json"))

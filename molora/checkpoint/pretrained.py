@@ -1,5 +1,6 @@
 """Opening a backbone and its tokenizer: from a folder, an installed package or the hub, frozen, hashed and probed."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from molora.data.prompt import ChatTemplate
 from molora.hub import HubError, fetch_snapshot
 from molora.model.backbone import Backbone
 from molora.model.identity import Identity, describe, remember, weight_stamps
+from molora.model.quantization import Quantization, library_version
 from molora.received import read_json
 from molora.terminal import warn
 
@@ -29,11 +31,17 @@ _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 def load_backbone(
-    source: str, *, dtype: str | None = None, revision: str | None = None, device: torch.device | str = "cpu"
+    source: str,
+    *,
+    dtype: str | None = None,
+    revision: str | None = None,
+    quantization: Quantization = "none",
+    device: torch.device | str = "cpu",
 ) -> tuple[Backbone, PreTrainedTokenizerBase]:
     """Opens a causal LM and its tokenizer from a folder, an installed package or the hub, frozen, hashed and probed.
 
-    `dtype` such as "bfloat16" casts the weights; by default they keep their stored dtype.
+    `dtype` such as "bfloat16" casts the weights; by default they keep their stored dtype. They are hashed before either
+    this or `quantization`.
 
     Raises FileNotFoundError, ValueError for what cannot be read, BackboneRefused for what cannot be run.
     """
@@ -42,10 +50,13 @@ def load_backbone(
     tokenizer = load_tokenizer(folder)
     identity, remembered = describe(folder, source, tokenizer, read_config(folder))
     transformers.logging.disable_progress_bar()  # the hub's bar for downloads has been shown; loading is quick
-    model = open_stock(folder, "auto" if dtype is None else read_dtype(dtype)).to(device)  # pyright: ignore[reportArgumentType]
+    model = open_stock(folder, "auto" if dtype is None else read_dtype(dtype), quantization, device)
     if weight_stamps(folder) != before:
         raise ValueError(f"backbone {folder}: was written to while it was opened; let what writes it finish")
+    identity = replace(identity, quantization=quantization)
     key = f"{transformers.__version__} {torch.__version__} {model.dtype} {torch.device(device).type}"
+    if quantization != "none":
+        key += f" {quantization} {library_version(quantization)}"
     probes = remembered["probes"]
     backbone = Backbone(model, identity, probe=probes.get(key))
     backbone.folder = folder

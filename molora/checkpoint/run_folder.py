@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from molora.checkpoint.trust import find_received
 from molora.config import ConfigError, build
 from molora.model.identity import Identity
 from molora.model.molora import MoLoRA
+from molora.model.quantization import Quantization
 from molora.plugins import Found
 from molora.received import check_hash, check_name, file_hash, listed_files, read_tensors
 from molora.storage import write_folder, write_json, write_tensors
@@ -122,7 +123,10 @@ def read_run(run: Path) -> RunAbout:
     if router.path is not None:
         raise ValueError(f"{path}: router.path is {router.path!r:.80}, but a run has its own router; copy it again")
     files = listed_files(about["files"], path) if "files" in about else None
-    backbone = {"folder": None, "dtype": None, "revision": None, **backbone}
+    backbone = {"folder": None, "dtype": None, "revision": None, "quantization": "none", **backbone}
+    if backbone["quantization"] not in get_args(Quantization):
+        told = f"quantization is {backbone['quantization']!r:.80}, expected one of {', '.join(get_args(Quantization))}"
+        raise ValueError(f'{path}: "backbone": {told}; copy it again')
     return RunAbout(run, backbone, names, router, files, about.get("router_sha256"))
 
 

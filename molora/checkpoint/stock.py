@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from molora.config import ConfigError
+from molora.model.quantization import Quantization, quantizer, settle
 from molora.plugins import Untrusted
 from molora.received import is_number, read_json, shard_names
 
@@ -65,21 +66,33 @@ def read_dtype(given: str, key: str = "dtype") -> torch.dtype:
     return found
 
 
-def open_stock(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
-    """The causal LM of a folder as transformers has it, with eager attention. Raises OSError, ValueError."""
+def open_stock(
+    folder: Path,
+    dtype: torch.dtype | str,
+    quantization: Quantization = "none",
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
+    """The causal LM of a folder as transformers has it, with eager attention. Raises OSError, ValueError, and
+    ImportError for a library that is missing."""
+    how = quantizer(quantization)
     config = read_config(folder)
     # Some released configs name flash attention. Where that is not installed, its kernel would be fetched. What
     # config.json says wins over an argument, but not over the config's own attribute.
     config._attn_implementation = "eager"
+    # What is quantised as it is read is put where it shall be; else torch moves it, tensor by tensor.
+    more = {"quantization_config": how, "device_map": {"": device}} if how else {}
     model, about = _opened(
-        AutoModelForCausalLM, folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+        AutoModelForCausalLM, folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **more
     )
     if missing := sorted(about["missing_keys"]):
         raise ValueError(
             f"backbone {folder}: its weights lack {len(missing)} tensors that config.json asks for, such as "
             f"{missing[0]}, and transformers would make them up; copy the whole folder again"
         )
-    return model
+    if how:
+        settle(model)
+        return model
+    return model.to(device)  # pyright: ignore[reportArgumentType]
 
 
 def read_config(folder: Path) -> Any:

@@ -1,5 +1,6 @@
 """The command line. Libraries are imported inside the commands, so that `--help` does not wait for them."""
 
+import logging
 import os
 import sys
 from typing import Annotated, Any
@@ -55,6 +56,8 @@ def main() -> None:
     """Runs the command line; a user's mistake is one paragraph on standard error and exit code 1."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    for library in ("bitsandbytes", "torch.utils._pytree"):  # what quantisers have to say when they are imported
+        logging.getLogger(library).setLevel(logging.ERROR)
     settle_in()
     try:
         app()

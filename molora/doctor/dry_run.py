@@ -30,6 +30,7 @@ from molora.convert.release import layout_of
 from molora.model.backbone import Backbone
 from molora.model.identity import Identity
 from molora.model.molora import MoLoRA
+from molora.model.quantization import Quantization, without_weights
 from molora.testing.tiny import byte_tokenizer
 from molora.train.recipe import Recipe, plan_recipe
 
@@ -39,6 +40,7 @@ def on_meta(
     modalities: Sequence[str | Path] = (),
     *,
     dtype: str | None = None,
+    quantization: Quantization | None = None,
     trust: Sequence[str] = (),
 ) -> MoLoRA:
     """The model of a recipe, of a run, or of a backbone (folder or hub id) with modality folders, on the meta device.
@@ -54,7 +56,7 @@ def on_meta(
     elif layout_of(source) is not None:
         raise ConfigError(f"{source}: a release; make it a run first: molora convert phi4mm {source} runs/phi4mm")
     else:
-        plan = plan_model(source, modalities, trust=trust)
+        plan = plan_model(source, modalities, quantization=quantization, trust=trust)
     with torch.device("meta"):
         backbone = _backbone(plan.backbone, dtype or plan.backbone.dtype)
         try:
@@ -76,6 +78,7 @@ def _backbone(given: BackboneConfig, dtype: str | None) -> Backbone:
         model = AutoModelForCausalLM.from_config(
             config, dtype=cast, attn_implementation="eager", trust_remote_code=False
         )
+    without_weights(model, given.quantization)
     # What a probe finds is a factor, which takes no memory.
     return Backbone(model, Identity(source, "", "", "", ""), probe={"embed_scale": 1.0})
 

@@ -96,7 +96,8 @@ def main(
         else:
             config = build(AnsweringConfig, options(overrides), "--fit")
             kind = pick_device().type
-            needed = answering_needs(on_meta(source, modalities, dtype=config.dtype, trust=trust), config, kind)
+            model = on_meta(source, modalities, dtype=config.dtype, quantization=config.quantization, trust=trust)
+            needed = answering_needs(model, config, kind)
     if kind == "cpu" and device_memory_gib is None:
         needed = replace(needed, process=Need("Python", libraries, "the interpreter and its libraries"))
     size = int((device_memory_gib or 0) * 2**30)

@@ -25,6 +25,7 @@ from molora.media import MediaPolicy
 from molora.modality import MediaError, Modality
 from molora.model.molora import MoLoRA
 from molora.model.pages import KeptLayers, page_tokens
+from molora.model.quantization import Quantization
 from molora.pack import Sample
 from molora.routing import RoutingError, name_of
 from molora.seeding import seed_of
@@ -125,13 +126,14 @@ def logits_of(num_bytes: int, how: str, model: MoLoRA) -> str:
 class AnsweringConfig:
     """How a model will answer: `max_running_samples` conversations at a time, each with a prompt of `prompt_tokens`,
     media included, and `max_new_tokens` of answer; fewer at a time if `kv_cache_gib` has no room for as many. `dtype`
-    casts the backbone."""
+    casts the backbone; `quantization` is as in a recipe."""
 
     prompt_tokens: int = 1024
     max_new_tokens: int = 128
     max_running_samples: int = 64
     kv_cache_gib: float | None = None
     dtype: str | None = None
+    quantization: Quantization | None = None
 
 
 def answering_needs(model: MoLoRA, config: AnsweringConfig, device_type: str = "cpu") -> MemoryNeeds:

@@ -23,6 +23,7 @@ from molora.inference.text import FinalText, before, ends_at
 from molora.media import MediaPolicy
 from molora.modality import Prepared
 from molora.model.molora import MoLoRA
+from molora.model.quantization import Quantization
 from molora.pack import Sample
 from molora.ranks import pick_device
 
@@ -214,6 +215,7 @@ def load(
     *,
     router: RouterConfig | None = None,
     dtype: str | None = None,
+    quantization: Quantization | None = None,
     device: str | None = None,
     allow_urls: bool = False,
     allow_private_addresses: bool = False,
@@ -221,6 +223,8 @@ def load(
     deterministic_batch: bool = False,
 ) -> LoadedModel:
     """Opens a run folder, or a backbone (folder or hub id) with modality folders.
+
+    `dtype` and `quantization` of the backbone are by default those of a run, or none; see `BackboneConfig`.
 
     Folders name their plugins. Those that are neither molora's nor declared by an installed package run only if `trust`
     names them, as `path/to/file.py:Class` or `package.module:Class`, or did so before; see `molora.checkpoint.trust`.
@@ -237,6 +241,7 @@ def load(
         modalities,
         router=router,
         dtype=dtype,
+        quantization=quantization,
         media_policy=MediaPolicy(allow_urls=allow_urls, allow_private_addresses=allow_private_addresses),
         trust=trust,
     )

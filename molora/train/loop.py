@@ -24,9 +24,11 @@ from molora.data.sources import EncodedSamples, Skipped
 from molora.evaluate.judge import Evaluation, EvaluationConfig, complaints
 from molora.evaluate.metrics import Judged
 from molora.evaluate.results import forget_steps, keep_step
+from molora.heartbeat import together
 from molora.inference.load import LoadedModel
 from molora.interrupt import Interrupt, Stopped
 from molora.model import lora
+from molora.model.quantization import library_version
 from molora.pack import Sample
 from molora.ranks import Ranks, launched_ranks
 from molora.received import read_json
@@ -62,12 +64,18 @@ def train(recipe: Recipe, *, show: bool = True, trust: Sequence[str] = ()) -> Pa
     What the recipe names may run, and is trusted from then on; plugins that a folder it names (`path`) names in turn
     may run if `trust` names them, as in `molora.load`.
 
-    Once training begins, the first SIGINT or SIGTERM saves after the step under way and raises Stopped; a second acts.
+    Once training begins, the first SIGINT, SIGTERM or SIGUSR1 that any rank gets saves after the step under way and
+    raises Stopped on all of them; a second acts.
 
     Raises ConfigError for a recipe that cannot work, ValueError for data that cannot be used, TrainingError when
-    training must stop, EvaluationFailed when it is done and an evaluation is not.
+    training must stop, EvaluationFailed when it is done and an evaluation is not, RankDied without another process.
     """
     ranks = launched_ranks(recipe.device)
+    with together(ranks):
+        return _train(recipe, ranks, show and ranks.is_main, trust)
+
+
+def _train(recipe: Recipe, ranks: Ranks, show: bool, trust: Sequence[str]) -> Path:
     folder = Path(recipe.run)
     try:
         state = latest_state(folder)
@@ -84,7 +92,7 @@ def train(recipe: Recipe, *, show: bool = True, trust: Sequence[str] = ()) -> Pa
     with hold(folder):
         if latest_state(folder) != state:
             raise ConfigError(f"{folder}: another process trained it meanwhile; start again to go on from there")
-        run = _Run(recipe, steps, ranks, position, show and ranks.is_main, trust)
+        run = _Run(recipe, steps, ranks, position, show, trust)
         try:
             run.begin(state, trials)
             with run.bars, run.interrupt:
@@ -458,7 +466,8 @@ class _Run:
 
     def _environment(self) -> dict[str, Any]:
         device, dtype = self.ranks.device.type, str(self.model.backbone.model.dtype)
-        return environment(device=device, dtype=dtype, ranks=self.ranks.count)
+        quantised = library_version(self.recipe.backbone.quantization)
+        return environment(device=device, dtype=dtype, ranks=self.ranks.count, quantization=quantised)
 
     def _restore(self, state: Path) -> None:
         """Puts a saved state back. Raises ConfigError naming what differs from the run that saved it."""

@@ -26,6 +26,7 @@ from molora.model.identity import weights_hash
 from molora.model.lora import adapter_tensors
 from molora.model.molora import MoLoRA
 from molora.model.probe import decoder_layers, difference, largest, stock_attention
+from molora.model.quantization import plain_tensors
 from molora.pack import Pack, Sample, collate
 from molora.received import read_tensors
 from molora.routing import Flow, Routing, RoutingError
@@ -79,7 +80,8 @@ class _Checked:
     def __init__(self, model: MoLoRA, samples: Sequence[Sample], folders: Mapping[str, Path]) -> None:
         self.model, self.samples, self.folders = model, samples, folders
         self.source = model.backbone.folder
-        self.stock: Any = open_stock(self.source, model.backbone.model.dtype).to(model.device).eval()  # pyright: ignore[reportArgumentType]
+        dtype, quantization = model.backbone.model.dtype, model.backbone.identity.quantization
+        self.stock: Any = open_stock(self.source, dtype, quantization, model.device).eval()
         self.stock.set_attn_implementation(stock_attention(self.stock))
         self.pack = collate(samples, model.modalities, model.router.order).to(model.device)
         self.packed = self.logits()
@@ -102,7 +104,11 @@ def frozen(checked: _Checked) -> Iterator[Finding]:
     whole = weights_hash(checked.source) == model.backbone.identity.weights
     yield Finding(promise, "backbone files have the recorded hash", whole)
     mine = {name.replace(".base_layer.", "."): value for name, value in model.backbone.model.state_dict().items()}
-    same = all(torch.equal(mine[name], value) for name, value in stock.state_dict().items())
+    same = all(
+        torch.equal(ours, theirs)
+        for name, value in stock.state_dict().items()
+        for ours, theirs in zip(plain_tensors(mine[name]), plain_tensors(value), strict=True)
+    )
     yield Finding(promise, "weights in memory equal those on disk to the bit", same)
     texts = [checked.alone(sample) for sample in checked.samples if not sample.items]
     dressed = model.router.adapters(frozenset())
