@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import mimetypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -129,14 +129,10 @@ class LocalModel:
     def answer(
         self, prompts: Sequence[Prompt], how: DecodingConfig, seed: int, room: int | None, advance: Callable[[], object]
     ) -> list[Reply]:
-        samples: list[Sample | Failed] = []
-        for id, messages in prompts:
-            sample = attempt(partial(self.loaded.encode, messages, id), id)
-            if room is not None and isinstance(sample, Sample):
-                room -= len(sample) + how.max_new_tokens
-                if room < 0:
-                    break
-            samples.append(sample)
+        samples: Iterable[Sample | Failed]
+        samples = (attempt(partial(self.loaded.encode, messages, id), id) for id, messages in prompts)
+        if room is not None:
+            samples = _within(samples, room, how.max_new_tokens)
         config = GenerationConfig(
             max_new_tokens=how.max_new_tokens,
             temperature=how.temperature,
@@ -150,12 +146,24 @@ class LocalModel:
             error = "" if answer.error is None else str(answer.error)
             replies[answer.id] = Reply(answer.text, answer.finished, answer.prompt_tokens, answer.answer_tokens, error)
             advance()
-        return [replies[sample.id] for sample in samples]
+        return [replies[id] for id, _ in prompts if id in replies]
 
     def grammar(self, how: DecodingConfig) -> Grammar | None:
         if how.schema is not None:
             return self.grammars.of_json_schema(how.schema)
         return None if how.regex is None else self.grammars.of_regex(how.regex)
+
+
+def _within(samples: Iterable[Sample | Failed], room: int, max_new_tokens: int) -> list[Sample | Failed]:
+    """The first samples, as many as there is room for with the longest answers."""
+    found: list[Sample | Failed] = []
+    for sample in samples:
+        if isinstance(sample, Sample):
+            room -= len(sample) + max_new_tokens
+        if room < 0:
+            break
+        found.append(sample)
+    return found
 
 
 class ServerModel:

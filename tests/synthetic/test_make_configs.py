@@ -83,7 +83,10 @@ def scripted(body: dict[str, Any]) -> str:
     fact = next((fact for fact in FACTS if fact[:20] in said), FACTS[body["seed"] % len(FACTS)])
     if form.get("type") == "regex":
         letter = re.search(rf"^([A-D])\. {re.escape(fact[4:20])}$", said, re.MULTILINE)
-        return {"yes|no": "yes", "A|B": "B"}.get(form["pattern"]) or (letter[1] if letter else "A")
+        if form["pattern"] == "A|B":  # a draft is what was said with the smaller number
+            first, second = (int(found) for found in re.findall(r"number (\d+)\.", said))
+            return "B" if second > first else "A"
+        return "yes" if form["pattern"] == "yes|no" else letter[1] if letter else "A"
     if form:
         wrong = [other[4:20] for other in FACTS if other != fact][:3]
         return json.dumps({"question": f"{fact[:-1]}, or who does?", "right": fact[4:20], "wrong": wrong})
