@@ -22,7 +22,7 @@ Part = Mapping[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
 
 _KEYS = ("role", "content", "train")
-_MORE_KEYS = {"assistant": ("tool_calls",), "tool": ("tool_call_id", "name")}
+_MORE_KEYS = {"assistant": ("tool_calls", "token_ids"), "tool": ("tool_call_id", "name")}
 _SPEAKERS = {
     "system": "system",
     "human": "user",
@@ -72,7 +72,20 @@ def check(messages: Sequence[Message], part_types: Mapping[str, str] | None, whe
             raise ValueError(f"{here}: content: expected text or a list of parts, got {message.get('content')!r:.80}")
         for j, part in enumerate(parts(message)):
             _check_part(part, part_types, f"{here}, part {j}")
+        if (token_ids := message.get("token_ids")) is not None:
+            _check_token_ids(token_ids, i == len(messages) - 1, here)
     check_calls(messages, where)
+
+
+def _check_token_ids(token_ids: Any, is_last: bool, here: str) -> None:
+    """Token ids say what of an answer was there `before`, and what the `answer` goes on with."""
+    ids = [token_ids.get(key) for key in ("before", "answer")] if isinstance(token_ids, Mapping) else [None]
+    if not all(isinstance(each, list) and all(type(id) is int and id >= 0 for id in each) for each in ids):
+        raise ValueError(f"{here}: token_ids: expected lists of numbers as before and answer, got {token_ids!r:.80}")
+    if not ids[1] or len(token_ids) > 2:
+        raise ValueError(f"{here}: token_ids: expected before and answer, of one token or more, and nothing else")
+    if not is_last:
+        raise ValueError(f"{here}: token_ids: only the last message may be given by its tokens, and others follow")
 
 
 def _check_part(part: Part, part_types: Mapping[str, str] | None, here: str) -> None:

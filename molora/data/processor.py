@@ -81,6 +81,9 @@ class Processor:
         where = f"sample {id}"
         self._check_counts(messages, where)
         check(messages, self.part_types, where)
+        if (token_ids := messages[-1].get("token_ids")) is not None:
+            prompt = self.encode(messages[:-1], id, generate=True, seed=seed, known=known)
+            return self._continued(prompt, messages[-1], token_ids, where)
         texts = [part["text"] for message in messages for part in parts(message) if part["type"] == "text"]
         told = [tools, *(message.get("tool_calls") for message in messages)]
         self._check_texts([*texts, *(as_json(each, f"{where}: tools") for each in told if each)], where)
@@ -128,6 +131,22 @@ class Processor:
             targets_T=torch.tensor(prompt.targets, dtype=torch.bool),
             items=tuple(item for _, item in placed),
         )
+
+    def _continued(self, prompt: Sample, message: Message, token_ids: Mapping[str, list[int]], where: str) -> Sample:
+        """A prompt with an answer that is given by its tokens, of which those of its `answer` are targets; nothing ends
+        it, as it may be a part of one."""
+        before, answer = token_ids["before"], token_ids["answer"]
+        highest = max(*before, *answer)
+        if highest >= len(self.tokenizer) or self.decode([*before, *answer]) != message["content"]:
+            raise ValueError(
+                f"{where}: token_ids: do not read {message['content']!r:.80}, the content; another tokenizer made them"
+            )
+        sample = prompt.followed_by([*before, *answer])
+        if len(sample) > self.max_tokens:
+            raise SampleTooLong(f"{where}: has {len(sample)} tokens, but at most {self.max_tokens} fit; shorten it")
+        learned = message.get("train") is not False
+        sample.targets_T[len(sample) - len(answer) :] = learned
+        return sample
 
     def text_ids(self, text: str, where: str) -> list[int]:
         """The tokens of a text without a template, with those that the tokenizer adds to a text. `where` starts every
