@@ -3,7 +3,9 @@
 Letters: V vocabulary.
 """
 
+import json
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,20 @@ class Grammars:
         """Answers match a regular expression from their first to their last character. Raises ValueError for one that
         cannot be followed."""
         return self._grammar(_llguidance().LLMatcher.grammar_from_regex(pattern), "the regular expression")
+
+    def of_calls(self, begin: str, end: str, parameters: Mapping[str, dict[str, Any]], *, only: bool) -> "Grammar":
+        """Between `begin` and `end` answers have calls in JSON of functions with these names and schemas of parameters;
+        `only` says that they are calls, one at least, and nothing else. Raises ValueError for a schema that cannot be
+        followed."""
+        first, last = json.dumps(begin), json.dumps("}\n" + end)
+        start = f'{first} call ("\\n" {first} call)*' if only else "(begin call)* TEXT"
+        lines = ["%llguidance {}", f"start: {start}", "TEXT: /(.|\\n)*/", f"begin[lazy]: TEXT {first}"]
+        lines.append("call: " + " | ".join(f"call_{index}" for index in range(len(parameters))))
+        for index, (name, schema) in enumerate(parameters.items()):
+            head = json.dumps(f'\n{{"name": {json.dumps(name)}, "arguments": ')
+            in_json = json.dumps({**schema, "x-guidance": {"whitespace_pattern": _BLANKS}})
+            lines.append(f"call_{index}: {head} %json {in_json} {last}")
+        return self._grammar("\n".join(lines), "the JSON schema of a tool's parameters")
 
     def _grammar(self, text: str, what: str) -> "Grammar":
         library, tokenizer = _llguidance(), self._of_library()

@@ -25,7 +25,7 @@ from molora.serve.numbers import Numbers
 from molora.serve.preparation import Preparation
 
 # A client knows its request, and the answer's headers have the id.
-_SAMPLE = re.compile(r"^sample \S+: ")
+_SAMPLE = re.compile(r"^sample \S+: (message )?")
 
 
 class Refused(Exception):
@@ -41,7 +41,7 @@ class Refused(Exception):
 def refusal(error: ValueError, param: str | None) -> Refused:
     """What a client is told of something wrong with its request."""
     codes = {SampleTooLong: "context_length_exceeded", MediaError: "invalid_media", RoutingError: "no_routing_rule"}
-    told = _SAMPLE.sub("", str(error))
+    told = _SAMPLE.sub(lambda found: found[1] or "the request: ", str(error))
     return Refused(told, next((code for kind, code in codes.items() if isinstance(error, kind)), None), param)
 
 

@@ -11,7 +11,7 @@ from molora.inference.sampling import TokenLikelihood
 from molora.serve.asking import Choice, Refused, Request, refusal
 from molora.serve.fields import ChatBody
 from molora.serve.replies import Json, event
-from molora.serve.tool_calls import END, CallReader
+from molora.serve.tool_calls import BEGIN, END, CallReader
 
 # What `format` of a sound may say; it is read by its content.
 _SOUNDS = ("wav", "mp3", "flac", "ogg", "opus", "aac", "m4a", "webm")
@@ -58,7 +58,8 @@ async def ask(request: Request, body: ChatBody, id: str) -> None:
     decoding = request.service.decoding(body, body.limit, ends, num_likeliest=likeliest)
     messages = messages_of(body)
     request.take_places(1)
-    grammar = None if body.response_format is None else await asyncio.to_thread(_grammar, request, body)
+    holds = body.response_format is not None or body.told_tools
+    grammar = await asyncio.to_thread(_grammar, request, body) if holds else None
     try:
         sample = await request.service.preparation.sample(messages, id, body.told_tools)
     except ValueError as error:
@@ -73,12 +74,17 @@ def _check_tools(request: Request, body: ChatBody) -> tuple[str, ...]:
     if not request.service.loaded.processor.template.takes_tools:
         told = f"the chat template of {request.model} takes no tools; leave tools out, or serve a model whose does"
         raise Refused(told, "tools_not_supported", "tools")
-    if body.parallel_tool_calls is not False:
-        return ()
-    if not request.service.reads_calls:
-        told = f"parallel_tool_calls false: {request.model} calls tools in a form that is not read here; leave it out"
-        raise Refused(told, None, "parallel_tool_calls")
-    return (END,)
+    held = {
+        "tool_choice": body.must_call,
+        "tools": any(tool.function.strict for tool in body.callable_tools),
+        "parallel_tool_calls": body.parallel_tool_calls is False,
+    }
+    for param, is_held in held.items():
+        if is_held and not request.service.reads_calls:
+            asked = {"tools": "strict tools are"}.get(param, f"{param} is")
+            told = f"{asked} not honoured, as {request.model} calls tools in a form that is not read here; leave it out"
+            raise Refused(told, None, param)
+    return (END,) if held["parallel_tool_calls"] else ()
 
 
 def _reader(request: Request, body: ChatBody) -> CallReader:
@@ -91,7 +97,8 @@ def _finish(choice: Choice, reader: CallReader) -> str | None:
 
 def _grammar(request: Request, body: ChatBody) -> Grammar | None:
     """What the answer is held to. Raises Refused for a form that is not known, or cannot be followed."""
-    assert body.response_format is not None
+    if body.response_format is None:
+        return _grammar_of_calls(request, body)
     form = {key: value for key, value in body.response_format.items() if value is not None}
     kind, grammars = form.pop("type", None), request.service.grammars
     given = form.pop("json_schema" if kind == "json_schema" else "pattern", None)
@@ -115,6 +122,20 @@ def _grammar(request: Request, body: ChatBody) -> Grammar | None:
                 raise ValueError(f"response_format of type {kind!r:.80} is not honoured as it is; give {known}")
     except ValueError as error:
         raise refusal(error, "response_format") from error
+
+
+def _grammar_of_calls(request: Request, body: ChatBody) -> Grammar | None:
+    """What holds calls to the tools, if one has to be called, or if a tool is strict; then others take any object."""
+    functions = [tool.function for tool in body.callable_tools]
+    if not (body.must_call or any(function.strict for function in functions)):
+        return None
+    if body.ignore_eos:
+        raise Refused("ignore_eos and calls that are held to a form contradict each other", None, "ignore_eos")
+    parameters = {each.name: (each.strict and each.parameters) or {"type": "object"} for each in functions}
+    try:
+        return request.service.grammars.of_calls(BEGIN, END, parameters, only=body.must_call)
+    except ValueError as error:
+        raise refusal(error, "tools") from error
 
 
 async def whole(request: Request, body: ChatBody) -> Json:

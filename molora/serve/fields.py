@@ -93,7 +93,7 @@ class Function(BaseModel):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Literal[False] | None = None
+    strict: bool | None = None
 
 
 class Tool(BaseModel):
@@ -109,6 +109,23 @@ class Tool(BaseModel):
         of = self.function
         told = {"name": of.name, "description": of.description, "parameters": of.parameters}
         return {"type": self.type, "function": {key: value for key, value in told.items() if value is not None}}
+
+
+class FunctionName(BaseModel):
+    """One of the tools, by its name."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str
+
+
+class NamedTool(BaseModel):
+    """The tool that the answer has to call."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["function"]
+    function: FunctionName
 
 
 _STREAMED = ({"stream_options": {"type": "object"}}, {"stream": {"const": True}})
@@ -179,7 +196,7 @@ class ChatBody(Asking):
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELIEST), BeforeValidator(_whole)] | None = None
     response_format: dict[str, Any] | None = None
     tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
@@ -188,7 +205,22 @@ class ChatBody(Asking):
             raise ValueError("top_logprobs needs logprobs: true; set it, or leave top_logprobs out")
         if self.told_tools and self.response_format is not None and self.response_format != {"type": "text"}:
             raise ValueError("response_format holds the whole answer, which leaves no room for tools; leave one out")
+        if self.must_call and not self.callable_tools:
+            raise ValueError("tool_choice asks for a call of a tool that is not among tools; give it there")
         return self
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer has to call a tool."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
+
+    @property
+    def callable_tools(self) -> list[Tool]:
+        """The tools that the answer may call."""
+        tools = [] if self.tool_choice == "none" else self.tools or []
+        if isinstance(self.tool_choice, NamedTool):
+            return [tool for tool in tools if tool.function.name == self.tool_choice.function.name]
+        return tools
 
     @property
     def told_tools(self) -> list[dict[str, Any]]:

@@ -15,8 +15,9 @@ import molora
 from molora.data.processor import Processor
 from molora.data.prompt import ChatTemplate
 from molora.inference.generate import GenerationConfig
+from molora.inference.grammar import Grammars
 from molora.inference.load import LoadedModel
-from molora.serve.tool_calls import CallReader, writes_calls
+from molora.serve.tool_calls import BEGIN, END, CallReader, writes_calls
 from molora.testing import byte_tokenizer, tiny_model
 from tests.serve.conftest import NUMBERS, Folders, Served, serving
 from tests.tools import ASKED, CALL, CALLED, TEMPLATE, TOLD, TOOL
@@ -64,7 +65,7 @@ def test_text_goes_out_while_no_call_begins() -> None:
 def caller(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Folders:
     """A model that has learned to call the tool, and to say what it was told."""
     folder = tmp_path_factory.mktemp("tools") / "caller"
-    tokenizer, model = byte_tokenizer(), tiny_model("phi4-mini", max_tokens=512)
+    tokenizer, model = byte_tokenizer(), tiny_model("phi4-mini", max_tokens=1024)
     tokenizer.chat_template = TEMPLATE
     template = ChatTemplate(tokenizer)
     learned = [(ASKED, f"I look.{CALL_TEXT}"), ([*ASKED, CALLED, TOLD], "It is red.")]
@@ -96,6 +97,14 @@ def server(caller: Folders, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 @pytest.fixture(scope="module")
 def offline(caller: Folders) -> LoadedModel:
     return molora.load(caller.backbone, caller.modalities, trust=[NUMBERS], device="cpu")
+
+
+def strict(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "strict": True, "parameters": parameters}}
+
+
+def named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
 
 
 def ask(server: Served, messages: list[Any], **more: Any) -> Any:
@@ -137,6 +146,59 @@ def test_calls_are_streamed(server: Served, more: dict[str, Any]) -> None:
     assert ends == dict.fromkeys(calls, "tool_calls")
 
 
+ONE_OF = {
+    "type": "object",
+    "properties": {"of": {"enum": ["sky", "sea"]}, "times": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["of", "times"],
+    "additionalProperties": False,
+}
+
+
+def test_a_strict_tool_is_called_as_the_model_likes_beside_free_text(server: Served) -> None:
+    (free,) = ask(server, ASKED).choices
+    (held,) = ask(server, ASKED, tools=[{**TOOL, "function": {**TOOL["function"], "strict": True}}]).choices
+    assert held.message.content == free.message.content and held.finish_reason == "tool_calls"
+    assert [call.function for call in held.message.tool_calls] == [call.function for call in free.message.tool_calls]
+
+
+@pytest.mark.parametrize("only", [False, True], ids=["with text", "calls only"])
+def test_what_is_no_call_of_a_tool_is_not_written_as_one(only: bool) -> None:
+    tokenizer = byte_tokenizer()
+    grammar = Grammars(tokenizer, frozenset([256]), len(tokenizer)).of_calls(BEGIN, END, {"hue": ONE_OF}, only=only)
+
+    def follows(text: str) -> bool:
+        its = grammar.again()
+        for token_id in [*tokenizer.encode(text), 256]:
+            if not its.allowed_V()[token_id]:
+                return False
+            its.take(token_id)
+        return True
+
+    def call(name: str, arguments: str) -> str:
+        return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+    good = call("hue", '{"of": "sky", "times": 3}')
+    assert follows(good) and follows(f"{good}\n{good}")
+    for bad in (call("hue", '{"of": "rose", "times": 3}'), call("hue", '{"of": "sky"}'), call("tone", "{}"), good[:-1]):
+        assert not follows(bad)
+    texts = ("", "I look.", f"I look.\n{good} Done.", "1 < 2, <tool")
+    assert [follows(text) for text in texts] == [not only] * len(texts)
+
+
+@pytest.mark.parametrize("choice", ["required", named("tone")], ids=["any", "one"])
+def test_a_call_can_be_had_whatever_is_asked(server: Served, choice: Any) -> None:
+    tools = [strict("hue", ONE_OF), strict("tone", ONE_OF)]
+    more: Any = {"tools": tools, "tool_choice": choice, "temperature": 2.0, "seed": 3, "parallel_tool_calls": False}
+    found = ask(server, [{"role": "user", "content": "hello"}], n=4, max_tokens=150, **more).choices
+    names = set()
+    for each in found:
+        (call,) = each.message.tool_calls
+        assert each.message.content is None and each.finish_reason == "tool_calls"
+        assert json.loads(call.function.arguments).keys() == {"of", "times"}
+        names.add(call.function.name)
+    assert names <= ({"hue", "tone"} if choice == "required" else {"tone"})
+
+
 def test_an_answer_that_is_cut_off_in_a_call_is_text(server: Served) -> None:
     (choice,) = ask(server, ASKED, max_tokens=30).choices
     assert (choice.finish_reason, choice.message.tool_calls) == ("length", None)
@@ -161,10 +223,12 @@ def test_tools_go_with_media(server: Served, offline: LoadedModel) -> None:
 @pytest.mark.parametrize(
     "more, says",
     [
-        ({"tool_choice": "required"}, "tool_choice"),
-        ({"tool_choice": {"type": "function", "function": {"name": "hue"}}}, "tool_choice"),
+        ({"tool_choice": "often"}, "tool_choice"),
+        ({"tool_choice": "required", "tools": []}, "a tool that is not among tools"),
+        ({"tool_choice": named("smell")}, "a tool that is not among tools"),
+        ({"tool_choice": "required", "extra_body": {"ignore_eos": True}}, "ignore_eos"),
         ({"tools": [{"type": "custom", "custom": {"name": "hue"}}]}, "tools"),
-        ({"tools": [{"type": "function", "function": {"name": "hue", "strict": True}}]}, "strict"),
+        ({"tools": [strict("hue", {"type": "nope"})]}, "the JSON schema of a tool's parameters cannot be followed"),
         ({"tools": [{"type": "function", "function": {"name": "<|end|>"}}]}, "tools.0.function.name"),
         ({"tools": [TOOL] * 129}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format holds the whole answer"),

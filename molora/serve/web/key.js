@@ -15,8 +15,8 @@ const dialog = made("dialog", {}, form);
 dialog.setAttribute("aria-labelledby", title.id);
 document.body.append(dialog);
 
-whenKeyIsNeeded(async (told) => {
-  why.textContent = told;
+whenKeyIsNeeded(async (refused) => {
+  why.textContent = refused ? "The server does not know this key." : "This server answers those who have a key.";
   field.value = "";
   dialog.returnValue = "";
   dialog.showModal();

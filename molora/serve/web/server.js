@@ -6,7 +6,7 @@ let askForKey = async () => null;
 /** An error in the server's own words. */
 export class ServerError extends Error {}
 
-/** `ask(why)` gives a key, or null for none; it is called where the server refuses the one it got. */
+/** `ask(refused)` gives a key, or null for none; it is called where the server wants one, or `refused` what it got. */
 export function whenKeyIsNeeded(ask) {
   askForKey = ask;
 }
@@ -68,7 +68,7 @@ async function ask(path, request = {}) {
     }
     if (response.ok) return response;
     const told = await words(response);
-    const given = response.status === 401 ? await askForKey(told) : null;
+    const given = response.status === 401 ? await askForKey(key !== "") : null;
     if (given === null) throw new ServerError(told);
     key = given;
   }
