@@ -218,7 +218,7 @@ def bars(results: Results, arms: Mapping[str, Sequence[str]], path: Path, metric
         ax.set_yticks(range(len(names)), names)
         ax.invert_yaxis()
         ax.set_xlim(0, 1.02)
-        ax.set_xlabel(f"{task}: {metric.replace('_', ' ')}" + "; dotted: most frequent answer" * bool(majority))
+        ax.set_xlabel(f"{task}: {metric.replace('_', ' ')}" + "\ndotted: most frequent answer" * bool(majority))
     save_figure(figure, path)
 
 
