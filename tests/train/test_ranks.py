@@ -1,0 +1,118 @@
+"""Ranks of which one lacks what the other has never wait for each other, and make the update that one process makes."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from molora.checkpoint.opening import open_model
+from molora.config import ConfigError, dump
+from molora.ranks import Ranks, launched_ranks
+from molora.train.loop import train
+from molora.train.optim import PartConfig, set_trainable
+from molora.train.recipe import plan_recipe
+from molora.train.step import train_step
+from tests.train.test_train import constant, outcome, recipe, two_processes, write_home
+
+FORKS = multiprocessing.get_context("forkserver")
+
+TEXT: dict[str, Any] = {"type": "text", "text": "and this?"}
+NUMBERS: dict[str, Any] = {"type": "numbers", "numbers": [0.5, 1.0]}
+LETTERS: dict[str, Any] = {"type": "letters", "letters": "abc"}
+# What a rank's share of a step may hold.
+SHARES: dict[str, list[list[dict[str, Any]]]] = {
+    "text": [[TEXT]],
+    "numbers": [[NUMBERS, TEXT]],
+    "letters": [[LETTERS, TEXT]],
+    "both": [[NUMBERS, LETTERS, TEXT]],
+    "nothing": [],
+}
+STEPS = 10
+
+
+def losses_of_all_assignments(home: Path, ranks: Ranks) -> dict[str, list[dict[str, float]]]:
+    """The losses of ten steps for every assignment of shares to two ranks, of which a lone process takes both."""
+    config = recipe(home, home / "run")
+    patterns = {name: PartConfig(learning_rate=1e-3) for name in ("encoders", "projectors", "adapters")}
+    found = {}
+    for assigned in itertools.product(SHARES, repeat=2):
+        model, processor = open_model(plan_recipe(config), "cpu")
+        model.eval()  # dropout is drawn rank by rank
+        optimizers = set_trainable(model, patterns, STEPS, "test")
+        mine = assigned if ranks.count == 1 else [assigned[ranks.index]]
+        samples = [
+            processor.encode(
+                [{"role": "user", "content": content}, {"role": "assistant", "content": "yes"}], f"{place} {index}"
+            )
+            for place, share in enumerate(mine)
+            for index, content in enumerate(SHARES[share])
+        ]
+        rows = [train_step(model, processor, samples, 4096, optimizers, ranks) for _ in range(STEPS)]
+        found[" and ".join(assigned)] = [
+            {key: value for key, value in row.items() if key.startswith("loss/")} for row in rows
+        ]
+    return found
+
+
+def as_rank(rank: int, port: int, home: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.save(losses_of_all_assignments(home, launched_ranks("cpu")), home / f"losses {rank}")
+
+
+def test_every_assignment_of_modalities_to_two_ranks_trains_as_one_process(tmp_path: Path) -> None:
+    home = write_home(tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [FORKS.Process(target=as_rank, args=(rank, port, home)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    expected = losses_of_all_assignments(home, Ranks(torch.device("cpu")))
+    for process in ranks:
+        process.join(120)
+        if process.is_alive():
+            process.kill()
+            raise AssertionError("the ranks wait for each other")
+        assert process.exitcode == 0
+    for rank in range(2):
+        ours = torch.load(home / f"losses {rank}", weights_only=True)
+        assert ours.keys() == expected.keys() and len(expected) == len(SHARES) ** 2
+        for assigned, rows in expected.items():
+            for step, row in enumerate(rows):
+                assert ours[assigned][step] == pytest.approx(row, rel=1e-5, abs=1e-5), f"{assigned}, step {step}"
+
+
+def test_a_run_of_two_ranks_goes_on_in_one_process_where_that_is_allowed(tmp_path: Path) -> None:
+    home = write_home(tmp_path)
+    adapter = {"r": 4, "lora_alpha": 8, "target_modules": ["qkv_proj", "down_proj"]}
+    plugins = {name: f"molora.testing:{name.capitalize()}" for name in ("numbers", "letters")}
+    modalities = {name: {"plugin": plugin, "adapter": adapter} for name, plugin in plugins.items()}
+    changes: dict[str, Any] = {"modalities": modalities, "evaluations": {}}
+    (tmp_path / "begun.yaml").write_text(dump(constant(home, tmp_path / "begun", 5, **changes)))
+    two_processes(tmp_path / "begun.yaml", launched=False)
+    with pytest.raises(ConfigError, match="ranks 2 then, 1 now"):
+        train(constant(home, tmp_path / "begun", 10, **changes), show=False)
+    changes["allow_changed_environment"] = True
+    train(constant(home, tmp_path / "begun", 10, **changes), show=False)
+    train(constant(home, tmp_path / "whole", 10, **changes), show=False)
+    ours, expected = outcome(tmp_path / "begun"), outcome(tmp_path / "whole")
+    assert len(ours["rows"]) == len(expected["rows"]) == 12
+    for row, other in zip(ours["rows"], expected["rows"], strict=True):
+        assert row["samples_digest"] == other["samples_digest"]
+        for key in [key for key in other if key.startswith("loss/")]:
+            assert row[key] == pytest.approx(other[key], rel=1e-5, abs=1e-5), f"step {row['step']}: {key}"
+    for name, values in expected["tensors"]["weights.safetensors"].items():
+        weights = torch.tensor(ours["tensors"]["weights.safetensors"][name])
+        torch.testing.assert_close(weights, torch.tensor(values), rtol=0, atol=1e-4)
