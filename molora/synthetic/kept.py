@@ -22,10 +22,11 @@ def digest(*values: Any) -> str:
 
 class Kept:
     """Results by the digest of what they depend on. Those that are kept in one call are there together or not at all.
-    Raises ConfigError for a file that holds anything else."""
+    The file is made if it is not there. Raises ConfigError for one that holds anything else."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        path.touch()
         self.found: dict[str, Any] = {}
         for _, row in written_rows(path, str(path), _RESULT, how="take the file away, or give another output"):
             if not isinstance(row.get(_RESULT), Mapping):

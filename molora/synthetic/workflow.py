@@ -32,6 +32,8 @@ from molora.terminal import progress
 
 # Of the ids of rows, and of columns that have the name of what every row has.
 _OWN = ("id", "lineage")
+# What models answered; a folder that has it is a workflow's.
+_ANSWERS = "answers.jsonl"
 
 
 @dataclass(kw_only=True)
@@ -120,10 +122,11 @@ class Workflow:
     def run(self) -> list[Done]:
         """Runs all steps, and writes their rows. Raises OutOfBudget; what was answered is kept, and the same call with
         a larger budget goes on."""
-        for folder in ("steps", "dropped"):
-            (self.folder / folder).mkdir(parents=True, exist_ok=True)
+        self._check_output()
         with hold(self.folder):
-            self.kept = Kept(self.folder / "answers.jsonl")
+            self.kept = Kept(self.folder / _ANSWERS)
+            for folder in ("steps", "dropped"):
+                (self.folder / folder).mkdir(exist_ok=True)
             result = self.folder / "rows.jsonl"
             result.unlink(missing_ok=True)  # it is there when it is that of this config
             write_text(self.folder / "config.yaml", dump(self.config))
@@ -135,6 +138,14 @@ class Workflow:
             last = done[self.config.steps[-1].name]
             write_atomically(result, lambda path: path.write_bytes(b"".join(self._lines(last))))
         return list(done.values())
+
+    def _check_output(self) -> None:
+        """Makes the folder. Raises ConfigError for one with files of somebody else, which could be written over."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        others = sorted(path.name for path in self.folder.iterdir() if not path.name.startswith("."))
+        if others and _ANSWERS not in others:
+            told = f"output {self.folder}: holds {others[0]}, and no {_ANSWERS} of a workflow"
+            raise ConfigError(f"{self.where}: {told}; give a folder of its own")
 
     def _open(self, number: int, config: StepConfig) -> Any:
         where = f"{self.where}: steps.{number} ({config.name})"

@@ -345,6 +345,14 @@ def test_a_step_that_fails_is_named(model: LoadedModel, seeds: Path, tmp_path: P
         opened(model, values, tmp_path).run()
 
 
+def test_a_folder_with_other_files_is_left_as_it_is(model: LoadedModel, seeds: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine/steps").mkdir(parents=True)
+    (tmp_path / "mine/rows.jsonl").write_text("mine")
+    with pytest.raises(ConfigError, match="output .*mine: holds rows.jsonl, and no answers.jsonl .* folder of its own"):
+        opened(model, config(model, seeds, tmp_path / "mine"), tmp_path).run()
+    assert (tmp_path / "mine/rows.jsonl").read_text() == "mine"
+
+
 def test_rows_that_cannot_be_told_apart_are_refused(model: LoadedModel, tmp_path: Path) -> None:
     seeds = tmp_path / "seeds.jsonl"
     seeds.write_text('{"id": "a", "question": "1?"}\n{"id": "a", "question": "2?"}\n')
