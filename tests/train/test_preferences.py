@@ -35,7 +35,7 @@ from molora.train.optim import PartConfig, set_trainable
 from molora.train.preference import Reference, preference_step
 from molora.train.preference_losses import LOSSES, PreferenceConfig
 from molora.train.recipe import Recipe
-from tests.train.test_train import two_processes
+from tests.train.test_train import outcome_in_spite_of_kills, two_processes
 
 TARGETS = ["o_proj", "down_proj"]
 # TRL's padded batch would have LongRoPE's frequencies of its longest row.
@@ -385,6 +385,18 @@ def test_a_stage_of_preferences_goes_on_as_if_it_had_not_stopped(
         molora.GenerationConfig(max_new_tokens=2),
     )
     assert isinstance(answer, str)
+
+
+def test_a_stage_of_preferences_killed_at_twenty_moments_ends_like_one_that_was_not(home: Path, tmp_path: Path) -> None:
+    """What it learned before the stage is the reference, which is in no file but the state."""
+    runs = [recipe(home, tmp_path / name, steps=4) for name in ("straight", "killed")]
+    answers = {"rows": {"kind": "messages", "options": {"path": str(home / "answers.jsonl")}}}
+    before = recipe(home, tmp_path / "any", name="answers", objective="answers", data=answers, steps=2).stages[0]
+    for run in runs:
+        run.stages.insert(0, before)
+    ours = outcome_in_spite_of_kills(*runs)
+    assert [row["step"] for row in ours["rows"]] == [1, 2, 3, 4, 5, 6]
+    assert "accuracy/letters" in ours["rows"][-1]
 
 
 def test_two_processes_learn_like_one(home: Path, tmp_path: Path) -> None:

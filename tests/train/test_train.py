@@ -190,20 +190,19 @@ def run_command(arguments: list[str], told: Path, environment: dict[str, str]) -
     main()
 
 
-def test_a_run_killed_at_twenty_moments_ends_like_one_that_was_not(home: Path, tmp_path: Path) -> None:
+def outcome_in_spite_of_kills(straight: Recipe, killed: Recipe) -> dict[str, Any]:
+    """The outcome of a run, which is the same to the bit for one that is killed twenty times: ten times in the middle
+    of saves, ten at any time, in turn."""
     warm = FORKS.Process(target=int)  # imports the libraries, which no later process waits for
     warm.start()
     warm.join()
     started = time.monotonic()
-    keep = {"evaluation": "rows", "metric": "answered", "highest": True}
-    straight = spawn(recipe(home, tmp_path / "straight", keep_best=keep))
-    straight.join()
-    assert straight.exitcode == 0
+    first = spawn(straight)
+    first.join()
+    assert first.exitcode == 0
     took = time.monotonic() - started
-
-    killed = recipe(home, tmp_path / "killed", keep_best=keep)
+    expected, run = outcome(Path(straight.run)), Path(killed.run)
     moments = random.Random(7)
-    # Ten kills in the middle of saves, ten at any time, in turn.
     kills = 0
     for attempt in range(200):
         in_a_save = attempt % 2 == 0
@@ -216,18 +215,25 @@ def test_a_run_killed_at_twenty_moments_ends_like_one_that_was_not(home: Path, t
         if kills == 20:
             break
         if process.exitcode == 0:  # it finished: begin again, so that there is something left to kill
-            assert outcome(tmp_path / "killed") == outcome(tmp_path / "straight")
-            subprocess.run(["rm", "-r", tmp_path / "killed"], check=True)
+            assert outcome(run) == expected
+            subprocess.run(["rm", "-r", run], check=True)
     assert kills == 20
     last = spawn(killed)
     last.join()
     assert last.exitcode == 0
-    ours, expected = outcome(tmp_path / "killed"), outcome(tmp_path / "straight")
-    steps = [(row["step"], "rows/exact_match" in row) for row in ours["rows"]]
-    assert len(steps) == len(set(steps)), "a step was logged twice"
+    ours = outcome(run)
     for key in expected:
         assert ours[key] == expected[key], f"{key} differ after {kills} kills"
-    assert "best/best.json" in expected["files"] and expected["state"]["best"]["step"] in range(1, 13)
+    return ours
+
+
+def test_a_run_killed_at_twenty_moments_ends_like_one_that_was_not(home: Path, tmp_path: Path) -> None:
+    keep = {"evaluation": "rows", "metric": "answered", "highest": True}
+    straight, killed = (recipe(home, tmp_path / name, keep_best=keep) for name in ("straight", "killed"))
+    ours = outcome_in_spite_of_kills(straight, killed)
+    steps = [(row["step"], "rows/exact_match" in row) for row in ours["rows"]]
+    assert len(steps) == len(set(steps)), "a step was logged twice"
+    assert "best/best.json" in ours["files"] and ours["state"]["best"]["step"] in range(1, 13)
 
 
 def test_a_finished_run_does_nothing_more(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
