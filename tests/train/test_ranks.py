@@ -42,9 +42,14 @@ def losses_of_all_assignments(home: Path, ranks: Ranks) -> dict[str, list[dict[s
     config = recipe(home, home / "run")
     patterns = {name: PartConfig(learning_rate=1e-3) for name in ("encoders", "projectors", "adapters")}
     found = {}
+    model, processor = open_model(plan_recipe(config), "cpu")
+    model.eval()  # dropout is drawn rank by rank
+    learned = [weight for weights in model.parts().values() for weight in weights.values()]
+    begun = [weight.detach().clone() for weight in learned]
     for assigned in itertools.product(SHARES, repeat=2):
-        model, processor = open_model(plan_recipe(config), "cpu")
-        model.eval()  # dropout is drawn rank by rank
+        with torch.no_grad():
+            for weight, value in zip(learned, begun, strict=True):
+                weight.copy_(value)
         optimizers = set_trainable(model, patterns, STEPS, "test")
         mine = assigned if ranks.count == 1 else [assigned[ranks.index]]
         samples = [
