@@ -53,7 +53,7 @@ def test_the_script_for_slurm_is_bash_without_a_mistake() -> None:
 
 
 def wait_until(so: Callable[[], bool], process: subprocess.Popen[bytes], told: Path) -> None:
-    for _ in range(2400):
+    for _ in range(12_000):
         assert process.poll() is None, told.read_text()[-3000:]
         if so():
             return
@@ -81,6 +81,7 @@ def test_a_job_of_slurm_that_loses_a_process_and_is_taken_away_ends_as_if_it_had
     step, requeued, told = tmp_path / "step", tmp_path / "requeued", tmp_path / "told"
     environment = {
         **os.environ,
+        "OMP_NUM_THREADS": "1",  # as the run beside it has
         "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         **{"SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_ID": "7"},
         **{"SLURM_JOB_END_TIME": str(int(time.time()) + 100), "MASTER_PORT": str(port)},
@@ -105,14 +106,14 @@ def test_a_job_of_slurm_that_loses_a_process_and_is_taken_away_ends_as_if_it_had
             os.killpg(launcher.pid, signal.SIGUSR1)
             for rank in launcher.children():
                 rank.send_signal(signal.SIGUSR1)
-            assert job.wait(60) == 0, told.read_text()[-3000:]
+            assert job.wait(300) == 0, told.read_text()[-3000:]
         finally:
             job.kill()
         assert requeued.read_text() == "7\n"
         assert "stopped by SIGUSR1 after step" in " ".join(told.read_text().split())
         done = rows()
         assert 20 < done < 65
-        subprocess.run(command, shell=True, env=environment, stdout=file, stderr=file, check=True, timeout=300)
+        subprocess.run(command, shell=True, env=environment, stdout=file, stderr=file, check=True, timeout=600)
     two_processes(of("straight"), launched=False)
     ours, expected = outcome(tmp_path / "job"), outcome(tmp_path / "straight")
     for key in expected:
