@@ -213,9 +213,11 @@ class Feed(Cache):
             writes.append(self._places(sample, window, first, end))
             written.append(torch.arange(start + first - sample.length, start + length))
             start += length
-            if not self._fresh and window is None:
+            if self._fresh:
+                continue
+            if window is None:
                 read.append(_as_slice(self._places(sample, None, 0, end), self._device))
-            elif not self._fresh:
+            else:
                 seen = max(0, sample.length - window + 1)
                 read.append(self._places(sample, window, seen, sample.length).to(self._device))
         all_written = sum(map(len, written)) == start

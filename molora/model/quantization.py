@@ -35,7 +35,7 @@ def quantizer(quantization: Quantization) -> Any:
         from transformers import BitsAndBytesConfig
 
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    from torchao.quantization import Int8WeightOnlyConfig
+    from torchao.quantization import Int8WeightOnlyConfig  # pyright: ignore[reportMissingImports]
     from transformers import TorchAoConfig
 
     return TorchAoConfig(Int8WeightOnlyConfig())

@@ -64,7 +64,8 @@ def name_and_part_type(tested: ModalityUnderTest) -> str:
     part_type = modality.part_type
     if not isinstance(part_type, str) or part_type in ("", "text"):
         raise Fault(f"part_type is {part_type!r}; name a content part such as 'image', not 'text', the tokenizer's")
-    twin = Blueprint(tested.spec, tested.plugin("twin", tested.config), None)
+    other = tested.plugin("twin", tested.config)
+    twin = Blueprint(tested.spec, other, None)
     try:
         tiny_molora({OWN: tested.blueprint(), "twin": twin})
     except ConfigError:
@@ -72,7 +73,7 @@ def name_and_part_type(tested: ModalityUnderTest) -> str:
         named = [entry.name for entry in modalities() if entry.columns[:1] == (part_type,)]
         others = " and ".join(repr(name) for name in named if resolve("modality", name) is not tested.plugin)
         return f"{told}, and so does {others}: the two cannot be used together" if others else told
-    wrong = f"two of it went into one model, under the part types {part_type!r} and {twin.modality.part_type!r}"
+    wrong = f"two of it went into one model, under the part types {part_type!r} and {other.part_type!r}"
     raise Fault(f"{wrong}; part_type is an attribute of the class, the same for every name")
 
 

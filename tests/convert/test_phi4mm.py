@@ -809,7 +809,7 @@ def full_model() -> MoLoRA:
         table: Any = resolve("router", "table")
         router = table(list(adapters), table.config_type(rules={"audio+vision": "vision"}), 3072)
         backbone = Backbone(stock, Identity("", "", "", "", ""), probe={"embed_scale": 1.0})
-        modalities = {name: plan.modality for name, plan in plans.items()}
+        modalities: Any = {name: plan.modality for name, plan in plans.items()}
         return MoLoRA(backbone, modalities, adapters, router)
 
 

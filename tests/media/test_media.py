@@ -389,7 +389,8 @@ def test_a_folder_that_was_saved_with_a_policy_opens_and_cannot_widen_the_caller
     loaded = molora.load(
         backbone, [tmp_path / "vision"], router=RouterConfig(options={"rules": {"vision": None}}), device="cpu"
     )
-    assert loaded.processor.modalities["vision"].config == plan.modalities["vision"].modality.config
+    planned = plan.modalities["vision"].modality
+    assert planned is not None and loaded.processor.modalities["vision"].config == planned.config
     with pytest.raises(MediaError, match="URLs are not fetched unless you allow it"):
         loaded.encode([{"role": "user", "content": [{"type": "image", "url": "http://127.0.0.1/a.png"}]}])
 

@@ -108,7 +108,7 @@ def test_packed_is_alone(folder: Path, kind: Quantization) -> None:
 
 def dequantised(folder: Path, kind: Quantization, target: Path) -> Path:
     """A plain backbone whose weights are what the quantised ones stand for."""
-    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.functional import dequantize_4bit  # pyright: ignore[reportMissingImports]
 
     plain, theirs = AutoModelForCausalLM.from_pretrained(folder), stock(folder, kind, torch.float32)
     for name, layer in theirs.named_modules():

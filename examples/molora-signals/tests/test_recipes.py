@@ -101,7 +101,7 @@ def test_strokes_and_drawings_train_apart_and_join_without_touching_vision(home:
 def test_every_row_of_the_real_data_is_taken(name: str) -> None:
     recipe = read(Recipe, RECIPES / f"{name}.yaml", [f"data_root={DATA}"])
     ((modality, config),) = recipe.modalities.items()
-    plugin = blueprint(modality, str(config.plugin), config.options, None, "here").modality
+    plugin: Any = blueprint(modality, str(config.plugin), config.options, None, "here").modality
     (evaluation,) = recipe.evaluations.values()
     for data in (*recipe.stages[0].data.values(), evaluation.data):
         source = open_source(data, "here")
