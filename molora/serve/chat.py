@@ -68,9 +68,16 @@ async def ask(request: Request, body: ChatBody, id: str) -> None:
 
 
 def _check_tools(request: Request, body: ChatBody) -> tuple[str, ...]:
-    """The texts that end an answer beside its stops. Raises Refused for tools that the model cannot be told of."""
+    """The texts that end an answer beside its stops. Raises Refused for tools that the model cannot be told of, or
+    that do not go with what else is asked."""
+    if body.must_call and not body.callable_tools:
+        told = "tool_choice asks for a call of a tool that is not among tools; give it there"
+        raise Refused(told, None, "tool_choice")
     if not body.told_tools:
         return ()
+    if body.response_format not in (None, {"type": "text"}):
+        told = "response_format holds the whole answer, which leaves no room for tools; leave one out"
+        raise Refused(told, None, "response_format")
     if not request.service.loaded.processor.template.takes_tools:
         told = f"the chat template of {request.model} takes no tools; leave tools out, or serve a model whose does"
         raise Refused(told, "tools_not_supported", "tools")

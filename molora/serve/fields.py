@@ -203,10 +203,6 @@ class ChatBody(Asking):
     def _agree(self) -> "ChatBody":
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true; set it, or leave top_logprobs out")
-        if self.told_tools and self.response_format is not None and self.response_format != {"type": "text"}:
-            raise ValueError("response_format holds the whole answer, which leaves no room for tools; leave one out")
-        if self.must_call and not self.callable_tools:
-            raise ValueError("tool_choice asks for a call of a tool that is not among tools; give it there")
         return self
 
     @property
