@@ -117,7 +117,7 @@ def _grammar(request: Request, body: ChatBody) -> Grammar | None:
             case _ if form:
                 raise ValueError(f"response_format has {', '.join(form)!r:.80}, which is not honoured; leave it out")
             case "text", None:
-                return None
+                return _grammar_of_calls(request, body)
             case "json_object", None:
                 return grammars.of_json_schema({"type": "object"})
             case "json_schema", _ if isinstance(schema, dict):
