@@ -15,12 +15,17 @@ QUESTION = """\
 How near does a frozen language model come to what a frozen encoder of sounds knows? It is asked what is heard, or which
 digit is said, through a projector and an adapter that learn from a few hundred clips. A linear probe on the mean frame
 of the same encoder and the same rows says what was to be had; a Conformer that learns from scratch, what a public
-encoder is worth."""
+encoder is worth, and once more after it learned the words alone (`objective: words`)."""
 DATA = ("sounds", "digits")
-RECIPES = ("sounds", "digits", "conformer_digits")
+RECIPES = ("sounds", "digits", "conformer_digits", "conformer_words")
 ARMS = {
     "sounds": ("frozen YAMNet", "linear probe of YAMNet"),
-    "digits": ("frozen Keyword Transformer", "Conformer from scratch", "linear probe of Keyword Transformer"),
+    "digits": (
+        "frozen Keyword Transformer",
+        "Conformer from scratch",
+        "Conformer from scratch, words first",
+        "linear probe of Keyword Transformer",
+    ),
 }
 BUDGET: dict[str, int] = {}
 NOT_SHOWN = (
@@ -37,6 +42,7 @@ def measure(work: Work) -> Iterator[Arm]:
     yield work.trained("frozen Keyword Transformer", recipes["digits"])
     yield work.figure("linear probe of Keyword Transformer", partial(probe_frames, recipe=recipes["digits"]))
     yield work.trained("Conformer from scratch", recipes["conformer_digits"])
+    yield work.trained("Conformer from scratch, words first", recipes["conformer_words"], "conformer-words")
 
 
 def sections(results: Results) -> Iterator[str]:
