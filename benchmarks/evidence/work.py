@@ -80,11 +80,12 @@ class Work:
         return self.shortened(recipe, steps=TINY_STEPS, samples=TINY_SAMPLES) if self.tiny else recipe
 
     def shortened(self, recipe: Recipe, *, steps: int, samples: int) -> Recipe:
-        """The recipe with stages of so many steps and samples; in the tiny form, no more than that takes."""
-        steps, samples = (TINY_STEPS, TINY_SAMPLES) if self.tiny else (steps, samples)
-        return replace(
-            recipe, stages=[replace(stage, steps=steps, samples_per_step=samples) for stage in recipe.stages]
-        )
+        """The recipe with stages of so many steps and samples; in the tiny form, no more than that takes, and with the
+        tiny tokenizer, whose tokens are letters and no pieces of words."""
+        changes: dict[str, Any] = {"steps": steps, "samples_per_step": samples}
+        if self.tiny:
+            changes = {"steps": TINY_STEPS, "samples_per_step": TINY_SAMPLES, "vocabulary": None}
+        return replace(recipe, stages=[replace(stage, **changes) for stage in recipe.stages])
 
     def asked(self, recipe: Recipe, questions: int | None = None, media: Sequence[str] | None = None) -> Recipe:
         """The recipe with evaluations of so many questions, each asked with each of `media`; None: as it says."""
