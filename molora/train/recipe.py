@@ -44,10 +44,9 @@ class StageConfig:
     The `objective` is what is learned. By `answers` the backbone gives them. By `words` the media tokens of a sample
     come to be the embeddings of its answer's tokens, in their order (CTC): no layer of the backbone runs, so a step
     costs little more than the encoder does, and no adapter trains. With a `vocabulary` answers
-    are spelled with so many first tokens of the tokenizer, which are pieces of words: speech is learned sooner so, and
-    for less, and words of its own by a stage after it. By `preferences` the chosen
-    answer comes to be likelier than the rejected one, beside what both were when the stage began; `preference` says by
-    which losses."""
+    are spelled with so many first tokens of the tokenizer, which are pieces of words: speech with thousands of words is
+    learned so. By `preferences` the chosen answer comes to be likelier than the rejected one, beside what both were
+    when the stage began; `preference` says by which losses."""
 
     name: str
     train: dict[str, PartConfig]

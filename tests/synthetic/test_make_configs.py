@@ -5,10 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from molora.inference.load import LoadedModel
 from molora.plugins import available
 from molora.synthetic.workflow import StepConfig, Workflow, open_workflow
 from molora.testing import byte_tokenizer, tiny_model
+from tests.scripted import serving
 
 FOLDER = Path(__file__).parents[2] / "configs" / "make"
 # Speech has a test of its own.
@@ -113,26 +112,10 @@ def scripted(body: dict[str, Any]) -> str:
     return f"{fact} So much is known, number {body['seed']}."
 
 
-class Scripted(BaseHTTPRequestHandler):
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        message = {"role": "assistant", "content": scripted(body)}
-        usage = {"prompt_tokens": 1, "completion_tokens": 1}
-        data = json.dumps({"choices": [{"message": message, "finish_reason": "stop"}], "usage": usage}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: Any) -> None: ...
-
-
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Scripted) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/v1"
-        server.shutdown()
+    with serving(scripted) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

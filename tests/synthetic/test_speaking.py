@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import base64
-import json
 import random
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,41 +13,28 @@ import pytest
 from molora.data.sources import Messages, MessagesConfig
 from molora.synthetic.workflow import open_workflow
 from molora.synthetic.workflow_report import report
+from tests.scripted import serving
 
 CONFIG = Path(__file__).parents[2] / "configs" / "make" / "spoken_questions.yaml"
 
 
-class Listener(ThreadingHTTPServer):
+class Listener:
     """Hears every clip as what it is told to."""
 
-    daemon_threads = True
-    heard: dict[str, str]
+    def __init__(self) -> None:
+        self.heard: dict[str, str] = {}
 
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Listener
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+    def __call__(self, body: dict[str, Any]) -> str:
         sound, text = body["messages"][0]["content"]
         assert sound["input_audio"]["format"] == "flac" and text["text"] == "transcribe the audio."
-        message = {"role": "assistant", "content": self.server.heard[sound["input_audio"]["data"]]}
-        usage = {"prompt_tokens": 1, "completion_tokens": 1}
-        data = json.dumps({"choices": [{"message": message, "finish_reason": "stop"}], "usage": usage}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: Any) -> None: ...
+        return self.heard[sound["input_audio"]["data"]]
 
 
 @pytest.fixture
-def listener() -> Iterator[Listener]:
-    with Listener(("127.0.0.1", 0), _Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server
-        server.shutdown()
+def listener() -> Iterator[tuple[Listener, str]]:
+    heard = Listener()
+    with serving(heard) as url:
+        yield heard, url
 
 
 def wrong(text: str, draw: random.Random) -> str:
@@ -61,10 +45,12 @@ def wrong(text: str, draw: random.Random) -> str:
     return " ".join(words)
 
 
-def test_planted_wrong_transcripts_are_left_out_and_right_ones_kept(listener: Listener, tmp_path: Path) -> None:
+def test_planted_wrong_transcripts_are_left_out_and_right_ones_kept(
+    listener: tuple[Listener, str], tmp_path: Path
+) -> None:
     for library in ("espeakng_loader", "easy_vqa", "soundfile", "jiwer"):
         pytest.importorskip(library)
-    output, server = tmp_path / "out", f"http://127.0.0.1:{listener.server_port}/v1"
+    output, (hears, server) = tmp_path / "out", listener
     overrides = [f"output={output}", "steps.0.options.limit=60", "steps.1.options.count=30"]
     overrides += ["models.listener.local=null", f"models.listener.server={{url: '{server}', model: m}}"]
     whole = open_workflow(CONFIG, overrides)
@@ -73,11 +59,11 @@ def test_planted_wrong_transcripts_are_left_out_and_right_ones_kept(listener: Li
     assert len(spoken) == 30 and len({row.columns["voice"] for row in spoken}) > 5
 
     draw = random.Random(0)
-    listener.heard, planted = {}, set()
+    planted = set()
     for number, row in enumerate(spoken):
         clip = base64.b64encode(Path(row.columns["clip"]).read_bytes()).decode()
         question = row.columns["question"]
-        listener.heard[clip] = wrong(question, draw) if number % 3 == 0 else question.upper().rstrip("?")
+        hears.heard[clip] = wrong(question, draw) if number % 3 == 0 else question.upper().rstrip("?")
         planted |= {row.id} if number % 3 == 0 else set()
     workflow = open_workflow(CONFIG, overrides)
     assert [step.name for step in steps] == [step.name for step in workflow.config.steps]
