@@ -136,7 +136,7 @@ class Processor:
         """A prompt with an answer that is given by its tokens, of which those of its `answer` are targets; nothing ends
         it, as it may be a part of one."""
         before, answer = token_ids["before"], token_ids["answer"]
-        highest = max(*before, *answer)
+        highest = max([*before, *answer])
         if highest >= len(self.tokenizer) or self.decode([*before, *answer]) != message["content"]:
             raise ValueError(
                 f"{where}: token_ids: do not read {message['content']!r:.80}, the content; another tokenizer made them"

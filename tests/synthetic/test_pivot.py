@@ -161,6 +161,8 @@ def test_an_answer_by_its_tokens_is_checked(model: LoadedModel) -> None:
     sample = encode(content="abc", token_ids={"before": [one, two], "answer": [three]})
     assert sample.token_ids_T[-3:].tolist() == [one, two, three]
     assert sample.targets_T.nonzero().flatten().tolist() == [len(sample) - 1]
+    first = encode(content="a", token_ids={"before": [], "answer": [one]})
+    assert first.token_ids_T[-1] == one and first.targets_T.nonzero().flatten().tolist() == [len(first) - 1]
     for token_ids, message in (
         ({"before": [one], "answer": [two]}, "do not read 'abc', the content; another tokenizer"),
         ({"before": [one], "answer": []}, "of one token or more"),
