@@ -15,6 +15,7 @@ from molora.data.processor import Processor
 from molora.media import MediaPolicy
 from molora.model.molora import MoLoRA
 from molora.model.quantization import Quantization
+from molora.ranks import Ranks
 from molora.received import file_hash
 from molora.routing import TEXT
 from molora.terminal import warn
@@ -106,12 +107,18 @@ def plan_model(
     return ModelPlan(backbone, plans, chosen, where, layout.folders, learned, run, media_policy=media_policy)
 
 
-def open_model(plan: ModelPlan, device: torch.device | str) -> tuple[MoLoRA, Processor]:
-    """The model of a plan with its processor. Raises ConfigError or ValueError naming the file that does not fit;
-    BackboneRefused for a backbone that cannot run."""
+def open_model(plan: ModelPlan, device: torch.device | str, shards: Ranks | None = None) -> tuple[MoLoRA, Processor]:
+    """The model of a plan with its processor; with `shards` the backbone's layers lie in shards over these ranks.
+    Raises ConfigError or ValueError naming the file that does not fit; BackboneRefused for a backbone that cannot run.
+    """
     given = plan.backbone
     backbone, tokenizer = load_backbone(
-        given.path, dtype=given.dtype, revision=given.revision, quantization=given.quantization, device=device
+        given.path,
+        dtype=given.dtype,
+        revision=given.revision,
+        quantization=given.quantization,
+        device=device,
+        shards=shards,
     )
     warnings = []
     if plan.run is not None:

@@ -23,6 +23,8 @@ from molora.hub import HubError, fetch_snapshot
 from molora.model.backbone import Backbone
 from molora.model.identity import Identity, describe, remember, weight_stamps
 from molora.model.quantization import Quantization, library_version
+from molora.model.sharding import shard
+from molora.ranks import Ranks
 from molora.received import read_json
 from molora.terminal import warn
 
@@ -37,11 +39,12 @@ def load_backbone(
     revision: str | None = None,
     quantization: Quantization = "none",
     device: torch.device | str = "cpu",
+    shards: Ranks | None = None,
 ) -> tuple[Backbone, PreTrainedTokenizerBase]:
     """Opens a causal LM and its tokenizer from a folder, an installed package or the hub, frozen, hashed and probed.
 
     `dtype` such as "bfloat16" casts the weights; by default they keep their stored dtype. They are hashed before either
-    this or `quantization`.
+    this or `quantization`. With `shards` its layers lie in shards over these ranks, all of which call this.
 
     Raises FileNotFoundError, ValueError for what cannot be read, BackboneRefused for what cannot be run.
     """
@@ -50,7 +53,9 @@ def load_backbone(
     tokenizer = load_tokenizer(folder)
     identity, remembered = describe(folder, source, tokenizer, read_config(folder))
     transformers.logging.disable_progress_bar()  # the hub's bar for downloads has been shown; loading is quick
-    model = open_stock(folder, "auto" if dtype is None else read_dtype(dtype), quantization, device)
+    # A device need not have room for a whole backbone that will lie in shards.
+    first = device if shards is None else "cpu"
+    model = open_stock(folder, "auto" if dtype is None else read_dtype(dtype), quantization, first)
     if weight_stamps(folder) != before:
         raise ValueError(f"backbone {folder}: was written to while it was opened; let what writes it finish")
     identity = replace(identity, quantization=quantization)
@@ -58,7 +63,12 @@ def load_backbone(
     if quantization != "none":
         key += f" {quantization} {library_version(quantization)}"
     probes = remembered["probes"]
-    backbone = Backbone(model, identity, probe=probes.get(key))
+    probe = probes.get(key)
+    if shards is not None:
+        shard(model, shards)
+        if not all(shards.gather([probe is not None])):  # such as machines that do not share a cache
+            probe = None
+    backbone = Backbone(model, identity, probe=probe, shards=shards)
     backbone.folder = folder
     # The hub's cache names a folder by its commit.
     backbone.revision = None if Path(source).is_dir() or source.startswith(PACKAGE) else folder.name

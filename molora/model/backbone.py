@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,30 @@ from molora.model.identity import Identity
 from molora.model.pages import KeptLayers, PagePool, Surveyor
 from molora.model.probe import compare, decoder, decoder_layers, run_stock
 from molora.model.rotary import wrap_rotary
+from molora.model.sharding import Steps
+from molora.ranks import Ranks
 from molora.routing import Flow, current_flow, flowing
 
 
 class Backbone(nn.Module):
     """A frozen causal LM that runs packs. Always in eval mode, whatever `train` is told. Raises BackboneRefused if the
-    model cannot run packed samples exactly."""
+    model cannot run packed samples exactly. `shards` are the ranks over which the layers of the model lie, if they do;
+    what is said of passes matters then only."""
 
-    def __init__(self, model: PreTrainedModel, identity: Identity, *, probe: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        identity: Identity,
+        *,
+        probe: dict[str, Any] | None = None,
+        shards: Ranks | None = None,
+    ) -> None:
         super().__init__()
         self.identity = identity
         self.folder = Path(identity.source)
         self.revision: str | None = None
         self.model = model.requires_grad_(False).eval()
+        self._steps = None if shards is None else Steps(shards, self._idle_pass)
         stock = run_stock(model) if probe is None else None
         AttentionInterface.register(attention.NAME, attention.packed_attention)
         model.set_attn_implementation(attention.NAME)
@@ -131,6 +143,35 @@ class Backbone(nn.Module):
 
     def forward(self, embeds_TD: Tensor, position_ids_T: Tensor, flow: Flow, cache: Cache | None = None) -> Tensor:
         """Final hidden states (T, D) of a pack of embeddings."""
+        if self._steps is None:
+            return self._hidden(embeds_TD, position_ids_T, flow, cache)
+        return self._steps.run(self._hidden, embeds_TD, position_ids_T, flow, cache)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether its layers lie in shards over several ranks, which then have to make the same passes."""
+        return self._steps is not None
+
+    def catch_up(self, passes: int, *, backward: bool) -> None:
+        """To be called by every rank before the `passes` that it makes, forward, and with True backward too."""
+        if self._steps is not None:
+            self._steps.catch_up(passes, backward=backward)
+
+    def passes_at_will(self) -> AbstractContextManager[None]:
+        """While entered, ranks make as many passes as each likes, forward alone. Raises RuntimeError for an error
+        inside the layers, after which no rank can go on."""
+        return nullcontext() if self._steps is None else self._steps.at_will()
+
+    def _idle_pass(self, backward: bool) -> None:
+        """A pass through all layers of which nothing comes."""
+        with torch.set_grad_enabled(backward):
+            embeds_1D = torch.zeros(1, self.width, device=self.device, dtype=self.model.dtype, requires_grad=backward)
+            position_1 = torch.zeros(1, dtype=torch.long, device=self.device)
+            hidden_1D = self._hidden(embeds_1D, position_1, Flow((1,)), None)
+            if backward:
+                hidden_1D.sum().backward()
+
+    def _hidden(self, embeds_TD: Tensor, position_ids_T: Tensor, flow: Flow, cache: Cache | None) -> Tensor:
         with flowing(flow):
             output = decoder(self.model)(
                 inputs_embeds=embeds_TD[None],

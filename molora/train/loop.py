@@ -125,7 +125,8 @@ class _Run:
         self.show = show
         self.folder = Path(recipe.run)
         self.plan = plan_recipe(recipe, trust)
-        self.model, self.processor = open_model(self.plan, ranks.device)
+        shards = ranks if recipe.shard_backbone and ranks.count > 1 else None
+        self.model, self.processor = open_model(self.plan, ranks.device, shards)
         self.model.backbone.activation_checkpointing = recipe.activation_checkpointing
         self.pristine = {name: tensor_hash(encoder.state_dict()) for name, encoder in self.model.encoders.items()}
         self.log = MetricsLog(recipe, ranks)
@@ -369,11 +370,12 @@ class _Run:
             if self.interrupt.number and self.ranks.count == 1:
                 self._stop(self.interrupt.number)
 
-        try:
-            evaluation = Evaluation(name, config)
-            judged = evaluation.run(loaded, self.bars, shard=self.ranks.shard, before_each=stop_if_asked)
-        except Exception as error:  # whatever an evaluation does wrong, the training goes on
-            fault = f"{type(error).__name__}: {error}"
+        with self.model.backbone.passes_at_will():
+            try:
+                evaluation = Evaluation(name, config)
+                judged = evaluation.run(loaded, self.bars, shard=self.ranks.shard, before_each=stop_if_asked)
+            except Exception as error:  # whatever an evaluation does wrong, the training goes on
+                fault = f"{type(error).__name__}: {error}"
         faults = [other for other in self.ranks.gather([fault]) if other is not None]
         if evaluation is not None and not faults:
             everyone = sorted(self.ranks.gather(judged), key=lambda item: item.row)

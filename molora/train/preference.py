@@ -115,15 +115,17 @@ def preference_step(
     row, slopes = _slopes(sorted(found, key=lambda pair: pair.id), config)
     check_finite({key: value for key, value in row.items() if key.startswith("loss/")}, samples)
     counts = {name: row[f"pairs/{name}"] for name in {name_of(pair.modalities) for pair in found}}
-    for pack in packs:
-        if model.trains(pack.modalities[0]):
-            clock.to("forward")
-            losses = forward(pack)
-            slopes_N = losses.sums_N.new_tensor([slopes[id] for id in pack.ids])
-            shares_N = losses.sums_N.new_tensor([0.5 / counts[name_of(m)] for m in pack.modalities])
-            loss = (losses.router_N * shares_N - losses.sums_N * slopes_N).sum()
-            clock.to("backward")
-            loss.backward()
+    trained = [pack for pack in packs if model.trains(pack.modalities[0])]
+    clock.to("forward")
+    model.backbone.catch_up(len(trained), backward=True)
+    for pack in trained:
+        clock.to("forward")
+        losses = forward(pack)
+        slopes_N = losses.sums_N.new_tensor([slopes[id] for id in pack.ids])
+        shares_N = losses.sums_N.new_tensor([0.5 / counts[name_of(m)] for m in pack.modalities])
+        loss = (losses.router_N * shares_N - losses.sums_N * slopes_N).sum()
+        clock.to("backward")
+        loss.backward()
     present = frozenset().union(*(model.parts_of(pair.modalities) for pair in found))
     return row | update(optimizers, present, ranks, clock)
 
@@ -142,14 +144,16 @@ def _encoded(model: MoLoRA, sample: Sample) -> tuple[Sample, Sample]:
 @torch.no_grad()
 def _log_probabilities(model: MoLoRA, packs: Sequence[Pack]) -> dict[str, float]:
     """The log-probability of every sample's targets, by its id."""
+    model.backbone.catch_up(len(packs), backward=False)
     sums = [(pack.ids, model.losses(pack).sums_N) for pack in packs]  # read once all are under way
     return {id: -value for ids, sums_N in sums for id, value in zip(ids, sums_N.tolist(), strict=True)}
 
 
 def _first_forward(model: MoLoRA, packs: Sequence[Pack]) -> tuple[dict[str, float], Callable[[Pack], Losses]]:
     """The log-probabilities of all samples, and what gives a pack's losses with their graph. Of a single pack the graph
-    is kept; of several it is made again, with the same dropout."""
-    if len(packs) == 1 and model.trains(packs[0].modalities[0]):
+    is kept; of several it is made again, with the same dropout, and where layers lie in shards, as other ranks may have
+    several."""
+    if len(packs) == 1 and model.trains(packs[0].modalities[0]) and not model.backbone.is_sharded:
         losses = model.losses(packs[0])
         values = (-losses.sums_N.detach()).tolist()
         return dict(zip(packs[0].ids, values, strict=True)), lambda _: losses

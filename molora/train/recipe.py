@@ -107,8 +107,9 @@ class Recipe:
     trackio in their project `tracker_project`. `keep_best` keeps the best model that was evaluated beside the last one.
     `data_workers` processes prepare data beside each that trains. `feature_cache` is a folder that keeps the frames of
     frozen encoders, for later epochs and other runs. With `activation_checkpointing` layers are computed again in the
-    backward pass, which takes less memory. `device` is torch's name for one, by default the GPU if there is one.
-    `allow_urls`: whether media may be fetched over HTTP; `allow_private_addresses`: from inside a network too.
+    backward pass, which takes less memory. With `shard_backbone` each of several processes holds a share of every
+    decoder layer, which is whole only while it computes. `device` is torch's name for one, by default the GPU if there
+    is one. `allow_urls`: whether media may be fetched over HTTP; `allow_private_addresses`: from inside a network too.
     `allow_changed_environment`: whether a run may go on with other versions, threads or processes than it began with,
     and so to other results.
     """
@@ -128,6 +129,7 @@ class Recipe:
     log_every_steps: int = 1
     data_workers: int = 0
     activation_checkpointing: bool = False
+    shard_backbone: bool = False
     feature_cache: str | None = None
     allow_urls: bool = False
     allow_private_addresses: bool = False
@@ -146,6 +148,11 @@ class Recipe:
             raise ValueError(f"keep_best.evaluation: {name!r} is none; {near}there is {sorted(self.evaluations)}")
         require(self, 1, "save_every_steps", "log_every_steps")
         require(self, 0, "data_workers")
+        if self.shard_backbone and self.backbone.quantization != "none":
+            raise ValueError(
+                f"shard_backbone: a backbone with quantization {self.backbone.quantization} is not cut into shards; "
+                "leave one of the two out"
+            )
         given_away = [*((m.options, m.adapter) for m in self.modalities.values()), self.router.options]
         if secret := next(environment_in(given_away), None):
             raise ValueError(

@@ -6,7 +6,6 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ import yaml
 from torch.distributed.run import get_args_parser
 
 from molora.config import dump
-from tests.train.test_train import home, outcome, recipe, two_processes  # noqa: F401
+from tests.train.test_train import free_port, home, in_processes, outcome, recipe  # noqa: F401
 
 CLUSTER = Path(__file__).parents[2] / "examples" / "cluster"
 
@@ -75,16 +74,13 @@ def test_a_job_of_slurm_that_loses_a_process_and_is_taken_away_ends_as_if_it_had
     for name, body in STAND_INS.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}")
         (tmp_path / name).chmod(0o755)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     step, requeued, told = tmp_path / "step", tmp_path / "requeued", tmp_path / "told"
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",  # as the run beside it has
         "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         **{"SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_ID": "7"},
-        **{"SLURM_JOB_END_TIME": str(int(time.time()) + 100), "MASTER_PORT": str(port)},
+        **{"SLURM_JOB_END_TIME": str(int(time.time()) + 100), "MASTER_PORT": str(free_port())},
         **{"STEP": str(step), "REQUEUED": str(requeued)},
     }
     command = shlex.join(["bash", str(CLUSTER / "train.sbatch"), str(of("job"))])
@@ -114,7 +110,7 @@ def test_a_job_of_slurm_that_loses_a_process_and_is_taken_away_ends_as_if_it_had
         done = rows()
         assert 20 < done < 65
         subprocess.run(command, shell=True, env=environment, stdout=file, stderr=file, check=True, timeout=600)
-    two_processes(of("straight"), launched=False)
+    in_processes(of("straight"))
     ours, expected = outcome(tmp_path / "job"), outcome(tmp_path / "straight")
     for key in expected:
         assert ours[key] == expected[key], key

@@ -35,7 +35,7 @@ from molora.train.optim import PartConfig, set_trainable
 from molora.train.preference import Reference, preference_step
 from molora.train.preference_losses import LOSSES, PreferenceConfig
 from molora.train.recipe import Recipe
-from tests.train.test_train import outcome_in_spite_of_kills, two_processes
+from tests.train.test_train import in_processes, outcome_in_spite_of_kills
 
 TARGETS = ["o_proj", "down_proj"]
 # TRL's padded batch would have LongRoPE's frequencies of its longest row.
@@ -399,17 +399,20 @@ def test_a_stage_of_preferences_killed_at_twenty_moments_ends_like_one_that_was_
     assert "accuracy/letters" in ours["rows"][-1]
 
 
-def test_two_processes_learn_like_one(home: Path, tmp_path: Path) -> None:
-    """A pair for each, so that one often has a modality that the other has not, and sorts pairs that lie apart."""
+@pytest.mark.parametrize(("pairs", "sharded"), [(2, False), (3, True)], ids=["whole", "sharded"])
+def test_two_processes_learn_like_one(home: Path, tmp_path: Path, pairs: int, sharded: bool) -> None:
+    """A pair for each, so that one often has a modality that the other has not, and sorts pairs that lie apart; or two
+    for one of them, whose answers lie in more packs."""
     runs = []
     for name in ("one", "two"):
-        config = recipe(home, tmp_path / name, steps=20, samples_per_step=2, preference={"losses": {"aot": 1.0}})
+        config = recipe(home, tmp_path / name, steps=20, samples_per_step=pairs, preference={"losses": {"aot": 1.0}})
+        config.shard_backbone = sharded
         for modality in config.modalities.values():
             modality.adapter = {**(modality.adapter or {}), "lora_dropout": 0.0}
         runs.append(config)
     train(runs[0], show=False)
     (tmp_path / "two.yaml").write_text(dump(runs[1]))
-    two_processes(tmp_path / "two.yaml", launched=False)
+    in_processes(tmp_path / "two.yaml")
     one, two = (logged(tmp_path / name) for name in ("one", "two"))
     assert len(one) == len(two) == 20 and any("loss/numbers" in row and "loss/letters" in row for row in one)
     for row, expected in zip(two, one, strict=True):

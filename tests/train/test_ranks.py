@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
-import multiprocessing
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,7 @@ from molora.train.loop import train
 from molora.train.optim import PartConfig, set_trainable
 from molora.train.recipe import plan_recipe
 from molora.train.step import train_step
-from tests.train.test_train import constant, outcome, recipe, two_processes, write_home
-
-FORKS = multiprocessing.get_context("forkserver")
+from tests.train.test_train import FORKS, constant, environments, in_processes, outcome, recipe, write_home
 
 TEXT: dict[str, Any] = {"type": "text", "text": "and this?"}
 NUMBERS: dict[str, Any] = {"type": "numbers", "numbers": [0.5, 1.0]}
@@ -37,12 +34,13 @@ SHARES: dict[str, list[list[dict[str, Any]]]] = {
 STEPS = 10
 
 
-def losses_of_all_assignments(home: Path, ranks: Ranks) -> dict[str, list[dict[str, float]]]:
-    """The losses of ten steps for every assignment of shares to two ranks, of which a lone process takes both."""
+def losses_of_all_assignments(home: Path, ranks: Ranks, *, sharded: bool = False) -> dict[str, list[dict[str, float]]]:
+    """The losses of ten steps for every assignment of shares to two ranks, of which a lone process takes both; and
+    under "bytes" those of the backbone's layers, and of all tensors that are left then."""
     config = recipe(home, home / "run")
     patterns = {name: PartConfig(learning_rate=1e-3) for name in ("encoders", "projectors", "adapters")}
     found = {}
-    model, processor = open_model(plan_recipe(config), "cpu")
+    model, processor = open_model(plan_recipe(config), "cpu", ranks if sharded else None)
     model.eval()  # dropout is drawn rank by rank
     learned = [weight for weights in model.parts().values() for weight in weights.values()]
     begun = [weight.detach().clone() for weight in learned]
@@ -63,25 +61,32 @@ def losses_of_all_assignments(home: Path, ranks: Ranks) -> dict[str, list[dict[s
         found[" and ".join(assigned)] = [
             {key: value for key, value in row.items() if key.startswith("loss/")} for row in rows
         ]
+    layers = [p for name, p in model.backbone.model.named_parameters() if ".layers." in name and "lora_" not in name]
+    found["bytes"] = [{"layers": sum(p.nbytes for p in layers), "all": bytes_alive()}]
     return found
 
 
-def as_rank(rank: int, port: int, home: Path) -> None:
+def bytes_alive() -> int:
+    """Of all storages that a tensor of this process has."""
+    gc.collect()
+    tensors = (each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter))
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def as_rank(rank: int, environment: dict[str, str], home: Path, sharded: bool) -> None:
     torch.set_num_threads(1)
-    os.environ.update(
-        {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    torch.save(losses_of_all_assignments(home, launched_ranks("cpu")), home / f"losses {rank}")
+    os.environ.update(environment)
+    torch.save(losses_of_all_assignments(home, launched_ranks("cpu"), sharded=sharded), home / f"losses {rank}")
 
 
-def test_every_assignment_of_modalities_to_two_ranks_trains_as_one_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+def test_every_assignment_of_modalities_to_two_ranks_trains_as_one_process(tmp_path: Path, sharded: bool) -> None:
     home = write_home(tmp_path)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [FORKS.Process(target=as_rank, args=(rank, port, home)) for rank in range(2)]
+    ranks = [
+        FORKS.Process(target=as_rank, args=(rank, environment, home, sharded))
+        for rank, environment in enumerate(environments(2))
+    ]
     for process in ranks:
         process.start()
     expected = losses_of_all_assignments(home, Ranks(torch.device("cpu")))
@@ -91,8 +96,12 @@ def test_every_assignment_of_modalities_to_two_ranks_trains_as_one_process(tmp_p
             process.kill()
             raise AssertionError("the ranks wait for each other")
         assert process.exitcode == 0
+    (held,) = expected.pop("bytes")
     for rank in range(2):
         ours = torch.load(home / f"losses {rank}", weights_only=True)
+        (of_rank,) = ours.pop("bytes")
+        elsewhere = held["layers"] / 2 if sharded else 0
+        assert held["all"] - of_rank["all"] == pytest.approx(elsewhere, rel=0.01)
         assert ours.keys() == expected.keys() and len(expected) == len(SHARES) ** 2
         for assigned, rows in expected.items():
             for step, row in enumerate(rows):
@@ -106,7 +115,7 @@ def test_a_run_of_two_ranks_goes_on_in_one_process_where_that_is_allowed(tmp_pat
     modalities = {name: {"plugin": plugin, "adapter": adapter} for name, plugin in plugins.items()}
     changes: dict[str, Any] = {"modalities": modalities, "evaluations": {}}
     (tmp_path / "begun.yaml").write_text(dump(constant(home, tmp_path / "begun", 5, **changes)))
-    two_processes(tmp_path / "begun.yaml", launched=False)
+    in_processes(tmp_path / "begun.yaml")
     with pytest.raises(ConfigError, match="ranks 2 then, 1 now"):
         train(constant(home, tmp_path / "begun", 10, **changes), show=False)
     changes["allow_changed_environment"] = True

@@ -284,28 +284,43 @@ def test_what_does_not_train_stays_as_it_is(home: Path, tmp_path: Path) -> None:
         assert (first / "numbers" / name).read_bytes() != (second / "numbers" / name).read_bytes()
 
 
-def two_processes(recipe_path: Path, launched: bool) -> None:
-    """Trains in two processes: launched by torchrun, or forked with what it would set."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def in_processes(recipe_path: Path, count: int = 2, *, launched: bool = False) -> None:
+    """Trains in several processes: launched by torchrun, or forked with what it would set."""
     if launched:
-        launcher = ["torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
+        port = free_port()
+        launcher = ["torch.distributed.run", f"--nproc-per-node={count}"]
+        launcher += ["--master-addr=127.0.0.1", f"--master-port={port}"]
         command = [sys.executable, "-m", *launcher, "-m", "molora", "train", str(recipe_path)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         return
-    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = []
-    for rank in "01":
-        told = recipe_path.with_name(f"rank {rank}")
-        environment = {**group, "RANK": rank, "LOCAL_RANK": rank}
-        ranks.append(FORKS.Process(target=run_command, args=(["train", str(recipe_path)], told, environment)))
-        ranks[-1].start()
-    for rank, process in enumerate(ranks):
+    for rank, process in enumerate(started(recipe_path, count)):
         process.join(300)
         assert process.exitcode == 0, recipe_path.with_name(f"rank {rank}").read_text()[-3000:]
+
+
+def started(recipe_path: Path, count: int) -> list[Any]:
+    """So many processes that train together, each of which tells in a file `rank N` beside the recipe."""
+    ranks = []
+    for rank, environment in enumerate(environments(count)):
+        told = recipe_path.with_name(f"rank {rank}")
+        ranks.append(FORKS.Process(target=run_command, args=(["train", str(recipe_path)], told, environment)))
+        ranks[-1].start()
+    return ranks
+
+
+def environments(count: int) -> list[dict[str, str]]:
+    """What a launcher sets for each of several processes."""
+    group = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 COMPARED = ("loss/", "routing/", "source_loss/")
@@ -341,7 +356,7 @@ def test_two_processes_train_like_one(home: Path, tmp_path: Path, learned: bool)
     one, two = recipe(home, tmp_path / "one", **changes), recipe(home, tmp_path / "two", **changes)
     train(one, show=False)
     (tmp_path / "two.yaml").write_text(dump(two))
-    two_processes(tmp_path / "two.yaml", launched=not learned)
+    in_processes(tmp_path / "two.yaml", launched=not learned)
     ours, theirs = outcome(tmp_path / "two")["rows"], outcome(tmp_path / "one")["rows"]
     assert len(ours) == len(theirs) == 100
     alone = 0
