@@ -22,6 +22,8 @@ FLOPS, SHARE = 989e12, 0.40
 # One direction, between cards of a machine and between machines, for each card.
 NVLINK_BYTES, NETWORK_BYTES = 450e9, 50e9
 CARDS_OF_A_MACHINE = 8
+# Of a pack that fills a card.
+TOKENS_PER_PACK = 8192
 
 # Inputs and outputs of the linear layers of a layer.
 LINEAR = [
@@ -47,10 +49,25 @@ def learned_gb(copies: int) -> float:
     return copies * ADAPTER * 4 / 1e9
 
 
+def products_seconds(tokens: int) -> float:
+    """What the products of so many tokens take on a card, with activation checkpointing."""
+    return (6 * BACKBONE + 8 * ADAPTER) * tokens / (FLOPS * SHARE)
+
+
 def step_seconds(cards: int) -> float:
-    """What the products of a step take, with activation checkpointing."""
-    operations = (6 * BACKBONE + 8 * ADAPTER) * TOKENS_PER_SAMPLE * SAMPLES_PER_STEP
-    return operations / cards / (FLOPS * SHARE)
+    """What the products of a step take."""
+    return products_seconds(TOKENS_PER_SAMPLE * SAMPLES_PER_STEP) / cards
+
+
+def sharded_gb(cards: int) -> float:
+    """The backbone in bf16 on one of the cards over which its layers lie, with three layers whole if there are several."""
+    whole = 3 / LAYERS if cards > 1 else 0
+    return (LINEAR_WEIGHTS * (1 / cards + whole) + VOCABULARY * WIDTH) * 2 / 1e9
+
+
+def gathered_gb(cards: int) -> float:
+    """What a card receives for a pack: the other shards of every layer, forward and backward."""
+    return 2 * (cards - 1) / cards * LINEAR_WEIGHTS * 2 / 1e9
 
 
 def traffic_gb(cards: int) -> float:
@@ -58,8 +75,9 @@ def traffic_gb(cards: int) -> float:
     return 2 * (cards - 1) / cards * learned_gb(1)
 
 
-def traffic_seconds(cards: int) -> float:
-    return traffic_gb(cards) * 1e9 / (NVLINK_BYTES if cards <= CARDS_OF_A_MACHINE else NETWORK_BYTES)
+def seconds_between(cards: int, gigabytes: float) -> float:
+    """What each card takes to send or receive so much."""
+    return gigabytes * 1e9 / (NVLINK_BYTES if cards <= CARDS_OF_A_MACHINE else NETWORK_BYTES)
 
 
 def tables() -> str:
@@ -78,11 +96,22 @@ def tables() -> str:
         "|---|---|---|---|---|---|",
     ]
     for cards in (1, 8, 64):
-        products, sent = step_seconds(cards), traffic_seconds(cards)
+        products, sent = step_seconds(cards), seconds_between(cards, traffic_gb(cards))
         days = (products + sent) * SAMPLES / SAMPLES_PER_STEP / 86_400
         lines.append(
             f"| {cards} | {products:.2f} s | {traffic_gb(cards):.2f} GB | {sent * 1000:.0f} ms | "
             f"{sent / (products + sent):.1%} | {days:,.0f} days |"
+        )
+    lines += [
+        "",
+        f"| cards | sharded backbone on a card | for {TOKENS_PER_PACK:,} tokens receives | which takes | their products |",
+        "|---|---|---|---|---|",
+    ]
+    for cards in (1, 8, 64):
+        received = seconds_between(cards, gathered_gb(cards))
+        lines.append(
+            f"| {cards} | {sharded_gb(cards):.1f} GB | {gathered_gb(cards):.1f} GB | {received * 1000:.0f} ms | "
+            f"{products_seconds(TOKENS_PER_PACK) * 1000:.0f} ms |"
         )
     lines += ["", f"A saved state takes {learned_gb(3):.1f} GB, and the modality's folder {learned_gb(1):.1f} GB."]
     return "\n".join(lines) + "\n"

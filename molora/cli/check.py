@@ -85,6 +85,10 @@ def doctor(
         float | None,
         typer.Option(metavar="GIB", min=0, help="Ask about a device that has this much, instead of this one's."),
     ] = None,
+    processes: Annotated[
+        int,
+        typer.Option(metavar="N", min=1, help="Of a recipe that so many processes train: what each of them needs."),
+    ] = 1,
 ) -> None:
     """What is installed, what works, what is missing and how to get it."""
     from molora.config import ConfigError
@@ -92,9 +96,11 @@ def doctor(
     if fit is not None:
         from molora.doctor.memory import main as measure
 
-        raise typer.Exit(measure(fit, overrides or (), modality or (), device_memory, trust_plugin or ()))
-    if overrides or modality or trust_plugin or device_memory is not None:
-        raise ConfigError("settings, --modality, --trust-plugin and --device-memory go with --fit: say what is to fit")
+        raise typer.Exit(measure(fit, overrides or (), modality or (), device_memory, trust_plugin or (), processes))
+    if overrides or modality or trust_plugin or device_memory is not None or processes > 1:
+        raise ConfigError(
+            "settings, --modality, --trust-plugin, --device-memory and --processes go with --fit: say what is to fit"
+        )
     from molora.doctor.installation import main as examine
 
     raise typer.Exit(examine())

@@ -37,8 +37,8 @@ def devices(kind: str) -> list[Device]:
     return [Device(f"GPU {i}, {name}", *torch.cuda.mem_get_info(i)) for i, name in enumerate(names)]
 
 
-def show(needed: MemoryNeeds, there: Iterable[Device]) -> None:
-    """Prints what is needed, within 80 columns, and beside it what each device has."""
+def show(needed: MemoryNeeds, there: Iterable[Device], processes: int = 1) -> None:
+    """Prints what each of so many processes needs, within 80 columns, and beside it what each device has."""
     rows: list[tuple[str | Text, ...]] = []
 
     def add(title: str, needs: Iterable[Need], total: int, origin: str) -> None:
@@ -61,6 +61,8 @@ def show(needed: MemoryNeeds, there: Iterable[Device]) -> None:
     told = f"{amount(needed.given_bytes)} needed"
     if any(moment.given for moment in needed.moments):
         told += f" as its data are, {amount(needed.num_bytes)} with the largest packs that it allows"
+    if processes > 1:
+        told += f", by each of {processes} processes"
     for device in there:
         fits = needed.given_bytes <= device.free_bytes
         mark, verdict = (styled("ok", "green"), "it fits") if fits else (styled("no", "red"), "it does not fit")
@@ -80,10 +82,11 @@ def main(
     modalities: Sequence[str | Path] = (),
     device_memory_gib: float | None = None,
     trust: Sequence[str] = (),
+    processes: int = 1,
 ) -> int:
     """Prints what a recipe (a YAML file, with its overrides) or a model needs. Returns 1 if it does not fit, else 0.
     `overrides` of a model are fields of AnsweringConfig. The device is the one the run would take, or any that has
-    `device_memory_gib`."""
+    `device_memory_gib`; of a recipe that so many `processes` train, it is what one of them takes."""
     transformers.logging.set_verbosity_error()
     libraries = psutil.Process().memory_info().rss
     with console.status("building it without weights"):
@@ -92,7 +95,9 @@ def main(
                 raise ConfigError(f"{source}: a recipe names its modalities itself; --modality goes with a backbone")
             recipe = read(Recipe, source, overrides)
             kind = pick_device(recipe.device).type
-            needed = training_needs(recipe, trust, kind)
+            needed = training_needs(recipe, trust, kind, processes)
+        elif processes > 1:
+            raise ConfigError(f"{source}: --processes is for a recipe; a model answers in one process, whole")
         else:
             config = build(AnsweringConfig, options(overrides), "--fit")
             kind = pick_device().type
@@ -102,5 +107,5 @@ def main(
         needed = replace(needed, process=Need("Python", libraries, "the interpreter and its libraries"))
     size = int((device_memory_gib or 0) * 2**30)
     there = devices(kind) if device_memory_gib is None else [Device("such a device", size, size)]
-    show(needed, there)
+    show(needed, there, processes)
     return int(needed.given_bytes > there[0].free_bytes)

@@ -25,6 +25,7 @@ from molora.media import MediaPolicy
 from molora.modality import MediaError, Modality
 from molora.model.molora import MoLoRA
 from molora.model.pages import KeptLayers, page_tokens
+from molora.model.probe import decoder_layers
 from molora.model.quantization import Quantization
 from molora.pack import Sample
 from molora.routing import RoutingError, name_of
@@ -100,8 +101,8 @@ def size_of(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def weights(model: MoLoRA) -> tuple[Need, ...]:
-    """What the parameters and buffers of a model take, part by part."""
+def weights(model: MoLoRA, shards: int = 1) -> tuple[Need, ...]:
+    """What the parameters and buffers of a model take, part by part, whose layers lie in so many shards."""
     parts = model.parts()
     owners = {id(parameter): part for part, parameters in parts.items() for parameter in parameters.values()}
     for name, encoder in model.encoders.items():
@@ -109,7 +110,32 @@ def weights(model: MoLoRA) -> tuple[Need, ...]:
     owned: dict[str, list[Tensor]] = {part: [] for part in ("backbone", *parts)}
     for tensor in {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values():
         owned.setdefault(owners.get(id(tensor), "backbone"), []).append(tensor)
-    return tuple(Need(part, size_of(tensors), about(tensors)) for part, tensors in owned.items())
+    needs = [Need(part, size_of(tensors), about(tensors)) for part, tensors in owned.items()]
+    if shards > 1:
+        elsewhere = sum(size_of(layer) - _shard_bytes(layer, shards) for layer in _frozen_layers(model))
+        origin = f"{needs[0].origin}, of layers one of {shards} shards"
+        needs[0] = replace(needs[0], num_bytes=needs[0].num_bytes - elsewhere, origin=origin)
+    return tuple(needs)
+
+
+def _frozen_layers(model: MoLoRA) -> list[list[Tensor]]:
+    """The backbone's own parameters in each of its decoder layers."""
+    others = {id(parameter) for parameters in model.parts().values() for parameter in parameters.values()}
+    layers = decoder_layers(model.backbone.model)
+    return [[parameter for parameter in layer.parameters() if id(parameter) not in others] for layer in layers]
+
+
+def _shard_bytes(tensors: Iterable[Tensor], shards: int) -> int:
+    """What one of so many shards of tensors takes: they are cut along their first axis, filled up to equal lengths."""
+    return sum(-(-len(tensor) // shards) * tensor[0].nbytes for tensor in tensors)
+
+
+def gathered(model: MoLoRA, shards: int) -> tuple[Need, ...]:
+    """What layers in shards take at most while they are put together and compute."""
+    if shards == 1:
+        return ()
+    largest = max(shards * _shard_bytes(layer, shards) for layer in _frozen_layers(model))
+    return (Need("whole layers", 3 * largest, "three: one that computes, another in what it comes in, a copy"),)
 
 
 def about(tensors: Iterable[Tensor]) -> str:
@@ -226,8 +252,11 @@ def answering_moments(
     )
 
 
-def training_needs(recipe: Recipe, trust: Sequence[str] = (), device_type: str = "cpu") -> MemoryNeeds:
-    """What a recipe needs in each of its stages and evaluations, in one process on a kind of device, "cpu" or "cuda".
+def training_needs(
+    recipe: Recipe, trust: Sequence[str] = (), device_type: str = "cpu", processes: int = 1
+) -> MemoryNeeds:
+    """What a recipe needs in each of its stages and evaluations, in each of so many processes that train together, on a
+    kind of device, "cpu" or "cuda".
 
     Weights, gradients and the optimiser's state are exact. Activations are all else that a `train_step` holds at its
     fullest moment, kept for backward or just in use, if its pack is full: `tokens_per_pack` tokens of at most
@@ -245,7 +274,8 @@ def training_needs(recipe: Recipe, trust: Sequence[str] = (), device_type: str =
     which torch tells none (experts that are not in bf16).
     """
     model = on_meta(recipe, trust=trust)
-    owned = weights(model)
+    shards = processes if recipe.shard_backbone else 1
+    owned, layers = weights(model, shards), gathered(model, shards)
     learned = [_learned(model, stage, f"stages.{index}.train") for index, stage in enumerate(recipe.stages)]
     dry = DryRun(model)
     model.backbone.activation_checkpointing = recipe.activation_checkpointing
@@ -254,27 +284,32 @@ def training_needs(recipe: Recipe, trust: Sequence[str] = (), device_type: str =
     for index, (stage, held) in enumerate(zip(recipe.stages, learned, strict=True)):
         set_trainable(model, stage.train, 1, f"stages.{index}.train")
         sets = [modalities for modalities in modality_sets(model) if model.trains(modalities)] or modality_sets(model)
-        steps = []
-        for full in [full_pack(model, modalities, stage) for modalities in sets]:
+        steps: list[tuple[Need, ...]] = []
+        for full in [full_pack(model, modalities, stage, processes) for modalities in sets]:
             pack = f"a pack of {len(full)} x {len(full[0]):,} tokens of {name_of(full[0].modalities)}"
-            steps.append(_step(dry, full, stage, cached, pack))
+            steps.append((*_step(dry, full, stage, cached, pack), *layers))
         most = max(steps, key=lambda needs: sum(need.num_bytes for need in needs))
         given = None
         try:
-            samples, origin = _heaviest_step(model, recipe, index)
+            samples, origin = _heaviest_step(model, recipe, index, processes)
         except (ImportError, OSError, ValueError) as error:
             first_line, _, _ = str(error).strip().partition("\n")
             unknown = f"stages.{index}.data: {first_line}"
         else:
             needs = _step(dry, samples, stage, cached, origin)
-            given = Moment(f"stage {stage.name}, as its data are", (*held, *needs))
+            given = Moment(f"stage {stage.name}, as its data are", (*held, *needs, *layers))
         moments.append(Moment(f"stage {stage.name}", (*held, *most), given))
+        if processes > 1:
+            parts = [size_of(p for p in part.values() if p.requires_grad) for part in model.parts().values()]
+            sums = Need("sums", 2 * max(parts), "of the gradients of the largest part, with those that are sent")
+            moments.append(Moment(f"stage {stage.name}, between the processes", (*held, sums)))
     optimiser = max((held[1] for held in learned), key=lambda need: need.num_bytes)
     for name, evaluation in recipe.evaluations.items():
-        running = min(evaluation.max_running_samples, evaluation.data.limit or evaluation.max_running_samples)
+        rows = -(-(evaluation.data.limit or sys.maxsize) // processes)
+        running = min(evaluation.max_running_samples, rows)
         decoding = GenerationConfig(max_new_tokens=evaluation.max_new_tokens, max_running_samples=running)
         moment = max(answering_moments(dry, decoding, 0, device_type), key=lambda moment: moment.num_bytes)
-        moments.append(Moment(f"evaluation {name}, {moment.name}", (optimiser, *moment.needs)))
+        moments.append(Moment(f"evaluation {name}, {moment.name}", (optimiser, *moment.needs, *layers)))
     tokens = min(_HELD_TOKENS, model.backbone.max_tokens)
     return MemoryNeeds(owned, tuple(moments), unknown=unknown, held=_held(dry, 1.0, tokens, device_type))
 
@@ -298,8 +333,9 @@ def _learned(model: MoLoRA, stage: StageConfig, where: str) -> tuple[Need, ...]:
     return held
 
 
-def _heaviest_step(model: MoLoRA, recipe: Recipe, index: int) -> tuple[list[Sample], str]:
-    """The samples of the step with the largest pack, of the first steps of a stage; and what is to be said of them."""
+def _heaviest_step(model: MoLoRA, recipe: Recipe, index: int, processes: int) -> tuple[list[Sample], str]:
+    """The samples that one of the processes takes of the step with the largest pack, of the first steps of a stage; and
+    what is to be said of them."""
     stage, path = recipe.stages[index], recipe.backbone.path
     tokenizer = load_tokenizer(fetch(path, recipe.backbone.revision, weights=False))
     policy = MediaPolicy(allow_urls=recipe.allow_urls, allow_private_addresses=recipe.allow_private_addresses)
@@ -320,7 +356,11 @@ def _heaviest_step(model: MoLoRA, recipe: Recipe, index: int) -> tuple[list[Samp
     rows = size * min(count_steps(stage, dataset.num_rows), max(1, _SAMPLED_ROWS // size))
     encoded = [dataset[k] for k in range(rows)]
     answers = [(each, each.rejected) if isinstance(each, Sample) else () for each in encoded]
-    steps = [[one for both in answers[k : k + size] for one in both if one is not None] for k in range(0, rows, size)]
+    steps = [
+        [one for k in dataset.order.dealt(step, size, rank, processes) for one in answers[k] if one is not None]
+        for step in range(rows // size)
+        for rank in range(processes)
+    ]
 
     def largest_pack(samples: list[Sample]) -> int:
         learning = [sample for sample in samples if model.trains(sample.modalities)]
@@ -365,11 +405,12 @@ def _ruled(model: MoLoRA, modalities: frozenset[str]) -> bool:
     return True
 
 
-def full_pack(model: MoLoRA, modalities: frozenset[str], stage: StageConfig) -> list[Sample]:
-    """Samples that fill a pack of a stage, all the same: the largest examples of these modalities, and text."""
+def full_pack(model: MoLoRA, modalities: frozenset[str], stage: StageConfig, processes: int = 1) -> list[Sample]:
+    """Samples that fill a pack of a stage in one of so many processes, all the same: the largest examples of these
+    modalities, and text."""
     most_tokens = min(stage.tokens_per_pack, model.backbone.max_tokens)
     shortest = largest_sample(model, modalities, 0, most_tokens)
-    answers = stage.samples_per_step * (2 if stage.objective == "preferences" else 1)
+    answers = -(-stage.samples_per_step // processes) * (2 if stage.objective == "preferences" else 1)
     number = min(answers, stage.tokens_per_pack // len(shortest))
     num_tokens = min(stage.tokens_per_pack // number, most_tokens)
     return copies(largest_sample(model, modalities, num_tokens, most_tokens), number)

@@ -407,6 +407,24 @@ def test_packs_of_the_data_are_counted_as_the_recipes_own_steps_take_them(small:
     assert need(given, "activations") < need(moment, "activations")
 
 
+def test_each_of_several_processes_takes_its_share_of_samples_and_layers(small: Path) -> None:
+    """What a shard takes is measured in `tests/train/test_ranks.py`."""
+    alone, two = (training_needs(recipe_of(small, shard_backbone=True), processes=count) for count in (1, 2))
+    whole = training_needs(recipe_of(small), processes=2)
+    assert whole.weights == alone.weights
+    assert [need.what for need in two.weights] == [need.what for need in alone.weights]
+    embedded = 2048 * 128 * 4
+    assert embedded < two.weights[0].num_bytes < alone.weights[0].num_bytes / 2 + embedded + 1024
+    assert two.weights[1:] == alone.weights[1:]
+    step, between = two.moments
+    assert need(step, "whole layers") == pytest.approx(3 / 4 * 2 * (alone.weight_bytes - two.weight_bytes), rel=0.01)
+    assert not any(its.what == "whole layers" for its in (*alone.moments[0].needs, *whole.moments[0].needs))
+    (origin,) = (its.origin for its in step.needs if its.what == "activations")
+    assert origin.startswith("a pack of 2 x "), "of the four samples of a step"
+    parts = on_meta(recipe_of(small)).parts().values()
+    assert need(between, "sums") == 2 * max(sum(p.nbytes for p in part.values()) for part in parts)
+
+
 def test_preferences_hold_a_copy_of_what_trains_and_two_answers_of_a_pair(small: Path, tmp_path: Path) -> None:
     recipe = recipe_of(small)
     (stage,) = recipe.stages
@@ -697,6 +715,8 @@ def test_the_command_line_reads_recipes_and_models(backbone: Path, tmp_path: Pat
     [
         (["stages.0.steps=3"], "go with --fit"),
         (["--device-memory", "3"], "go with --fit"),
+        (["--processes", "2"], "go with --fit"),
+        (["--fit", "nowhere", "--processes", "2"], "--processes is for a recipe"),
         (["--fit", "recipe.yaml", "--modality", "x"], "names its modalities itself"),
         (["--fit", "BACKBONE", "prompt_token=3"], "no such key; did you mean 'prompt_tokens'"),
         (["--fit", "BACKBONE", "prompt_tokens=300"], "a sample of text takes 300 tokens, but only 256 fit"),

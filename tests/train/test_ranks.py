@@ -13,11 +13,14 @@ import torch
 
 from molora.checkpoint.opening import open_model
 from molora.config import ConfigError, dump
+from molora.doctor.dry_run import on_meta
+from molora.doctor.needs import gathered, weights
 from molora.ranks import Ranks, launched_ranks
 from molora.train.loop import train
 from molora.train.optim import PartConfig, set_trainable
 from molora.train.recipe import plan_recipe
 from molora.train.step import train_step
+from tests.doctor.test_memory import most_allocated
 from tests.train.test_train import FORKS, constant, environments, in_processes, outcome, recipe, write_home
 
 TEXT: dict[str, Any] = {"type": "text", "text": "and this?"}
@@ -36,7 +39,7 @@ STEPS = 10
 
 def losses_of_all_assignments(home: Path, ranks: Ranks, *, sharded: bool = False) -> dict[str, list[dict[str, float]]]:
     """The losses of ten steps for every assignment of shares to two ranks, of which a lone process takes both; and
-    under "bytes" those of the backbone's layers, and of all tensors that are left then."""
+    under "bytes" those of all tensors that are left then, and those that a step takes beside them at most."""
     config = recipe(home, home / "run")
     patterns = {name: PartConfig(learning_rate=1e-3) for name in ("encoders", "projectors", "adapters")}
     found = {}
@@ -61,8 +64,12 @@ def losses_of_all_assignments(home: Path, ranks: Ranks, *, sharded: bool = False
         found[" and ".join(assigned)] = [
             {key: value for key, value in row.items() if key.startswith("loss/")} for row in rows
         ]
-    layers = [p for name, p in model.backbone.model.named_parameters() if ".layers." in name and "lora_" not in name]
-    found["bytes"] = [{"layers": sum(p.nbytes for p in layers), "all": bytes_alive()}]
+    messages = [{"role": "user", "content": [NUMBERS, TEXT]}, {"role": "assistant", "content": "yes"}]
+    samples = [processor.encode(messages, str(ranks.index))]
+    found["bytes"] = [{"alive": bytes_alive()}]
+    train_step(model, processor, samples, 4096, {}, ranks)  # which leaves gradients
+    step = most_allocated(lambda: train_step(model, processor, samples, 4096, {}, ranks))
+    found["bytes"][0]["step"] = step
     return found
 
 
@@ -96,12 +103,16 @@ def test_every_assignment_of_modalities_to_two_ranks_trains_as_one_process(tmp_p
             process.kill()
             raise AssertionError("the ranks wait for each other")
         assert process.exitcode == 0
+    model = on_meta(recipe(home, home / "run"))
+    elsewhere = weights(model)[0].num_bytes - weights(model, 2)[0].num_bytes
+    (whole_layers,) = (need.num_bytes for need in gathered(model, 2))
     (held,) = expected.pop("bytes")
     for rank in range(2):
         ours = torch.load(home / f"losses {rank}", weights_only=True)
         (of_rank,) = ours.pop("bytes")
-        elsewhere = held["layers"] / 2 if sharded else 0
-        assert held["all"] - of_rank["all"] == pytest.approx(elsewhere, rel=0.01)
+        assert held["alive"] - of_rank["alive"] == pytest.approx(elsewhere if sharded else 0, rel=0.01)
+        more = of_rank["step"] - held["step"]
+        assert whole_layers / 2 < more <= whole_layers if sharded else abs(more) < 0.01 * held["step"]
         assert ours.keys() == expected.keys() and len(expected) == len(SHARES) ** 2
         for assigned, rows in expected.items():
             for step, row in enumerate(rows):
