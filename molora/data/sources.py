@@ -26,6 +26,10 @@ from molora.seeding import seed_of
 # A longer source is shuffled by blocks of this many rows: a table of all its rows would take too much memory.
 _MAX_TABLE_ROWS, _ROWS_PER_BLOCK, _BLOCKS_PER_WINDOW = 2**24, 1024, 16
 
+NO_REJECTED = (
+    "has no rejected answer; preferences are learned from `kind: preferences`, or from a table with `rejected`"
+)
+
 # Rows of a source whose mean length stands for that of all.
 _MEASURED_ROWS = 64
 
@@ -353,7 +357,7 @@ def encode_row(
     if not pairs:
         return sample
     if "rejected" not in example:
-        raise ValueError(f"sample {id}: has no rejected answer; preferences are learned from `kind: preferences`")
+        raise ValueError(f"sample {id}: {NO_REJECTED}")
     rejected = processor.encode(example["rejected"], f"{id}, rejected", seed=seed, known=known)
     check_length(rejected, max_tokens)
     if len(rejected.items) != len(sample.items):

@@ -11,7 +11,7 @@ import torch
 
 from molora.data.messages import Message, check, media_parts, parts
 from molora.data.processor import Processor, SampleTooLong
-from molora.data.sources import Source
+from molora.data.sources import NO_REJECTED, Source
 from molora.data_tools.contents import Odd, odd_item, odd_texts, odd_turns, special_tokens_of
 from molora.data_tools.faults import KINDS, Fault
 from molora.data_tools.opening import Named, asked_by, place_of
@@ -130,7 +130,7 @@ class Examiner:
     ) -> None:
         """The other answer of a pair."""
         if "rejected" not in example:
-            _add(facts, named, "refused", "has no rejected answer; preferences are learned from `kind: preferences`")
+            _add(facts, named, "refused", NO_REJECTED)
             return
         sample = self._encoded(named, source, example["rejected"], facts, known, True)
         if sample is not None:

@@ -14,10 +14,13 @@ import numpy as np
 from huggingface_hub import parse_hf_uri
 from PIL import Image
 
+from molora.checkpoint.assembly import ModalityConfig
+from molora.checkpoint.modality_folder import read_about
 from molora.config import ConfigError, did_you_mean
 from molora.config.plain_yaml import parse
 from molora.data.sources import SourceConfig
 from molora.storage import write_atomically, write_folder, write_text
+from molora.terminal import warn
 from molora.testing.tiny import save_backbone
 from molora.train.recipe import Recipe
 
@@ -27,6 +30,9 @@ _DATASETS = Path(__file__).parents[1] / "configs" / "datasets.yaml"
 _OF_THE_HUB = ("subset", "split", "revision", "disk_gib")
 # The types of parts that the built-in modalities answer to.
 _PARTS = {"vision": "image", "audio": "audio"}
+
+# Kinds of sources whose files may be made.
+_MADE = ("messages", "preferences")
 
 _ROWS = 4
 _STEPS = 2
@@ -46,8 +52,8 @@ _TOWERS: dict[str, dict[str, Any]] = {
 
 def rehearsed(recipe: Recipe) -> Recipe:
     """The recipe in small, in a run folder beside its own whose name ends in `-tiny`, as those do of modalities that
-    another run trained. Datasets of the hub become rows of the same columns; other sources stay what they are. Nothing
-    is sent to trackers.
+    another run trained. Datasets of the hub become rows of the same columns, and files of conversations or preferences
+    that are not there yet made ones; other sources stay what they are. Nothing is sent to trackers.
 
     Raises ConfigError for a dataset of the hub whose columns `configs/datasets.yaml` does not have, ImportError without
     the `datasets` extra."""
@@ -60,7 +66,8 @@ def rehearsed(recipe: Recipe) -> Recipe:
             save_backbone(folder, family)
     known: Any = parse(_DATASETS.read_text(encoding="utf-8"))
     made: dict[str, Path] = {}
-    media = [_PARTS[plugin] for modality in recipe.modalities.values() if (plugin := str(modality.plugin)) in _PARTS]
+    modalities = {name: _tiny_modality(modality) for name, modality in recipe.modalities.items()}
+    media = [_PARTS[plugin] for each in modalities.values() if (plugin := _plugin_of(each)) in _PARTS]
 
     def tiny(source: SourceConfig) -> SourceConfig:
         return _tiny_source(source, run / "rows", known, made, media)
@@ -79,7 +86,7 @@ def rehearsed(recipe: Recipe) -> Recipe:
         recipe,
         run=str(run),
         backbone=replace(recipe.backbone, path=str(backbone), revision=None, dtype="float32"),
-        modalities={name: _tiny_modality(modality) for name, modality in recipe.modalities.items()},
+        modalities=modalities,
         stages=stages,
         evaluations={
             name: replace(evaluation, data=replace(tiny(evaluation.data), limit=_SAMPLES))
@@ -91,13 +98,18 @@ def rehearsed(recipe: Recipe) -> Recipe:
     )
 
 
-def _tiny_modality(modality: Any) -> Any:
+def _plugin_of(modality: ModalityConfig) -> str:
+    """The plugin of a modality, which one that another run trained has in its folder."""
+    return str(modality.plugin if modality.path is None else read_about(Path(modality.path))["plugin"])
+
+
+def _tiny_modality(modality: ModalityConfig) -> ModalityConfig:
     if modality.path is not None:
         path = Path(modality.path)
         run = path.parents[1]
         return replace(modality, path=str(run.with_name(f"{run.name}-tiny") / path.relative_to(run)))
     options = {**modality.options, **_TOWERS.get(str(modality.plugin), {})}
-    return replace(modality, options=options, adapter={**modality.adapter, "r": 4})
+    return replace(modality, options=options, adapter={**(modality.adapter or {}), "r": 4})
 
 
 def _tiny_source(
@@ -108,10 +120,14 @@ def _tiny_source(
     path = source.options.get("path")
     if not isinstance(path, str) or Path(path).exists():
         return source
+    if source.kind in _MADE:
+        warn(f"{path} is not there: made rows stand for it")
+        return replace(source, options={"path": str(_conversations(folder, media, source.kind))}, limit=None)
     options = {key: value for key, value in source.options.items() if key not in _OF_THE_HUB}
     if source.kind == "shards" and path.startswith("hf://"):
         if "prompt" not in options:
-            return replace(source, kind="messages", options={"path": str(_conversations(folder, media))}, limit=None)
+            made_rows = _conversations(folder, media, "messages")
+            return replace(source, kind="messages", options={"path": str(made_rows)}, limit=None)
         path = parse_hf_uri(path).id
         options["media"] = {part: column.partition(";")[0] for part, column in options.get("media", {}).items()}
     elif source.kind != "table":
@@ -128,14 +144,16 @@ def _tiny_source(
     return replace(source, kind="table", options={**options, "path": str(made[path])}, limit=None)
 
 
-def _conversations(folder: Path, media: Sequence[str]) -> Path:
-    """A file of conversations in `folder`, each of which shows one medium of each type."""
-    path = folder / "conversations.jsonl"
+def _conversations(folder: Path, media: Sequence[str], kind: str) -> Path:
+    """A file of rows of this kind in `folder`, each of which shows one medium of each type."""
+    path = folder / f"{kind}.jsonl"
     rows = []
     for row in range(_ROWS):
         shown = [{"type": part, "base64": base64.b64encode(_MEDIA[part](row)).decode()} for part in media]
         asked = {"role": "user", "content": [*shown, {"type": "text", "text": f"words of row {row}"}]}
-        rows.append(json.dumps({"messages": [asked, {"role": "assistant", "content": f"answer {row}"}]}))
+        answered = {"messages": [asked, {"role": "assistant", "content": f"answer {row}"}]}
+        preferred = {"prompt": [asked], "chosen": f"answer {row}", "rejected": "another answer"}
+        rows.append(json.dumps(preferred if kind == "preferences" else answered))
     write_text(path, "\n".join(rows))
     return path
 
@@ -147,19 +165,20 @@ def write_rows(columns: Mapping[str, Any], path: Path) -> None:
         from pyarrow import parquet
     except ImportError as error:
         raise ImportError("made rows are Parquet, which needs pyarrow: pip install 'molora[datasets]'") from error
-    rows = [{name: _made(shape, row) for name, shape in columns.items()} for row in range(_ROWS)]
+    rows = [_made(columns, row) for row in range(_ROWS)]
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
 
-def _made(shape: Any, row: int) -> Any:
-    """A value of a shape: a kind by its name, a list of one shape, or shapes by name."""
+def _made(shape: Any, row: int, column: str = "") -> Any:
+    """A value of a shape: a kind by its name, a list of one shape, or shapes by name. No two columns have one text,
+    and a number may be that of one of two options."""
     if isinstance(shape, list):
-        return [_made(shape[0], row), _made(shape[0], row + 1)]
+        return [_made(shape[0], row, column), _made(shape[0], row + 1, column)]
     if isinstance(shape, Mapping):
-        return {name: _made(inner, row) for name, inner in shape.items()}
+        return {name: _made(inner, row, name) for name, inner in shape.items()}
     if shape in _MEDIA:
         return {"bytes": _MEDIA[shape](row), "path": None}
-    return {"text": f"words of row {row}", "number": row}[shape]
+    return {"text": f"{column} of row {row}", "number": row % 2}[shape]
 
 
 def _picture(row: int) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -23,7 +24,8 @@ from molora.train.optim import set_trainable
 from molora.train.recipe import Recipe
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-RECIPES = [*sorted(CONFIGS.glob("stages/*.yaml")), CONFIGS / "phi4_mini.yaml"]
+STAGES = sorted(CONFIGS.glob("stages/*.yaml"))
+RECIPES = [*STAGES, CONFIGS / "phi4_mini.yaml"]
 
 # What the repositories on the hub say of their shapes.
 _LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
@@ -103,9 +105,28 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield root
 
 
+def made_by(folder: str) -> Path:
+    """The recipe that trains a modality, by the folder that it is in."""
+    run = str(Path(folder).parents[1])
+    return next(path for path in STAGES if read(Recipe, path).run == run)
+
+
+def whole(path: Path) -> Recipe:
+    """A recipe whose modalities are described, also those that another one trains."""
+    recipe = read(Recipe, path)
+    modalities = {
+        name: read(Recipe, made_by(modality.path)).modalities[name] if modality.path else modality
+        for name, modality in recipe.modalities.items()
+    }
+    return replace(recipe, modalities=modalities)
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_full_recipe_trains_in_small(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    for modality in read(Recipe, path).modalities.values():
+        if modality.path:
+            train(rehearsed(read(Recipe, made_by(modality.path))), show=False)
     monkeypatch.setattr("sys.argv", ["molora", "train", str(path), "--tiny"])
     with pytest.raises(SystemExit) as ended:
         main()
@@ -114,13 +135,14 @@ def test_a_full_recipe_trains_in_small(path: Path, tmp_path: Path, monkeypatch: 
     rows = [json.loads(line) for line in (tmp_path / f"{recipe.run}-tiny" / "metrics.jsonl").read_text().splitlines()]
     trained = [row["stage"] for row in rows if "seconds" in row]
     assert trained == [stage.name for stage in recipe.stages for _ in range(2)]
-    assert load(f"{recipe.run}-tiny").model.modalities.keys() == recipe.modalities.keys()
+    parts = load(f"{recipe.run}-tiny").model.parts()
+    assert {part.partition(".")[2] for part in parts if part.startswith("adapters.")} == recipe.modalities.keys()
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_full_recipe_has_the_shapes_and_parts_that_it_names(path: Path, hub: Path) -> None:
     """On the meta device, at full size: every pattern of every stage trains something."""
-    recipe = read(Recipe, path)
+    recipe = whole(path)
     model = on_meta(recipe)
     for index, stage in enumerate(recipe.stages):
         optimizers = set_trainable(model, stage.train, stage.steps, f"stages.{index}.train")
@@ -133,13 +155,13 @@ PEAKS = {"an H100": 989e12, "an A100": 312e12, "an RTX 4090": 165e12}
 UTILISATION = 0.4
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("stages/*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
 def test_the_head_of_a_stages_recipe_says_what_memory_and_time_it_takes(path: Path, hub: Path) -> None:
     """The hours by the rule of docs/how_to/memory.md. The memory was counted by `molora doctor --fit`, which takes
     minutes; here, that what is always there is less."""
-    recipe = read(Recipe, path)
+    recipe = whole(path)
     model = on_meta(recipe)
-    (name,) = model.modalities
+    (name,) = recipe.modalities
     head = " ".join(line[2:] for line in path.read_text().splitlines() if line.startswith("# "))
     said = re.search(
         r"One GPU: ([\d.]+) GiB .*; at ([\d,]+) tokens and ([\d,]+) frames a sample, (.*) \(the rule", head
@@ -147,7 +169,7 @@ def test_the_head_of_a_stages_recipe_says_what_memory_and_time_it_takes(path: Pa
     assert said, head
     tokens, frames = (int(number.replace(",", "")) for number in said.groups()[1:3])
     sizes = {part: sum(p.numel() for p in of.values()) for part, of in model.parts().items()}
-    adapter, encoder = sizes[f"adapters.{name}"], sizes[f"encoders.{name}"]
+    adapter, encoder = sizes[f"adapters.{name}"], sizes.get(f"encoders.{name}", 0)
     frozen = sum(p.numel() for key, p in model.backbone.model.named_parameters() if ".lora_" not in key)
     operations, trained = 0.0, 0
     for index, stage in enumerate(recipe.stages):
@@ -155,6 +177,8 @@ def test_the_head_of_a_stages_recipe_says_what_memory_and_time_it_takes(path: Pa
         trained = max(trained, sum(p.numel() for each in optimizers.values() for p in each.parameters.values()))
         trains = {part: f"{part}.{name}" in stage.train for part in ("adapters", "encoders")}
         of_sample = 6 * (frozen + adapter) * tokens + 2 * adapter * tokens * trains["adapters"]
+        if stage.objective == "preferences":  # two answers, each run by the reference and twice by what learns
+            of_sample = 2 * (of_sample + 4 * (frozen + adapter) * tokens)
         of_sample += encoder * frames * (6 if trains["encoders"] else 2)
         operations += of_sample * stage.steps * stage.samples_per_step
     hours = dict(re.findall(r"([\d.]+) hours of (an [A-Z\w ]+?\d+)", said[4]))

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 from molora.config import ConfigError
 from molora.data.formats.templates import Place, as_text, described, find_place
 
-# What templates may name beside the columns where a question has options: all of them, the right one, and its letter.
-MADE = ("choices", "choice", "letter")
+# What templates may name beside the columns where a question has options: all of them, the right one, its letter, and
+# the other one of two.
+MADE = ("choices", "choice", "letter", "other")
 
 _MAX_LIST_CHARACTERS = 2**16
 
@@ -45,10 +46,11 @@ class Chosen(NamedTuple):
 
     @property
     def made(self) -> dict[str, str]:
-        """The right option and its letter, by the names in `MADE`."""
+        """The right option, its letter and the other one, by the names in `MADE`."""
         if not self.texts:
             return {"choice": self.said, "letter": self.said}
-        return {"choice": self.texts[self.right], "letter": ascii_uppercase[self.right]}
+        other = {"other": self.texts[1 - self.right]} if len(self.texts) == 2 else {}
+        return {"choice": self.texts[self.right], "letter": ascii_uppercase[self.right], **other}
 
     @property
     def judged(self) -> dict[str, Any]:

@@ -47,8 +47,11 @@ class TableConfig:
     `answers` is the column of all accepted answers; without `answer`, the first is learned. "answers[*][text]" is the
     text of each item in a list. `choices` is the column of a question's options, or a column for each, and `choice`
     says which is right. Then `{choices}` in the prompt is a line for each option, as `choice_line` says, `{choice}` the
-    right option and `{letter}` its letter, which is learned without `answer`. In a row without options, all of these
-    but `{choices}` are what the column of `choice` says. `tags` are columns to report metrics by.
+    right option and `{letter}` its letter, which is learned without `answer`; of two options `{other}` is the other
+    one. In a row without options, `{choice}` and `{letter}` are what the column of `choice` says. `tags` are columns to
+    report metrics by.
+
+    With `rejected`, the template of the answer that was not chosen, rows are preferences.
 
     `rows_under` is the key of a JSON file under which its list of rows stands. `split` may be a slice, such as
     "train[:90%]". `subset`, `split` by another name than train, and `revision` are a dataset's of the hub.
@@ -57,6 +60,7 @@ class TableConfig:
     path: str
     prompt: str
     answer: str | None = None
+    rejected: str | None = None
     media: dict[str, str | list[str]] = field(default_factory=dict)
     segment: SegmentConfig | None = None
     answers: str | None = None
@@ -92,8 +96,10 @@ class Table:
         if config.choices is not None and config.choice is not None:
             self.choices = Choices(config.choices, config.choice, config.choice_line)
             learned = "{letter}" if learned is None else learned
-        self.prompt = Template(config.prompt, f"{self.label}: prompt")
-        self.answer = None if learned is None else Template(learned, f"{self.label}: answer")
+        templates = {"prompt": config.prompt, "answer": learned, "rejected": config.rejected}
+        self.templates = {
+            key: Template(text, f"{self.label}: {key}") for key, text in templates.items() if text is not None
+        }
         self.media = [
             _Medium(kind, column, self.label)
             for kind, columns in config.media.items()
@@ -121,21 +127,25 @@ class Table:
             values = {**values, **chosen.made, "choices": self.choices.lines(chosen)}
             judged = chosen.judged
         answers = self._answers(values, where)
-        answer = answers[0] if self.answer is None else self.answer.fill(values, f"{where}: answer")
-        if not answer and (self.answer is None or self.answer.fields):
-            source = self.config.answers if self.answer is None else self.answer.text
+        learned = self.templates.get("answer")
+        answer = answers[0] if learned is None else learned.fill(values, f"{where}: answer")
+        if not answer and (learned is None or learned.fields):
+            source = self.config.answers if learned is None else learned.text
             raise ValueError(f"{where}: answer: empty, from {source!r}; fill it in, or leave the row out")
         if answers:
             # Sorting is stable: the answer that is learned comes first, and the others stay in their order.
             first = answers.index(answer) if answer in answers else 0
             judged["answers"] = [answers[first], *answers[:first], *answers[first + 1 :]]
-        messages = [
-            {"role": "user", "content": self._asked(values, where)},
-            {"role": "assistant", "content": answer},
-        ]
+        asked = [{"role": "user", "content": self._asked(values, where)}]
+        asked = rooted(asked, self.rows.folder(row), self.media_root, where)
+        if "rejected" in self.templates:
+            rejected = self.templates["rejected"].fill(values, f"{where}: rejected")
+            if rejected == answer:
+                raise ValueError(f"{where}: rejected: is what was chosen too; leave the row out")
+            judged["rejected"] = [*asked, {"role": "assistant", "content": rejected}]
         return {
             "id": row_id(values.get("id"), row, where),
-            "messages": rooted(messages, self.rows.folder(row), self.media_root, where),
+            "messages": [*asked, {"role": "assistant", "content": answer}],
             "tags": [tag for place in self.tags if (tag := _tag(place, values, where))],
             **judged,
         }
@@ -145,11 +155,12 @@ class Table:
         content = [part for medium in self.media for part in medium.read(values, where)]
         if self.segment:
             _cut(content, self.segment, values, where)
-        prompt = self.prompt.fill(values, f"{where}: prompt")
-        if not (prompt.strip() or content) and (self.prompt.fields or self.media):
+        template = self.templates["prompt"]
+        prompt = template.fill(values, f"{where}: prompt")
+        if not (prompt.strip() or content) and (template.fields or self.media):
             beside = f" and no medium in {', '.join(medium.name for medium in self.media)}" if self.media else ""
             raise ValueError(
-                f"{where}: prompt: empty, from {self.prompt.text!r}{beside}; fill it in, or leave the row out"
+                f"{where}: prompt: empty, from {template.text!r}{beside}; fill it in, or leave the row out"
             )
         return [*content, {"type": "text", "text": prompt}]
 
@@ -167,9 +178,8 @@ class Table:
         config = self.config
         if self.choices is not None:
             self.choices.bind(names, self.label)
-        texts = {"prompt": self.prompt, **({} if self.answer is None else {"answer": self.answer})}
         in_texts = names if self.choices is None else [*(name for name in names if name not in MADE), *MADE]
-        for key, template in texts.items():
+        for key, template in self.templates.items():
             if template.text in names:
                 raise ConfigError(
                     f"{self.label}: {key} is the text {template.text!r} in every row, and not what the column of that "
@@ -201,8 +211,7 @@ class Table:
         names = list(names)
         config = self.config
         made = () if self.choices is None else MADE
-        texts = [self.prompt, *([] if self.answer is None else [self.answer])]
-        named = [name for text in texts for name in text.fields if place_in(name, made) is None]
+        named = [name for text in self.templates.values() for name in text.fields if place_in(name, made) is None]
         named += [name for medium in self.media for name in medium.fields]
         named += [] if self.choices is None else self.choices.fields
         named += [] if config.segment is None else config.segment.fields

@@ -188,3 +188,24 @@ def test_answers_and_options_of_a_conversation_that_are_none_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=f"m.jsonl, row 1: {says}"):
         talk(tmp_path, **row)
+
+
+def test_a_table_of_preferences_has_both_answers(tmp_path: Path) -> None:
+    row = {"q": "q", "good": "yes", "bad": "no"}
+    found = table(tmp_path, row, answer="{good}.", rejected="{bad}.")[0]
+    assert [turn["content"] for turn in found["messages"][1:]] == ["yes."]
+    assert [turn["content"] for turn in found["rejected"][1:]] == ["no."]
+    assert found["rejected"][0] == found["messages"][0]
+    with pytest.raises(ValueError, match="t.jsonl, row 1: rejected: is what was chosen too; leave the row out"):
+        table(tmp_path, row, answer="{good}", rejected="{good}")[0]
+    with pytest.raises(ConfigError, match="rejected: no column 'worse'"):
+        table(tmp_path, row, answer="{good}", rejected="{worse}")
+
+
+def test_of_two_options_the_other_one_is_what_was_rejected(tmp_path: Path) -> None:
+    row = {"q": "q", "a": "yes", "b": "no", "c": "well", "better": 1}
+    options: dict[str, Any] = {"choice": {"number": "better"}, "answer": "{choice}", "rejected": "{other}"}
+    found = table(tmp_path, row, choices=["a", "b"], **options)[0]
+    assert [found[key][1]["content"] for key in ("messages", "rejected")] == ["no", "yes"]
+    with pytest.raises(ValueError, match="row 1: rejected: {other} is empty"):
+        table(tmp_path, row, choices=["a", "b", "c"], **options)[0]
