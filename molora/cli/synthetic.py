@@ -139,11 +139,11 @@ def pivot(
         max_running_samples=max_running_samples,
     )
     load = options.opener(model, modality, rule, allow_urls, allow_private_addresses, trust_plugin)
-    search = pivoting.PivotSearch(messages, output, config, solutions)
+    search = pivoting.PivotSearch(messages, output, verifier, config, solutions)
     with search.held():
         loaded = load()
         if search.left:
-            search.find(loaded, decoding, verifier)
+            search.find(loaded, decoding)
         found = list(search.found())
     decode = loaded.processor.decode
     searched = [row for _, row in found if row["solutions"]]

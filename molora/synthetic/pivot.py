@@ -25,7 +25,7 @@ from molora.pack import Sample
 from molora.seeding import seed_of
 from molora.storage import hold
 from molora.synthetic.pivotal import Found, Pivot, Prefix, SearchConfig, Wanted, difference, search
-from molora.synthetic.roll_out import Verifier
+from molora.synthetic.roll_out import Verifier, check_made_by
 from molora.terminal import progress
 
 # The key of a question's row that says it is done.
@@ -55,11 +55,16 @@ class _Draw:
 
 
 class PivotSearch:
-    """The questions of a file, and the file that their searches go to. Raises ValueError for a row that cannot be read,
-    or does not end with an answer."""
+    """The questions of a file, what searches them, and the file that their searches go to. Raises ValueError for a row
+    that cannot be read, or does not end with an answer."""
 
-    def __init__(self, messages: Path, output: Path, config: SearchConfig, num_solutions: int = 2) -> None:
-        self.messages, self.output, self.config, self.num_solutions = messages, output, config, num_solutions
+    def __init__(
+        self, messages: Path, output: Path, verifier: Verifier, config: SearchConfig, num_solutions: int = 2
+    ) -> None:
+        self.messages, self.output = messages, output
+        self.verifier, self.config, self.num_solutions = verifier, config, num_solutions
+        told = {**vars(config), "solutions": num_solutions}
+        self.name = ", ".join([verifier.name, *(f"{key} {value}" for key, value in told.items())])
         source = Messages(MessagesConfig(path=str(messages)))
         self.questions = [question(source, index) for index in range(len(source))]
         self.done: set[str] = set()
@@ -68,11 +73,13 @@ class PivotSearch:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keeps other processes from the output, and finds what is done. Raises ConfigError for an output that holds
-        anything but searches; Stopped after Ctrl-C."""
+        anything but searches, or some by another verifier or config; Stopped after Ctrl-C."""
         if self.output.exists() and self.output.samefile(self.messages):
             raise ConfigError(f"output {self.output}: is where the rows come from; give it another name")
         with hold(self.output):
             self.done = answered_ids(self.output, _RESULT)
+            if self.done:
+                check_made_by(self.output, _RESULT, self.name)
             try:
                 yield
             except KeyboardInterrupt as interrupt:
@@ -83,16 +90,17 @@ class PivotSearch:
     def left(self) -> list[Question]:
         return [asked for asked in self.questions if asked.id not in self.done]
 
-    def find(self, loaded: LoadedModel, decoding: GenerationConfig, verifier: Verifier) -> None:
+    def find(self, loaded: LoadedModel, decoding: GenerationConfig) -> None:
         """Searches the questions that are not done. Draws of many questions run together; each has a seed of its own,
         so that a search finds the same beside whatever others."""
         with progress() as bars, appending(self.output) as write:
             bar = bars.add_task("pivot", total=len(self.questions), completed=len(self.done), note="")
-            for id, row in _Searches(loaded, decoding, verifier, self.config, self.num_solutions).run(self.left):
-                write({"id": id, **row})
+            for id, row in _Searches(loaded, decoding, self.verifier, self.config, self.num_solutions).run(self.left):
                 if "error" in row:
+                    write({"id": id, **row})
                     self.failed.append(f"{id}: {row['error']}")
                 else:
+                    write({"id": id, **row, "verifier": self.name})
                     self.done.add(id)
                 bars.advance(bar)
 

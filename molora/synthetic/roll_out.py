@@ -104,10 +104,8 @@ class RollOut:
             raise ConfigError(f"output {self.output}: is where the rows come from; give it another name")
         with hold(self.output):
             self.done = answered_ids(self.output, "answer")
-            for number, row in written_rows(self.output, f"output {self.output}") if self.done else ():
-                if row.get("verifier", verifier.name) != verifier.name:
-                    told = f"line {number} was rated by {row['verifier']!r:.80}, and not by {verifier.name!r}"
-                    raise ConfigError(f"output {self.output}: {told}; give the same metric, or another output")
+            if self.done:
+                check_made_by(self.output, "answer", verifier.name)
             try:
                 yield
             except KeyboardInterrupt as interrupt:
@@ -183,6 +181,14 @@ class RollOut:
             }
             num_right = sum(each["right"] for each in answers)
             yield Drawn(asked.id, asked.prompt, texts[True], texts[False], num_right, len(answers))
+
+
+def check_made_by(output: Path, result: str, name: str) -> None:
+    """Raises ConfigError if a row of an output, each with `result`, says that another verifier than `name` rated it."""
+    for number, row in written_rows(output, f"output {output}", result):
+        if row.get("verifier", name) != name:
+            told = f"line {number} was rated by {row['verifier']!r:.200}, and not by {name!r}"
+            raise ConfigError(f"output {output}: {told}; give the same metric and options, or another output")
 
 
 def accepted(drawn: Drawn, most: int, seed: int) -> Iterator[dict[str, Any]]:

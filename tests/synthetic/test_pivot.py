@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 import molora
 from molora.cli.commands import app
+from molora.config import ConfigError
 from molora.data.preferences import Preferences
 from molora.data.sources import MessagesConfig, encode_row
 from molora.inference.generate import GenerationConfig
@@ -89,9 +91,10 @@ def whole(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Pivot
     folder = tmp_path_factory.mktemp("search")
     turns = [{"role": "user", "content": "go"}, {"role": "assistant", "content": "Y"}]
     (folder / "rows.jsonl").write_text("\n".join(json.dumps({"id": str(n), "messages": turns}) for n in range(3)))
-    found = PivotSearch(folder / "rows.jsonl", folder / "out.jsonl", CONFIG, 2)
+    verifier = open_verifier("regular_expression", options={"pattern": "Y"})
+    found = PivotSearch(folder / "rows.jsonl", folder / "out.jsonl", verifier, CONFIG, 2)
     with found.held():
-        found.find(model, DECODING, open_verifier("regular_expression", options={"pattern": "Y"}))
+        found.find(model, DECODING)
     assert not found.left and not found.failed
     return found
 
@@ -149,6 +152,15 @@ def test_what_was_stopped_goes_on_and_the_command_writes_a_page(
     assert f"pivotal tokens in {solutions} solutions" in done.output and files["rows.out"].read_text()
     page = files["page.html"].read_text()
     assert page.count("<svg") == solutions and "<b class=" in page
+
+
+@pytest.mark.parametrize("changes", [{"pattern": "N"}, {"threshold": 0.3}, {"num_solutions": 3}])
+def test_searches_by_another_verifier_or_config_are_not_mixed(whole: PivotSearch, changes: dict[str, Any]) -> None:
+    verifier = open_verifier("regular_expression", options={"pattern": changes.get("pattern", "Y")})
+    config = replace(CONFIG, threshold=changes.get("threshold", CONFIG.threshold))
+    other = PivotSearch(whole.messages, whole.output, verifier, config, changes.get("num_solutions", 2))
+    with pytest.raises(ConfigError, match=r"line 1 was rated by '.*', and not by '.*another output"), other.held():
+        pass
 
 
 def test_an_answer_by_its_tokens_is_checked(model: LoadedModel) -> None:
