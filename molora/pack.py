@@ -86,7 +86,9 @@ class Media:
 @dataclass(frozen=True)
 class Pack:
     """Samples concatenated along one token axis, no padding. `lengths` are tokens per sample. `gates` are what the
-    router decided for each sample before, if they go on from a cache. `targets_T` stays on the host."""
+    router decided for each sample before, if they go on from a cache. `shared`: of each sample, one before it that
+    begins with the same prompt and the tokens of that, or itself and 0; losses run such a prompt once. `targets_T`
+    stays on the host."""
 
     ids: tuple[str, ...]
     lengths: tuple[int, ...]
@@ -96,6 +98,7 @@ class Pack:
     targets_T: Tensor
     media: Mapping[str, Media]
     gates: tuple[Tensor | None, ...] | None = None
+    shared: tuple[tuple[int, int], ...] = ()
 
     def __len__(self) -> int:
         return len(self.lengths)

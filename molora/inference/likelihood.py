@@ -12,10 +12,10 @@ from torch import Tensor
 
 from molora.inference.frames import FrameMemory
 from molora.inference.generate import Failed, NotFinite, faults
-from molora.inference.shared import hidden_at_targets
 from molora.model.loss import LOGITS_PER_CHUNK
 from molora.model.molora import MoLoRA
-from molora.pack import Sample
+from molora.model.shared import hidden_at, shared_prompts
+from molora.pack import Sample, collate
 
 # What a pack holds, if no sample of it is longer: enough for large products, and little beside a model.
 TOKENS_PER_PACK = 4096
@@ -113,15 +113,21 @@ def _score_group(model: MoLoRA, samples: Sequence[Sample], frames: FrameMemory |
 
 def _score_pack(model: MoLoRA, samples: Sequence[Sample]) -> dict[str, Scored]:
     wanted = {sample.id: sample.token_ids_T[1:][sample.targets_T[1:]] for sample in samples}
-    ids, hidden_KD = hidden_at_targets(model, [_predicting(sample) for sample in samples])
+    samples = sorted(map(_predicting, samples), key=lambda sample: model.router.order(sample.modalities))
+    pack = collate(samples, model.modalities).to(model.device)
+    prompts = [int(sample.targets_T.nonzero()[0]) + 1 for sample in samples]
+    pack = replace(pack, shared=shared_prompts(model, samples, prompts))
+    embeds_TD = model.embed(pack)
+    places_K = pack.targets_T.nonzero().squeeze(1)
+    hidden_KD = hidden_at(model, pack, embeds_TD, model.router(pack, embeds_TD), places_K)
     log_probabilities_K, greedy_K = _chosen(
         model.backbone.head,
         hidden_KD,
-        torch.cat([wanted[id] for id in ids]).to(model.device),
+        torch.cat([wanted[id] for id in pack.ids]).to(model.device),
         model.backbone.vocab_size,
     )
-    counts = [len(wanted[id]) for id in ids]
-    of_samples = zip(ids, log_probabilities_K.split(counts), greedy_K.split(counts), strict=True)
+    counts = [len(wanted[id]) for id in pack.ids]
+    of_samples = zip(pack.ids, log_probabilities_K.split(counts), greedy_K.split(counts), strict=True)
     return {id: _scored(id, of_tokens, is_greedy) for id, of_tokens, is_greedy in of_samples}
 
 

@@ -20,6 +20,7 @@ from molora.model.backbone import Backbone
 from molora.model.loss import target_losses, word_losses
 from molora.model.pages import Feed
 from molora.model.projector import Projector
+from molora.model.shared import hidden_at
 from molora.pack import Item, Media, Pack
 from molora.routing import Flow, Router, Routing
 from molora.seeding import seeded
@@ -205,16 +206,16 @@ class MoLoRA(nn.Module):
         """Next-token losses on the pack's target positions."""
         embeds_TD = self.embed(pack)
         routing = self.router(pack, embeds_TD)
-        hidden_TD = self(pack, embeds_TD=embeds_TD, routing=routing)
         # On the host, where the pack's targets are, so that a device need not be waited for.
         is_target_T = pack.targets_T.clone()
         is_target_T[torch.tensor((0, *pack.lengths[:-1])).cumsum(0)] = False  # nothing precedes a sample's first token
         counts_N = torch.stack([targets.sum() for targets in is_target_T.split(pack.lengths)])
-        samples_K = torch.arange(len(pack)).repeat_interleave(counts_N).to(hidden_TD.device)
-        positions_K = is_target_T.nonzero().squeeze(1).to(hidden_TD.device)
-        before_KD, targets_K = hidden_TD[positions_K - 1], pack.token_ids_T[positions_K]
+        samples_K = torch.arange(len(pack)).repeat_interleave(counts_N).to(self.device)
+        places_K = is_target_T.nonzero().squeeze(1)
+        before_KD = hidden_at(self, pack, embeds_TD, routing, places_K - 1)
+        targets_K = pack.token_ids_T[places_K.to(self.device)]
         losses_K = target_losses(self.backbone.head, before_KD, targets_K, self.backbone.vocab_size)
-        sums_N = torch.zeros(len(pack), device=hidden_TD.device).index_add(0, samples_K, losses_K)
+        sums_N = torch.zeros(len(pack), device=self.device).index_add(0, samples_K, losses_K)
         router_N = torch.zeros_like(sums_N) if routing.losses_N is None else routing.losses_N
         return Losses(sums_N, tuple(counts_N.tolist()), routing, router_N)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from molora.data.processor import Processor
 from molora.model.molora import Losses, MoLoRA
+from molora.model.shared import shared_prompts
 from molora.pack import Pack, Sample
 from molora.ranks import Ranks
 from molora.routing import name_of
@@ -88,21 +89,23 @@ def preference_step(
     """One update from this rank's samples of a global step, each with a rejected answer; returns the step's metrics,
     the same on every rank.
 
-    The two answers of a pair are samples of their own, in any packs. First their log-probabilities are found without a
-    graph, by the reference and by the model. The loss of a group (a set of modalities) is the mean over its pairs of
-    all ranks; its slopes are what each answer's log-probability weighs in the second forward, whose graph is that of
-    one pack. So it is the same in however many packs and ranks the pairs lie, also for losses that compare pairs.
+    The two answers of a pair are samples of their own, in any packs; beside each other, their prompt runs once. First
+    their log-probabilities are found without a graph, by the reference and by the model. The loss of a group (a set of
+    modalities) is the mean over its pairs of all ranks; its slopes are what each answer's log-probability weighs in the
+    second forward, whose graph is that of one pack. So it is the same in however many packs and ranks the pairs lie,
+    also for losses that compare pairs.
     """
     ranks = ranks or Ranks(model.device)
     clock = clock or PhaseClock(model.device)
     clock.to("encoding")
     pairs = [_encoded(model, sample) for sample in samples]
     clock.to("loading")
+    answers = {answer.id: answer for pair in pairs for answer in pair}
     packs = [
-        pack.to(model.device)
+        _sharing(model, pack.to(model.device), [answers[id] for id in pack.ids])
         for trains in (False, True)
         for pack in processor.packs(
-            [s for pair in pairs for s in pair if model.trains(s.modalities) == trains], tokens_per_pack
+            [each for each in answers.values() if model.trains(each.modalities) == trains], tokens_per_pack
         )
     ]
     clock.to("forward")
@@ -139,6 +142,12 @@ def _encoded(model: MoLoRA, sample: Sample) -> tuple[Sample, Sample]:
         for item in sample.items
     )
     return replace(sample, items=items, rejected=None), replace(rejected, items=items)
+
+
+def _sharing(model: MoLoRA, pack: Pack, samples: Sequence[Sample]) -> Pack:
+    """A pack of these samples, whose neighbours share their prompts."""
+    prompts = [int(sample.targets_T.nonzero()[0]) for sample in samples]
+    return replace(pack, shared=shared_prompts(model, samples, prompts))
 
 
 @torch.no_grad()

@@ -244,6 +244,28 @@ def test_the_update_is_the_same_in_any_packs(loss: str) -> None:
             assert_close(apart[name], gradient, 1e-5, name)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_prompt_of_a_pair_runs_once(checkpointing: bool) -> None:
+    """And gives the update that it gives where each answer is a pack of its own."""
+    model = make_model()
+    trained(model)
+    randomise(model, 1)
+    reference = Reference(model)
+    randomise(model, 2)
+    model.backbone.activation_checkpointing = checkpointing
+    pairs = make_pairs(model, ["numbers", "letters", ""], 6)
+    answers = [answer for pair in pairs for answer in (pair, pair.rejected) if answer is not None]
+    counts: list[int] = []
+    model.backbone.register_forward_pre_hook(lambda module, given: counts.append(len(given[0])))
+    row, found = gradients_of(model, pairs, PreferenceConfig(), reference)
+    prompts = sum(int(pair.targets_T.nonzero()[0]) for pair in pairs)
+    assert sum(counts[: len(counts) // 2]) == sum(map(len, answers)) - prompts
+    other, apart = gradients_of(model, pairs, PreferenceConfig(), reference, max(map(len, answers)))
+    assert other == pytest.approx(row, rel=1e-5, abs=1e-6) and found.keys() == apart.keys()
+    for name, gradient in found.items():
+        assert_close(apart[name], gradient, 1e-5, name)
+
+
 def test_a_pair_alone_has_the_loss_that_it_has_beside_others() -> None:
     model = make_model()
     trained(model)

@@ -1,77 +1,71 @@
-"""Neighbours in a pack that begin with one prompt, as the options of a question do: the prompt runs once for all.
+"""Neighbours in a pack that begin with one prompt, as the options of a question or the two answers of a preference do:
+the prompt runs once for all.
 
 Letters: T tokens in a pack, K of them that run, P places, D backbone width.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
 from molora.model.attention import Segments
-from molora.model.molora import MoLoRA
-from molora.pack import Item, Sample, collate
-from molora.routing import Flow
+from molora.pack import Item, Pack, Sample
+from molora.routing import Flow, Routing
+
+if TYPE_CHECKING:
+    from molora.model.molora import MoLoRA
 
 
-def hidden_at_targets(model: MoLoRA, samples: Sequence[Sample]) -> tuple[tuple[str, ...], Tensor]:
-    """The ids of samples in the order of their pack, and the final hidden states (P, D) at their targets. What a sample
-    has up to its first target is its prompt, which runs once for neighbours that have it in common.
+def shared_prompts(model: MoLoRA, samples: Sequence[Sample], prompts: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Of each sample, the one before it that begins with the same prompt, and the tokens of it; itself and 0 if none
+    does. `prompts` are the tokens that each sample may share."""
+    found: list[tuple[int, int]] = []
+    first = 0
+    for index, (sample, count) in enumerate(zip(samples, prompts, strict=True)):
+        if index == first or prompts[first] != count or not _begin_alike(model, samples[first], sample, count):
+            first, count = index, 0
+        found.append((first, count))
+    return tuple(found)
 
-    The router decides for whole samples: by its contract what follows a prompt does not change how the prompt runs.
+
+def hidden_at(model: MoLoRA, pack: Pack, embeds_TD: Tensor, routing: Routing, places_P: Tensor) -> Tensor:
+    """Final hidden states (P, D) at places of a pack, whose shared prompts run once.
+
+    The router decided for whole samples: by its contract what follows a prompt does not change how the prompt runs.
     """
-    samples = sorted(samples, key=lambda sample: model.router.order(sample.modalities))
-    pack = collate(samples, model.modalities).to(model.device)
-    places_P = pack.targets_T.nonzero().squeeze(1)
-    shared = _shared(model, samples)
-    if not any(count for _, count in shared):
-        return pack.ids, model(pack)[places_P.to(model.device)]
+    if not any(count for _, count in pack.shared):
+        return model(pack, embeds_TD=embeds_TD, routing=routing)[places_P.to(model.device)]
     # By token of the pack, the one that runs for it.
     runs_T = torch.arange(sum(pack.lengths))
     starts = [0, *accumulate(pack.lengths)]
-    for start, (first, count) in zip(starts, shared, strict=False):
+    for start, (first, count) in zip(starts, pack.shared, strict=False):
         runs_T[start : start + count] = torch.arange(starts[first], starts[first] + count)
     running_K = runs_T.unique()
     on_device_K = running_K.to(model.device)
-    lengths = [length - count for length, (_, count) in zip(pack.lengths, shared, strict=True)]
-    embeds_TD = model.embed(pack)
+    lengths = [length - count for length, (_, count) in zip(pack.lengths, pack.shared, strict=True)]
     hidden_KD = model.backbone(
         embeds_TD[on_device_K],
         pack.position_ids_T[on_device_K],
         Flow(
             tuple(length for length in lengths if length),
-            model.router(pack, embeds_TD).only(running_K),
+            routing.only(running_K),
             tuple(end for end, length in zip(pack.lengths, lengths, strict=True) if length),
         ),
-        _Branches(lengths, shared),
+        _Branches(lengths, pack.shared),
     )
-    return pack.ids, hidden_KD[torch.searchsorted(running_K, runs_T[places_P]).to(model.device)]
-
-
-def _shared(model: MoLoRA, samples: Sequence[Sample]) -> list[tuple[int, int]]:
-    """Of each sample, the sample before it that has the same prompt, and the tokens of it; itself and 0 if none has."""
-    found: list[tuple[int, int]] = []
-    first = 0
-    for index, sample in enumerate(samples):
-        count = _prompt_tokens(sample)
-        if index == first or not _begin_alike(model, samples[first], sample, count):
-            first, count = index, 0
-        found.append((first, count))
-    return found
-
-
-def _prompt_tokens(sample: Sample) -> int:
-    return int(sample.targets_T.nonzero()[0]) + 1
+    return hidden_KD[torch.searchsorted(running_K, runs_T[places_P]).to(model.device)]
 
 
 def _begin_alike(model: MoLoRA, one: Sample, other: Sample, count: int) -> bool:
     """Whether two samples have a prompt of `count` tokens in common, with the same media and rotary frequencies."""
     return (
-        _prompt_tokens(one) == count
-        and torch.equal(one.token_ids_T[:count], other.token_ids_T[:count])
+        torch.equal(one.token_ids_T[:count], other.token_ids_T[:count])
         and torch.equal(one.modality_ids_T[:count], other.modality_ids_T[:count])
         and len(one.items) == len(other.items)
         and all(map(_are_equal, one.items, other.items))
