@@ -158,9 +158,13 @@ class Processor:
         """Joins samples into one pack, in the router's order."""
         return collate(samples, self.modalities, self.order)
 
-    def packs(self, samples: Iterable[Sample], max_tokens_per_pack: int) -> list[Pack]:
-        """Joins samples into packs of at most `max_tokens_per_pack`, filled in the router's order. Raises SampleTooLong
-        for a sample that is longer than a pack may be."""
+    def packs(
+        self, samples: Iterable[Sample], max_tokens_per_pack: int, shared: Mapping[str, int] | None = None
+    ) -> list[Pack]:
+        """Joins samples into packs of at most `max_tokens_per_pack`, filled in the router's order. `shared` are tokens
+        that a sample, by its id, begins with as the one before it does, which run once for both in a pack. Raises
+        SampleTooLong for a sample that is longer than a pack may be."""
+        shared = shared or {}
         packs: list[list[Sample]] = []
         num_tokens = 0
         for sample in sorted(samples, key=lambda sample: self.order(sample.modalities)):
@@ -169,11 +173,12 @@ class Processor:
                     f"sample {sample.id}: has {len(sample)} tokens, but a pack holds at most {max_tokens_per_pack};"
                     " allow larger packs or skip it"
                 )
-            if not packs or num_tokens + len(sample) > max_tokens_per_pack:
+            own = len(sample) - shared.get(sample.id, 0)
+            if not packs or num_tokens + own > max_tokens_per_pack:
                 packs.append([])
-                num_tokens = 0
+                num_tokens, own = 0, len(sample)
             packs[-1].append(sample)
-            num_tokens += len(sample)
+            num_tokens += own
         return [self.collate(members) for members in packs]
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -190,6 +190,7 @@ class _Run:
         # Words alone do not make a model answer, so its answers are not asked for before a stage of them.
         speaks = stage.objective != "words" or index + 1 == len(self.recipe.stages)
         self.optimizers = set_trainable(self.model, stage.train, steps, f"stages.{index}.train")
+        self.model.train()
         if not first_step:
             copy_parts(self.model, stage.start_from)
         for part, optimizer in self.optimizers.items() if first_step else ():
@@ -291,7 +292,8 @@ class _Run:
         self.clock.to("other")
         # Dropout is the one thing drawn from the global generator; seeding it per step needs no state to resume.
         torch.manual_seed(seed_of(self.recipe.seed, stage.name, "step", step, self.ranks.index))
-        self.model.train()
+        if not self.model.training:  # an evaluation came before; to walk through all modules takes milliseconds
+            self.model.train()
         if self.words is not None and stage.too_long == "skip":
             encoded = [_said(self.words, each) for each in encoded]
         samples = [sample for sample in encoded if isinstance(sample, Sample)]

@@ -101,11 +101,12 @@ def preference_step(
     pairs = [_encoded(model, sample) for sample in samples]
     clock.to("loading")
     answers = {answer.id: answer for pair in pairs for answer in pair}
+    in_common = {other.id: _shared(model, (one, other))[1][1] for one, other in pairs}
     packs = [
-        _sharing(model, pack.to(model.device), [answers[id] for id in pack.ids])
+        replace(pack.to(model.device), shared=_shared(model, [answers[id] for id in pack.ids]))
         for trains in (False, True)
         for pack in processor.packs(
-            [each for each in answers.values() if model.trains(each.modalities) == trains], tokens_per_pack
+            [each for each in answers.values() if model.trains(each.modalities) == trains], tokens_per_pack, in_common
         )
     ]
     clock.to("forward")
@@ -144,10 +145,9 @@ def _encoded(model: MoLoRA, sample: Sample) -> tuple[Sample, Sample]:
     return replace(sample, items=items, rejected=None), replace(rejected, items=items)
 
 
-def _sharing(model: MoLoRA, pack: Pack, samples: Sequence[Sample]) -> Pack:
-    """A pack of these samples, whose neighbours share their prompts."""
-    prompts = [int(sample.targets_T.nonzero()[0]) for sample in samples]
-    return replace(pack, shared=shared_prompts(model, samples, prompts))
+def _shared(model: MoLoRA, samples: Sequence[Sample]) -> tuple[tuple[int, int], ...]:
+    """What neighbours share of what comes before their answers, as a pack has it."""
+    return shared_prompts(model, samples, [int(sample.targets_T.nonzero()[0]) for sample in samples])
 
 
 @torch.no_grad()
