@@ -60,7 +60,7 @@ def step_seconds(cards: int) -> float:
 
 
 def sharded_gb(cards: int) -> float:
-    """The backbone in bf16 on one of the cards over which its layers lie, with three layers whole if there are several."""
+    """The backbone in bf16 on one of the cards over which its layers lie; of several, with three layers whole."""
     whole = 3 / LAYERS if cards > 1 else 0
     return (LINEAR_WEIGHTS * (1 / cards + whole) + VOCABULARY * WIDTH) * 2 / 1e9
 
@@ -104,7 +104,8 @@ def tables() -> str:
         )
     lines += [
         "",
-        f"| cards | sharded backbone on a card | for {TOKENS_PER_PACK:,} tokens receives | which takes | their products |",
+        f"| cards | sharded backbone on a card | for {TOKENS_PER_PACK:,} tokens receives | which takes "
+        "| their products |",
         "|---|---|---|---|---|",
     ]
     for cards in (1, 8, 64):
