@@ -1,4 +1,4 @@
-"""Sentences of stories, spoken by espeak-ng: rows to train on, and three held-out sets to ask.
+"""Sentences of stories and phrases of them, spoken by espeak-ng: rows to train on, and three held-out sets to ask.
 
 Nobody is heard in two splits: held-out sentences are of other stories, and no sentence of a story that is trained on;
 their voices are others too. `read` is speech that people read, in English.
@@ -8,31 +8,34 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from molora.data.speech import HELD_OUT_VOICES, TRAINING_VOICES, clip, draw_utterance
+from molora.seeding import seed_of
 from molora.storage import write_text
 
 SYSTEM = "Write down what is said."
 ABOUT = (
     "sentences of 3 to 10 words of TinyStories (CDLA-Sharing-1.0), each spoken once by espeak-ng in one of 136 voices, "
-    "two of three clips with noise or a room; held out are sentences of other stories in 48 other voices"
+    "most with noise or a room, and a phrase of 1 to 3 words of each, spoken alone with neither; held out are "
+    "sentences of other stories in 48 other voices"
 )
-WORDS = range(3, 11)
+WORDS, PHRASE_WORDS = range(3, 11), range(1, 4)
 HELD_OUT = 400
 
 
 def write(data_root: Path, draft: Path, clips: Path) -> dict[str, Any]:
-    """Writes `train`, `val` (held out, without noise or room), `noisy` (held out, with them as in training) and `read`
-    as JSONL; clips go to a folder of their own, which survives a stop.
-    Returns what is known of them."""
+    """Writes as JSONL `phrases`, `train`, `val` (held out, without noise or room), `noisy` (held out, with them as in
+    training) and `read`; clips go to a folder of their own, which survives a stop. Returns what is known of them."""
     sources = {split: data_root / f"tinystories/{split}.jsonl" for split in ("train", "val")}
     known = _sentences(sources["train"])
     unknown = [sentence for sentence in _sentences(sources["val"]) if sentence not in set(known)][:HELD_OUT]
     spoken = {
+        "phrases": _spoken(known, TRAINING_VOICES, False, clips, said=_phrase),
         "train": _spoken(known, TRAINING_VOICES, True, clips),
         "val": _spoken(unknown, HELD_OUT_VOICES, False, clips),
         "noisy": _spoken(unknown, HELD_OUT_VOICES, True, clips),
@@ -60,10 +63,21 @@ def _sentences(path: Path) -> list[str]:
     return sorted(found, key=lambda said: hashlib.sha256(said.encode()).digest())
 
 
-def _spoken(sentences: Sequence[str], voices: Sequence[str], acoustics: bool, clips: Path) -> Iterator[dict[str, Any]]:
+def _phrase(sentence: str) -> str:
+    """A few neighbouring words of a sentence."""
+    draw, words = random.Random(seed_of("phrase", sentence)), sentence.split()
+    count = draw.choice(PHRASE_WORDS)
+    first = draw.randrange(len(words) - count + 1)
+    return " ".join(words[first : first + count])
+
+
+def _spoken(
+    sentences: Sequence[str], voices: Sequence[str], acoustics: bool, clips: Path, said: Callable[[str], str] = str
+) -> Iterator[dict[str, Any]]:
     for number, sentence in enumerate(sentences):
-        path = clip(draw_utterance(sentence, voices, acoustics, "speech", sentence), clips)
-        yield _row(str(number), path, sentence)
+        text = said(sentence)
+        path = clip(draw_utterance(text, voices, acoustics, "speech", sentence), clips)
+        yield _row(str(number), path, text)
 
 
 def _read(folder: Path) -> Iterator[dict[str, Any]]:
