@@ -100,7 +100,12 @@ def rehearsed(recipe: Recipe) -> Recipe:
 
 def _plugin_of(modality: ModalityConfig) -> str:
     """The plugin of a modality, which one that another run trained has in its folder."""
-    return str(modality.plugin if modality.path is None else read_about(Path(modality.path))["plugin"])
+    if modality.path is None:
+        return str(modality.plugin)
+    try:
+        return read_about(Path(modality.path))["plugin"]
+    except ConfigError as error:
+        raise ConfigError(f"{error}; the recipe that trains it makes it, also with --tiny") from error
 
 
 def _tiny_modality(modality: ModalityConfig) -> ModalityConfig:
