@@ -1,6 +1,5 @@
 """The application: its paths, and what becomes of every error."""
 
-import json
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,16 +9,28 @@ from fastapi import FastAPI, File, Form, UploadFile
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse, Response
+from pydantic import BeforeValidator
 from starlette.exceptions import HTTPException
 
 import molora
 from molora.serve import chat, completions, speech
-from molora.serve.asking import Refused, Request, Service
+from molora.serve.answers import (
+    Chat,
+    Completion,
+    ErrorBody,
+    Health,
+    Model,
+    Models,
+    Readiness,
+    Transcription,
+    error_body,
+)
 from molora.serve.engine import Broken, Full, TooLate
-from molora.serve.fields import ChatBody, CompletionBody, ErrorBody
-from molora.serve.gate import Gate, error_body
+from molora.serve.fields import ChatBody, CompletionBody
+from molora.serve.gate import Gate
 from molora.serve.pages import add_pages
 from molora.serve.replies import Events, Gone, Json, while_connected
+from molora.serve.request import Refused, Request, Service
 
 log = logging.getLogger("molora.serve")
 
@@ -52,48 +63,58 @@ def make_app(service: Service, **gate: Any) -> FastAPI:
         responses=errors,
     )
     app.state.draining = False
-    app.add_middleware(Gate, numbers=service.numbers, **gate)
+    app.add_middleware(Gate, metrics=service.metrics, **gate)
     _add_errors(app)
     _add_answers(app, service)
     _add_speech(app, service)
+    _add_models(app, service)
+    _add_state(app, service)
     add_pages(app, service)
+    return app
+
+
+def _add_models(app: FastAPI, service: Service) -> None:
+    parts = {name: part for part, name in service.loaded.processor.part_types.items()}
+
+    def about(name: str) -> Model:
+        takes = service.takes(name)
+        types = sorted(parts[each] for each in (parts if takes is None else takes))
+        return {"id": name, "object": "model", "created": 0, "owned_by": "molora", "parts": types}
 
     @app.get("/v1/models")
-    async def models() -> Any:
+    async def models() -> Models:
         """The model, and a name for each set of modalities that it takes."""
-        about = {"object": "model", "created": 0, "owned_by": "molora"}
-        parts = {name: part for part, name in service.loaded.processor.part_types.items()}
-        listed = [
-            {"id": name, **about, "parts": sorted(parts[each] for each in (parts if takes is None else takes))}
-            for name, takes in service.names.items()
-        ]
-        return Json({"object": "list", "data": listed})
+        return {"object": "list", "data": [about(name) for name in service.names]}
 
     @app.get("/v1/models/{name}")
-    async def model(name: str) -> Any:
+    async def model(name: str) -> Model:
         """One of them."""
-        if name not in service.names:
-            raise Refused(f"there is no model {name[:80]!r} here", "model_not_found", "model", 404)
-        return Json({"id": name, "object": "model", "created": 0, "owned_by": "molora"})
+        return about(name)
 
-    @app.get("/health")
-    async def health() -> Any:
+
+def _add_state(app: FastAPI, service: Service) -> None:
+    @app.get("/health", response_model=Health, responses={503: {"model": Health}})
+    async def health() -> Json:
         """Whether the model works."""
         broken = service.engine.failure is not None
-        return Json({"status": "broken" if broken else "ok"}, status_code=503 if broken else 200)
+        told: Health = {"status": "broken" if broken else "ok"}
+        return Json(told, status_code=503 if broken else 200)
 
-    @app.get("/ready")
-    async def ready() -> Any:
+    @app.get("/ready", response_model=Readiness, responses={503: {"model": Readiness}})
+    async def ready() -> Json:
         """Whether new requests are welcome."""
-        welcome = service.engine.failure is None and not app.state.draining
-        return Json({"ready": welcome}, status_code=200 if welcome else 503)
+        told: Readiness = {"ready": service.engine.failure is None and not app.state.draining}
+        return Json(told, status_code=200 if told["ready"] else 503)
 
-    @app.get("/metrics", response_class=PlainTextResponse)
-    async def metrics() -> Any:
+    @app.get("/metrics", response_class=Response, responses=_also("text/plain"))
+    async def metrics() -> Response:
         """Counts and times, for Prometheus."""
-        return Response(service.numbers.text(), media_type="text/plain; version=0.0.4")
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    return app
+
+def _also(media_type: str) -> dict[int | str, dict[str, Any]]:
+    """What the API's description says of an answer that may be text."""
+    return {200: {"content": {media_type: {"schema": {"type": "string"}}}}}
 
 
 def _id(http: HttpRequest, kind: str) -> str:
@@ -101,102 +122,97 @@ def _id(http: HttpRequest, kind: str) -> str:
 
 
 def _add_answers(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/chat/completions")
-    async def chat_completions(body: ChatBody, http: HttpRequest) -> Any:
+    @app.post("/v1/chat/completions", response_model=Chat, responses=_also("text/event-stream"))
+    async def chat_completions(body: ChatBody, http: HttpRequest) -> Response:
         """Goes on with a conversation of text and media."""
         return await _answer(service, http, body, chat, "chatcmpl")
 
-    @app.post("/v1/completions")
-    async def text_completions(body: CompletionBody, http: HttpRequest) -> Any:
+    @app.post("/v1/completions", response_model=Completion, responses=_also("text/event-stream"))
+    async def text_completions(body: CompletionBody, http: HttpRequest) -> Response:
         """Goes on with texts."""
         return await _answer(service, http, body, completions, "cmpl")
 
 
 async def _answer(service: Service, http: HttpRequest, body: Any, how: Any, kind: str) -> Response:
+    """What the module `how` answers to a body, whole or as a stream."""
     request = Request(service, _id(http, kind), body.model, body.n or 1)
     try:
-        await while_connected(http, how.ask(request, body, request.id))
+        await while_connected(http, how.ask(request, body))
         whole = None if body.stream else await while_connected(http, how.whole(request, body))
     except BaseException:
         request.close()
         raise
     if whole is None:
-        return Events(how.events(request, body), request.close, _told)
+        return Events(how.events(request, body), request.close, lambda error: _told(error)[1])
     request.close()
     return whole
 
 
 def _add_speech(app: FastAPI, service: Service) -> None:
-    async def answer(http: HttpRequest, file: UploadFile, model: str, task: speech.Task) -> Response:
-        form = {key: value for key, value in (await http.form()).multi_items() if key != "file"}
-        request = Request(service, _id(http, "transcription"), model, 1)
-        try:
-            wanted = speech.check(request, form, task)
-            data = await file.read()
-            await while_connected(http, speech.ask(request, form, data, task, request.id))
-            found = await while_connected(http, speech.whole(request, data, wanted, task))
-        finally:
-            request.close()
-        return PlainTextResponse(found) if isinstance(found, str) else Json(found)
+    def add(path: str, task: speech.Task, about: str) -> None:
+        @app.post(path, name=path, description=about, response_model=Transcription, responses=_also("text/plain"))
+        async def answer(
+            http: HttpRequest,
+            file: Annotated[UploadFile, File()],
+            model: Annotated[str, Form(min_length=1)],
+            response_format: Annotated[speech.Format | None, BeforeValidator(speech.format_of), Form()] = None,
+            temperature: Annotated[float | None, Form(ge=0, le=100, allow_inf_nan=False)] = None,
+            seed: Annotated[int | None, Form(ge=-(2**63), lt=2**63)] = None,
+        ) -> Response:
+            known = ("file", "model", "response_format", "temperature", "seed")
+            others = {name: value for name, value in (await http.form()).multi_items() if name not in known}
+            request = Request(service, _id(http, "transcription"), model, 1)
+            try:
+                speech.check(request, others)
+                data = await file.read()
+                await while_connected(http, speech.ask(request, data, task, temperature or 0.0, seed or 0))
+                found = await while_connected(http, speech.whole(request, data, response_format or "json", task))
+            finally:
+                request.close()
+            return PlainTextResponse(found) if isinstance(found, str) else Json(found)
 
-    @app.post("/v1/audio/transcriptions")
-    async def transcriptions(
-        http: HttpRequest, file: Annotated[UploadFile, File()], model: Annotated[str, Form(min_length=1)]
-    ) -> Any:
-        """Writes down what is said in a sound."""
-        return await answer(http, file, model, "transcribe")
-
-    @app.post("/v1/audio/translations")
-    async def translations(
-        http: HttpRequest, file: Annotated[UploadFile, File()], model: Annotated[str, Form(min_length=1)]
-    ) -> Any:
-        """Writes down in English what is said in a sound."""
-        return await answer(http, file, model, "translate")
-
-
-def _told(error: Exception) -> dict[str, Any]:
-    """The body of an error."""
-    return json.loads(bytes(_response(error).body))
+    add("/v1/audio/transcriptions", "transcribe", "Writes down what is said in a sound.")
+    add("/v1/audio/translations", "translate", "Writes down in English what is said in a sound.")
 
 
-def _response(error: Exception) -> Response:
-    """What a client gets for an error that is known, or of which it need not know more than that there is one."""
+def _told(error: Exception) -> tuple[int, ErrorBody]:
+    """The status and the body for an error that is known, or of which a client need not know more than that it is."""
     match error:
         case Refused():
-            body = error_body(str(error), "invalid_request_error", error.code, error.param)
-            return Json(body, status_code=error.status)
+            return error.status, error_body(str(error), "invalid_request_error", error.code, error.param)
         case Full():
-            body = error_body(str(error), "rate_limit_error", "queue_full")
-            return Json(body, status_code=429, headers={"retry-after": str(_RETRY_SECONDS)})
+            return 429, error_body(str(error), "rate_limit_error", "queue_full")
         case TooLate():
-            return Json(error_body(str(error), "timeout_error", "deadline_exceeded"), status_code=504)
+            return 504, error_body(str(error), "timeout_error", "deadline_exceeded")
         case Broken():
-            return Json(error_body(str(error), "server_error", "model_failed"), status_code=503)
+            return 503, error_body(str(error), "server_error", "model_failed")
         case Gone():
-            return Json(error_body("the client has left", "server_error"), status_code=499)
+            return 499, error_body("the client has left", "server_error")
         case RequestValidationError():
-            return Json(_invalid(error), status_code=400)
+            return 400, _invalid(error)
         case HTTPException():
-            body = error_body(str(error.detail), "invalid_request_error")
-            return Json(body, status_code=error.status_code, headers=error.headers)
+            return error.status_code, error_body(str(error.detail), "invalid_request_error")
         case _:
             log.error("an error of the server", exc_info=error)
-            return Json(error_body("an error of the server; its log says which", "server_error"), status_code=500)
+            return 500, error_body("an error of the server; its log says which", "server_error")
 
 
-def _invalid(error: RequestValidationError) -> dict[str, Any]:
+def _invalid(error: RequestValidationError) -> ErrorBody:
     """The first of what is wrong with a body, with its place; its values are not repeated."""
     first = error.errors()[0]
     place = ".".join(str(each) for each in first["loc"] if each != "body")
     where = f"{place[:200]}: " if place else ""
-    return error_body(
-        f"{where}{first['msg'].removeprefix('Value error, ')}", "invalid_request_error", None, place[:200] or None
-    )
+    message = where + first["msg"].removeprefix("Value error, ")
+    return error_body(message, "invalid_request_error", None, place[:200] or None)
 
 
 def _add_errors(app: FastAPI) -> None:
     async def respond(http: HttpRequest, error: Exception) -> Response:
-        return _response(error)
+        status, body = _told(error)
+        headers = error.headers if isinstance(error, HTTPException) else None
+        if isinstance(error, Full):
+            headers = {"retry-after": str(_RETRY_SECONDS)}
+        return Json(body, status_code=status, headers=headers)
 
     for kind in (Refused, Full, TooLate, Broken, Gone, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, respond)

@@ -8,9 +8,10 @@ from typing import Any
 from molora.data.messages import conversation
 from molora.inference.grammar import Grammar
 from molora.inference.sampling import TokenLikelihood
-from molora.serve.asking import Choice, Refused, Request, refusal
+from molora.serve.answers import Chat, ChatChoice, ChatLogprobs, ChatMessage, Token
 from molora.serve.fields import ChatBody
-from molora.serve.replies import Json, event
+from molora.serve.replies import Json, finite
+from molora.serve.request import Choice, Refused, Request, refusal
 from molora.serve.tool_calls import BEGIN, END, CallReader
 
 # What `format` of a sound may say; it is read by its content.
@@ -50,9 +51,8 @@ def _only(inner: Mapping[str, Any], known: Mapping[str, Sequence[str] | None], w
             raise Refused(f"{where}.{key[:80]} is not honoured {needed}", None, f"{where}.{key[:80]}")
 
 
-async def ask(request: Request, body: ChatBody, id: str) -> None:
+async def ask(request: Request, body: ChatBody) -> None:
     """Reads a body and says what is to be answered. Raises Refused."""
-    request.check_name()
     likeliest = (body.top_logprobs or 0) if body.logprobs else None
     ends = _check_tools(request, body)
     decoding = request.service.decoding(body, body.limit, ends, num_likeliest=likeliest)
@@ -61,7 +61,7 @@ async def ask(request: Request, body: ChatBody, id: str) -> None:
     holds = body.response_format is not None or body.told_tools
     grammar = await asyncio.to_thread(_grammar, request, body) if holds else None
     try:
-        sample = await request.service.preparation.sample(messages, id, body.told_tools)
+        sample = await request.service.preparation.sample(messages, request.id, body.told_tools)
     except ValueError as error:
         raise refusal(error, "messages") from error
     request.ask([sample], decoding, strip=True, grammar=grammar)
@@ -98,7 +98,7 @@ def _reader(request: Request, body: ChatBody) -> CallReader:
     return CallReader(bool(body.told_tools) and request.service.reads_calls)
 
 
-def _finish(choice: Choice, reader: CallReader) -> str | None:
+def _finish(choice: Choice, reader: CallReader) -> Any:
     return "tool_calls" if reader.calls and choice.finished == "stop" else choice.finished
 
 
@@ -152,51 +152,38 @@ async def whole(request: Request, body: ChatBody) -> Json:
 
 
 def _whole(request: Request, body: ChatBody, texts: Sequence[str]) -> Json:
-    choices = []
+    choices: list[ChatChoice] = []
     for choice in request.choices:
         reader = _reader(request, body)
         text, calls = reader.read(texts[choice.index], True)
-        called = {"content": text or None, "tool_calls": calls} if calls else {}
+        message: ChatMessage = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message["content"] = text or None
+            message["tool_calls"] = calls
         choices.append(
             {
                 "index": choice.index,
-                "message": {"role": "assistant", "content": text, "refusal": None, **called},
+                "message": message,
                 "logprobs": _logprobs(request, choice.likelihoods) if body.logprobs else None,
                 "finish_reason": _finish(choice, reader),
             }
         )
-    told = {
-        "id": request.id,
-        "object": "chat.completion",
-        "created": request.created,
-        "model": request.model,
-        "choices": choices,
-        "usage": request.usage(),
-        "molora": request.about(),
-    }
+    told: Chat = {"object": "chat.completion", "choices": choices, **request.answered()}
     return Json(told)
 
 
 async def events(request: Request, body: ChatBody) -> AsyncGenerator[bytes, None]:
     """The answers as a client reads them: the role first, then texts, each choice's last with what ended it, then, if
     it is asked for, what the request took."""
-    options = body.stream_options
-    usage, always = (options and options.include_usage, options and options.continuous_usage_stats)
     waiting: dict[int, list[TokenLikelihood]] = {choice.index: [] for choice in request.choices}
     readers = [_reader(request, body) for _ in request.choices]
 
-    def chunk(choices: list[dict[str, Any]], *, last: bool = False) -> bytes:
-        told = {"usage": request.usage() if last or always else None} if usage else {}
-        about = {"molora": request.about()} if last or not choices or choices[0]["finish_reason"] else {}
-        kind = "chat.completion.chunk"
-        head = {"id": request.id, "object": kind, "created": request.created, "model": request.model}
-        return event({**head, "choices": choices, **told, **about})
-
-    def delta(index: int, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
+    def chunk(index: int, delta: dict[str, Any], logprobs: ChatLogprobs | None = None, finished: Any = None) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finished}
+        return request.chunk("chat.completion.chunk", choice, body.stream_options)
 
     for choice in request.choices:
-        yield chunk([delta(choice.index, {"role": "assistant", "content": ""})])
+        yield chunk(choice.index, {"role": "assistant", "content": ""})
     async with aclosing(request.pieces()) as pieces:
         async for piece in pieces:
             index, reader = piece.choice.index, readers[piece.choice.index]
@@ -211,17 +198,17 @@ async def events(request: Request, body: ChatBody) -> AsyncGenerator[bytes, None
             if calls:
                 numbered = enumerate(calls, len(reader.calls) - len(calls))
                 content["tool_calls"] = [{"index": number, **call} for number, call in numbered]
-            yield chunk([delta(index, content, logprobs=told, finish_reason=finished)])
-    if usage:
-        yield chunk([], last=True)
+            yield chunk(index, content, told, finished)
+    if body.stream_options and body.stream_options.include_usage:
+        yield request.chunk("chat.completion.chunk", None, body.stream_options)
 
 
-def _logprobs(request: Request, likelihoods: Sequence[TokenLikelihood]) -> dict[str, Any]:
-    def told(token_id: int, log_probability: float) -> dict[str, Any]:
+def _logprobs(request: Request, likelihoods: Sequence[TokenLikelihood]) -> ChatLogprobs:
+    def told(token_id: int, log_probability: float) -> Token:
         text = request.service.token_text(token_id)
         # A token may be a part of a character, which has no text.
         whole = None if "\ufffd" in text else list(text.encode())
-        return {"token": text, "logprob": max(log_probability, -9999.0), "bytes": whole}
+        return {"token": text, "logprob": finite(log_probability), "bytes": whole}
 
     return {
         "content": [

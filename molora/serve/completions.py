@@ -7,14 +7,14 @@ from typing import Any
 
 from molora.inference.sampling import TokenLikelihood
 from molora.pack import Sample
-from molora.serve.asking import Choice, Refused, Request, refusal
+from molora.serve.answers import Completion, CompletionChoice, CompletionLogprobs
 from molora.serve.fields import CompletionBody
-from molora.serve.replies import Json, event
+from molora.serve.replies import Json, finite
+from molora.serve.request import Choice, Refused, Request, refusal
 
 
-async def ask(request: Request, body: CompletionBody, id: str) -> None:
+async def ask(request: Request, body: CompletionBody) -> None:
     """Reads a body and says what is to be gone on with. Raises Refused."""
-    request.check_name()
     decoding = request.service.decoding(
         body,
         # An answer is a token at least, which `whole` leaves out where none is wanted.
@@ -30,7 +30,7 @@ async def ask(request: Request, body: CompletionBody, id: str) -> None:
             ids = await request.service.preparation.text_ids(prompt) if isinstance(prompt, str) else prompt
         except ValueError as error:
             raise refusal(error, "prompt") from error
-        samples.append(_sample(request, f"{id}-{index}", ids))
+        samples.append(_sample(request, f"{request.id}-{index}", ids))
     request.ask(samples, decoding, strip=False)
 
 
@@ -65,51 +65,45 @@ async def whole(request: Request, body: CompletionBody) -> Json:
 
 
 def _whole(request: Request, body: CompletionBody, texts: Sequence[str]) -> Json:
-    choices = []
+    choices: list[CompletionChoice] = []
     for choice in request.choices:
+        finished: Any = choice.finished
         echoed = choice.sample.token_ids_T.tolist() if body.echo else []
         choices.append(
             {
                 "index": choice.index,
                 "text": _text(request, echoed) + texts[choice.index],
                 "logprobs": None if body.logprobs is None else _logprobs(request, choice, echoed),
-                "finish_reason": choice.finished,
+                "finish_reason": finished,
             }
         )
-    return Json({**_head(request), "choices": choices, "usage": request.usage(), "molora": request.about()})
+    told: Completion = {"object": "text_completion", "choices": choices, **request.answered()}
+    return Json(told)
 
 
 async def events(request: Request, body: CompletionBody) -> AsyncGenerator[bytes, None]:
     """The answers as a client reads them: texts, each choice's last with what ended it, then, if it is asked for, what
     the request took."""
-    options = body.stream_options
-    usage, always = (options and options.include_usage, options and options.continuous_usage_stats)
     async with aclosing(request.pieces()) as pieces:
         async for piece in pieces:
             choice = piece.choice
             if not (piece.text or choice.finished):
                 continue
-            told = {"usage": request.usage() if always else None} if usage else {}
             logprobs = None
             if body.logprobs is not None:
                 logprobs = _logprobs(request, choice, [])
                 choice.likelihoods.clear()
             shown = {"index": choice.index, "text": piece.text, "logprobs": logprobs, "finish_reason": choice.finished}
-            about = {"molora": request.about()} if choice.finished else {}
-            yield event({**_head(request), "choices": [shown], **told, **about})
-    if usage:
-        yield event({**_head(request), "choices": [], "usage": request.usage(), "molora": request.about()})
-
-
-def _head(request: Request) -> dict[str, Any]:
-    return {"id": request.id, "object": "text_completion", "created": request.created, "model": request.model}
+            yield request.chunk("text_completion", shown, body.stream_options)
+    if body.stream_options and body.stream_options.include_usage:
+        yield request.chunk("text_completion", None, body.stream_options)
 
 
 def _text(request: Request, ids: Sequence[int]) -> str:
     return request.service.loaded.processor.tokenizer.decode(list(ids)) if ids else ""  # pyright: ignore[reportReturnType]
 
 
-def _logprobs(request: Request, choice: Choice, echoed: Sequence[int]) -> dict[str, Any]:
+def _logprobs(request: Request, choice: Choice, echoed: Sequence[int]) -> CompletionLogprobs:
     """OpenAI's older form: lists of the same length. The first token of all has no likelihood."""
     told: list[TokenLikelihood | None] = [None] * bool(echoed) + list(choice.prompt if echoed else ())
     told += choice.likelihoods
@@ -120,7 +114,7 @@ def _logprobs(request: Request, choice: Choice, echoed: Sequence[int]) -> dict[s
         place += len(token)
     return {
         "tokens": tokens,
-        "token_logprobs": [None if each is None else _finite(each.log_probability) for each in told],
+        "token_logprobs": [None if each is None else finite(each.log_probability) for each in told],
         "top_logprobs": [None if each is None else _top(request, each) for each in told],
         "text_offset": offsets,
     }
@@ -130,9 +124,5 @@ def _top(request: Request, each: TokenLikelihood) -> dict[str, float]:
     """The likeliest tokens by their text; of those with one text, the likeliest."""
     found: dict[str, float] = {}
     for token_id, log_probability in each.likeliest:
-        found.setdefault(request.service.token_text(token_id), _finite(log_probability))
+        found.setdefault(request.service.token_text(token_id), finite(log_probability))
     return found
-
-
-def _finite(log_probability: float) -> float:
-    return max(log_probability, -9999.0)

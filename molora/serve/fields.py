@@ -60,21 +60,6 @@ def _whole(given: Any) -> Any:
     return int(given) if isinstance(given, float) and given.is_integer() else given
 
 
-class ErrorInside(BaseModel):
-    """What is wrong: in words, of which kind, with which field, and a name for it where it has one."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorBody(BaseModel):
-    """An error as OpenAI's clients read it."""
-
-    error: ErrorInside
-
-
 class StreamOptions(BaseModel):
     """What a stream tells beside the answer."""
 
@@ -133,7 +118,7 @@ _ECHOED = ({"max_tokens": {"const": 0}}, {"echo": {"const": True}})
 _UNSTREAMED = ({"echo": {"const": True}, "stream": {"type": "boolean"}}, {"stream": {"const": False}})
 
 
-class Asking(BaseModel):
+class GenerationBody(BaseModel):
     """What requests for answers have in common."""
 
     model_config = ConfigDict(extra="allow", strict=True)
@@ -158,7 +143,7 @@ class Asking(BaseModel):
         return given
 
     @model_validator(mode="after")
-    def _refuse_what_is_not_honoured(self) -> "Asking":
+    def _refuse_what_is_not_honoured(self) -> "GenerationBody":
         for name, value in (self.model_extra or {}).items():
             if value is None or name in ABOUT_THE_REQUEST:
                 continue
@@ -179,7 +164,7 @@ class Asking(BaseModel):
         return tuple(text for text in given if text)
 
 
-class ChatBody(Asking):
+class ChatBody(GenerationBody):
     """A conversation to go on with. Messages are OpenAI's; parts of a message are `text`, `image_url`, `input_audio`,
     `audio_url`, and those of the model's own modalities."""
 
@@ -229,7 +214,7 @@ class ChatBody(Asking):
         return min((each for each in (self.max_tokens, self.max_completion_tokens) if each is not None), default=None)
 
 
-class CompletionBody(Asking):
+class CompletionBody(GenerationBody):
     """Texts to go on with, as they are or as token ids, without a template. With `echo` an answer begins with its
     prompt, and `max_tokens` may be 0."""
 

@@ -9,14 +9,14 @@ import secrets
 import time
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from fastapi import HTTPException
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from molora.config import ConfigError
-from molora.serve.numbers import Numbers
+from molora.serve.answers import error_body
+from molora.serve.metrics import Metrics
 from molora.serve.replies import Json
 
 log = logging.getLogger("molora.serve")
@@ -28,11 +28,6 @@ _PORT = re.compile(r":\d+$")
 # What is left of a body whose end is not known is not read.
 _AND_CLOSE = {"connection": "close"}
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-
-
-def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's clients read it."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 class Keys:
@@ -74,14 +69,14 @@ class Gate:
     def __init__(
         self,
         app: ASGIApp,
-        numbers: Numbers,
+        metrics: Metrics,
         keys: Keys | None,
         hosts: Collection[str] | None,
         max_body_bytes: int,
         client_seconds: float,
     ) -> None:
         self._app = app
-        self._numbers = numbers
+        self._metrics = metrics
         self._keys = keys
         self._hosts = hosts
         self._max_body_bytes = max_body_bytes
@@ -110,7 +105,7 @@ class Gate:
             else:
                 await self._app(scope, self._bounded(receive), answered)
         finally:
-            self._numbers.requests.labels(path, str(status)).inc()
+            self._metrics.requests.labels(path, str(status)).inc()
             seconds = time.monotonic() - begun
             log.info("%s %s %s %d %.3f s", id, scope["method"], path, status, seconds)
 

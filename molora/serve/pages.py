@@ -7,9 +7,9 @@ from fastapi import FastAPI
 from fastapi.responses import FileResponse, Response
 from fastapi.staticfiles import StaticFiles
 
-from molora.serve.asking import Service
 from molora.serve.examples import own_parts, read_examples
 from molora.serve.replies import Json
+from molora.serve.request import Service
 
 _FOLDER = Path(__file__).parent / "web"
 # Pages may load from this server alone, show media that they hold, and be framed by none. No text becomes HTML or code.

@@ -25,12 +25,12 @@ from molora.inference.grammar import Grammars
 from molora.inference.load import LoadedModel
 from molora.media import MediaPolicy
 from molora.serve.app import make_app
-from molora.serve.asking import Service
 from molora.serve.connections import bounded
 from molora.serve.engine import Engine
 from molora.serve.gate import Keys
-from molora.serve.numbers import Numbers
+from molora.serve.metrics import Metrics
 from molora.serve.preparation import Preparation, PreparationLimits
+from molora.serve.request import Service
 from molora.serve.tool_calls import writes_calls
 from molora.terminal import say, warn
 
@@ -108,7 +108,7 @@ def serve(load: Callable[[], LoadedModel], config: ServeConfig) -> int:
         loaded,
         engine,
         preparation,
-        Numbers(engine),
+        Metrics(engine),
         Grammars(copy.deepcopy(loaded.processor.tokenizer), backbone.stop_ids, backbone.vocab_size),
         reads_calls=writes_calls(loaded.processor),
         max_new_tokens=config.max_new_tokens,

@@ -9,6 +9,8 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from molora.serve.answers import ErrorBody
+
 T = TypeVar("T")
 
 _LAST_EVENT = b"data: [DONE]\n\n"
@@ -29,6 +31,11 @@ def json_bytes(content: Any) -> bytes:
     return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
+def finite(log_probability: float) -> float:
+    """A log probability as JSON can hold it."""
+    return max(log_probability, -9999.0)
+
+
 def event(content: Any) -> bytes:
     return b"data: " + json_bytes(content) + b"\n\n"
 
@@ -41,7 +48,7 @@ class Events(StreamingResponse):
         self,
         events: AsyncGenerator[bytes, None],
         close: Callable[[], None],
-        told: Callable[[Exception], dict[str, Any]],
+        told: Callable[[Exception], ErrorBody],
     ) -> None:
         super().__init__(self._whole(events, told), media_type="text/event-stream")
         # So that no proxy waits for more before it passes them on.
@@ -50,7 +57,7 @@ class Events(StreamingResponse):
         self._close = close
 
     async def _whole(
-        self, events: AsyncIterator[bytes], told: Callable[[Exception], dict[str, Any]]
+        self, events: AsyncIterator[bytes], told: Callable[[Exception], ErrorBody]
     ) -> AsyncIterator[bytes]:
         try:
             async for each in events:

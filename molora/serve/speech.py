@@ -1,15 +1,21 @@
 """/v1/audio/transcriptions and /v1/audio/translations: what is said in a sound, as text."""
 
 import io
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from molora.inference.sampling import Decoding
-from molora.serve.asking import Refused, Request, refusal
+from molora.serve.answers import Transcription
+from molora.serve.request import Refused, Request, refusal
 
 Task = Literal["transcribe", "translate"]
+Format = Literal["json", "text", "verbose_json"]
 
-FORMATS = ("json", "text", "verbose_json")
 PART_TYPE = "audio"
+_PROMPTS: dict[Task, str] = {
+    "transcribe": "Transcribe the audio clip into text.",
+    "translate": "Translate the audio to English.",
+}
 # Fields that would change what is written, which the model is not told; an empty one asks for nothing.
 _NOT_HONOURED = (
     "language",
@@ -21,73 +27,63 @@ _NOT_HONOURED = (
 )
 
 
-def check(request: Request, form: dict[str, Any], task: Task) -> str:
-    """The form that the text is wanted in. Raises Refused for what is not done here."""
-    request.check_name()
+def format_of(given: Any) -> Any:
+    """Refuses the formats that hold times, in words of their own."""
+    if given in ("srt", "vtt"):
+        raise ValueError("the model does not know when words are said; ask for json or text")
+    return given
+
+
+def check(request: Request, fields: Mapping[str, Any]) -> None:
+    """Raises Refused for a model that does not hear, and for fields that ask for what is not done here."""
     if PART_TYPE not in request.service.loaded.processor.part_types:
-        raise Refused(
-            f"{request.model} does not hear: it has no modality for parts of type {PART_TYPE!r}", None, "model"
-        )
-    for name, value in form.items():
-        if name in _NOT_HONOURED and value not in ("", None, "segment"):
+        told = f"{request.model} does not hear: it has no modality for parts of type {PART_TYPE!r}"
+        raise Refused(told, None, "model")
+    for name, value in fields.items():
+        if name in _NOT_HONOURED and value not in ("", "segment"):
             raise Refused(f"{name} is not honoured here: the model is not told of it; leave it out", None, name)
-        if name not in (*_NOT_HONOURED, "model", "file", "response_format", "temperature", "stream", "seed"):
+        if name not in (*_NOT_HONOURED, "stream"):
             raise Refused(f"the field {name[:80]!r} is not honoured here; leave it out", None, name[:80])
-    wanted = form.get("response_format") or "json"
-    if wanted in ("srt", "vtt"):
-        raise Refused(
-            f"response_format {wanted}: the model does not know when words are said; ask for json or text",
-            None,
-            "response_format",
-        )
-    if wanted not in FORMATS:
-        raise Refused(f"response_format {wanted[:80]!r} is none of {', '.join(FORMATS)}", None, "response_format")
-    if form.get("stream") not in (None, "", "false", "False", "0"):
+    if fields.get("stream") not in (None, "", "false", "False", "0"):
         raise Refused("stream is not honoured here; leave it out", None, "stream")
-    return wanted
 
 
-def number(form: dict[str, Any], name: str, kind: type[float] | type[int], default: Any) -> Any:
-    """A field that holds a number. Raises Refused."""
-    given = form.get(name)
-    if given in (None, ""):
-        return default
-    try:
-        return kind(given)
-    except ValueError as error:
-        raise Refused(f"{name} is {given[:80]!r}, and no number", None, name) from error
-
-
-async def ask(request: Request, form: dict[str, Any], data: bytes, task: Task, id: str) -> None:
+async def ask(request: Request, data: bytes, task: Task, temperature: float, seed: int) -> None:
     """Says what is to be written down. Raises Refused."""
     service = request.service
-    prompt = service.speech_prompt if task == "transcribe" else service.translation_prompt
-    content = [{"type": PART_TYPE, "bytes": data}, {"type": "text", "text": prompt}]
+    content = [{"type": PART_TYPE, "bytes": data}, {"type": "text", "text": _PROMPTS[task]}]
     try:
-        decoding = Decoding(
-            max_new_tokens=service.max_new_tokens,
-            temperature=number(form, "temperature", float, 0.0),
-            seed=number(form, "seed", int, 0),
-        )
+        decoding = Decoding(max_new_tokens=service.max_new_tokens, temperature=temperature, seed=seed)
         request.take_places(1)
-        sample = await service.preparation.sample([{"role": "user", "content": content}], id)
+        sample = await service.preparation.sample([{"role": "user", "content": content}], request.id)
     except ValueError as error:
         raise refusal(error, "file") from error
     request.ask([sample], decoding, strip=True)
 
 
-async def whole(request: Request, data: bytes, wanted: str, task: Task) -> str | dict[str, Any]:
+async def whole(request: Request, data: bytes, format: Format, task: Task) -> str | Transcription:
     """The text, in the form that is wanted."""
     (text,) = await request.texts()
-    if wanted == "text":
+    if format == "text":
         return text + "\n"
     usage = request.usage()
-    tokens = {"input_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"]}
-    told = {"text": text, "usage": {"type": "tokens", **tokens, "total_tokens": usage["total_tokens"]}}
-    if wanted == "verbose_json":
+    told: Transcription = {
+        "text": text,
+        "usage": {
+            "type": "tokens",
+            "input_tokens": usage["prompt_tokens"],
+            "output_tokens": usage["completion_tokens"],
+            "total_tokens": usage["total_tokens"],
+        },
+        "molora": request.about(),
+    }
+    if format == "verbose_json":
         # The model tells no times and no language, so there are no segments and no name of one.
-        told |= {"task": task, "language": None, "duration": _seconds(data), "segments": []}
-    return {**told, "molora": request.about()}
+        told["task"] = task
+        told["language"] = None
+        told["duration"] = _seconds(data)
+        told["segments"] = []
+    return told
 
 
 def _seconds(data: bytes) -> float:

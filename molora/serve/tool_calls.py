@@ -1,19 +1,15 @@
 """Calls of tools in answers: which chat templates have models write them as they are read here, and the reader."""
 
 import json
-import re
 import secrets
 from typing import Any
 
 from molora.data.processor import Processor
 from molora.received import parse_json
+from molora.serve.answers import CalledFunction, ToolCall
 
 # Hermes's form, which many models keep: JSON with name and arguments between these.
 BEGIN, END = "<tool_call>", "</tool_call>"
-
-
-# What may turn out to be a call, at the end of a text, with the blanks before it.
-_UNSETTLED = re.compile(r"\s*(?:<tool_call>.*|<(?:t(?:o(?:o(?:l(?:_(?:c(?:a(?:l(?:l)?)?)?)?)?)?)?)?)?)?\Z", re.DOTALL)
 
 
 class CallReader:
@@ -21,11 +17,11 @@ class CallReader:
     read takes all for text."""
 
     def __init__(self, reads: bool = True) -> None:
-        self.calls: list[dict[str, Any]] = []
+        self.calls: list[ToolCall] = []
         self._reads = reads
         self._waiting = ""
 
-    def read(self, piece: str, last: bool) -> tuple[str, list[dict[str, Any]]]:
+    def read(self, piece: str, last: bool) -> tuple[str, list[ToolCall]]:
         """What a piece of the answer, perhaps the last, settles: text, and calls as OpenAI's clients read them. What
         stands like a call and is none is text."""
         if not self._reads:
@@ -43,13 +39,19 @@ class CallReader:
             else:
                 text += before + BEGIN + inside + end
             self._waiting = rest
-        unsettled = None if last else _UNSETTLED.search(self._waiting)
-        settled = unsettled.start() if unsettled else len(self._waiting)
+        settled = len(self._waiting) if last else _before_call(self._waiting)
         text, self._waiting = text + self._waiting[:settled], self._waiting[settled:]
         return text, self.calls[first:]
 
 
-def _call(inside: str) -> dict[str, Any] | None:
+def _before_call(text: str) -> int:
+    """How many characters of a text stand before a call that has begun, or may begin at its end, and its blanks."""
+    begun = [n for n in range(1, len(BEGIN)) if text.endswith(BEGIN[:n])]
+    before = text.partition(BEGIN)[0] if BEGIN in text else text[: len(text) - max(begun, default=0)]
+    return len(before.rstrip())
+
+
+def _call(inside: str) -> ToolCall | None:
     """A call from its JSON, None for anything else."""
     try:
         given = parse_json(inside.encode("utf-8", "surrogatepass"), "a call")
@@ -58,7 +60,7 @@ def _call(inside: str) -> dict[str, Any] | None:
     name, arguments = given.get("name"), given.get("arguments", {})
     if set(given) - {"name", "arguments"} or not isinstance(name, str) or not isinstance(arguments, dict):
         return None
-    function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
+    function: CalledFunction = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
     return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
 

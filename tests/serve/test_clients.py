@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
+import jsonschema
 import openai
 import pytest
 import torch
@@ -293,6 +294,59 @@ def test_health_and_numbers_are_told(server: Served, client: openai.OpenAI) -> N
     numbers = get(server, "/metrics")
     assert 'molora_adapters_total{adapters="vision"}' in numbers and "molora_running 0.0" in numbers
     assert "/v1/chat/completions" in json.loads(get(server, "/openapi.json"))["paths"]
+
+
+def form(**fields: str) -> bytes:
+    """A form with a sound and these fields, between lines of x."""
+    head = 'Content-Disposition: form-data; name="file"; filename="a.wav"'
+    others = "".join(
+        f'--x\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n' for name, value in fields.items()
+    )
+    return f"{others}--x\r\n{head}\r\n\r\n".encode() + sound() + b"\r\n--x--\r\n"
+
+
+CHAT = {"model": "tiny", "messages": user([IMAGE, TEXT]), "max_tokens": 3}
+ECHO = {"model": "tiny", "prompt": ["ab", "c"], "max_tokens": 2, "echo": True, "logprobs": 1}
+# What is asked, with which body, and the media type of what comes.
+ANSWERS: dict[str, tuple[str, Any, str]] = {
+    "a conversation": ("/v1/chat/completions", CHAT, "application/json"),
+    "its likelihoods": ("/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": 2}, "application/json"),
+    "its stream": ("/v1/chat/completions", {**CHAT, "stream": True}, "text/event-stream"),
+    "its error": ("/v1/chat/completions", {**CHAT, "model": "other"}, "application/json"),
+    "a text": ("/v1/completions", {"model": "tiny", "prompt": "a"}, "application/json"),
+    "its likelihoods, and its prompt's": ("/v1/completions", ECHO, "application/json"),
+    "its own stream": ("/v1/completions", {"model": "tiny", "prompt": "a", "stream": True}, "text/event-stream"),
+    "what is said": ("/v1/audio/transcriptions", form(model="tiny"), "application/json"),
+    "more of it": ("/v1/audio/translations", form(model="tiny", response_format="verbose_json"), "application/json"),
+    "its text": ("/v1/audio/transcriptions", form(model="tiny", response_format="text"), "text/plain"),
+    "models": ("/v1/models", None, "application/json"),
+    "a model": ("/v1/models/{name}", None, "application/json"),
+    "health": ("/health", None, "application/json"),
+    "readiness": ("/ready", None, "application/json"),
+    "metrics": ("/metrics", None, "text/plain"),
+}
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_answers_are_as_the_description_of_the_api_says(server: Served, kind: str) -> None:
+    path, body, media_type = ANSWERS[kind]
+    description = json.loads(get(server, "/openapi.json"))
+    (operation,) = description["paths"][path].values()
+    sent = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    headers = {"Content-Type": "multipart/form-data; boundary=x" if sent is body else "application/json"}
+    try:
+        url = server.address + path.replace("{name}", "tiny:vision")
+        found = urllib.request.urlopen(urllib.request.Request(url, sent, headers))
+    except urllib.error.HTTPError as error:
+        found = error
+    text = found.read().decode()
+    assert found.headers.get_content_type() == media_type, text
+    schema = operation["responses"]["200" if found.status == 200 else "4XX"]["content"][media_type]["schema"]
+    told = json.loads(text) if media_type == "application/json" else text
+    jsonschema.validate(told, {**schema, "components": description["components"]})
+    if media_type == "application/json":
+        described = description["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+        assert set(described["required"]) <= told.keys() <= described["properties"].keys()
 
 
 def test_requests_with_one_id_are_told_apart(server: Served) -> None:

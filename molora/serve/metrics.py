@@ -7,8 +7,8 @@ from molora.serve.engine import Engine
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
 
 
-class Numbers:
-    """The numbers of one server."""
+class Metrics:
+    """The metrics of one server."""
 
     def __init__(self, engine: Engine) -> None:
         registry = self._registry = CollectorRegistry()

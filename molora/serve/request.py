@@ -19,10 +19,12 @@ from molora.modality import MediaError
 from molora.pack import Sample
 from molora.routing import RoutingError, name_of
 from molora.seeding import seed_of
+from molora.serve.answers import About, Answered, Usage
 from molora.serve.engine import Engine, Places
-from molora.serve.fields import Asking
-from molora.serve.numbers import Numbers
+from molora.serve.fields import GenerationBody, StreamOptions
+from molora.serve.metrics import Metrics
 from molora.serve.preparation import Preparation
+from molora.serve.replies import event
 
 # A client knows its request, and the answer's headers have the id.
 _SAMPLE = re.compile(r"^sample \S+: (message )?")
@@ -53,15 +55,13 @@ class Service:
     loaded: LoadedModel
     engine: Engine
     preparation: Preparation
-    numbers: Numbers
+    metrics: Metrics
     grammars: Grammars
     # Whether the model calls tools in a form that is read.
     reads_calls: bool = False
     max_new_tokens: int = 1024
     temperature: float = 0.0
     answer_seconds: float = 600.0
-    speech_prompt: str = "Transcribe the audio clip into text."
-    translation_prompt: str = "Translate the audio to English."
 
     @cached_property
     def names(self) -> dict[str, frozenset[str] | None]:
@@ -78,6 +78,13 @@ class Service:
             known[f"{self.name}:{name_of(each)}"] = each
         return known
 
+    def takes(self, name: str) -> frozenset[str] | None:
+        """The modalities that a name takes, None for any mix. Raises Refused for an unknown name."""
+        if name not in self.names:
+            known = ", ".join(self.names)
+            raise Refused(f"there is no model {name[:80]!r} here; there are {known}", "model_not_found", "model", 404)
+        return self.names[name]
+
     @cached_property
     def token_text(self) -> Callable[[int], str]:
         """The text of a token by itself. An answer with likelihoods holds the texts of twenty tokens for each of its
@@ -85,15 +92,17 @@ class Service:
         decode: Any = self.loaded.processor.tokenizer.decode
         return cache(lambda token_id: decode([token_id]))
 
-    def decoding(self, body: Asking, max_new_tokens: int | None, stops: tuple[str, ...] = (), **more: Any) -> Decoding:
+    def decoding(
+        self, body: GenerationBody, max_new_tokens: int | None, stops: tuple[str, ...] = (), **more: Any
+    ) -> Decoding:
         """How the answers to a request are decoded, which end at its stops and at these. Raises Refused."""
-        greedy = body.top_k in (None, -1, 0)
+        all_tokens = body.top_k in (None, -1, 0)
         try:
             return Decoding(
                 max_new_tokens=max_new_tokens or self.max_new_tokens,
                 temperature=self.temperature if body.temperature is None else body.temperature,
                 top_p=body.top_p or 1.0,
-                top_k=None if greedy else body.top_k,
+                top_k=None if all_tokens else body.top_k,
                 # Below 2**53, so that a client that keeps numbers as floats can ask for the same answer again.
                 seed=secrets.randbits(53) if body.seed is None else body.seed,
                 stop=body.stops + stops,
@@ -127,7 +136,8 @@ class Piece:
 
 
 class Request:
-    """The answers to some samples, `number` to each, in the order of the samples. `places` are given back by `close`.
+    """The answers to some samples, `number` to each, in the order of the samples, by a name of the model. What
+    `take_places` takes is given back by `close`. Raises Refused for an unknown name.
 
     Choice i of a sample draws what `LoadedModel.generate` draws for the i-th of as many equal conversations.
     """
@@ -139,18 +149,9 @@ class Request:
         self.created = int(time.time())
         self.number = number
         self.choices: list[Choice] = []
+        self._takes = service.takes(model)
         self._begun = time.monotonic()
         self._places: Places | None = None
-
-    def check_name(self, param: str = "model") -> frozenset[str] | None:
-        """The modalities that the name asked for takes, None for any mix. Raises Refused for an unknown name."""
-        names = self.service.names
-        if self.model not in names:
-            known = ", ".join(names)
-            raise Refused(
-                f"there is no model {self.model[:80]!r} here; there are {known}", "model_not_found", param, 404
-            )
-        return names[self.model]
 
     def take_places(self, num_samples: int) -> None:
         """Raises Full where there is no room for the answers to so many samples."""
@@ -164,12 +165,11 @@ class Request:
         self, samples: Sequence[Sample], decoding: Decoding, *, strip: bool, grammar: Grammar | None = None
     ) -> None:
         """Says what is to be answered, and how."""
-        takes = self.check_name()
         self.decoding = decoding
         self._grammar = grammar
         for sample in samples:
-            if takes is not None and not sample.modalities <= takes:
-                told = f"{self.model} takes {name_of(takes)}, and the messages hold {name_of(sample.modalities)}"
+            if self._takes is not None and not sample.modalities <= self._takes:
+                told = f"{self.model} takes {name_of(self._takes)}, and the messages hold {name_of(sample.modalities)}"
                 raise Refused(f"{told}; ask {self.service.name}", None, "model")
             for _ in range(self.number):
                 text = FinalText(self.service.loaded.processor.decode, decoding.stop, strip=strip)
@@ -178,7 +178,7 @@ class Request:
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """The answers as they come. Raises Refused for a sample that cannot be answered, and what `Engine.steps`
         raises. Who leaves early should close this, which takes what is left out of the batch."""
-        numbers, decoding, model = self.service.numbers, self.decoding, self.service.loaded.model
+        metrics, decoding, model = self.service.metrics, self.decoding, self.service.loaded.model
         is_over = ends_at(self.service.loaded.processor.decode, decoding.stop)
         # Two requests may bring the same id.
         choices = {f"{secrets.token_hex(12)}-{choice.index}": choice for choice in self.choices}
@@ -193,13 +193,13 @@ class Request:
             for id, choice in choices.items()
         ]
         assert self._places is not None, "places are taken before anything is asked"
-        numbers.tokens.labels("prompt").inc(self.prompt_tokens)
+        metrics.tokens.labels("prompt").inc(self.prompt_tokens)
         async with aclosing(self.service.engine.steps(asked, self.service.answer_seconds, self._places)) as steps:
             try:
                 async for step in steps:
                     choice = choices[step.id]
                     if not choice.tokens:
-                        numbers.first_token.observe(time.monotonic() - self._begun)
+                        metrics.first_token.observe(time.monotonic() - self._begun)
                         choice.prompt = step.prompt
                     told = []
                     if step.token_id not in model.backbone.stop_ids or decoding.ignore_stop_tokens:
@@ -208,10 +208,10 @@ class Request:
                         choice.likelihoods += told
                     if step.finished in ("stop", "length"):
                         choice.finished = step.finished
-                        numbers.answer.observe(time.monotonic() - self._begun)
-                        numbers.answers.labels(step.finished).inc()
-                        numbers.adapters.labels("+".join(self.adapters(choice.sample)) or "none").inc()
-                        numbers.tokens.labels("answer").inc(len(choice.tokens))
+                        metrics.answer.observe(time.monotonic() - self._begun)
+                        metrics.answers.labels(step.finished).inc()
+                        metrics.adapters.labels("+".join(self.adapters(choice.sample)) or "none").inc()
+                        metrics.tokens.labels("answer").inc(len(choice.tokens))
                     yield Piece(choice, choice.text.piece(choice.tokens, choice.finished is not None), told)
             except ValueError as error:
                 raise refusal(error, None) from error
@@ -240,8 +240,8 @@ class Request:
                 taken[item.modality] = taken.get(item.modality, 0) + item.prepared.num_tokens
         return taken
 
-    def usage(self) -> dict[str, Any]:
-        """OpenAI's counts so far, and ours."""
+    def usage(self) -> Usage:
+        """The counts so far."""
         answered = sum(len(choice.tokens) for choice in self.choices)
         media = self.media_tokens()
         adapters = sorted({name for choice in self.choices for name in self.adapters(choice.sample)})
@@ -254,11 +254,26 @@ class Request:
             "media_tokens": media,
         }
 
-    def about(self) -> dict[str, Any]:
-        """What an answer says of itself: the adapters that ran, the seed, and the tokens of each medium."""
+    def about(self) -> About:
         usage = self.usage()
+        return {"adapters": usage["adapters"], "seed": self.decoding.seed, "media_tokens": usage["media_tokens"]}
+
+    def answered(self) -> Answered:
+        """What all forms of a whole answer have in common."""
         return {
-            "adapters": usage["adapters"],
-            "seed": self.decoding.seed,
-            "media_tokens": usage["media_tokens"],
+            "id": self.id,
+            "created": self.created,
+            "model": self.model,
+            "usage": self.usage(),
+            "molora": self.about(),
         }
+
+    def chunk(self, object: str, choice: dict[str, Any] | None, options: StreamOptions | None) -> bytes:
+        """A piece of a stream: what is added to a choice, or the counts at the end, which have none."""
+        choices = [] if choice is None else [choice]
+        told = {"id": self.id, "object": object, "created": self.created, "model": self.model, "choices": choices}
+        if options and options.include_usage:
+            told["usage"] = self.usage() if options.continuous_usage_stats or choice is None else None
+        if choice is None or choice["finish_reason"]:
+            told["molora"] = self.about()
+        return event(told)
