@@ -48,7 +48,7 @@ def _only(inner: Mapping[str, Any], known: Mapping[str, Sequence[str] | None], w
         allowed = known.get(key)
         if key not in known or (allowed is not None and value is not None and value not in allowed):
             needed = f"only as {' or '.join(allowed)}" if allowed else "here, and only " + " and ".join(known) + " are"
-            raise Refused(f"{where}.{key[:80]} is not honoured {needed}", None, f"{where}.{key[:80]}")
+            raise Refused(f"{where}.{key[:80]} is not honoured {needed}", f"{where}.{key[:80]}")
 
 
 async def ask(request: Request, body: ChatBody) -> None:
@@ -72,15 +72,15 @@ def _check_tools(request: Request, body: ChatBody) -> tuple[str, ...]:
     that do not go with what else is asked."""
     if body.must_call and not body.callable_tools:
         told = "tool_choice asks for a call of a tool that is not among tools; give it there"
-        raise Refused(told, None, "tool_choice")
+        raise Refused(told, "tool_choice")
     if not body.told_tools:
         return ()
     if body.response_format not in (None, {"type": "text"}):
         told = "response_format holds the whole answer, which leaves no room for tools; leave one out"
-        raise Refused(told, None, "response_format")
+        raise Refused(told, "response_format")
     if not request.service.loaded.processor.template.takes_tools:
         told = f"the chat template of {request.model} takes no tools; leave tools out, or serve a model whose does"
-        raise Refused(told, "tools_not_supported", "tools")
+        raise Refused(told, "tools", "tools_not_supported")
     held = {
         "tool_choice": body.must_call,
         "tools": any(tool.function.strict for tool in body.callable_tools),
@@ -90,7 +90,7 @@ def _check_tools(request: Request, body: ChatBody) -> tuple[str, ...]:
         if is_held and not request.service.reads_calls:
             asked = {"tools": "strict tools are"}.get(param, f"{param} is")
             told = f"{asked} not honoured, as {request.model} calls tools in a form that is not read here; leave it out"
-            raise Refused(told, None, param)
+            raise Refused(told, param)
     return (END,) if held["parallel_tool_calls"] else ()
 
 
@@ -111,7 +111,7 @@ def _grammar(request: Request, body: ChatBody) -> Grammar | None:
     given = form.pop("json_schema" if kind == "json_schema" else "pattern", None)
     schema = given.get("schema") if kind == "json_schema" and isinstance(given, Mapping) else None
     if kind != "text" and body.ignore_eos:
-        raise Refused("ignore_eos and response_format contradict each other; leave one out", None, "ignore_eos")
+        raise Refused("ignore_eos and response_format contradict each other; leave one out", "ignore_eos")
     try:
         match kind, given:
             case _ if form:
@@ -137,7 +137,7 @@ def _grammar_of_calls(request: Request, body: ChatBody) -> Grammar | None:
     if not (body.must_call or any(function.strict for function in functions)):
         return None
     if body.ignore_eos:
-        raise Refused("ignore_eos and calls that are held to a form contradict each other", None, "ignore_eos")
+        raise Refused("ignore_eos and calls that are held to a form contradict each other", "ignore_eos")
     parameters = {each.name: (each.strict and each.parameters) or {"type": "object"} for each in functions}
     try:
         return request.service.grammars.of_calls(BEGIN, END, parameters, only=body.must_call)

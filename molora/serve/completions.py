@@ -42,12 +42,12 @@ def _prompts(body: CompletionBody) -> Sequence[str | list[int]]:
 def _sample(request: Request, id: str, ids: Sequence[int]) -> Sample:
     backbone = request.service.loaded.model.backbone
     if not ids:
-        raise Refused("the prompt has no token; write some text", None, "prompt")
+        raise Refused("the prompt has no token; write some text", "prompt")
     if (highest := max(ids)) >= backbone.num_embeddings:
-        raise Refused(f"the prompt holds the token {highest}, and there are {backbone.num_embeddings}", None, "prompt")
+        raise Refused(f"the prompt holds the token {highest}, and there are {backbone.num_embeddings}", "prompt")
     if len(ids) > backbone.max_tokens:
         told = f"the prompt has {len(ids):,} tokens, and at most {backbone.max_tokens:,} fit; shorten it"
-        raise Refused(told, "context_length_exceeded", "prompt")
+        raise Refused(told, "prompt", "context_length_exceeded")
     return Sample.of_text(id, ids)
 
 

@@ -4,7 +4,7 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
 from molora.inference.generate import Batch, GenerationConfig, Step
@@ -68,7 +68,6 @@ class Engine:
     ) -> None:
         if config.kv_cache_gib is None:
             raise ValueError("a server needs a size for keys and values, kv_cache_gib; give one")
-        self.config = config
         self.batch = Batch(loaded.model, config, loaded.frames)
         self.failure: BaseException | None = None
         self._places = config.max_running_samples + max_waiting
@@ -87,7 +86,7 @@ class Engine:
         self._orders.put(_End())
         await asyncio.to_thread(self._thread.join)
 
-    def take_places(self, count: int) -> "Places":
+    def take_places(self, count: int) -> Places:
         """Keeps room for so many answers. Raises Full where there is none, Broken after a failure."""
         self._check()
         if self._taken + count > self._places:
@@ -98,11 +97,11 @@ class Engine:
     def give_back(self, count: int) -> None:
         self._taken -= count
 
-    async def steps(self, asked: Sequence[Asked], seconds: float, places: "Places") -> AsyncGenerator[Step, None]:
+    async def steps(self, asked: Sequence[Asked], seconds: float, places: Places) -> AsyncGenerator[Step, None]:
         """The steps of some samples until all have finished; each gives back one of the places when it has, whether or
-        not its steps have been read by then. Who leaves early, by closing this, takes them out of the
-        batch. Raises the error of a sample that fails, SampleTooLong for one that never fits, TooLate for one that is
-        not finished in so many seconds, Broken if the model fails."""
+        not its steps have been read by then. Who leaves early, by closing this, takes them out of the batch. Raises the
+        error of a sample that fails, SampleTooLong for one that never fits, TooLate for one that is not finished in so
+        many seconds, Broken if the model fails."""
         self._check()
         told: asyncio.Queue[Step] = asyncio.Queue()
         unfinished = {each.sample.id for each in asked}
@@ -156,7 +155,7 @@ class Engine:
         except BaseException as error:
             self._loop.call_soon_threadsafe(self._fail, error)
 
-    def _given(self, wait: bool) -> Iterable[_Order]:
+    def _given(self, wait: bool) -> list[_Order]:
         """What was ordered since the last step; waits for an order if there is nothing else to do."""
         orders = [self._orders.get()] if wait else []
         while not self._orders.empty():

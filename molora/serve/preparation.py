@@ -41,13 +41,9 @@ class PreparationLimits:
     memory_gib: float = 4.0
 
     def __post_init__(self) -> None:
-        for name, value, needed in (
-            ("processes", self.processes, "1 or more"),
-            ("seconds", self.seconds, "above 0"),
-            ("memory_gib", self.memory_gib, "above 0"),
-        ):
-            if not value > 0:
-                raise ValueError(f"media {name} cannot be {value}; give a number, {needed}")
+        for name in ("processes", "seconds", "memory_gib"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"media {name} cannot be {getattr(self, name)}; give a number above 0")
 
 
 class Preparation:

@@ -38,10 +38,10 @@ from molora.terminal import say, warn
 _SHARE_FOR_KEYS_AND_VALUES = 0.5
 # Files that are open beside connections, at most.
 _OTHER_FILES = 128
-# Tokens of prompts in a step, by device, and the share of them that a prompt with more enters by: so few that answers
+# Tokens of prompts in a step, by device, and how many chunks of a long prompt they make: so few tokens that answers
 # under way, and those who ask then, do not wait long, and not much slower to read than more at a time.
 _PREFILL_TOKENS = {"cpu": 256, "cuda": 512}
-_LONG_PROMPTS_SHARE = {"cpu": 4, "cuda": 1}
+_CHUNKS_IN_STEP = {"cpu": 4, "cuda": 1}
 _LOOPBACK = ("127.0.0.1", "::1", "[::1]", "localhost")
 
 
@@ -95,13 +95,7 @@ def serve(load: Callable[[], LoadedModel], config: ServeConfig) -> int:
         assert server is not None, "a model fails while it is served"
         server.should_exit = True
 
-    device = "cuda" if loaded.model.device.type == "cuda" else "cpu"
-    prefill_tokens = config.prefill_tokens or _PREFILL_TOKENS[device]
-    chunk_tokens = -(-prefill_tokens // _LONG_PROMPTS_SHARE[device])
-    generation = replace(generation, prefill_tokens=prefill_tokens, chunk_tokens=chunk_tokens)
-    if generation.kv_cache_gib is None:
-        generation = replace(generation, kv_cache_gib=_room(loaded, config.max_running_samples))
-    engine = Engine(loaded, generation, config.max_waiting, failed)
+    engine = Engine(loaded, _sized(generation, loaded, config.prefill_tokens), config.max_waiting, failed)
     backbone = loaded.model.backbone
     service = Service(
         config.name,
@@ -196,6 +190,18 @@ def _as_served(loaded: LoadedModel, config: ServeConfig) -> Processor:
         deadline_seconds=config.media.seconds / 2,
     )
     return processor
+
+
+def _sized(generation: GenerationConfig, loaded: LoadedModel, prefill_tokens: int | None) -> GenerationConfig:
+    """With what follows from the machine where it is not given."""
+    device = "cuda" if loaded.model.device.type == "cuda" else "cpu"
+    prefill_tokens = prefill_tokens or _PREFILL_TOKENS[device]
+    return replace(
+        generation,
+        prefill_tokens=prefill_tokens,
+        chunk_tokens=math.ceil(prefill_tokens / _CHUNKS_IN_STEP[device]),
+        kv_cache_gib=generation.kv_cache_gib or _room(loaded, generation.max_running_samples),
+    )
 
 
 def _room(loaded: LoadedModel, num_samples: int) -> float:

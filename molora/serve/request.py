@@ -33,10 +33,10 @@ _SAMPLE = re.compile(r"^sample \S+: (message )?")
 class Refused(Exception):
     """A request that cannot be answered as it is; `param` is the field that is wrong, where one is."""
 
-    def __init__(self, message: str, code: str | None = None, param: str | None = None, status: int = 400) -> None:
+    def __init__(self, message: str, param: str | None, code: str | None = None, status: int = 400) -> None:
         super().__init__(message)
-        self.code = code
         self.param = param
+        self.code = code
         self.status = status
 
 
@@ -44,7 +44,7 @@ def refusal(error: ValueError, param: str | None) -> Refused:
     """What a client is told of something wrong with its request."""
     codes = {SampleTooLong: "context_length_exceeded", MediaError: "invalid_media", RoutingError: "no_routing_rule"}
     told = _SAMPLE.sub(lambda found: found[1] or "the request: ", str(error))
-    return Refused(told, next((code for kind, code in codes.items() if isinstance(error, kind)), None), param)
+    return Refused(told, param, next((code for kind, code in codes.items() if isinstance(error, kind)), None))
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Service:
         """The modalities that a name takes, None for any mix. Raises Refused for an unknown name."""
         if name not in self.names:
             known = ", ".join(self.names)
-            raise Refused(f"there is no model {name[:80]!r} here; there are {known}", "model_not_found", "model", 404)
+            raise Refused(f"there is no model {name[:80]!r} here; there are {known}", "model", "model_not_found", 404)
         return self.names[name]
 
     @cached_property
@@ -170,7 +170,7 @@ class Request:
         for sample in samples:
             if self._takes is not None and not sample.modalities <= self._takes:
                 told = f"{self.model} takes {name_of(self._takes)}, and the messages hold {name_of(sample.modalities)}"
-                raise Refused(f"{told}; ask {self.service.name}", None, "model")
+                raise Refused(f"{told}; ask {self.service.name}", "model")
             for _ in range(self.number):
                 text = FinalText(self.service.loaded.processor.decode, decoding.stop, strip=strip)
                 self.choices.append(Choice(len(self.choices), sample, text))

@@ -38,14 +38,14 @@ def check(request: Request, fields: Mapping[str, Any]) -> None:
     """Raises Refused for a model that does not hear, and for fields that ask for what is not done here."""
     if PART_TYPE not in request.service.loaded.processor.part_types:
         told = f"{request.model} does not hear: it has no modality for parts of type {PART_TYPE!r}"
-        raise Refused(told, None, "model")
+        raise Refused(told, "model")
     for name, value in fields.items():
         if name in _NOT_HONOURED and value not in ("", "segment"):
-            raise Refused(f"{name} is not honoured here: the model is not told of it; leave it out", None, name)
+            raise Refused(f"{name} is not honoured here: the model is not told of it; leave it out", name)
         if name not in (*_NOT_HONOURED, "stream"):
-            raise Refused(f"the field {name[:80]!r} is not honoured here; leave it out", None, name[:80])
+            raise Refused(f"the field {name[:80]!r} is not honoured here; leave it out", name[:80])
     if fields.get("stream") not in (None, "", "false", "False", "0"):
-        raise Refused("stream is not honoured here; leave it out", None, "stream")
+        raise Refused("stream is not honoured here; leave it out", "stream")
 
 
 async def ask(request: Request, data: bytes, task: Task, temperature: float, seed: int) -> None:

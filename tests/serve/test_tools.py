@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -22,6 +24,7 @@ from molora.testing import byte_tokenizer, tiny_model
 from tests.serve.conftest import NUMBERS, Folders, Served, serving
 from tests.tools import ASKED, CALL, CALLED, TEMPLATE, TOLD, TOOL
 
+PAGE = (Path(__file__).parents[2] / "docs" / "how_to" / "serve.md").read_text(encoding="utf-8")
 CALL_TEXT = '\n<tool_call>\n{"name": "hue", "arguments": {"of": "rose"}}\n</tool_call>'
 READ: dict[str, tuple[str, str, list[tuple[str, dict[str, Any]]]]] = {
     "a call": (CALL_TEXT, "", [("hue", {"of": "rose"})]),
@@ -90,7 +93,7 @@ def caller(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Folder
 
 @pytest.fixture(scope="module")
 def server(caller: Folders, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(caller, tmp_path_factory.mktemp("tools") / "log", []) as served:
+    with serving(caller, tmp_path_factory.mktemp("tools") / "log", ["--max-new-tokens", "100"]) as served:
         yield served
 
 
@@ -126,6 +129,17 @@ def test_a_tool_is_called_and_what_it_told_is_read(server: Served, offline: Load
     told = {"role": "tool", "tool_call_id": call.id, "content": "red"}
     last = ask(server, [*ASKED, choice.message, told]).choices[0]
     assert (last.message.content, last.message.tool_calls, last.finish_reason) == ("It is red.", None, "stop")
+
+
+def test_the_example_on_the_page_runs(server: Served) -> None:
+    """Up to what it prints, which a tiny model gets wrong."""
+    (example,) = (block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "tool_choice" in block)
+    told: dict[str, Any] = {"client": server.client()}
+    exec(example.replace('"demo"', '"tiny"'), told)
+    user, asking, *answers = told["messages"]
+    (call,) = asking.tool_calls
+    assert user["role"] == "user" and call.function.name == "weather"
+    assert answers == [{"role": "tool", "tool_call_id": call.id, "content": "21 degrees"}]
 
 
 @pytest.mark.parametrize("more", [{}, {"parallel_tool_calls": False}, {"n": 2}], ids=["", "one call", "two choices"])
