@@ -150,7 +150,7 @@ async def _answer(service: Service, http: HttpRequest, body: Any, how: Any, kind
 
 def _add_speech(app: FastAPI, service: Service) -> None:
     def add(path: str, task: speech.Task, about: str) -> None:
-        @app.post(path, name=path, description=about, response_model=Transcription, responses=_also("text/plain"))
+        @app.post(path, name=task, description=about, response_model=Transcription, responses=_also("text/plain"))
         async def answer(
             http: HttpRequest,
             file: Annotated[UploadFile, File()],
