@@ -16,11 +16,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import Phi3ForCausalLM
 
 from molora.config import ConfigError, dump
 from molora.model.sharding import Steps
 from molora.ranks import Ranks
+from molora.testing import byte_tokenizer, tiny_model
 from molora.train.loop import train
+from molora.train.optim import PartConfig
 from molora.train.recipe import Recipe
 from tests.train.test_train import constant, home, in_processes, outcome, recipe, started  # noqa: F401
 
@@ -116,6 +119,37 @@ def test_pictures_and_sounds_train_in_several_processes_as_in_one(
     rows = assert_trained_alike(tmp_path / "many", one)
     groups = {key for row in rows for key in row if key.startswith("loss/")}
     assert groups == {"loss/text", "loss/audio", "loss/vision", "loss/audio+vision"}
+
+
+def test_the_reference_at_its_full_depth_trains_in_four_shards(tmp_path: Path) -> None:
+    """Phi-4-mini's 32 layers, 27 of SigLIP and 24 of the Conformer, with tiny widths. Of a sound only the adapter of
+    the last layer learns, so that a rank that has sounds alone could end its backward pass there.
+    Shards compute their layers again."""
+    pytest.importorskip("torchaudio")
+    config: Any = tiny_model("phi4-mini").config
+    config.num_hidden_layers = 32
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        Phi3ForCausalLM(config).save_pretrained(tmp_path / "backbone")
+    byte_tokenizer().save_pretrained(tmp_path / "backbone")
+    rows = write_pictures_and_sounds(tmp_path)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 27, "num_attention_heads": 2}
+    siglip = {"kind": "transformers", "pretrained": False, "arguments": sizes}
+    runs = []
+    for name, sharded in (("one", False), ("many", True)):
+        given = mixed(tmp_path, tmp_path / name, rows, sharded)
+        given.activation_checkpointing = sharded
+        given.modalities["audio"].options["tower"]["conformer"]["blocks"] = 24
+        given.modalities["vision"].options |= {"crop_pixels": 56, "tower": siglip}
+        given.modalities["audio"].adapter = {**(given.modalities["audio"].adapter or {}), "layers_to_transform": [31]}
+        (stage,) = given.stages
+        stage.train = {part: PartConfig(learning_rate=1e-3) for part in ("adapters", "*.vision.*")}
+        stage.tokens_per_pack, stage.steps, given.save_every_steps = 256, 2, 2
+        runs.append(given)
+    train(runs[0], show=False)
+    (tmp_path / "many.yaml").write_text(dump(runs[1]))
+    in_processes(tmp_path / "many.yaml", 4)
+    assert len(assert_trained_alike(tmp_path / "many", tmp_path / "one")) == 2
 
 
 def test_what_four_processes_began_goes_on_in_two_and_in_one(home: Path, tmp_path: Path) -> None:  # noqa: F811
