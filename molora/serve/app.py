@@ -155,9 +155,9 @@ def _add_speech(app: FastAPI, service: Service) -> None:
             http: HttpRequest,
             file: Annotated[UploadFile, File()],
             model: Annotated[str, Form(min_length=1)],
-            response_format: Annotated[speech.Format | None, BeforeValidator(speech.format_of), Form()] = None,
-            temperature: Annotated[float | None, Form(ge=0, le=100, allow_inf_nan=False)] = None,
-            seed: Annotated[int | None, Form(ge=-(2**63), lt=2**63)] = None,
+            response_format: Annotated[speech.Format, BeforeValidator(speech.format_of), Form()] = "json",
+            temperature: Annotated[float, Form(ge=0, le=100, allow_inf_nan=False)] = 0.0,
+            seed: Annotated[int, Form(ge=-(2**63), lt=2**63)] = 0,
         ) -> Response:
             known = ("file", "model", "response_format", "temperature", "seed")
             others = {name: value for name, value in (await http.form()).multi_items() if name not in known}
@@ -165,8 +165,8 @@ def _add_speech(app: FastAPI, service: Service) -> None:
             try:
                 speech.check(request, others)
                 data = await file.read()
-                await while_connected(http, speech.ask(request, data, task, temperature or 0.0, seed or 0))
-                found = await while_connected(http, speech.whole(request, data, response_format or "json", task))
+                await while_connected(http, speech.ask(request, data, task, temperature, seed))
+                found = await while_connected(http, speech.whole(request, data, response_format, task))
             finally:
                 request.close()
             return PlainTextResponse(found) if isinstance(found, str) else Json(found)
