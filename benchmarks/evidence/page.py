@@ -175,7 +175,7 @@ def _page(name: str, driver: Driver, results: Results) -> Iterator[str]:
         minutes = sum(arm["processor_seconds"] for arm in arms) / 60
         said = f"{machine['processor']}, {machine['threads']} thread; torch {machine['torch']}"
         seeds.append((seed, f"{minutes:.0f}", said))
-    yield table(("seed", "minutes of processor time", "machine"), seeds)
+    yield table(("seed", "minutes of processor time since it was last stopped", "machine"), seeds)
     yield f"Numbers, file hashes and versions are in [{name}.json]({name}.json). Intervals are of 95 %."
     yield ""
 

@@ -12,8 +12,9 @@ TITLE = "Speech: sentences written down"
 QUESTION = """\
 Can a small Conformer that learns from scratch make a frozen language model write down what is said? It hears sentences
 of children's stories, made by a speech synthesiser, on a processor. First its media tokens learn to be the embeddings
-of the words (`objective: words`), which runs no layer of the model; then the adapter learns to write them down. It is
-asked sentences of other stories in other voices, the same with noise and rooms, and speech that people read."""
+of the words, in phrases and then in sentences (`objective: words`), which runs no layer of the model; then the adapter
+learns to write them down. It is asked sentences of other stories in other voices, the same with noise and rooms, and
+speech that people read."""
 DATA = ("speech",)
 RECIPES = DATA
 ARM = "words, then answers"
@@ -23,8 +24,8 @@ METRICS = ("word_error_rate", "exact_match")
 NOT_SHOWN = (
     "Speech of people: a synthesiser says the same word the same way in each of its voices, and nobody else does. The "
     "rate on read speech says how far that is.",
-    "Rare words: those of children's stories are few, and an encoder gives words whole, not by their letters.",
-    "What more speech gives: the budget is a processor's.",
+    "Rare words: those of children's stories are few.",
+    "What more speech gives: the budget is a processor's, and the loss of every stage was falling at its end.",
 )
 
 
