@@ -184,7 +184,10 @@ def cache_folder() -> Path:
 def write_cached(path: Path, write: Callable[[Path], object]) -> bool:
     """Writes a file that only saves time, atomically. If it cannot be written, says so once and returns False."""
     try:
-        write_atomically(path, write)
+        try:
+            write_atomically(path, write)
+        except FileNotFoundError:  # who holds the folder took its draft for one that a killed process left
+            write_atomically(path, write)
     except OSError as error:
         _warn_once(
             f"{path.parent}: nothing can be kept there ({error.strerror or error}); going on without, so that what "

@@ -39,10 +39,11 @@ STEPS = 10
 
 def losses_of_all_assignments(home: Path, ranks: Ranks, *, sharded: bool = False) -> dict[str, list[dict[str, float]]]:
     """The losses of ten steps for every assignment of shares to two ranks, of which a lone process takes both; and
-    under "bytes" those of all tensors that are left then, and those that a step takes beside them at most."""
+    under "bytes" those of all tensors that are left of it then, and those that a step takes beside them at most."""
     config = recipe(home, home / "run")
     patterns = {name: PartConfig(learning_rate=1e-3) for name in ("encoders", "projectors", "adapters")}
     found = {}
+    before = bytes_alive()
     model, processor = open_model(plan_recipe(config), "cpu", ranks if sharded else None)
     model.eval()  # dropout is drawn rank by rank
     learned = [weight for weights in model.parts().values() for weight in weights.values()]
@@ -66,7 +67,7 @@ def losses_of_all_assignments(home: Path, ranks: Ranks, *, sharded: bool = False
         ]
     messages = [{"role": "user", "content": [NUMBERS, TEXT]}, {"role": "assistant", "content": "yes"}]
     samples = [processor.encode(messages, str(ranks.index))]
-    found["bytes"] = [{"alive": bytes_alive()}]
+    found["bytes"] = [{"alive": bytes_alive() - before}]
     train_step(model, processor, samples, 4096, {}, ranks)  # which leaves gradients
     step = most_allocated(lambda: train_step(model, processor, samples, 4096, {}, ranks))
     found["bytes"][0]["step"] = step
