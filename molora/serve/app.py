@@ -106,15 +106,15 @@ def _add_state(app: FastAPI, service: Service) -> None:
         told: Readiness = {"ready": service.engine.failure is None and not app.state.draining}
         return Json(told, status_code=200 if told["ready"] else 503)
 
-    @app.get("/metrics", response_class=Response, responses=_also("text/plain"))
+    @app.get("/metrics", response_class=Response, responses=_also("text/plain", {"type": "string"}))
     async def metrics() -> Response:
         """Counts and times, for Prometheus."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
-def _also(media_type: str) -> dict[int | str, dict[str, Any]]:
-    """What the API's description says of an answer that may be text."""
-    return {200: {"content": {media_type: {"schema": {"type": "string"}}}}}
+def _also(media_type: str, schema: dict[str, str]) -> dict[int | str, dict[str, Any]]:
+    """What the API's description says of an answer that may be no JSON."""
+    return {200: {"content": {media_type: {"schema": schema}}}}
 
 
 def _id(http: HttpRequest, kind: str) -> str:
@@ -122,12 +122,12 @@ def _id(http: HttpRequest, kind: str) -> str:
 
 
 def _add_answers(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/chat/completions", response_model=Chat, responses=_also("text/event-stream"))
+    @app.post("/v1/chat/completions", response_model=Chat, responses=_also("text/event-stream", {}))
     async def chat_completions(body: ChatBody, http: HttpRequest) -> Response:
         """Goes on with a conversation of text and media."""
         return await _answer(service, http, body, chat, "chatcmpl")
 
-    @app.post("/v1/completions", response_model=Completion, responses=_also("text/event-stream"))
+    @app.post("/v1/completions", response_model=Completion, responses=_also("text/event-stream", {}))
     async def text_completions(body: CompletionBody, http: HttpRequest) -> Response:
         """Goes on with texts."""
         return await _answer(service, http, body, completions, "cmpl")
@@ -150,14 +150,20 @@ async def _answer(service: Service, http: HttpRequest, body: Any, how: Any, kind
 
 def _add_speech(app: FastAPI, service: Service) -> None:
     def add(path: str, task: speech.Task, about: str) -> None:
-        @app.post(path, name=task, description=about, response_model=Transcription, responses=_also("text/plain"))
+        @app.post(
+            path,
+            name=task,
+            description=about,
+            response_model=Transcription,
+            responses=_also("text/plain", {"type": "string"}),
+        )
         async def answer(
             http: HttpRequest,
             file: Annotated[UploadFile, File()],
             model: Annotated[str, Form(min_length=1)],
             response_format: Annotated[speech.Format, BeforeValidator(speech.format_of), Form()] = "json",
             temperature: Annotated[float, Form(ge=0, le=100, allow_inf_nan=False)] = 0.0,
-            seed: Annotated[int, Form(ge=-(2**63), lt=2**63)] = 0,
+            seed: Annotated[int, Form()] = 0,
         ) -> Response:
             known = ("file", "model", "response_format", "temperature", "seed")
             others = {name: value for name, value in (await http.form()).multi_items() if name not in known}

@@ -128,7 +128,8 @@ class GenerationBody(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31), BeforeValidator(_whole)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), BeforeValidator(_whole)] | None = None
+    # All of 64 bits, within bounds that stay what they are when OpenAPI tells them as floats.
+    seed: Annotated[int, Field(ge=-(10**19), le=10**19), BeforeValidator(_whole)] | None = None
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES), BeforeValidator(_whole)] | None = None
     stream: bool | None = None
