@@ -56,7 +56,7 @@ def train_step(
     for trains in (False, True):
         chosen = [sample for sample in samples if bool(parts[sample.modalities] & training) == trains]
         clock.to("loading")
-        packs = list(processor.packs(chosen, tokens_per_pack))
+        packs = processor.packs(chosen, tokens_per_pack)
         if words is None:
             model.backbone.catch_up(len(packs), backward=trains)
         for pack in packs:

@@ -102,6 +102,16 @@ def gradients_of(
     return row, found
 
 
+def assert_same_update(one: tuple[dict[str, Any], dict[str, Tensor]], other: tuple[Any, Any]) -> None:
+    """Rows and gradients, as `gradients_of` returns them."""
+    (row, found), (expected, gradients) = one, other
+    assert row.keys() == expected.keys() and found.keys() == gradients.keys()
+    for key, value in expected.items():
+        assert row[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
+    for name, gradient in gradients.items():
+        assert_close(found[name], gradient, 1e-5, name)
+
+
 # TRL --------------------------------------------------------------------------------------------------------------
 
 
@@ -237,11 +247,7 @@ def test_the_update_is_the_same_in_any_packs(loss: str) -> None:
     row, found = gradients_of(model, pairs, config, reference)
     for tokens in (max(len(each) for pair in pairs for each in (pair, pair.rejected) if each), 150):
         other, apart = gradients_of(model, pairs, config, reference, tokens)
-        assert row.keys() == other.keys() and found.keys() == apart.keys()
-        for key, value in row.items():
-            assert other[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
-        for name, gradient in found.items():
-            assert_close(apart[name], gradient, 1e-5, name)
+        assert_same_update((other, apart), (row, found))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -261,9 +267,7 @@ def test_the_prompt_of_a_pair_runs_once(checkpointing: bool) -> None:
     prompts = sum(int(pair.targets_T.nonzero()[0]) for pair in pairs)
     assert sum(counts[: len(counts) // 2]) == sum(map(len, answers)) - prompts
     other, apart = gradients_of(model, pairs, PreferenceConfig(), reference, max(map(len, answers)))
-    assert other == pytest.approx(row, rel=1e-5, abs=1e-6) and found.keys() == apart.keys()
-    for name, gradient in found.items():
-        assert_close(apart[name], gradient, 1e-5, name)
+    assert_same_update((other, apart), (row, found))
 
 
 def test_a_pair_alone_has_the_loss_that_it_has_beside_others() -> None:
