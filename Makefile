@@ -15,7 +15,7 @@ PIP_INSTALL := -m pip --disable-pip-version-check $(if $(MAKE_TERMOUT),,--quiet)
 PIP := PYTHONWARNINGS=ignore $(BIN)/python $(PIP_INSTALL)
 HARNESS_PIP := PYTHONWARNINGS=ignore $(VENV)-harness/bin/python $(PIP_INSTALL)
 
-.PHONY: help demo serve test test-oldest test-harness check docs setup results-check wheel-test release-check clean
+.PHONY: help demo serve test chaos test-oldest test-harness check docs setup results-check wheel-test release-check clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -33,6 +33,11 @@ serve: $(VENV)/dev.stamp  ## serve the demo's run, or that of a quick demo, with
 
 test: $(VENV)/dev.stamp  ## run the tests, one process a core, at most eight
 	$(KEEP_MEMORY) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
+
+KILLS := 200
+SEED := 1
+chaos: $(VENV)/dev.stamp  ## end ranks of training runs at random instants: KILLS of them, drawn from SEED
+	KILLS=$(KILLS) SEED=$(SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/train/test_chaos.py
 
 test-oldest:  ## run the tests with the oldest libraries that setup.cfg allows, in .venv-oldest
 	$(MAKE) VENV=$(VENV)-oldest $(VENV)-oldest/oldest.stamp

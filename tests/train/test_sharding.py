@@ -6,8 +6,6 @@ import json
 import os
 import random
 import shutil
-import signal
-import time
 import wave
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from molora.testing import byte_tokenizer, tiny_model
 from molora.train.loop import train
 from molora.train.optim import PartConfig
 from molora.train.recipe import Recipe
-from tests.train.test_train import constant, home, in_processes, outcome, recipe, started  # noqa: F401
+from tests.train.test_train import constant, home, in_processes, outcome, recipe  # noqa: F401
 
 # MOLORA_RANK_STEPS=100 trains for as many steps as EXPERIMENTS.md has.
 STEPS = int(os.environ.get("MOLORA_RANK_STEPS", "6"))
@@ -171,37 +169,6 @@ def test_what_four_processes_began_goes_on_in_two_and_in_one(home: Path, tmp_pat
     train(of("whole", 6), show=False)
     for name in ("two", "one"):
         assert len(assert_trained_alike(tmp_path / name, tmp_path / "whole")) == 8
-
-
-def test_a_run_in_shards_that_is_killed_ends_to_the_bit_like_one_of_whole_backbones_that_was_not(
-    home: Path,  # noqa: F811
-    tmp_path: Path,
-) -> None:
-    """Through two stages, with dropout, and with evaluations in which one rank has more to answer than the other."""
-
-    def write(name: str, sharded: bool) -> Path:
-        config = recipe(home, tmp_path / name, shard_backbone=sharded)
-        config.evaluations["rows"].data.limit = 3
-        (tmp_path / f"{name}.yaml").write_text(dump(config))
-        return tmp_path / f"{name}.yaml"
-
-    in_processes(write("whole", False))
-    path = write("killed", True)
-    processes = started(path, 2)
-    log = tmp_path / "killed/metrics.jsonl"
-    while not log.exists() or log.read_text().count("\n") < 7:
-        assert all(process.is_alive() for process in processes), (tmp_path / "rank 0").read_text()[-3000:]
-        time.sleep(0.02)
-    for process in processes:
-        os.kill(process.pid, signal.SIGKILL)
-    for process in processes:
-        process.join()
-    assert log.read_text().count("\n") < 15
-    in_processes(path)
-    ours, expected = outcome(tmp_path / "killed"), outcome(tmp_path / "whole")
-    assert "rows/answered" in ours["rows"][-1]
-    for key in expected:
-        assert ours[key] == expected[key], key
 
 
 def test_an_error_inside_shared_layers_is_not_taken_for_that_of_a_sample() -> None:

@@ -157,19 +157,23 @@ def run_alone(recipe: Recipe, die_at_replace: int | None) -> None:
     """In a process of its own: trains, and with `die_at_replace` kills itself at that rename of a file."""
     torch.set_num_threads(1)
     os.fsync = lambda descriptor: None  # as in conftest.py: a kill takes nothing from the disk
-    if die_at_replace is not None:
-        replace: Callable[..., None] = os.replace
-        count = 0
-
-        def dying_replace(*args: Any) -> None:
-            nonlocal count
-            count += 1
-            if count == die_at_replace:
-                os.kill(os.getpid(), signal.SIGKILL)
-            replace(*args)
-
-        os.replace = dying_replace
+    die_at(die_at_replace)
     train(recipe, show=False)
+
+
+def die_at(replace_number: int | None) -> None:
+    """Lets this process kill itself at that rename of a file."""
+    replace: Callable[..., None] = os.replace
+    count = 0
+
+    def dying_replace(*args: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == replace_number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*args)
+
+    os.replace = dying_replace
 
 
 def spawn(recipe: Recipe, die_at_replace: int | None = None) -> Any:
@@ -178,10 +182,14 @@ def spawn(recipe: Recipe, die_at_replace: int | None = None) -> Any:
     return process
 
 
-def run_command(arguments: list[str], told: Path, environment: dict[str, str]) -> None:
+def run_command(
+    arguments: list[str], told: Path, environment: dict[str, str], die_at_replace: int | None = None
+) -> None:
     """In a process of its own: `molora` with these arguments and what it says in a file, as a launcher starts it but
-    with the libraries imported before."""
+    with the libraries imported before. With `die_at_replace` it kills itself at that rename of a file."""
     torch.set_num_threads(1)
+    os.fsync = lambda descriptor: None  # as in conftest.py: a kill takes nothing from the disk
+    die_at(die_at_replace)
     os.environ.update(environment)
     with open(told, "wb") as file:
         os.dup2(file.fileno(), 1)
@@ -300,12 +308,14 @@ def in_processes(recipe_path: Path, count: int = 2, *, launched: bool = False) -
         assert process.exitcode == 0, recipe_path.with_name(f"rank {rank}").read_text()[-3000:]
 
 
-def started(recipe_path: Path, count: int) -> list[Any]:
-    """So many processes that train together, each of which tells in a file `rank N` beside the recipe."""
+def started(recipe_path: Path, count: int, die_at_replace: int | None = None) -> list[Any]:
+    """So many processes that train together, each of which tells in a file `rank N` beside the recipe. With
+    `die_at_replace` the first, which saves, kills itself at that rename of a file."""
     ranks = []
     for rank, environment in enumerate(environments(count)):
         told = recipe_path.with_name(f"rank {rank}")
-        ranks.append(FORKS.Process(target=run_command, args=(["train", str(recipe_path)], told, environment)))
+        dies = die_at_replace if rank == 0 else None
+        ranks.append(FORKS.Process(target=run_command, args=(["train", str(recipe_path)], told, environment, dies)))
         ranks[-1].start()
     return ranks
 
