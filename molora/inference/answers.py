@@ -60,7 +60,7 @@ class AnswerFile:
 
         def results(samples: Iterable[Sample | Failed]) -> Iterator[_Result]:
             for answer in loaded.answers(samples, config, keep_going=not strict):
-                yield answer.id, _told(answer), answer.error
+                yield answer.id, told_answer(answer), answer.error
 
         self._write(loaded.encode, results, advance)
 
@@ -149,7 +149,8 @@ def _told_of_faults(rows: AnswerFile) -> bool:
     return not faults
 
 
-def _told(answer: Answer) -> dict[str, Any]:
+def told_answer(answer: Answer) -> dict[str, Any]:
+    """What a row of a file tells of an answer."""
     counts = {"prompt_tokens": answer.prompt_tokens, "answer_tokens": answer.answer_tokens}
     return {"answer": answer.text, "adapters": list(answer.adapters), **counts, "finished": answer.finished}
 
