@@ -205,6 +205,10 @@ def compared(
 def bars(results: Results, arms: Mapping[str, Sequence[str]], path: Path, metric: str = "exact_match") -> None:
     """A metric of each task's arms with its interval; the most frequent answer, if it has a figure, as a line."""
     figure, axes = plt.subplots(1, len(arms), figsize=(5 * len(arms), 3), layout="constrained", squeeze=False)
+    shown = [found for task, names in arms.items() for arm in names for found in results.figures(arm, metric, task)]
+    highest = max(
+        [1.0, *(found.value if found.high is None else found.high for found in shown)]
+    )  # error rates end late
     for ax, (task, names) in zip(axes[0], arms.items(), strict=True):
         for place, arm in enumerate(names):
             for found in results.figures(arm, metric, task):
@@ -217,7 +221,7 @@ def bars(results: Results, arms: Mapping[str, Sequence[str]], path: Path, metric
             ax.axvline(found.value, color="grey", linestyle=":")
         ax.set_yticks(range(len(names)), names)
         ax.invert_yaxis()
-        ax.set_xlim(0, 1.02)
+        ax.set_xlim(0, 1.02 * highest)
         ax.set_xlabel(f"{task}: {metric.replace('_', ' ')}" + "\ndotted: most frequent answer" * bool(majority))
     save_figure(figure, path)
 
