@@ -17,6 +17,18 @@ from molora.ranks import pick_device
 from molora.terminal import console, print_table, say, styled
 from molora.train.recipe import Recipe
 
+# What there is, by its data sheets, and what of it a process gets beside what CUDA keeps.
+_CARDS = {
+    24: "L4, RTX 4090",
+    32: "RTX 5090",
+    40: "A100",
+    48: "L40S",
+    80: "A100, H100",
+    96: "RTX PRO 6000",
+    141: "H200",
+    192: "B200, MI300X",
+}
+_SHARE_OF_CARD = 0.96
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
@@ -68,6 +80,17 @@ def show(needed: MemoryNeeds, there: Iterable[Device], processes: int = 1) -> No
         mark, verdict = (styled("ok", "green"), "it fits") if fits else (styled("no", "red"), "it does not fit")
         has = f"{amount(device.free_bytes)} free of {amount(device.num_bytes)}"
         say(mark, f" {device.name}: {verdict}, {told}, {has}")
+    on_card = needed.given_bytes - (needed.process.num_bytes if needed.process else 0)
+    say(f"Graphics cards: {cards_for(on_card)}.")
+
+
+def cards_for(num_bytes: int) -> str:
+    """The cards that hold so much, smallest first."""
+    enough = [size for size in _CARDS if num_bytes <= size * 2**30 * _SHARE_OF_CARD]
+    if not enough:
+        return f"one of {max(_CARDS)} GB is too small"
+    first, larger = enough[0], f" and larger ones, up to {max(_CARDS)} GB" if enough[1:] else ""
+    return f"one of {first} GB ({_CARDS[first]}) holds it{larger}"
 
 
 def amount(num_bytes: int) -> str:

@@ -29,7 +29,7 @@ from molora.config import ConfigError, dump
 from molora.data.processor import Processor
 from molora.data.sources import EncodedSamples, SourceConfig
 from molora.doctor.dry_run import on_meta
-from molora.doctor.memory import Device, main, show
+from molora.doctor.memory import Device, cards_for, main, show
 from molora.doctor.needs import (
     AnsweringConfig,
     MemoryNeeds,
@@ -680,6 +680,21 @@ def test_the_table_fits_in_80_columns_and_says_whether_it_fits(
     assert "logits 0 none at the fullest moment total 5.5 GiB with the weights" in words
     assert "and more: it fits, 5.5 GiB needed, 6.0 GiB free of 8.0 GiB" in words
     assert "no CPU: it does not fit, 5.5 GiB needed, 1.0 GiB free of 2.0 GiB" in words
+    assert "Graphics cards: one of 24 GB (L4, RTX 4090) holds it and larger ones, up to 192 GB." in words
+
+
+@pytest.mark.parametrize(
+    ("gib", "told"),
+    [
+        (23, "one of 24 GB (L4, RTX 4090) holds it and larger ones, up to 192 GB"),
+        (23.9, "one of 32 GB (RTX 5090) holds it and larger ones, up to 192 GB"),
+        (79.5, "one of 96 GB (RTX PRO 6000) holds it and larger ones, up to 192 GB"),
+        (150, "one of 192 GB (B200, MI300X) holds it"),
+        (190, "one of 192 GB is too small"),
+    ],
+)
+def test_cards_that_hold_it_are_named_with_room_for_what_cuda_keeps(gib: float, told: str) -> None:
+    assert cards_for(int(gib * 2**30)) == told
 
 
 def test_the_command_line_reads_recipes_and_models(backbone: Path, tmp_path: Path) -> None:
