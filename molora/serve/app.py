@@ -5,11 +5,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
-from fastapi import FastAPI, File, Form, UploadFile
+from fastapi import Depends, FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse, Response
-from pydantic import BeforeValidator
 from starlette.exceptions import HTTPException
 
 import molora
@@ -59,6 +58,8 @@ def make_app(service: Service, **gate: Any) -> FastAPI:
         lifespan=life,
         docs_url=None,  # of this server's own, as FastAPI's is fetched from elsewhere
         redoc_url=None,
+        # A redirect would lead who came through a proxy's TLS to plain HTTP.
+        redirect_slashes=False,
         default_response_class=Json,
         responses=errors,
     )
@@ -157,22 +158,13 @@ def _add_speech(app: FastAPI, service: Service) -> None:
             response_model=Transcription,
             responses=_also("text/plain", {"type": "string"}),
         )
-        async def answer(
-            http: HttpRequest,
-            file: Annotated[UploadFile, File()],
-            model: Annotated[str, Form(min_length=1)],
-            response_format: Annotated[speech.Format, BeforeValidator(speech.format_of), Form()] = "json",
-            temperature: Annotated[float, Form(ge=0, le=100, allow_inf_nan=False)] = 0.0,
-            seed: Annotated[int, Form()] = 0,
-        ) -> Response:
-            known = ("file", "model", "response_format", "temperature", "seed")
-            others = {name: value for name, value in (await http.form()).multi_items() if name not in known}
-            request = Request(service, _id(http, "transcription"), model, 1)
+        async def answer(http: HttpRequest, form: Annotated[speech.SpeechForm, Depends()]) -> Response:
+            request = Request(service, _id(http, "transcription"), form.model, 1)
             try:
-                speech.check(request, others)
-                data = await file.read()
-                await while_connected(http, speech.ask(request, data, task, temperature, seed))
-                found = await while_connected(http, speech.whole(request, data, response_format, task))
+                speech.check(request, (await http.form()).multi_items())
+                data = await form.file.read()
+                await while_connected(http, speech.ask(request, form, data, task))
+                found = await while_connected(http, speech.whole(request, data, form.response_format, task))
             finally:
                 request.close()
             return PlainTextResponse(found) if isinstance(found, str) else Json(found)
@@ -196,6 +188,9 @@ def _told(error: Exception) -> tuple[int, ErrorBody]:
             return 499, error_body("the client has left", "server_error")
         case RequestValidationError():
             return 400, _invalid(error)
+        case HTTPException(status_code=404 | 405):
+            told = f"{error.detail}: there is no such path or method here; /docs shows what there is"
+            return error.status_code, error_body(told, "invalid_request_error")
         case HTTPException():
             return error.status_code, error_body(str(error.detail), "invalid_request_error")
         case _:
@@ -206,6 +201,12 @@ def _told(error: Exception) -> tuple[int, ErrorBody]:
 def _invalid(error: RequestValidationError) -> ErrorBody:
     """The first of what is wrong with a body, with its place; its values are not repeated."""
     first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        told = f"the body is no JSON: {first['ctx']['error']}, at character {first['loc'][-1]}"
+        return error_body(told, "invalid_request_error")
+    if first["loc"] == ("body",) and first["type"] in ("missing", "model_attributes_type"):
+        told = "the body is no object in JSON; send one, with Content-Type: application/json"
+        return error_body(told, "invalid_request_error")
     place = ".".join(str(each) for each in first["loc"] if each != "body")
     where = f"{place[:200]}: " if place else ""
     message = where + first["msg"].removeprefix("Value error, ")

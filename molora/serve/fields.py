@@ -60,6 +60,11 @@ def _whole(given: Any) -> Any:
     return int(given) if isinstance(given, float) and given.is_integer() else given
 
 
+Temperature = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+# All of 64 bits, within bounds that stay what they are when OpenAPI tells them as floats.
+Seed = Annotated[int, Field(ge=-(10**19), le=10**19), BeforeValidator(_whole)]
+
+
 class StreamOptions(BaseModel):
     """What a stream tells beside the answer."""
 
@@ -125,11 +130,10 @@ class GenerationBody(BaseModel):
 
     model: Annotated[str, Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1, le=2**31), BeforeValidator(_whole)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
+    temperature: Temperature | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31), BeforeValidator(_whole)] | None = None
-    # All of 64 bits, within bounds that stay what they are when OpenAPI tells them as floats.
-    seed: Annotated[int, Field(ge=-(10**19), le=10**19), BeforeValidator(_whole)] | None = None
+    seed: Seed | None = None
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES), BeforeValidator(_whole)] | None = None
     stream: bool | None = None

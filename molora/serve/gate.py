@@ -103,7 +103,9 @@ class Gate:
             if refusal := self._refusal(scope["path"], headers):
                 await refusal(scope, receive, answered)
             else:
-                await self._app(scope, self._bounded(receive), answered)
+                # What is asked with HEAD is answered as with GET; the connection leaves the body out.
+                method = "GET" if scope["method"] == "HEAD" else scope["method"]
+                await self._app({**scope, "method": method}, self._bounded(receive), answered)
         finally:
             self._metrics.requests.labels(path, str(status)).inc()
             seconds = time.monotonic() - begun

@@ -138,6 +138,19 @@ def sound(seconds: float = 0.5, hertz: float = 440.0) -> bytes:
     return file.getvalue()
 
 
+# A form's media type, with the line that stands between its fields.
+FORM = "multipart/form-data; boundary=x"
+
+
+def form(*fields: str, files: Sequence[bytes] = (sound(),)) -> bytes:
+    """A form with fields, each NAME=VALUE, and with files."""
+    named = (field.partition("=") for field in fields)
+    parts = [(f'name="{name}"', value.encode()) for name, _, value in named]
+    parts += [('name="file"; filename="a.wav"', file) for file in files]
+    heads = [(f"--x\r\nContent-Disposition: form-data; {said}\r\n\r\n".encode(), value) for said, value in parts]
+    return b"".join(head + value + b"\r\n" for head, value in heads) + b"--x--\r\n"
+
+
 class Seen:
     """The chat in a browser: what a person can do, and what the page asked for."""
 

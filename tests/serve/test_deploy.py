@@ -25,6 +25,7 @@ import openai
 import pytest
 from PIL import Image
 
+from molora.serve.process import ServeConfig
 from tests.serve.conftest import Browsing, Folders, Served, serving
 
 ROOT = Path(__file__).parents[2]
@@ -152,6 +153,13 @@ def test_the_chat_works_behind_it(browsing: Browsing, deployed: Deployed, path: 
     seen.ask("a")
     assert "adapter vision" in seen.page.locator(".about").inner_text()
     seen.expected_failures = 1  # before there was a key
+
+
+def test_who_stops_the_server_waits_until_it_has_drained() -> None:
+    drained = ServeConfig(name="tiny").answer_seconds + ServeConfig(name="tiny").client_seconds
+    (minutes,) = re.findall(r"^TimeoutStopSec=(\d+)min$", block("ini"), re.MULTILINE)
+    (seconds,) = re.findall(r"--stop-timeout (\d+)", PAGE)
+    assert int(minutes) * 60 == int(seconds) > drained
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze")

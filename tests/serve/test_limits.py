@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from molora.serve.fields import ChatBody, CompletionBody
 from tests.png import chunk
-from tests.serve.conftest import Browsing, Folders, Served, picture, serving, sound
+from tests.serve.conftest import FORM, Browsing, Folders, Served, form, picture, serving, sound
 
 KEY = "the right key"
 MAX_BODY = 2**19
@@ -82,10 +82,10 @@ def bomb(side: int) -> bytes:
 
 WAV = base64.b64encode(sound()).decode()
 BAD_CHATS: dict[str, tuple[Any, int, str]] = {
-    "no JSON": ("{", 400, ""),
-    "nothing": ("", 400, ""),
-    "a list": ("[]", 400, ""),
-    "a number": ("7", 400, ""),
+    "no JSON": ("{", 400, "no JSON: Expecting property name"),
+    "nothing": ("", 400, "no object in JSON"),
+    "a list": ("[]", 400, "no object in JSON"),
+    "a number": ("7", 400, "no object in JSON"),
     "deep JSON": ("[" * 50_000 + "]" * 50_000, 400, ""),
     "deep messages": ('{"model": "tiny", "messages": ' + "[" * 50_000 + "]" * 50_000 + "}", 400, ""),
     "no UTF-8": (b'{"model": "\xff\xfe"}', 400, ""),
@@ -249,6 +249,71 @@ def test_what_is_wrong_with_a_text_is_said(server: Served, kind: str) -> None:
     body, says = BAD_COMPLETIONS[kind]
     status, told, _ = send(server, {"model": "tiny", **body}, "/v1/completions")
     assert status == 400 and says in told["error"]["message"], told
+
+
+BAD_FORMS: dict[str, tuple[bytes, str]] = {
+    "no file": (form("model=tiny", files=[]), "file"),
+    "an empty file": (form("model=tiny", files=[b""]), "is empty"),
+    "two files": (form("model=tiny", files=[sound(), picture()]), "'file' is given 2 times"),
+    "a text for the file": (form("model=tiny", "file=a", files=[]), "send the sound as a file"),
+    "a picture": (form("model=tiny", files=[picture()]), "no audio"),
+    "no model": (form(), "model"),
+    "a name that takes no sounds": (form("model=tiny:vision"), "takes vision"),
+    "a huge seed": (form("model=tiny", f"seed={10**19 + 1}"), "seed"),
+    "a huge seed below": (form("model=tiny", f"seed={-(10**19) - 1}"), "seed"),
+    "half a seed": (form("model=tiny", "seed=0.5"), "seed"),
+    "two seeds": (form("model=tiny", "seed=1", "seed=2"), "'seed' is given 2 times"),
+    "no number": (form("model=tiny", "temperature=nan"), "temperature"),
+    "a temperature too small": (form("model=tiny", "temperature=1e-9"), "temperature"),
+    "an unknown field": (form("model=tiny", "colour=red"), "'colour' is not honoured"),
+    "a language": (form("model=tiny", "language=en"), "'language' is not honoured"),
+    "a prompt that is a word of another field": (form("model=tiny", "prompt=segment"), "'prompt' is not honoured"),
+    "times of words among others": (
+        form("model=tiny", "timestamp_granularities[]=word", "timestamp_granularities[]=segment"),
+        "'timestamp_granularities[]' is not honoured",
+    ),
+    "a stream": (form("model=tiny", "stream=true"), "'stream' is not honoured"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FORMS)
+def test_what_is_wrong_with_a_form_is_said(server: Served, kind: str) -> None:
+    body, says = BAD_FORMS[kind]
+    status, told, _ = send(server, body, "/v1/audio/transcriptions", **{"content-type": FORM})
+    assert status == 400 and says in told["error"]["message"], told
+
+
+def test_a_form_and_json_have_the_same_bounds(server: Served) -> None:
+    described = send(server, "", "/openapi.json", method="GET")[1]["components"]["schemas"]
+    forms = [each["properties"] for name, each in described.items() if name.startswith("Body_")]
+    assert len(forms) == 2
+    for name in ("seed", "temperature"):
+        (bounds, _) = described["ChatBody"]["properties"][name]["anyOf"]
+        assert {"minimum", "maximum"} <= bounds.keys() and all(bounds.items() <= each[name].items() for each in forms)
+    largest = form("model=tiny", f"seed={10**19}", "language=", "stream=false", "timestamp_granularities[]=segment")
+    status, told, _ = send(server, largest, "/v1/audio/transcriptions", **{"content-type": FORM})
+    assert (status, told["molora"]["seed"]) == (200, 10**19)
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/", "/web/chat.js"])
+def test_head_is_answered_as_get_without_a_body(server: Served, path: str) -> None:
+    connection = http.client.HTTPConnection(urlsplit(server.address).netloc, timeout=60)
+    found = []
+    for method in ("GET", "HEAD"):
+        connection.request(method, path, headers={"authorization": f"Bearer {KEY}"})
+        response = connection.getresponse()
+        found.append((response.status, response.headers["content-length"], response.headers.get_content_type()))
+        assert bool(response.read()) == (method == "GET")
+    connection.close()
+    assert found[0] == found[1] and found[0][0] == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/models/", "/v1/chat/completions/", "/docs/", "/v1/responses"])
+def test_what_is_not_there_is_said_and_leads_nowhere_else(server: Served, path: str) -> None:
+    status, told, headers = send(server, chat(), path)
+    assert status == 404 and "/docs shows what there is" in told["error"]["message"] and "location" not in headers
+    status, told, headers = send(server, "", "/v1/chat/completions", method="GET")
+    assert (status, headers["allow"]) == (405, "POST") and "/docs shows" in told["error"]["message"]
 
 
 def test_values_that_change_nothing_are_taken(server: Served) -> None:
