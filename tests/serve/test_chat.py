@@ -384,6 +384,8 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(browsing: Browsing, 
     record(chat, 300)
     chat.drop("b.wav", "audio/wav", sound())
     chat.ask("supercalifragilistic" * 4)
+    ends = (chat.page.locator(f".user {each}").last.bounding_box() for each in (".media img", ".said"))
+    assert len({round(box["x"] + box["width"]) for box in ends}) == 1, "a picture ends where its text does"
     chat.attach("picture", ("wide.png", "image/png", wide.getvalue()))
     record(chat, 300)
     for opened in ("", "Settings", "Camera", "Other"):
