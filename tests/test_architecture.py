@@ -78,7 +78,9 @@ PARTS_OF = {
 }
 
 # Rooms that are an extra: their files import its libraries as they start, and others import them only in functions.
-EXTRA_ROOMS = {"serve": ("fastapi", "prometheus_client", "pydantic", "starlette", "typing_extensions", "uvicorn")}
+EXTRA_ROOMS = {
+    "serve": ("fastapi", "httpx2", "prometheus_client", "pydantic", "starlette", "typing_extensions", "uvicorn")
+}
 
 # Installed because something else needs them to work for us.
 NEEDED_UNSEEN = {

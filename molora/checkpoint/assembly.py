@@ -146,6 +146,38 @@ def router_plan(router: RouterConfig, where: str = "router", find: Finder = find
         raise type(error)(f"{where}: {error}") from error
 
 
+def modality_types(blueprints: Mapping[str, Blueprint]) -> dict[str, str]:
+    """The modalities by the types of the parts that they answer to. Raises ConfigError for two that answer to one."""
+    part_types: dict[str, str] = {}
+    for name, plan in blueprints.items():
+        if plan.modality is None:
+            continue
+        part_type = plan.modality.part_type
+        other = part_types.setdefault(part_type, name)
+        if other != name:
+            raise ConfigError(
+                f"{plan.where}: modality {name!r} answers to parts of type {part_type!r}, and so does {other!r} "
+                f"({blueprints[other].where}); keep one of them, or give the plugin of one another part_type"
+            )
+    return part_types
+
+
+def build_router(planned: RouterPlan, blueprints: Mapping[str, Blueprint], width: int, where: str) -> Any:
+    """The router of a plan for the adapters there are and a backbone of this width; `where` is where it is written.
+    Raises ConfigError and RoutingError."""
+    router_class: Any = planned.found.plugin
+    try:
+        options = build(router_class.config_type, planned.options, "options")
+        router = router_class([name for name, plan in blueprints.items() if plan.adapter is not None], options, width)
+        media = {name for name, plan in blueprints.items() if plan.modality is not None}
+        if wrong := sorted(router.adapters(frozenset()) & media):
+            told = f"text alone would run with the adapters of {wrong}, which are for media"
+            raise RoutingError(f"{told}; give it an adapter that was made for it, as `plugin: {TEXT}`, or none")
+    except (ConfigError, RoutingError) as error:
+        raise type(error)(f"{where}: {error}") from error
+    return router
+
+
 def _option_in(error: Exception, config: Any, where: str) -> str | None:
     """The key of the option whose text an error repeats, such as the path of a file that is missing."""
 
@@ -172,27 +204,11 @@ def assemble(
     """Builds model and processor, which share modalities, their order and the router's order of samples. `where` is
     where the router is written. Raises ConfigError for two modalities that answer to one part type, RoutingError for a
     router that does not fit the modalities."""
-    part_types: dict[str, str] = {}
+    modality_types(blueprints)
     modalities = {name: plan.modality for name, plan in blueprints.items() if plan.modality is not None}
-    for name, modality in modalities.items():
-        part_type = modality.part_type
-        other = part_types.setdefault(part_type, name)
-        if other != name:
-            raise ConfigError(
-                f"{blueprints[name].where}: modality {name!r} answers to parts of type {part_type!r}, and so does "
-                f"{other!r} ({blueprints[other].where}); keep one of them, or give the plugin of one another part_type"
-            )
     adapters = {name: plan.adapter for name, plan in blueprints.items() if plan.adapter is not None}
     planned = router if isinstance(router, RouterPlan) else router_plan(router, where)
-    router_class: Any = planned.found.plugin
-    try:
-        options = build(router_class.config_type, planned.options, "options")
-        decide = router_class(list(adapters), options, backbone.width)
-        if wrong := sorted(decide.adapters(frozenset()) & modalities.keys()):
-            told = f"text alone would run with the adapters of {wrong}, which are for media"
-            raise RoutingError(f"{told}; give it an adapter that was made for it, as `plugin: {TEXT}`, or none")
-    except (ConfigError, RoutingError) as error:
-        raise type(error)(f"{where}: {error}") from error
+    decide = build_router(planned, blueprints, backbone.width, where)
     try:
         model = MoLoRA(backbone, modalities, adapters, decide, seed=seed)
     except OSError as error:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from molora.checkpoint.opening import ModelPlan
     from molora.inference.load import LoadedModel
     from molora.shard import Shard
 
@@ -78,6 +79,17 @@ def opener(
         trust=trust_plugin or (),
         deterministic_batch=deterministic_batch,
     )
+
+
+def planner(
+    model: str, modality: list[Path] | None, rule: list[str] | None, trust_plugin: list[str] | None
+) -> Callable[[], ModelPlan]:
+    """Plans the model that these options name, without its weights."""
+    from molora.checkpoint.opening import plan_model
+    from molora.convert.release import converted
+
+    router, trust = _rules(rule), trust_plugin or ()
+    return lambda: plan_model(converted(model), modality or (), router=router, trust=trust)
 
 
 def shard_of(given: str | None, merge: int | None) -> Shard:

@@ -9,10 +9,28 @@ from molora.cli import options
 
 app = typer.Typer()
 
+# What a server with weights does; one that passes requests on leaves it to the server behind.
+_WITH_WEIGHTS = (
+    *("kv_cache_gib", "prefill_tokens", "max_new_tokens", "temperature", "media_processes", "media_seconds"),
+    *("media_gib", "media_private_addresses", "deterministic_batch"),
+)
+
 
 @app.command()
 def serve(
+    context: typer.Context,
     model: options.Model,
+    upstream: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Load no weights: pass requests on to this server, such as vLLM at http://127.0.0.1:8001/v1, each "
+            "under the name of the adapter that the router takes.",
+        ),
+    ] = None,
+    upstream_key_variable: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The environment variable that holds that server's key.")
+    ] = None,
     host: Annotated[
         str, typer.Option(help="The address to listen on; the default is reached from this machine only.")
     ] = "127.0.0.1",
@@ -59,11 +77,11 @@ def serve(
     trust_plugin: options.Trust = None,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's clients ask: chat with media, completions, transcriptions. Requests of any
-    mix are answered together. SIGTERM or Ctrl-C ends the server when running answers are finished, a second one at
-    once."""
+    mix are answered together, here or by the server of --upstream. SIGTERM or Ctrl-C ends the server when running
+    answers are finished, a second one at once."""
     try:
         from molora.serve.preparation import PreparationLimits
-        from molora.serve.process import ServeConfig
+        from molora.serve.process import ServeConfig, serve_upstream
         from molora.serve.process import serve as serve_model
     except ModuleNotFoundError as error:
         raise ImportError(f"molora serve needs {error.name}: pip install 'molora[serve]'") from error
@@ -88,6 +106,21 @@ def serve(
         media_private_addresses=media_private_addresses,
         media=PreparationLimits(processes=media_processes, seconds=media_seconds, memory_gib=media_gib),
     )
+    if upstream is not None:
+        _check_alone(context)
+        plan = options.planner(model, modality, rule, trust_plugin)
+        raise typer.Exit(serve_upstream(plan, upstream, upstream_key_variable, config))
     # Which URLs may be fetched, the server says of its own.
     load = options.opener(model, modality, rule, False, False, trust_plugin, deterministic_batch)
     raise typer.Exit(serve_model(load, config))
+
+
+def _check_alone(context: typer.Context) -> None:
+    """Raises ConfigError for an option that has no meaning beside --upstream."""
+    from molora.config import ConfigError
+
+    for name in _WITH_WEIGHTS:
+        # As an enum of click, which typer has a copy of.
+        if getattr(context.get_parameter_source(name), "name", None) == "COMMANDLINE":
+            told = f"--{name.replace('_', '-')} says how this server answers, and with --upstream another one does"
+            raise ConfigError(f"{told}; leave it out, or give that server a setting of the kind")

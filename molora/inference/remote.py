@@ -59,6 +59,17 @@ class Silent(ValueError):
     """A server says nothing, after all tries."""
 
 
+def key_headers(key_variable: str | None) -> dict[str, str]:
+    """The headers with a server's key, of the environment. Raises ValueError for a key that is not there."""
+    if key_variable is None:
+        return {}
+    key = os.environ.get(key_variable)
+    if not key or not (key.isascii() and key.isprintable()):
+        told = "has no" if not key else "has no key, but other characters, in"
+        raise ValueError(f"key_variable: the environment {told} {key_variable}; set it to the key")
+    return {"Authorization": f"Bearer {key}"}
+
+
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     """A server that sends elsewhere would get the key there."""
 
@@ -71,13 +82,7 @@ class Server:
 
     def __init__(self, config: ServerConfig) -> None:
         self.config = config
-        self._headers = {"Content-Type": "application/json"}
-        if config.key_variable is not None:
-            key = os.environ.get(config.key_variable)
-            if not key or not (key.isascii() and key.isprintable()):
-                told = "has no" if not key else "has no key, but other characters, in"
-                raise ValueError(f"key_variable: the environment {told} {config.key_variable}; set it to the key")
-            self._headers["Authorization"] = f"Bearer {key}"
+        self._headers = {"Content-Type": "application/json", **key_headers(config.key_variable)}
         self._opener = urllib.request.build_opener(_NoRedirects)
 
     def check(self) -> None:

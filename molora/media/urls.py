@@ -60,16 +60,7 @@ def fetch(url: str, max_bytes: int) -> bytes:
 
 def _get(url: str, rules: MediaPolicy, deadline: float, max_bytes: int) -> bytes | str:
     """The content of one address, or the address that it redirects to."""
-    parts = urllib.parse.urlsplit(url.strip())
-    if parts.username is not None or parts.password is not None:
-        raise MediaError(f"holds a user name or password, which is not sent; {rules.instead}")
-    if not parts.hostname:
-        raise MediaError("cannot be fetched (no host in it); check the address")
-    is_tls = parts.scheme == "https"
-    host, port = parts.hostname, parts.port or (443 if is_tls else 80)
-    if not host.isascii():
-        host = host.encode("idna").decode()
-    rules.check_host(host, port, is_tls)
+    parts, host, port, is_tls = check_address(url, rules)
     target = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~")
     if parts.query:
         target += "?" + urllib.parse.quote(parts.query, safe="/%:@!$&'()*+,;=~?")
@@ -91,6 +82,22 @@ def _get(url: str, rules: MediaPolicy, deadline: float, max_bytes: int) -> bytes
             return _answer(response, url, max_bytes)
     finally:
         wire.close()
+
+
+def check_address(url: str, rules: MediaPolicy) -> tuple[urllib.parse.SplitResult, str, int, bool]:
+    """The parts of a URL, its host, its port, and whether it is asked by TLS. Raises MediaError for one that the rules
+    do not allow, ValueError for what is none."""
+    parts = urllib.parse.urlsplit(url.strip())
+    if parts.username is not None or parts.password is not None:
+        raise MediaError(f"holds a user name or password, which is not sent; {rules.instead}")
+    if not parts.hostname:
+        raise MediaError("cannot be fetched (no host in it); check the address")
+    is_tls = parts.scheme == "https"
+    host, port = parts.hostname, parts.port or (443 if is_tls else 80)
+    if not host.isascii():
+        host = host.encode("idna").decode()
+    rules.check_host(host, port, is_tls)
+    return parts, host, port, is_tls
 
 
 def _answer(response: http.client.HTTPResponse, url: str, max_bytes: int) -> bytes | str:

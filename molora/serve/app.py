@@ -1,8 +1,8 @@
 """The application: its paths, and what becomes of every error."""
 
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI
@@ -27,9 +27,10 @@ from molora.serve.answers import (
 from molora.serve.engine import Broken, Full, TooLate
 from molora.serve.fields import ChatBody, CompletionBody
 from molora.serve.gate import Gate
+from molora.serve.metrics import RequestMetrics
 from molora.serve.pages import add_pages
 from molora.serve.replies import Events, Gone, Json, while_connected
-from molora.serve.request import Refused, Request, Service
+from molora.serve.request import Names, Refused, Request, Service
 
 log = logging.getLogger("molora.serve")
 
@@ -48,6 +49,24 @@ def make_app(service: Service, **gate: Any) -> FastAPI:
         finally:
             await service.engine.stop()
 
+    async def works() -> bool:
+        return service.engine.failure is None
+
+    app = begin_app(life, service.names, works, service.metrics, **gate)
+    _add_answers(app, service)
+    _add_speech(app, service)
+    add_pages(app, service)
+    return app
+
+
+def begin_app(
+    life: Callable[[FastAPI], AbstractAsyncContextManager[None]],
+    names: Names,
+    works: Callable[[], Awaitable[bool]],
+    metrics: RequestMetrics,
+    **gate: Any,
+) -> FastAPI:
+    """An application that answers nothing yet: what becomes of errors, which names there are, and whether it works."""
     errors: dict[int | str, dict[str, Any]] = {
         "4XX": {"model": ErrorBody, "description": "The request cannot be answered as it is, or not now."},
         "5XX": {"model": ErrorBody, "description": "The server cannot answer."},
@@ -64,28 +83,25 @@ def make_app(service: Service, **gate: Any) -> FastAPI:
         responses=errors,
     )
     app.state.draining = False
-    app.add_middleware(Gate, metrics=service.metrics, **gate)
+    app.add_middleware(Gate, metrics=metrics, **gate)
     _add_errors(app)
-    _add_answers(app, service)
-    _add_speech(app, service)
-    _add_models(app, service)
-    _add_state(app, service)
-    add_pages(app, service)
+    _add_models(app, names)
+    _add_state(app, works, metrics)
     return app
 
 
-def _add_models(app: FastAPI, service: Service) -> None:
-    parts = {name: part for part, name in service.loaded.processor.part_types.items()}
+def _add_models(app: FastAPI, names: Names) -> None:
+    parts = {name: part for part, name in names.part_types.items()}
 
     def about(name: str) -> Model:
-        takes = service.takes(name)
+        takes = names.takes(name)
         types = sorted(parts[each] for each in (parts if takes is None else takes))
         return {"id": name, "object": "model", "created": 0, "owned_by": "molora", "parts": types}
 
     @app.get("/v1/models")
     async def models() -> Models:
         """The model, and a name for each set of modalities that it takes."""
-        return {"object": "list", "data": [about(name) for name in service.names]}
+        return {"object": "list", "data": [about(name) for name in names.known]}
 
     @app.get("/v1/models/{name}")
     async def model(name: str) -> Model:
@@ -93,27 +109,27 @@ def _add_models(app: FastAPI, service: Service) -> None:
         return about(name)
 
 
-def _add_state(app: FastAPI, service: Service) -> None:
+def _add_state(app: FastAPI, works: Callable[[], Awaitable[bool]], metrics: RequestMetrics) -> None:
     @app.get("/health", response_model=Health, responses={503: {"model": Health}})
     async def health() -> Json:
         """Whether the model works."""
-        broken = service.engine.failure is not None
-        told: Health = {"status": "broken" if broken else "ok"}
-        return Json(told, status_code=503 if broken else 200)
+        well = await works()
+        told: Health = {"status": "ok" if well else "broken"}
+        return Json(told, status_code=200 if well else 503)
 
     @app.get("/ready", response_model=Readiness, responses={503: {"model": Readiness}})
     async def ready() -> Json:
         """Whether new requests are welcome."""
-        told: Readiness = {"ready": service.engine.failure is None and not app.state.draining}
+        told: Readiness = {"ready": not app.state.draining and await works()}
         return Json(told, status_code=200 if told["ready"] else 503)
 
-    @app.get("/metrics", response_class=Response, responses=_also("text/plain", {"type": "string"}))
-    async def metrics() -> Response:
+    @app.get("/metrics", response_class=Response, responses=also("text/plain", {"type": "string"}))
+    async def counts() -> Response:
         """Counts and times, for Prometheus."""
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
 
 
-def _also(media_type: str, schema: dict[str, str]) -> dict[int | str, dict[str, Any]]:
+def also(media_type: str, schema: dict[str, str]) -> dict[int | str, dict[str, Any]]:
     """What the API's description says of an answer that may be no JSON."""
     return {200: {"content": {media_type: {"schema": schema}}}}
 
@@ -123,12 +139,12 @@ def _id(http: HttpRequest, kind: str) -> str:
 
 
 def _add_answers(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/chat/completions", response_model=Chat, responses=_also("text/event-stream", {}))
+    @app.post("/v1/chat/completions", response_model=Chat, responses=also("text/event-stream", {}))
     async def chat_completions(body: ChatBody, http: HttpRequest) -> Response:
         """Goes on with a conversation of text and media."""
         return await _answer(service, http, body, chat, "chatcmpl")
 
-    @app.post("/v1/completions", response_model=Completion, responses=_also("text/event-stream", {}))
+    @app.post("/v1/completions", response_model=Completion, responses=also("text/event-stream", {}))
     async def text_completions(body: CompletionBody, http: HttpRequest) -> Response:
         """Goes on with texts."""
         return await _answer(service, http, body, completions, "cmpl")
@@ -144,7 +160,7 @@ async def _answer(service: Service, http: HttpRequest, body: Any, how: Any, kind
         request.close()
         raise
     if whole is None:
-        return Events(how.events(request, body), request.close, lambda error: _told(error)[1])
+        return Events(how.events(request, body), request.close, lambda error: told_of(error)[1])
     request.close()
     return whole
 
@@ -156,7 +172,7 @@ def _add_speech(app: FastAPI, service: Service) -> None:
             name=task,
             description=about,
             response_model=Transcription,
-            responses=_also("text/plain", {"type": "string"}),
+            responses=also("text/plain", {"type": "string"}),
         )
         async def answer(http: HttpRequest, form: Annotated[speech.SpeechForm, Depends()]) -> Response:
             request = Request(service, _id(http, "transcription"), form.model, 1)
@@ -173,7 +189,7 @@ def _add_speech(app: FastAPI, service: Service) -> None:
     add("/v1/audio/translations", "translate", "Writes down in English what is said in a sound.")
 
 
-def _told(error: Exception) -> tuple[int, ErrorBody]:
+def told_of(error: Exception) -> tuple[int, ErrorBody]:
     """The status and the body for an error that is known, or of which a client need not know more than that it is."""
     match error:
         case Refused():
@@ -215,7 +231,7 @@ def _invalid(error: RequestValidationError) -> ErrorBody:
 
 def _add_errors(app: FastAPI) -> None:
     async def respond(http: HttpRequest, error: Exception) -> Response:
-        status, body = _told(error)
+        status, body = told_of(error)
         headers = error.headers if isinstance(error, HTTPException) else None
         if isinstance(error, Full):
             headers = {"retry-after": str(_RETRY_SECONDS)}

@@ -20,9 +20,9 @@ _SOUNDS = ("wav", "mp3", "flac", "ogg", "opus", "aac", "m4a", "webm")
 _DETAILS = ("auto", "high")
 
 
-def messages_of(body: ChatBody) -> list[dict[str, Any]]:
+def messages_of(given: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The conversation in our terms. Raises Refused for one that is malformed or asks for what is not done."""
-    asked = [_checked(message, f"messages.{index}") for index, message in enumerate(body.messages)]
+    asked = [_checked(message, f"messages.{index}") for index, message in enumerate(given)]
     try:
         return conversation({"messages": asked}, "the request")
     except ValueError as error:
@@ -56,7 +56,7 @@ async def ask(request: Request, body: ChatBody) -> None:
     likeliest = (body.top_logprobs or 0) if body.logprobs else None
     ends = _check_tools(request, body)
     decoding = request.service.decoding(body, body.limit, ends, num_likeliest=likeliest)
-    messages = messages_of(body)
+    messages = messages_of(body.messages)
     request.take_places(1)
     holds = body.response_format is not None or body.told_tools
     grammar = await asyncio.to_thread(_grammar, request, body) if holds else None

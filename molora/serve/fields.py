@@ -123,12 +123,37 @@ _ECHOED = ({"max_tokens": {"const": 0}}, {"echo": {"const": True}})
 _UNSTREAMED = ({"echo": {"const": True}, "stream": {"type": "boolean"}}, {"stream": {"const": False}})
 
 
-class GenerationBody(BaseModel):
-    """What requests for answers have in common."""
+Messages = Annotated[list[dict[str, Any]], Field(min_length=1, examples=[[{"role": "user", "content": "Hello"}]])]
+
+
+class Body(BaseModel):
+    """What requests have in common."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
     model: Annotated[str, Field(min_length=1)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_is_deep(cls, given: Any) -> Any:
+        if isinstance(given, dict) and is_deep(given):
+            raise ValueError(f"the body is nested deeper than {MAX_JSON_DEPTH} levels; make it flatter")
+        return given
+
+
+class PassedChat(Body):
+    """A conversation that another server goes on with, which says what the other fields mean."""
+
+    messages: Messages
+
+
+class PassedCompletion(Body):
+    """Texts that another server goes on with, which says what the other fields mean."""
+
+
+class GenerationBody(Body):
+    """What requests for answers have in common."""
+
     max_tokens: Annotated[int, Field(ge=1, le=2**31), BeforeValidator(_whole)] | None = None
     temperature: Temperature | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -139,13 +164,6 @@ class GenerationBody(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_what_is_deep(cls, given: Any) -> Any:
-        if isinstance(given, dict) and is_deep(given):
-            raise ValueError(f"the body is nested deeper than {MAX_JSON_DEPTH} levels; make it flatter")
-        return given
 
     @model_validator(mode="after")
     def _refuse_what_is_not_honoured(self) -> "GenerationBody":
@@ -180,7 +198,7 @@ class ChatBody(GenerationBody):
         )
     )
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1, examples=[[{"role": "user", "content": "Hello"}]])]
+    messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31), BeforeValidator(_whole)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELIEST), BeforeValidator(_whole)] | None = None

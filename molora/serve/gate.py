@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from molora.config import ConfigError
 from molora.serve.answers import error_body
-from molora.serve.metrics import Metrics
+from molora.serve.metrics import RequestMetrics
 from molora.serve.replies import Json
 
 log = logging.getLogger("molora.serve")
@@ -69,7 +69,7 @@ class Gate:
     def __init__(
         self,
         app: ASGIApp,
-        metrics: Metrics,
+        metrics: RequestMetrics,
         keys: Keys | None,
         hosts: Collection[str] | None,
         max_body_bytes: int,

@@ -7,16 +7,28 @@ from molora.serve.engine import Engine
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
 
 
-class Metrics:
-    """The metrics of one server."""
+class RequestMetrics:
+    """The metrics of a server, whoever answers."""
 
-    def __init__(self, engine: Engine) -> None:
-        registry = self._registry = CollectorRegistry()
+    def __init__(self) -> None:
+        registry = self.registry = CollectorRegistry()
         self.requests = Counter(
             "molora_requests", "Requests by path and status.", ["path", "status"], registry=registry
         )
-        self.answers = Counter("molora_answers", "Answers by what ended them.", ["finished"], registry=registry)
         self.adapters = Counter("molora_adapters", "Answers by the adapters that ran.", ["adapters"], registry=registry)
+
+    def text(self) -> bytes:
+        """All of them, as Prometheus reads them."""
+        return generate_latest(self.registry)
+
+
+class Metrics(RequestMetrics):
+    """The metrics of a server that answers by an engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        registry = self.registry
+        self.answers = Counter("molora_answers", "Answers by what ended them.", ["finished"], registry=registry)
         self.tokens = Counter(
             "molora_tokens", "Tokens of prompts (media among them) and of answers.", ["kind"], registry=registry
         )
@@ -33,7 +45,3 @@ class Metrics:
         Gauge("molora_waiting", "Answers that wait for pages.", registry=registry).set_function(
             lambda: batch.num_waiting
         )
-
-    def text(self) -> bytes:
-        """All of them, as Prometheus reads them."""
-        return generate_latest(self._registry)

@@ -13,11 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
 import torch
 import uvicorn
+from fastapi import FastAPI
 
+from molora.checkpoint.opening import ModelPlan
 from molora.config import ConfigError
 from molora.data.processor import Processor
 from molora.inference.generate import GenerationConfig
@@ -32,6 +35,7 @@ from molora.serve.metrics import Metrics
 from molora.serve.preparation import Preparation, PreparationLimits
 from molora.serve.request import Service
 from molora.serve.tool_calls import writes_calls
+from molora.serve.upstream import Selection, Upstream, find_upstream, make_passing_app
 from molora.terminal import say, warn
 
 # Of the memory that is free once the model is there, what keys and values take at most unless their size is given.
@@ -82,9 +86,7 @@ def serve(load: Callable[[], LoadedModel], config: ServeConfig) -> int:
         max_running_samples=config.max_running_samples,
         kv_cache_gib=config.kv_cache_gib,
     )
-    keys = None if config.api_keys is None else Keys(config.api_keys)
-    listening = listen(config)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr)
+    gate, listening = _opened(config)
     loaded = load()
     # Before there are other threads, as processes are forked from this one.
     preparation = Preparation(_as_served(loaded, config), config.media)
@@ -109,14 +111,41 @@ def serve(load: Callable[[], LoadedModel], config: ServeConfig) -> int:
         temperature=config.temperature,
         answer_seconds=config.answer_seconds,
     )
-    app = make_app(
-        service,
-        keys=keys,
-        hosts=_LOOPBACK if config.host in _LOOPBACK and keys is None else None,
-        max_body_bytes=int(config.max_body_mib * 2**20),
-        client_seconds=config.client_seconds,
-    )
+    server = _server(make_app(service, **gate), config, lambda: _announce(service, config, listening))
+    asyncio.run(server.serve(sockets=[listening]))
+    preparation.close()
+    return 0 if engine.failure is None else 1
 
+
+def serve_upstream(plan: Callable[[], ModelPlan], url: str, key_variable: str | None, config: ServeConfig) -> int:
+    """Serves a model whose weights the server at `url` has, until a signal ends it; the exit code. Nothing of the model
+    but its descriptions is read. `key_variable` is the environment variable that holds that server's key."""
+    gate, listening = _opened(config)
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for each request is there already
+    selection = Selection.of(plan(), config.name, _policy(config))
+    most = config.max_running_samples + config.max_waiting
+    upstream = find_upstream(url, key_variable, selection.adapters, most, config.answer_seconds)
+    app = make_passing_app(selection, upstream, **gate)
+    server = _server(app, config, lambda: _announce_upstream(selection, upstream, config, listening))
+    asyncio.run(server.serve(sockets=[listening]))
+    return 0
+
+
+def _opened(config: ServeConfig) -> tuple[dict[str, Any], socket.socket]:
+    """The settings of the gate and the socket behind it, before anything is loaded, and the log."""
+    keys = None if config.api_keys is None else Keys(config.api_keys)
+    listening = listen(config)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr)
+    gate = {
+        "keys": keys,
+        "hosts": _LOOPBACK if config.host in _LOOPBACK and keys is None else None,
+        "max_body_bytes": int(config.max_body_mib * 2**20),
+        "client_seconds": config.client_seconds,
+    }
+    return gate, listening
+
+
+def _server(app: FastAPI, config: ServeConfig, began: Callable[[], None]) -> "_Server":
     def draining() -> None:
         app.state.draining = True
 
@@ -130,10 +159,7 @@ def serve(load: Callable[[], LoadedModel], config: ServeConfig) -> int:
         # A client that does not read must not keep the server alive.
         timeout_graceful_shutdown=math.ceil(config.answer_seconds + config.client_seconds),
     )
-    server = _Server(settings, lambda: _announce(service, config, listening), draining)
-    asyncio.run(server.serve(sockets=[listening]))
-    preparation.close()
-    return 0 if engine.failure is None else 1
+    return _Server(settings, began, draining)
 
 
 class _Server(uvicorn.Server):
@@ -180,7 +206,12 @@ def _as_served(loaded: LoadedModel, config: ServeConfig) -> Processor:
     """The model's processor for requests of strangers: no local files, URLs as the server is told, and nothing larger
     than a body."""
     processor = copy.copy(loaded.processor)
-    processor.media_policy = MediaPolicy(
+    processor.media_policy = _policy(config)
+    return processor
+
+
+def _policy(config: ServeConfig) -> MediaPolicy:
+    return MediaPolicy(
         allow_urls=bool(config.media_hosts),
         hosts=config.media_hosts,
         https_only=not config.media_http,
@@ -189,7 +220,6 @@ def _as_served(loaded: LoadedModel, config: ServeConfig) -> Processor:
         max_file_bytes=int(config.max_body_mib * 2**20),
         deadline_seconds=config.media.seconds / 2,
     )
-    return processor
 
 
 def _sized(generation: GenerationConfig, loaded: LoadedModel, prefill_tokens: int | None) -> GenerationConfig:
@@ -216,15 +246,32 @@ def _room(loaded: LoadedModel, num_samples: int) -> float:
 
 def _announce(service: Service, config: ServeConfig, listening: socket.socket) -> None:
     model, pool = service.loaded.model, service.engine.batch.pool
-    host, port = listening.getsockname()[:2]
-    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    address = _address(listening)
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     tokens = pool.num_pages * pool.kept.page_tokens
-    say(f"{address} serves {', '.join(service.names)}")
+    say(f"{address} serves {', '.join(service.names.known)}")
     say(f"weights {weights / 2**30:.2f} GiB; keys and values {pool.num_bytes / 2**30:.2f} GiB, for {tokens:,} tokens")
     say(f"chat {address}/")
     say(f"metrics {address}/metrics, API {address}/docs")
+    _show_curl(address, config)
+
+
+def _announce_upstream(selection: Selection, upstream: Upstream, config: ServeConfig, listening: socket.socket) -> None:
+    address = _address(listening)
+    say(f"{address} serves {', '.join(selection.names.known)}")
+    passed = ", ".join(f"{adapter or 'no adapter'} as {model}" for adapter, model in upstream.models.items())
+    say(f"requests go to {upstream.url}: {passed}")
+    say(f"metrics {address}/metrics")
+    _show_curl(address, config)
+
+
+def _address(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _show_curl(address: str, config: ServeConfig) -> None:
     key = " -H 'Authorization: Bearer KEY'" if config.api_keys else ""
-    asked = f'{{"model": "{service.name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    asked = f'{{"model": "{config.name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     # In one piece, so that it can be copied.
     print(f"curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{asked}'", flush=True)

@@ -13,7 +13,9 @@ from molora.serve.answers import ErrorBody
 
 T = TypeVar("T")
 
-_LAST_EVENT = b"data: [DONE]\n\n"
+LAST_EVENT = b"data: [DONE]\n\n"
+# So that no proxy waits for more of a stream before it passes on what there is.
+STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
 class Gone(Exception):
@@ -51,8 +53,7 @@ class Events(StreamingResponse):
         told: Callable[[Exception], ErrorBody],
     ) -> None:
         super().__init__(self._whole(events, told), media_type="text/event-stream")
-        # So that no proxy waits for more before it passes them on.
-        self.headers.update({"cache-control": "no-cache", "x-accel-buffering": "no"})
+        self.headers.update(STREAM_HEADERS)
         self._events = events
         self._close = close
 
@@ -64,7 +65,7 @@ class Events(StreamingResponse):
                 yield each
         except Exception as error:
             yield event(told(error))
-        yield _LAST_EVENT
+        yield LAST_EVENT
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

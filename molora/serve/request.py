@@ -3,7 +3,7 @@
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -48,6 +48,45 @@ def refusal(error: ValueError, param: str | None) -> Refused:
 
 
 @dataclass(frozen=True)
+class Names:
+    """The names under which a model can be asked, beginning with `name`. `part_types` are its modalities by the types
+    of their parts, and `order` raises RoutingError for a set of modalities without a rule."""
+
+    name: str
+    part_types: Mapping[str, str]
+    order: Callable[[frozenset[str]], Any]
+
+    @cached_property
+    def known(self) -> dict[str, frozenset[str] | None]:
+        """The names with the modalities that each one takes: any mix, or the set that the name says. Sets of one or two
+        are named, and that of all, where the router has a rule for them."""
+        modalities = sorted(self.part_types.values())
+        sets = {frozenset({one, other}) for one in modalities for other in modalities} | {frozenset(modalities)}
+        known: dict[str, frozenset[str] | None] = {self.name: None}
+        for each in sorted(sets - {frozenset()}, key=lambda each: (len(each), name_of(each))):
+            try:
+                self.order(each)
+            except RoutingError:
+                continue
+            known[f"{self.name}:{name_of(each)}"] = each
+        return known
+
+    def takes(self, name: str) -> frozenset[str] | None:
+        """The modalities that a name takes, None for any mix. Raises Refused for an unknown name."""
+        if name not in self.known:
+            known = ", ".join(self.known)
+            raise Refused(f"there is no model {name[:80]!r} here; there are {known}", "model", "model_not_found", 404)
+        return self.known[name]
+
+    def check(self, name: str, modalities: frozenset[str]) -> None:
+        """Raises Refused for an unknown name, and for modalities that the name does not take."""
+        takes = self.takes(name)
+        if takes is not None and not modalities <= takes:
+            told = f"{name} takes {name_of(takes)}, and the messages hold {name_of(modalities)}"
+            raise Refused(f"{told}; ask {self.name}", "model")
+
+
+@dataclass(frozen=True)
 class Service:
     """A model that is served, under the name `name`, and what requests that say nothing else get."""
 
@@ -64,26 +103,9 @@ class Service:
     answer_seconds: float = 600.0
 
     @cached_property
-    def names(self) -> dict[str, frozenset[str] | None]:
-        """The names under which the model can be asked, with the modalities that each one takes: any mix, or the set
-        that the name says. Sets of one or two are named, and that of all, where the router has a rule for them."""
-        modalities = sorted(self.loaded.processor.modalities)
-        sets = {frozenset({one, other}) for one in modalities for other in modalities} | {frozenset(modalities)}
-        known: dict[str, frozenset[str] | None] = {self.name: None}
-        for each in sorted(sets - {frozenset()}, key=lambda each: (len(each), name_of(each))):
-            try:
-                self.loaded.processor.order(each)
-            except RoutingError:
-                continue
-            known[f"{self.name}:{name_of(each)}"] = each
-        return known
-
-    def takes(self, name: str) -> frozenset[str] | None:
-        """The modalities that a name takes, None for any mix. Raises Refused for an unknown name."""
-        if name not in self.names:
-            known = ", ".join(self.names)
-            raise Refused(f"there is no model {name[:80]!r} here; there are {known}", "model", "model_not_found", 404)
-        return self.names[name]
+    def names(self) -> Names:
+        processor = self.loaded.processor
+        return Names(self.name, processor.part_types, processor.order)
 
     @cached_property
     def token_text(self) -> Callable[[int], str]:
@@ -149,7 +171,7 @@ class Request:
         self.created = int(time.time())
         self.number = number
         self.choices: list[Choice] = []
-        self._takes = service.takes(model)
+        service.names.takes(model)
         self._begun = time.monotonic()
         self._places: Places | None = None
 
@@ -168,9 +190,7 @@ class Request:
         self.decoding = decoding
         self._grammar = grammar
         for sample in samples:
-            if self._takes is not None and not sample.modalities <= self._takes:
-                told = f"{self.model} takes {name_of(self._takes)}, and the messages hold {name_of(sample.modalities)}"
-                raise Refused(f"{told}; ask {self.service.name}", "model")
+            self.service.names.check(self.model, sample.modalities)
             for _ in range(self.number):
                 text = FinalText(self.service.loaded.processor.decode, decoding.stop, strip=strip)
                 self.choices.append(Choice(len(self.choices), sample, text))
