@@ -123,9 +123,6 @@ _ECHOED = ({"max_tokens": {"const": 0}}, {"echo": {"const": True}})
 _UNSTREAMED = ({"echo": {"const": True}, "stream": {"type": "boolean"}}, {"stream": {"const": False}})
 
 
-Messages = Annotated[list[dict[str, Any]], Field(min_length=1, examples=[[{"role": "user", "content": "Hello"}]])]
-
-
 class Body(BaseModel):
     """What requests have in common."""
 
@@ -141,14 +138,10 @@ class Body(BaseModel):
         return given
 
 
-class PassedChat(Body):
-    """A conversation that another server goes on with, which says what the other fields mean."""
+class ConversationBody(Body):
+    """What requests with messages have in common."""
 
-    messages: Messages
-
-
-class PassedCompletion(Body):
-    """Texts that another server goes on with, which says what the other fields mean."""
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1, examples=[[{"role": "user", "content": "Hello"}]])]
 
 
 class GenerationBody(Body):
@@ -187,7 +180,7 @@ class GenerationBody(Body):
         return tuple(text for text in given if text)
 
 
-class ChatBody(GenerationBody):
+class ChatBody(GenerationBody, ConversationBody):
     """A conversation to go on with. Messages are OpenAI's; parts of a message are `text`, `image_url`, `input_audio`,
     `audio_url`, and those of the model's own modalities."""
 
@@ -198,7 +191,6 @@ class ChatBody(GenerationBody):
         )
     )
 
-    messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31), BeforeValidator(_whole)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELIEST), BeforeValidator(_whole)] | None = None

@@ -27,7 +27,7 @@ from molora.modality import MediaError
 from molora.serve.app import also, begin_app, told_of
 from molora.serve.chat import messages_of
 from molora.serve.engine import Broken, Full, TooLate
-from molora.serve.fields import Body, PassedChat, PassedCompletion
+from molora.serve.fields import Body, ConversationBody
 from molora.serve.metrics import RequestMetrics
 from molora.serve.replies import LAST_EVENT, STREAM_HEADERS, event, json_bytes, while_connected
 from molora.serve.request import Names, Refused, refusal
@@ -74,7 +74,7 @@ class Selection:
         names = Names(name, modality_types(plan.modalities), router.order)
         return cls(names, router.adapter, frozenset(router.table.values()), policy)
 
-    def of_chat(self, body: PassedChat) -> str | None:
+    def of_chat(self, body: ConversationBody) -> str | None:
         """The adapter for a conversation. Raises Refused."""
         messages = messages_of(body.messages)
         types = self.names.part_types
@@ -89,7 +89,7 @@ class Selection:
         except ValueError as error:
             raise refusal(error, "messages") from error
 
-    def of_text(self, body: PassedCompletion) -> str | None:
+    def of_text(self, body: Body) -> str | None:
         """The adapter for a text. Raises Refused."""
         self.names.takes(body.model)
         return self.adapter(frozenset())
@@ -154,12 +154,12 @@ def make_passing_app(selection: Selection, upstream: Upstream, **gate: Any) -> F
     app = begin_app(life, selection.names, passing.works, passing.metrics, **gate)
 
     @app.post("/v1/chat/completions", response_class=Response, responses=also("application/json", {}))
-    async def chat_completions(body: PassedChat, http: HttpRequest) -> Response:
+    async def chat_completions(body: ConversationBody, http: HttpRequest) -> Response:
         """Goes on with a conversation of text and media, as the server behind does."""
         return await passing.answer(http, "chat/completions", body, selection.of_chat(body))
 
     @app.post("/v1/completions", response_class=Response, responses=also("application/json", {}))
-    async def text_completions(body: PassedCompletion, http: HttpRequest) -> Response:
+    async def text_completions(body: Body, http: HttpRequest) -> Response:
         """Goes on with texts, as the server behind does."""
         return await passing.answer(http, "completions", body, selection.of_text(body))
 
