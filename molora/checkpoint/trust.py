@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
@@ -22,13 +23,15 @@ from molora.terminal import warn
 _MAX_CODE_BYTES = 2**24
 _MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 _HASH = re.compile("[0-9a-f]{64}")
+_MOST_PLACES = 8
 _told: set[Found] = set()
 
 
 class _Known(NamedTuple):
-    """Code that the user trusts, by its hash: where it lay, and the module that it is if it is no file of its own."""
+    """Code that the user trusts, by its hash: where it lay, the last place first, and the module that it is if it is no
+    file of its own."""
 
-    path: Path
+    places: tuple[Path, ...]
     module: str | None
 
 
@@ -59,7 +62,9 @@ def remember(found: Found) -> None:
     if found.sha256 is None or found.file is None:
         return
     module = None if file_of(found.spec) else found.spec.rpartition(":")[0]
-    text = json.dumps({"path": str(found.file), "module": module})
+    known = _memory_of(found.sha256)
+    places = dict.fromkeys(map(str, [found.file, *(known.places if known else ())]))
+    text = json.dumps({"places": list(places)[:_MOST_PLACES], "module": module})
     write_cached(_memory(found.sha256), lambda path: path.write_text(text, encoding="utf-8"))
 
 
@@ -85,21 +90,23 @@ def _on_word(kind: Kind, word: str, sha256: str | None) -> Found:
 def _remembered_file(kind: Kind, spec: str, sha256: str | None) -> Found:
     path, class_name = file_of(spec) or ("", "")
     if sha256 is None:  # an older molora wrote it: the folder says where the file lies
-        place = Path(os.path.expanduser(path)).absolute()
+        places: tuple[Path, ...] = (Path(os.path.expanduser(path)).absolute(),)
     elif known := _memory_of(sha256):
-        place = known.path
+        places = known.places
     else:
         raise _refused(kind, spec, sha256)
-    try:
-        source = read_bytes(place, _MAX_CODE_BYTES)
-    except (OSError, ValueError) as error:
-        raise _refused(kind, spec, sha256, f"the file is no longer in {place}" if sha256 else "") from error
-    now = hashlib.sha256(source).hexdigest()
-    if sha256 not in (None, now):
-        raise _refused(kind, spec, sha256, f"{place} was changed since and has SHA-256 {now}")
-    if not _memory_of(now):
-        raise _refused(kind, spec, sha256)
-    return find_in_file(kind, f"{place}:{class_name}", place.resolve(), lambda: source)
+    faults: list[str] = []
+    for place in places:
+        try:
+            source = read_bytes(place, _MAX_CODE_BYTES)
+        except (OSError, ValueError):
+            faults.append(f"the file is no longer in {place}")
+            continue
+        now = hashlib.sha256(source).hexdigest()
+        if sha256 in (None, now) and _memory_of(now):
+            return find_in_file(kind, f"{place}:{class_name}", place.resolve(), partial(bytes, source))
+        faults.append(f"{place} was changed since and has SHA-256 {now}")
+    raise _refused(kind, spec, sha256, ", ".join(faults) if sha256 else "")
 
 
 def _remembered_module(kind: Kind, spec: str, sha256: str | None) -> Found:
@@ -113,8 +120,9 @@ def _remembered_module(kind: Kind, spec: str, sha256: str | None) -> Found:
         raise _refused(kind, spec, sha256, f"the module that is installed has SHA-256 {now}, in {file}")
     if file is None or known is None or known.module != module:
         raise _refused(kind, spec, sha256)
-    if not os.path.exists(known.path) or not os.path.samefile(file, known.path):
-        raise _refused(kind, spec, sha256, f"it was trusted in {known.path}, and is now in {file}, beside other files")
+    if not any(place.exists() and place.samefile(file) for place in known.places):
+        told = f"it was trusted in {known.places[0]}, and is now in {file}, beside other files"
+        raise _refused(kind, spec, sha256, told)
     return find(kind, spec)
 
 
@@ -141,8 +149,9 @@ def _memory_of(sha256: str) -> _Known | None:
     about = read_cached_json(file)
     if about is None or file.stat().st_uid != os.getuid():
         return None
-    path, module = about.get("path"), about.get("module")
-    return _Known(Path(path), module) if isinstance(path, str) and isinstance(module, str | None) else None
+    places, module = about.get("places"), about.get("module")
+    named = isinstance(places, list) and places and all(isinstance(place, str) for place in places)
+    return _Known(tuple(map(Path, places)), module) if named and isinstance(module, str | None) else None
 
 
 def _refused(kind: Kind, spec: str, sha256: str | None, why: str = "") -> Untrusted:

@@ -183,7 +183,7 @@ def _hash_told(there: Path, canary: Path, patch: pytest.MonkeyPatch) -> dict[str
 def _planted(there: Path, canary: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A hash that leads to a file of the folder, as if it were the user's memory."""
     file = evil(there / "evil.py", canary)
-    (there / "planted.json").write_text(json.dumps({"path": str(file), "module": None}))
+    (there / "planted.json").write_text(json.dumps({"places": [str(file)], "module": None}))
     return {"plugin": "evil.py:Depth", "plugin_sha256": "../../planted"}
 
 
@@ -307,6 +307,19 @@ def test_trusted_code_that_is_gone_is_said_to_be_gone(home, tmp_path, trusted) -
         load(home, folder)
 
 
+def test_of_trusted_code_that_lies_in_several_places_any_will_do(home, tmp_path, trusted) -> None:
+    copy = tmp_path / "clone/depth.py"
+    copy.parent.mkdir()
+    copy.write_bytes(trusted.read_bytes())
+    remember(find("modality", f"{copy}:Depth"))
+    folder = received(home, tmp_path / "received", plugin="depth.py:Depth", plugin_sha256=digest(trusted))
+    copy.unlink()
+    load(home, folder)
+    trusted.write_text(f"{GOOD}\n")
+    with pytest.raises(ConfigError, match=rf"no longer in {copy}, {trusted} was changed since"):
+        load(home, folder)
+
+
 def test_what_was_hashed_is_what_runs_though_the_file_is_swapped_in_between(
     home, tmp_path, canary, trusted, monkeypatch
 ) -> None:
@@ -340,7 +353,7 @@ def test_a_trusted_module_that_changed_does_not_run(home, tmp_path, canary, monk
     file.parent.mkdir()
     file.write_text(GOOD)
     then = digest(file)
-    text = json.dumps({"path": str(file), "module": "acme_changed"})
+    text = json.dumps({"places": [str(file)], "module": "acme_changed"})
     (tmp_path / "cache/trusted").mkdir(parents=True)
     (tmp_path / f"cache/trusted/{then}.json").write_text(text)
     evil(file, canary)
@@ -359,7 +372,7 @@ def test_a_trusted_module_does_not_run_beside_other_files(home, tmp_path, canary
     (mine / "inner.py").write_text(GOOD)
     sha256 = digest(mine / "inner.py")
     (tmp_path / "cache/trusted").mkdir(parents=True)
-    about = {"path": str(mine / "inner.py"), "module": "acme_package.inner"}
+    about = {"places": [str(mine / "inner.py")], "module": "acme_package.inner"}
     (tmp_path / f"cache/trusted/{sha256}.json").write_text(json.dumps(about))
     monkeypatch.syspath_prepend(str(tmp_path / "mine"))
     theirs = evil(tmp_path / "theirs/acme_package/__init__.py", canary).parent
