@@ -30,6 +30,20 @@ def convert_phi4mm(
     print(f"done: {target}")
 
 
+@app.command("vllm")
+def convert_vllm(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run of Phi-4-multimodal, or of adapters for text.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write.")],
+) -> None:
+    """vLLM: a run to a folder that vLLM opens, each adapter in a folder of its own inside. Prints the command that
+    serves it; `molora serve RUN --upstream URL` in front of that routes requests as the run does."""
+    from molora.convert.vllm import export_vllm
+
+    command = export_vllm(run, target)
+    print(f"done: {target}")
+    print(command)
+
+
 @app.command("gguf")
 def convert_gguf(
     source: Annotated[

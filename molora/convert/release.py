@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -33,7 +33,17 @@ from molora.checkpoint.pretrained import fetch, identify
 from molora.checkpoint.run_folder import read_run, write_run
 from molora.checkpoint.stock import damage_named
 from molora.config import ConfigError
-from molora.convert.phi4mm import ADAPTERS, TARGETS, UNUSED_FILE, Layout, Release, adapters_to_hub, from_hub, to_hub
+from molora.convert.phi4mm import (
+    ADAPTERS,
+    TARGETS,
+    UNUSED_FILE,
+    Layout,
+    Place,
+    Release,
+    adapters_to_hub,
+    from_hub,
+    to_hub,
+)
 from molora.hub import HubError, fetch_file
 from molora.model import lora
 from molora.received import SHARD_INDEX, Entry, TensorFile, copy_file, read_json, read_tensors, shard_names, stamps
@@ -260,6 +270,52 @@ def _write_shards(folder: Path, sizes: Mapping[str, int], read: Callable[[str], 
         write_json(folder / SHARD_INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
 
 
+def is_imported(backbone: Path) -> bool:
+    """Whether a backbone's folder was written by `import_release`."""
+    return (backbone / _KEPT / _ABOUT).is_file()
+
+
+@dataclass(frozen=True)
+class ReleasedRun:
+    """A run of the imported model, trained further or not: its backbone's folder, its modalities, the layout that it
+    came in, what it holds in the release's words, and where every tensor lies, with the dtype that it had."""
+
+    backbone: Path
+    folders: Mapping[str, Path]
+    layout: Layout
+    release: Release
+    places: list[Place]
+    tensors: "_Tensors"
+    kinds: Mapping[str, str]
+
+    def write_weights(self, folder: Path, layout: Layout, *, with_adapters: bool) -> None:
+        """Writes the weights with a layout's names, in the dtypes that the release had."""
+        written = {place.named(layout): place for place in self.places if with_adapters or not place.of_adapter}
+        dtypes = {name: _DTYPES[self.kinds[place.native]] for name, place in written.items()}
+
+        def read(name: str) -> Tensor:
+            place = written[name]
+            return self.tensors[place.key].reshape(place.released_shape).to(dtypes[name])
+
+        sizes = {name: math.prod(place.shape) * dtypes[name].itemsize for name, place in written.items()}
+        _write_shards(folder, sizes, read)
+
+    def write_adapters(self, folder: Path) -> None:
+        """Writes each adapter as a folder that PEFT reads, byte by byte."""
+        for name, path in self.folders.items():
+            copy_adapter(path, folder / ADAPTERS[name][0])
+
+    def backbone_files(self) -> list[Path]:
+        """Tokenizer and what else belongs to the backbone alone."""
+        return [path for path in files_in(self.backbone) if _BACKBONE_FILE.match(path.name)]
+
+
+def copy_adapter(source: Path, folder: Path) -> None:
+    """Copies a modality's adapter, byte by byte."""
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        write_atomically(folder / file, partial(copy_file, source / file, folder=source))
+
+
 def export_release(run: Path, folder: Path, layout: Layout | None = None) -> None:
     """Writes a run of the imported model, trained further or not, as a checkpoint in either layout; None: its own.
 
@@ -267,10 +323,39 @@ def export_release(run: Path, folder: Path, layout: Layout | None = None) -> Non
 
     Raises: ConfigError or ValueError for a run that the released model cannot be.
     """
+    router = read_run(run).router
+    if router.plugin != "table" or router.options.get("rules", {}) != _RULES:
+        raise ConfigError(
+            f"{run}: routes by {router.plugin} {router.options}; the released model always routes "
+            f"by the table with rules {_RULES}, and would answer otherwise"
+        )
+    given = open_released_run(run)
+    check_new(folder)
+    own, layout = given.layout, layout or given.layout
+    with write_folder(folder) as draft:
+        given.write_weights(draft, layout, with_adapters=layout == "hub")
+        given.write_adapters(draft)
+        for path in given.backbone_files() + (files_in(given.backbone / _KEPT / _FILES) if layout == own else []):
+            write_atomically(draft / path.name, partial(copy_file, path, folder=given.backbone))
+        if layout != own:
+            _describe_release(draft, given.release, layout)
+        if layout == "hub":
+            write_json(draft / "config.json", adapters_to_hub(given.release, read_json(draft / "config.json")))
+
+
+def check_new(folder: Path) -> None:
+    """Raises ConfigError for a folder to write that is there already."""
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder}: is there already and not empty; name another folder")
+
+
+def open_released_run(run: Path) -> ReleasedRun:
+    """Opens a run of the imported model, whatever its router. Raises ConfigError or ValueError for one that the
+    released model cannot be."""
     about_run = read_run(run)
     backbone, folders = Path(about_run.backbone_source()), about_run.modality_folders()
     kept = backbone / _KEPT
-    if not (kept / _ABOUT).is_file():
+    if not is_imported(backbone):
         told = f"{run}: its backbone {backbone} was not imported (no {_KEPT}/{_ABOUT} there)"
         raise ConfigError(f"{told}; only runs on a backbone from `molora convert phi4mm` can be written as a release")
     if set(folders) != set(ADAPTERS):
@@ -278,13 +363,6 @@ def export_release(run: Path, folder: Path, layout: Layout | None = None) -> Non
             f"{run}: has the modalities {', '.join(sorted(folders))}; the released model holds exactly "
             f"{', '.join(sorted(ADAPTERS))}: make a run of these, with the others by `path:`"
         )
-    if about_run.router.plugin != "table" or about_run.router.options.get("rules", {}) != _RULES:
-        raise ConfigError(
-            f"{run}: routes by {about_run.router.plugin} {about_run.router.options}; the released model always routes "
-            f"by the table with rules {_RULES}, and would answer otherwise"
-        )
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder}: is there already and not empty; name another folder")
     identity = identify(backbone, str(backbone))
     adapters = {}
     for name, path in folders.items():
@@ -296,7 +374,6 @@ def export_release(run: Path, folder: Path, layout: Layout | None = None) -> Non
     check_format(about, kept / _ABOUT)
     with damage_named(str(kept / _ABOUT)):
         own: Layout = about["layout"]
-        layout = layout or own
         release = Release(Phi4MultimodalConfig.from_dict(about["config"]), adapters, int(about["max_crops"]))
         kinds = {name: str(about["dtypes"][name]) for name in about["dtypes"]}
         places = release.places()
@@ -311,27 +388,19 @@ def export_release(run: Path, folder: Path, layout: Layout | None = None) -> Non
             files[path / f"{file}.safetensors"] = f"modalities/{name}/{file}.safetensors:"
     tensors = _Tensors(files)
     tensors.check({place.key: place.shape for place in places} | _COLOURS, str(run))
+    return ReleasedRun(backbone, folders, own, release, places, tensors, kinds)
 
-    baked = {place.named(layout): place for place in places if layout == "hub" or not place.of_adapter}
-    dtypes = {name: kinds[place.native] for name, place in baked.items()}
 
-    def read(name: str) -> Tensor:
-        place = baked[name]
-        return tensors[place.key].reshape(place.released_shape).to(_DTYPES[dtypes[name]])
-
-    sizes = {name: math.prod(place.shape) * _DTYPES[dtypes[name]].itemsize for name, place in baked.items()}
-    with write_folder(folder) as draft:
-        _write_shards(draft, sizes, read)
-        for name, path in folders.items():
-            for file in ("adapter_model.safetensors", "adapter_config.json"):
-                write_atomically(draft / ADAPTERS[name][0] / file, partial(copy_file, path / file, folder=path))
-        copied = [path for path in files_in(backbone) if _BACKBONE_FILE.match(path.name)]
-        for path in copied + (files_in(kept / _FILES) if layout == own else []):
-            write_atomically(draft / path.name, partial(copy_file, path, folder=backbone))
-        if layout != own:
-            _describe_release(draft, release, layout)
-        if layout == "hub":
-            write_json(draft / "config.json", adapters_to_hub(release, read_json(draft / "config.json")))
+def write_processor(folder: Path, release: Release, chat_template: str | None = None) -> None:
+    """Writes transformers' processor beside the tokenizer in a folder, with a chat template; None: the tokenizer's."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    slots = {name: tokenizer.convert_ids_to_tokens(id) for name, id in _SLOTS.items()}
+    tokenizer = AutoTokenizer.from_pretrained(folder, extra_special_tokens=slots, trust_remote_code=False)
+    tokenizer.chat_template = chat_template or tokenizer.chat_template
+    image_processor = Phi4MultimodalImageProcessor(dynamic_hd=release.max_crops)
+    processor = Phi4MultimodalProcessor(image_processor, Phi4MultimodalFeatureExtractor(), tokenizer)
+    processor.chat_template = tokenizer.chat_template
+    processor.save_pretrained(folder)
 
 
 def _describe_release(folder: Path, release: Release, layout: Layout) -> None:
@@ -340,13 +409,7 @@ def _describe_release(folder: Path, release: Release, layout: Layout) -> None:
     if layout == "native":
         config.architectures = [Phi4MultimodalForCausalLM.__name__]
         config.save_pretrained(folder)
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        slots = {name: tokenizer.convert_ids_to_tokens(id) for name, id in _SLOTS.items()}
-        tokenizer = AutoTokenizer.from_pretrained(folder, extra_special_tokens=slots, trust_remote_code=False)
-        image_processor = Phi4MultimodalImageProcessor(dynamic_hd=release.max_crops)
-        processor = Phi4MultimodalProcessor(image_processor, Phi4MultimodalFeatureExtractor(), tokenizer)
-        processor.chat_template = tokenizer.chat_template
-        processor.save_pretrained(folder)
+        write_processor(folder, release)
     else:
         write_json(folder / "config.json", to_hub(release))
         write_json(folder / "preprocessor_config.json", {"dynamic_hd": release.max_crops})
