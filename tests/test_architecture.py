@@ -63,6 +63,7 @@ LAZY = (
     "open_clip",
     "pillow_heif",
     "rapidfuzz",
+    "ray",
     "rouge_score",
     "sacrebleu",
     "soundfile",
@@ -100,7 +101,7 @@ CONSTANT_MAKERS = (
     *("dict", "float", "frozenset", "int", "len", "max", "min", "range", "set", "sorted", "sum", "tuple"),
     *("Console", "ContextVar", "NewType", "ParamSpec", "Path", "Sources", "TypeVar", "logging.getLogger", "re.compile"),
     "threading.Lock",
-    *("typer.Argument", "typer.Option", "typer.Typer"),
+    *("BeforeValidator", "Field", "typer.Argument", "typer.Option", "typer.Typer"),
 )
 
 

@@ -1,43 +1,39 @@
-"""A batch job: the rows of any source answered by actors of Ray Data, into files that together hold every row once.
+"""A batch job: the rows of any source answered by actors on a Ray cluster, into files that hold every row once.
 
-Ray gives blocks of row numbers to actors, and writes the answers to each as a file. The numbers are noted before a file
-is written, and as done when it is whole, so that a job that goes on knows which files to take away and which rows are
-left. An actor that dies is replaced, and its block is answered again.
+Ray Data gives blocks of row numbers to the actors, and starts an actor that dies anew, with its block. A block's
+answers become a file, whole or not at all, which is named by its rows: what is there is done, and a job that goes on
+leaves it out.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from molora.checkpoint.assembly import RouterConfig
 from molora.config import ConfigError, plain, require
 from molora.data.sources import SourceConfig, open_source
-from molora.inference.answers import told_answer
+from molora.inference.answers import row_bytes, told_answer
 from molora.inference.generate import Failed, GenerationConfig, attempt
 from molora.inference.load import load
 from molora.pack import Sample
 from molora.process import WAITING
 from molora.received import read_json
-from molora.storage import hold, write_json
+from molora.storage import hold, write_atomically, write_json
+from molora.terminal import progress
 
-if TYPE_CHECKING:
-    from pyarrow import Table
-    from ray.data import Datasource
-
-# The column that Ray knows rows by: their numbers, from 0.
-_ROW = "row"
 # What may change between two calls of a job: no answer depends on it.
 _FREE = ("output", "actors", "cpus_per_actor", "gpus_per_actor", "rows_per_block")
 _FREE_IN_GENERATION = ("max_running_samples", "prefill_tokens", "chunk_tokens", "kv_cache_gib")
-# For tasks that count and write beside actors, which may have taken all CPUs.
-_LITTLE = {"num_cpus": 0.01}
+_FILE = re.compile(r"(\d{12})-(\d{12})")  # of the rows from the one number on, up to the other
 
 
 @dataclass(kw_only=True)
@@ -78,14 +74,14 @@ class BatchDone:
 
 
 def answer_batch(config: BatchConfig, trust: Sequence[str] = ()) -> BatchDone:
-    """Answers the rows that have no answer yet. Ray starts here, or is the cluster that RAY_ADDRESS names.
+    """Answers the rows that have no answer yet, with a bar. Ray starts here, or is the cluster that RAY_ADDRESS names.
 
     A row of the files has the row's number and id, what a row of `molora generate` tells of its answer, and an `error`,
     which is null but for a row that failed. Raises ConfigError for rows that cannot be opened, for an output with
-    answers to other rows or of another model, or in use; RuntimeError if a row has no answer in the end, or two."""
+    answers to other rows or of another model, or in use; RuntimeError for files that were changed."""
     try:
+        import pyarrow as pa
         import ray.data
-        from ray.data.checkpoint import CheckpointConfig
     except ImportError as error:
         raise ImportError(f"a batch job runs on Ray ({error}): pip install 'molora[ray]'") from error
     total = len(open_source(config.rows, "rows"))
@@ -93,38 +89,44 @@ def answer_batch(config: BatchConfig, trust: Sequence[str] = ()) -> BatchDone:
         raise ConfigError("rows: there are none; name rows to answer")
     output = Path(os.path.expanduser(config.output)).absolute()
     output.mkdir(parents=True, exist_ok=True)
-    answers, done = output / "answers", output / "done"
     with hold(output):
         _keep_to_one_job(config, total, output / "batch.json")
-        if _num_done(done) < total:
-            ray.data.DataContext.get_current().checkpoint_config = CheckpointConfig(
-                id_column=_ROW, checkpoint_path=str(done), delete_checkpoint_on_success=False
-            )
-            numbers = ray.data.read_datasource(
-                _numbers(total, config.rows_per_block),
-                override_num_blocks=-(-total // config.rows_per_block),  # which Ray would cut further
-                ray_remote_args=_LITTLE,
-            )
-            answered = numbers.map_batches(
-                _Answering,
-                fn_constructor_args=(config, trust, os.getcwd()),
-                batch_size=None,
-                compute=ray.data.ActorPoolStrategy(size=config.actors),
-                num_cpus=config.cpus_per_actor,
-                num_gpus=config.gpus_per_actor,
-                runtime_env={"env_vars": WAITING},
-            )
-            write = answered.write_parquet if config.format == "parquet" else answered.write_json
-            write(str(answers), ray_remote_args=_LITTLE)
-        return _counted(config.format, answers, total)
+        left = list(_left(total, config.rows_per_block, output))
+        with progress() as bars:
+            num_left = sum(map(len, left))
+            bar = bars.add_task("batch", total=total, completed=total - num_left, note="")
+            if left:
+                _start_quietly(ray)
+                blocks = [pa.table({"begin": [rows.start], "end": [rows.stop]}) for rows in left]
+                answered = ray.data.from_arrow(blocks).map_batches(
+                    _Answering,
+                    fn_constructor_args=(config, output, trust, os.getcwd()),
+                    batch_size=None,
+                    compute=ray.data.ActorPoolStrategy(size=config.actors),
+                    num_cpus=config.cpus_per_actor,
+                    num_gpus=config.gpus_per_actor,
+                    runtime_env={"env_vars": WAITING},
+                )
+                for done in answered.iter_batches(batch_size=None):
+                    bars.advance(bar, int(done["rows"].sum()))
+        return _counted(config.format, output, total)
+
+
+def _start_quietly(ray: Any) -> None:
+    """Starts Ray, which tells nothing then but errors."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    if not ray.is_initialized():
+        ray.init(logging_level=logging.ERROR)
 
 
 class _Answering:
     """An actor: it opens model and rows once."""
 
-    def __init__(self, config: BatchConfig, trust: Sequence[str], folder: str) -> None:
+    def __init__(self, config: BatchConfig, output: Path, trust: Sequence[str], folder: str) -> None:
         os.chdir(folder)
-        self.generation = config.generation
+        self.config = config
+        self.output = output
         self.source = open_source(config.rows, "rows")
         self.loaded = load(
             config.model,
@@ -135,16 +137,28 @@ class _Answering:
             deterministic_batch=config.deterministic_batch,
         )
 
-    def __call__(self, block: Mapping[str, np.ndarray[Any, Any]]) -> Table:
-        """The rows with these numbers, answered; drawn by their ids, as `molora generate` does."""
-        from pyarrow import Table
+    def __call__(self, block: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, list[int]]:
+        """Writes the answers to the rows of a block; returns how many there are."""
+        rows = range(int(block["begin"][0]), int(block["end"][0]))
+        answers = self._answered(rows)
+        path = self.output / f"{rows.start:012}-{rows.stop:012}.{self.config.format}"
+        if self.config.format == "jsonl":
+            write_atomically(path, lambda file: file.write_bytes(b"".join(map(row_bytes, answers))))
+        else:
+            from pyarrow import Table
+            from pyarrow.parquet import write_table
 
-        found: dict[int, dict[str, Any]] = {}
+            write_atomically(path, lambda file: write_table(Table.from_pylist(answers, schema=_schema()), file))
+        return {"rows": [len(rows)]}
+
+    def _answered(self, rows: range) -> list[dict[str, Any]]:
+        """What is told of each row; answers are drawn by the row's id, as `molora generate` draws them."""
+        found = {number: dict.fromkeys(_schema().names) | {"row": number} for number in rows}
         numbers: dict[str, int] = {}
 
         def sample(number: int) -> Sample:
             row = self.source[number]
-            found[number]["id"] = row["id"]
+            found[number]["id"] = _storable(row["id"])
             if (first := numbers.setdefault(row["id"], number)) != number:
                 raise ValueError(
                     f"rows {first + 1} and {number + 1} have the id {row['id']!r}; give each one of its own"
@@ -152,25 +166,22 @@ class _Answering:
             return self.loaded.encode(row["messages"], row["id"])
 
         def samples() -> Iterator[Sample]:
-            for number in block[_ROW].tolist():
-                found[number] = {_ROW: number}
+            for number in rows:
                 made = attempt(partial(sample, number), "")
                 if isinstance(made, Failed):
-                    found[number]["error"] = made.error
+                    found[number]["error"] = _storable(made.error)
                 else:
                     yield made
 
-        for answer in self.loaded.answers(samples(), self.generation, keep_going=True):
-            found[numbers[answer.id]] |= told_answer(answer) if answer.error is None else {"error": answer.error}
-        return Table.from_pylist([_storable(row) for row in found.values()], schema=_schema())
+        for answer in self.loaded.answers(samples(), self.config.generation, keep_going=True):
+            told = {"error": _storable(answer.error)} if answer.error else told_answer(answer)
+            found[numbers[answer.id]] |= told
+        return list(found.values())
 
 
-def _storable(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row whose texts are UTF-8, which has no halves of characters; JSON has."""
-    return {
-        key: str(value).encode(errors="backslashreplace").decode() if isinstance(value, str | Exception) else value
-        for key, value in row.items()
-    }
+def _storable(text: object) -> str:
+    """A text as UTF-8, which has no halves of characters; JSON has."""
+    return str(text).encode(errors="backslashreplace").decode()
 
 
 def _schema() -> Any:
@@ -178,31 +189,7 @@ def _schema() -> Any:
 
     texts = [("id", pa.string()), ("answer", pa.string()), ("adapters", pa.list_(pa.string()))]
     counts = [("prompt_tokens", pa.int64()), ("answer_tokens", pa.int64())]
-    return pa.schema([(_ROW, pa.int64()), *texts, *counts, ("finished", pa.string()), ("error", pa.string())])
-
-
-def _numbers(total: int, per_block: int) -> Datasource:
-    """The numbers of all rows for Ray to read, a task for each block of them."""
-    import pyarrow as pa
-    from ray.data.block import BlockMetadata
-    from ray.data.datasource import Datasource, ReadTask
-
-    def block(begin: int) -> list[Any]:
-        return [pa.table({_ROW: np.arange(begin, min(begin + per_block, total))})]
-
-    class Numbers(Datasource):
-        def estimate_inmemory_data_size(self) -> int:
-            return 8 * total
-
-        def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
-            known = {"input_files": None, "exec_stats": None}
-            sizes = {begin: min(per_block, total - begin) for begin in range(0, total, per_block)}
-            return [
-                ReadTask(partial(block, begin), BlockMetadata(num_rows=size, size_bytes=8 * size, **known))
-                for begin, size in sizes.items()
-            ]
-
-    return Numbers()
+    return pa.schema([("row", pa.int64()), *texts, *counts, ("finished", pa.string()), ("error", pa.string())])
 
 
 def _keep_to_one_job(config: BatchConfig, total: int, path: Path) -> None:
@@ -219,29 +206,37 @@ def _keep_to_one_job(config: BatchConfig, total: int, path: Path) -> None:
         raise ConfigError(f"output {path.parent}: has answers of another job, with other {differ}; give another folder")
 
 
-def _num_done(done: Path) -> int:
-    """Rows that are noted as done; none if a file was being written when the job was ended, which Ray clears away."""
-    from pyarrow.parquet import read_metadata
+def _left(total: int, per_block: int, output: Path) -> Iterator[range]:
+    """The rows without a file, in blocks."""
+    begin = 0
+    for begun, ended in [*sorted(_rows_of(path) for path in _files(output)), (total, total)]:
+        for first in range(begin, begun, per_block):
+            yield range(first, min(first + per_block, begun))
+        begin = ended
 
-    files = list(done.glob("*.parquet"))
-    if any(file.name.endswith(".pending.parquet") for file in files):
-        return 0
-    return sum(read_metadata(file).num_rows for file in files)
+
+def _files(output: Path) -> list[Path]:
+    return [path for path in output.iterdir() if _FILE.fullmatch(path.stem)]
 
 
-def _counted(format: str, answers: Path, total: int) -> BatchDone:
+def _rows_of(path: Path) -> tuple[int, int]:
+    begin, end = map(int, path.stem.split("-"))
+    return begin, end
+
+
+def _counted(format: str, output: Path, total: int) -> BatchDone:
     """What the files hold. Raises RuntimeError unless that is every row once."""
     from pyarrow.dataset import dataset
 
-    files = dataset(answers, schema=_schema(), format="json" if format == "jsonl" else format)
+    files = dataset(list(map(str, _files(output))), schema=_schema(), format="json" if format == "jsonl" else format)
     seen = np.zeros(total, np.uint8)
     failed, first_error = 0, None
-    for batch in files.to_batches(columns=[_ROW, "error"]):
-        np.add.at(seen, batch[_ROW].to_numpy(), 1)
+    for batch in files.to_batches(columns=["row", "error"]):
+        np.add.at(seen, batch["row"].to_numpy(), 1)
         errors = batch["error"].drop_null()
         failed += len(errors)
         first_error = first_error or (errors[0].as_py() if len(errors) else None)
     if (wrong := np.flatnonzero(seen != 1)).size:
         told = f"{wrong.size} of {total} rows have no answer or two, the first is row {wrong[0] + 1}"
-        raise RuntimeError(f"{answers}: {told}; take the folder away and answer anew")
-    return BatchDone(answers, total, failed, first_error)
+        raise RuntimeError(f"{output}: {told}: files were changed; take the folder away and answer anew")
+    return BatchDone(output, total, failed, first_error)
