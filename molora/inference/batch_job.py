@@ -81,7 +81,7 @@ def answer_batch(config: BatchConfig, trust: Sequence[str] = ()) -> BatchDone:
     answers to other rows or of another model, or in use; RuntimeError for files that were changed."""
     try:
         import pyarrow as pa
-        import ray.data
+        import ray.data  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(f"a batch job runs on Ray ({error}): pip install 'molora[ray]'") from error
     total = len(open_source(config.rows, "rows"))
@@ -108,7 +108,7 @@ def answer_batch(config: BatchConfig, trust: Sequence[str] = ()) -> BatchDone:
                     runtime_env={"env_vars": WAITING},
                 )
                 for done in answered.iter_batches(batch_size=None):
-                    bars.advance(bar, int(done["rows"].sum()))
+                    bars.advance(bar, int(np.sum(np.asarray(done["rows"]))))
         return _counted(config.format, output, total)
 
 

@@ -91,7 +91,7 @@ def test_transformers_reads_the_config_without_code(exported: Path) -> None:
 
 def test_the_processor_says_what_transformers_own_says_under_vllms_names(released: Path, exported: Path) -> None:
     ours: Any = AutoProcessor.from_pretrained(exported, trust_remote_code=True)
-    theirs = Phi4MultimodalProcessor.from_pretrained(released.parent / "checkpoint")
+    theirs: Any = Phi4MultimodalProcessor.from_pretrained(released.parent / "checkpoint")
     clips = [SOUND, np.sin(np.arange(9_000, dtype=np.float32))]
     found = ours("<|image_1|><|audio_1|>", images=[PICTURE], audios=[(clip, 16_000) for clip in clips])
     pictures = theirs.image_processor([PICTURE], return_tensors="pt")

@@ -53,6 +53,15 @@ class Served:
     def client(self, **more: object) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0, timeout=60, **more)  # pyright: ignore[reportArgumentType]
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The server stands still, so that no answer of it ends first. Whatever fails meanwhile, it goes on."""
+        self.process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
+
     def log_with(self, line: str) -> str:
         """The log, once it has this; a request's line is written when its answer has gone out."""
         until = time.monotonic() + 30

@@ -6,7 +6,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import signal
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -165,10 +164,9 @@ def test_stop_ends_the_answer_and_frees_its_memory(chat: Seen, server: Served) -
         chat.text.fill("go on")
         chat.page.keyboard.press("Enter")
         chat.page.locator(".assistant").last.locator(".said:not(:empty)").wait_for()
-        server.process.send_signal(signal.SIGSTOP)  # so that it cannot end first
-        stop()
-        chat.finish()
-        server.process.send_signal(signal.SIGCONT)
+        with server.held():
+            stop()
+            chat.finish()
         assert "stopped" in chat.page.locator(".about").last.inner_text()
     server.log_with("POST /v1/chat/completions 200")
     for _ in range(100):

@@ -131,9 +131,8 @@ def test_tokens_come_as_they_are_made_and_a_client_that_leaves_is_forgotten(depl
     for chunk in stream:
         if chunk.choices[0].delta.content:
             break
-    deployed.server.process.send_signal(signal.SIGSTOP)  # so that it cannot end first
-    stream.close()
-    deployed.server.process.send_signal(signal.SIGCONT)
+    with deployed.server.held():
+        stream.close()
     deployed.server.log_with("POST /v1/chat/completions")
     for _ in range(500):
         if deployed.metric("molora_free_pages") == free:
