@@ -113,11 +113,14 @@ def answer_batch(config: BatchConfig, trust: Sequence[str] = ()) -> BatchDone:
 
 
 def _start_quietly(ray: Any) -> None:
-    """Starts Ray, which tells nothing then but errors."""
+    """Starts Ray, which tells nothing then but errors. Raises RuntimeError if it does not start."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     if not ray.is_initialized():
-        ray.init(logging_level=logging.ERROR)
+        try:
+            ray.init(logging_level=logging.ERROR)
+        except Exception as error:  # Ray has no kind of its own for it
+            raise RuntimeError(f"Ray does not start: {error} The same call goes on from here; give it again") from error
 
 
 class _Answering:
