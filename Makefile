@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 # Threads that wait without spinning leave the cores to others; as in molora/process.py.
 export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 5000
+# Tests start hundreds of processes; without bytecode each compiles molora anew.
+unexport PYTHONDONTWRITEBYTECODE
 # Memory that is freed is kept for the next tensor; as in molora/process.py.
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824
 # On a terminal pip shows its bars; in a log only what goes wrong. setuptools warns of every editable install.

@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_all_start_methods, get_context, parent_process, set_start_method
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -149,6 +149,7 @@ def _be_rank(
     for number, output in enumerate(outputs, start=1):
         os.dup2(output.fileno(), number)
     settle_in()
+    set_start_method(get_all_start_methods()[0], force=True)  # of data workers: as in other processes
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
     launched = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ.update(launched, OMP_NUM_THREADS=str(threads), GLOO_SOCKET_IFNAME=loopback)
