@@ -76,6 +76,8 @@ def draw(results: Results, path: Path) -> None:
             means = [results.mean(arm_of(n), "exact_match", task) for n in counts]
             ax.plot(counts, [float("nan") if mean is None else mean for mean in means], color=f"C{number}")
         ax.set_xscale("log")
+        ax.set_xticks(counts, [str(count) for count in counts])
+        ax.set_xticks([], minor=True)
         ax.set_ylim(0, 1.02)
         ax.set_xlabel(f"{task}: training rows")
         ax.set_ylabel("exact match")
