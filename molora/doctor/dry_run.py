@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM
 
 from molora.checkpoint.assembly import BackboneConfig, assemble
@@ -57,8 +58,8 @@ def on_meta(
         raise ConfigError(f"{source}: a release; make it a run first: molora convert phi4mm {source} runs/phi4mm")
     else:
         plan = plan_model(source, modalities, quantization=quantization, trust=trust)
+    backbone = _backbone(plan.backbone, dtype or plan.backbone.dtype)
     with torch.device("meta"):
-        backbone = _backbone(plan.backbone, dtype or plan.backbone.dtype)
         try:
             return assemble(backbone, byte_tokenizer(), plan.modalities, plan.router, where=plan.where)[0]
         except (RuntimeError, NotImplementedError) as error:
@@ -74,13 +75,14 @@ def _backbone(given: BackboneConfig, dtype: str | None) -> Backbone:
     if dtype is None and config.dtype is None:
         raise ConfigError(f"backbone {source!r}: its config.json names no dtype, and weights are not read; give dtype")
     cast = config.dtype if dtype is None else read_dtype(dtype)
-    with damage_named(f"backbone {folder}"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=cast, attn_implementation="eager", trust_remote_code=False
-        )
-    without_weights(model, given.quantization)
-    # What a probe finds is a factor, which takes no memory.
-    return Backbone(model, Identity(source, "", "", "", ""), probe={"embed_scale": 1.0})
+    with torch.device("meta"):
+        with damage_named(f"backbone {folder}"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=cast, attn_implementation="eager", trust_remote_code=False
+            )
+        without_weights(model, given.quantization)
+        # What a probe finds is a factor, which takes no memory.
+        return Backbone(model, Identity(source, "", "", "", ""), probe={"embed_scale": 1.0})
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,18 @@ class Alive:
     logits: int = 0
 
 
+# The CPU's attention has the arguments of another kind, for which torch counts.
+_COUNTED_AS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: torch.ops.aten._scaled_dot_product_flash_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        torch.ops.aten._scaled_dot_product_flash_attention_backward
+    ),
+}
+
+
 class DryRun(TorchDispatchMode):
-    """Takes over a model on the meta device, lets it run on the CPU, and counts the bytes that its work keeps alive.
+    """Takes over a model on the meta device, lets it run on the CPU, and counts the bytes that its work keeps alive,
+    and the floating-point operations (`flop`) of its products: matrices, convolutions and attention.
 
     What is computed from weights has shapes and no values (torch's fake tensors). All else, such as positions, lengths
     and pixels, is computed for real, as control flow depends on it. A value that nobody knows is read as True, 1.0 or
@@ -103,6 +115,7 @@ class DryRun(TorchDispatchMode):
         super().__init__()
         self.model = model
         self.alive = self.fullest = Alive()
+        self.flop = 0
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._wide = model.backbone.vocab_size
         self._known: dict[int, Any] = {}
@@ -139,7 +152,7 @@ class DryRun(TorchDispatchMode):
 
     def __enter__(self) -> DryRun:
         gc.collect()
-        self.fullest = self.alive
+        self.fullest, self.flop = self.alive, 0
         self._fake.__enter__()
         return super().__enter__()
 
@@ -161,6 +174,8 @@ class DryRun(TorchDispatchMode):
             except (RuntimeError, NotImplementedError) as error:
                 raise RuntimeError(f"{func} gives no shape without values: {error}") from error
         tree_map_only(Tensor, self._count, made)
+        if formula := flop_registry.get(_COUNTED_AS.get(func._overloadpacket, func._overloadpacket)):
+            self.flop += formula(*args, **(kwargs or {}), out_val=made)
         return made
 
     def _count(self, tensor: Tensor) -> None:

@@ -1,5 +1,6 @@
-"""The memory that a recipe or a model will need, printed beside what this machine has."""
+"""The memory that a recipe or a model will need, printed beside what this machine has, and the time of its steps."""
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from rich.text import Text
 
 from molora.config import ConfigError, build, options, read
 from molora.doctor.dry_run import on_meta
-from molora.doctor.needs import AnsweringConfig, MemoryNeeds, Need, answering_needs, training_needs
+from molora.doctor.needs import AnsweringConfig, MemoryNeeds, Need, StageWork, answering_needs, training_needs
 from molora.memory import free_bytes
 from molora.ranks import pick_device
 from molora.terminal import console, print_table, say, styled
@@ -29,6 +30,11 @@ _CARDS = {
     192: "B200, MI300X",
 }
 _SHARE_OF_CARD = 0.96
+# Of some, their products of bf16 matrices a second without sparsity, by the same, and the share of it that training is
+# taken to reach; and the share that it reached on a CPU of what a product of large matrices does there.
+_PEAKS = {"L4": (24, 121e12), "A100": (80, 312e12), "H100": (80, 989e12), "B200": (192, 2250e12)}
+_SHARE_OF_PEAK, _SHARE_OF_PRODUCT = 0.4, 0.8
+_DURATIONS = (("days", 86_400), ("hours", 3600), ("minutes", 60), ("s", 1), ("ms", 1e-3))
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
@@ -82,6 +88,8 @@ def show(needed: MemoryNeeds, there: Iterable[Device], processes: int = 1) -> No
         say(mark, f" {device.name}: {verdict}, {told}, {has}")
     on_card = needed.given_bytes - (needed.process.num_bytes if needed.process else 0)
     say(f"Graphics cards: {cards_for(on_card)}.")
+    for stage in needed.work:
+        say(f"Stage {stage.name}: {expected_time(stage, on_card)}.")
 
 
 def cards_for(num_bytes: int) -> str:
@@ -91,6 +99,37 @@ def cards_for(num_bytes: int) -> str:
         return f"one of {max(_CARDS)} GB is too small"
     first, larger = enough[0], f" and larger ones, up to {max(_CARDS)} GB" if enough[1:] else ""
     return f"one of {first} GB ({_CARDS[first]}) holds it{larger}"
+
+
+def expected_time(stage: StageWork, num_bytes: int) -> str:
+    """How long the steps of a stage will take on this CPU and on cards that hold so many bytes."""
+    seconds = stage.step_flop / (_product_flop_per_second(stage.dtype) * _SHARE_OF_PRODUCT)
+    here = f"{duration(seconds)} a step and {duration(stage.num_steps * seconds)} in all"
+    cards = [
+        f"{name} {duration(stage.step_flop / (peak * _SHARE_OF_PEAK))}"
+        for name, (size, peak) in _PEAKS.items()
+        if num_bytes <= size * 2**30 * _SHARE_OF_CARD
+    ]
+    return (
+        f"{stage.num_steps:,} steps of {stage.step_flop / 1e12:,.3g} TFLOP. On this CPU about {here}, if nothing runs "
+        f"beside it{'; a step on ' if cards else ''}{', '.join(cards)}"
+    )
+
+
+def _product_flop_per_second(dtype: torch.dtype) -> float:
+    """What the fastest of some products of large matrices reaches on this CPU."""
+    matrix, seconds = torch.zeros((1024, 1024), dtype=dtype), []
+    for _ in range(4):
+        begun = time.perf_counter()
+        torch.mm(matrix, matrix.T)
+        seconds.append(time.perf_counter() - begun)
+    return 2 * len(matrix) ** 3 / min(seconds)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them."""
+    unit, size = next((pair for pair in _DURATIONS if seconds >= pair[1]), _DURATIONS[-1])
+    return f"{seconds / size:,.{0 if seconds >= 10 * size else 1}f} {unit}"
 
 
 def amount(num_bytes: int) -> str:

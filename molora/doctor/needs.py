@@ -66,13 +66,25 @@ class Moment:
 
 
 @dataclass(frozen=True)
+class StageWork:
+    """How many steps a stage has, and the floating-point operations of the products of a mean one, in one process, most
+    of them of a dtype."""
+
+    name: str
+    num_steps: int
+    step_flop: float
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class MemoryNeeds:
-    """What a run needs: its weights all the time, and its moments one after another. `process` is what the interpreter
-    and its libraries take on a CPU; `unknown` says why there are no packs of its data, and `held` how many samples some
-    memory for keys and values is enough for."""
+    """What a run needs: its weights all the time, and its moments one after another; and the work of the stages whose
+    data are known. `process` is what the interpreter and its libraries take on a CPU; `unknown` says why there are no
+    packs of its data, and `held` how many samples some memory for keys and values is enough for."""
 
     weights: tuple[Need, ...]
     moments: tuple[Moment, ...]
+    work: tuple[StageWork, ...] = ()
     process: Need | None = None
     unknown: str | None = None
     held: str = ""
@@ -279,7 +291,7 @@ def training_needs(
     learned = [_learned(model, stage, f"stages.{index}.train") for index, stage in enumerate(recipe.stages)]
     dry = DryRun(model)
     model.backbone.activation_checkpointing = recipe.activation_checkpointing
-    moments, unknown = [], None
+    moments, work, unknown = [], [], None
     cached = recipe.feature_cache is not None
     for index, (stage, held) in enumerate(zip(recipe.stages, learned, strict=True)):
         set_trainable(model, stage.train, 1, f"stages.{index}.train")
@@ -291,12 +303,13 @@ def training_needs(
         most = max(steps, key=lambda needs: sum(need.num_bytes for need in needs))
         given = None
         try:
-            samples, origin = _heaviest_step(model, recipe, index, processes)
+            taken = _steps_of_data(model, recipe, index, processes)
         except (ImportError, OSError, ValueError) as error:
             first_line, _, _ = str(error).strip().partition("\n")
             unknown = f"stages.{index}.data: {first_line}"
         else:
-            needs = _step(dry, samples, stage, cached, origin)
+            needs = _step(dry, taken.heaviest, stage, cached, taken.origin)
+            work.append(StageWork(stage.name, taken.num_steps, dry.flop * taken.mean_share, model.backbone.model.dtype))
             given = Moment(f"stage {stage.name}, as its data are", (*held, *needs, *layers))
         moments.append(Moment(f"stage {stage.name}", (*held, *most), given))
         if processes > 1:
@@ -311,7 +324,7 @@ def training_needs(
         moment = max(answering_moments(dry, decoding, 0, device_type), key=lambda moment: moment.num_bytes)
         moments.append(Moment(f"evaluation {name}, {moment.name}", (optimiser, *moment.needs, *layers)))
     tokens = min(_HELD_TOKENS, model.backbone.max_tokens)
-    return MemoryNeeds(owned, tuple(moments), unknown=unknown, held=_held(dry, 1.0, tokens, device_type))
+    return MemoryNeeds(owned, tuple(moments), tuple(work), unknown=unknown, held=_held(dry, 1.0, tokens, device_type))
 
 
 def _learned(model: MoLoRA, stage: StageConfig, where: str) -> tuple[Need, ...]:
@@ -333,9 +346,19 @@ def _learned(model: MoLoRA, stage: StageConfig, where: str) -> tuple[Need, ...]:
     return held
 
 
-def _heaviest_step(model: MoLoRA, recipe: Recipe, index: int, processes: int) -> tuple[list[Sample], str]:
-    """The samples that one of the processes takes of the step with the largest pack, of the first steps of a stage; and
-    what is to be said of them."""
+@dataclass(frozen=True)
+class _Steps:
+    """Of the steps of a stage, as its data are: how many there are, the samples that one process takes of the one with
+    the largest pack, what is to be said of it, and what share of its tokens a mean step has."""
+
+    num_steps: int
+    heaviest: list[Sample]
+    origin: str
+    mean_share: float
+
+
+def _steps_of_data(model: MoLoRA, recipe: Recipe, index: int, processes: int) -> _Steps:
+    """What the first rows of a stage's data tell of its steps."""
     stage, path = recipe.stages[index], recipe.backbone.path
     tokenizer = load_tokenizer(fetch(path, recipe.backbone.revision, weights=False))
     policy = MediaPolicy(allow_urls=recipe.allow_urls, allow_private_addresses=recipe.allow_private_addresses)
@@ -353,7 +376,8 @@ def _heaviest_step(model: MoLoRA, recipe: Recipe, index: int, processes: int) ->
         samples_per_step=size,
         pairs=stage.objective == "preferences",
     )
-    rows = size * min(count_steps(stage, dataset.num_rows), max(1, _SAMPLED_ROWS // size))
+    num_steps = count_steps(stage, dataset.num_rows)
+    rows = size * min(num_steps, max(1, _SAMPLED_ROWS // size))
     encoded = [dataset[k] for k in range(rows)]
     answers = [(each, each.rejected) if isinstance(each, Sample) else () for each in encoded]
     steps = [
@@ -366,10 +390,12 @@ def _heaviest_step(model: MoLoRA, recipe: Recipe, index: int, processes: int) ->
         learning = [sample for sample in samples if model.trains(sample.modalities)]
         return max((sum(pack.lengths) for pack in processor.packs(learning, most)), default=0)
 
-    samples = max(steps, key=largest_pack)
-    if not samples:
+    heaviest = max(steps, key=largest_pack)
+    if not heaviest:
         raise ConfigError(f"none of the first {rows} rows can be used")
-    return samples, f"a pack of {largest_pack(samples):,} tokens, the largest from {rows} rows of its data"
+    origin = f"a pack of {largest_pack(heaviest):,} tokens, the largest from {rows} rows of its data"
+    tokens = [sum(map(len, samples)) for samples in steps]
+    return _Steps(num_steps, heaviest, origin, sum(tokens) / len(steps) / sum(map(len, heaviest)))
 
 
 def _step(dry: DryRun, samples: list[Sample], stage: StageConfig, cached: bool, pack: str) -> tuple[Need, ...]:

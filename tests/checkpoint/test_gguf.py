@@ -24,6 +24,7 @@ import molora
 from molora.checkpoint.gguf import find_gguf, package_folder, unpack
 from molora.checkpoint.pretrained import load_backbone
 from molora.config import ConfigError, read
+from molora.doctor.needs import training_needs
 from molora.testing import tiny_model
 from molora.testing.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS
 from molora.train.loop import train
@@ -260,7 +261,9 @@ def test_a_package_is_a_backbone_everywhere(package: str, tmp_path: Path, capsys
     row = {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": "two"}]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    run = train(read(Recipe, tmp_path / "recipe.yaml", []), show=False)
+    config = read(Recipe, tmp_path / "recipe.yaml", [])
+    training_needs(config)  # it is unpacked for whoever asks first
+    run = train(config, show=False)
     assert capsys.readouterr().out.count("this once") == 1
     about = json.loads((run / "molora.json").read_text())["backbone"]
     assert (about["source"], about["folder"], about["revision"]) == (package, None, None)

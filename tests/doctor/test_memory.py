@@ -15,7 +15,9 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Phi3Config, Phi3ForCausalLM, SiglipVisionConfig, WhisperConfig, WhisperFeatureExtractor
 from typer.testing import CliRunner
 
@@ -29,12 +31,13 @@ from molora.config import ConfigError, dump
 from molora.data.processor import Processor
 from molora.data.sources import EncodedSamples, SourceConfig
 from molora.doctor.dry_run import on_meta
-from molora.doctor.memory import Device, cards_for, main, show
+from molora.doctor.memory import Device, cards_for, duration, main, show
 from molora.doctor.needs import (
     AnsweringConfig,
     MemoryNeeds,
     Moment,
     Need,
+    StageWork,
     answering_needs,
     full_pack,
     training_needs,
@@ -407,6 +410,39 @@ def test_packs_of_the_data_are_counted_as_the_recipes_own_steps_take_them(small:
     assert need(given, "activations") < need(moment, "activations")
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_products_of_a_stages_steps_are_those_that_training_computes(
+    checkpointing: bool, small: Path, tmp_path: Path
+) -> None:
+    """The oracle is a step of training under torch's own counter, with attention as products of matrices: it keeps the
+    scores that the CPU's attention computes again."""
+    recipe = recipe_of(small, activation_checkpointing=checkpointing)
+    (stage,) = recipe.stages
+    stage.data, stage.steps = {"rows": rows_of(tmp_path / "rows.jsonl", [40, 40, 40, 40])}, 3
+    (work,) = training_needs(recipe).work
+    model, processor = open_model(plan_recipe(recipe), "cpu")
+    model.backbone.activation_checkpointing = checkpointing
+    set_trainable(model, stage.train, stage.steps, "stages.0.train")
+    dataset = EncodedSamples(
+        stage.data, processor, seed=seed_of(recipe.seed, "all"), max_tokens=700, skips=(), where="test"
+    )
+    samples: Any = [dataset[k] for k in range(4)]
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        train_step(model.train(), processor, samples, stage.tokens_per_pack, {})
+    assert (work.name, work.num_steps, work.dtype) == ("all", 3, torch.float32)
+    assert work.step_flop == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_a_mean_step_has_the_mean_of_the_tokens(small: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(small)
+    found = []
+    for lengths in ([40] * 8, [40] * 4 + [400] * 4):
+        recipe.stages[0].data = {"rows": rows_of(tmp_path / "rows.jsonl", lengths)}
+        (work,) = training_needs(recipe).work
+        found.append(work.step_flop)
+    assert 2 * found[0] < found[1]
+
+
 def test_each_of_several_processes_takes_its_share_of_samples_and_layers(small: Path) -> None:
     """What a shard takes is measured in `tests/train/test_ranks.py`."""
     alone, two = (training_needs(recipe_of(small, shard_backbone=True), processes=count) for count in (1, 2))
@@ -668,7 +704,8 @@ def test_the_table_fits_in_80_columns_and_says_whether_it_fits(
         Need("activations", 5 * 2**29, "a pack of 9 x 910 tokens of audio+vision, checkpointing on"),
         Need("logits", 0, "none at the fullest moment"),
     )
-    needed = MemoryNeeds(weights, (Moment("stage [align]", needs), Moment("stage short", ())))
+    work = StageWork("[align]", 6000, 4e11, torch.float32)
+    needed = MemoryNeeds(weights, (Moment("stage [align]", needs), Moment("stage short", ())), (work,))
     monkeypatch.setattr(console, "width", 200)
     devices = [Device("GPU 0, with a long name" + " and more" * 6, 6 * 2**30, 8 * 2**30), Device("CPU", 2**30, 2**31)]
     show(needed, devices)
@@ -681,6 +718,8 @@ def test_the_table_fits_in_80_columns_and_says_whether_it_fits(
     assert "and more: it fits, 5.5 GiB needed, 6.0 GiB free of 8.0 GiB" in words
     assert "no CPU: it does not fit, 5.5 GiB needed, 1.0 GiB free of 2.0 GiB" in words
     assert "Graphics cards: one of 24 GB (L4, RTX 4090) holds it and larger ones, up to 192 GB." in words
+    assert "Stage [align]: 6,000 steps of 0.4 TFLOP. On this CPU about" in words
+    assert "a step on L4 8.3 ms, A100 3.2 ms, H100 1.0 ms, B200 0.4 ms." in words
 
 
 @pytest.mark.parametrize(
@@ -695,6 +734,22 @@ def test_the_table_fits_in_80_columns_and_says_whether_it_fits(
 )
 def test_cards_that_hold_it_are_named_with_room_for_what_cuda_keeps(gib: float, told: str) -> None:
     assert cards_for(int(gib * 2**30)) == told
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [
+        (2e-4, "0.2 ms"),
+        (0.25, "250 ms"),
+        (1.0, "1.0 s"),
+        (59, "59 s"),
+        (90, "1.5 minutes"),
+        (7200, "2.0 hours"),
+        (9e6, "104 days"),
+    ],
+)
+def test_durations_have_the_unit_that_suits_them(seconds: float, told: str) -> None:
+    assert duration(seconds) == told
 
 
 def test_the_command_line_reads_recipes_and_models(backbone: Path, tmp_path: Path) -> None:
