@@ -65,10 +65,11 @@ results-check: $(VENV)/dev.stamp  ## a tiny form of every page of results, compa
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.evidence.check
 
 wheel-test: $(VENV)/made.stamp  ## install the wheel in a clean environment and use it from another folder
-	@rm -rf build  # setuptools would put modules that were deleted since into the wheel
 	@set -e; scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
 	echo "building the wheel and installing it in $$scratch (a few minutes)"; \
-	$(BIN)/python -m pip --quiet wheel --no-deps --wheel-dir "$$scratch" .; \
+	mkdir "$$scratch/source"; \
+	cp -a molora encoders routers configs setup.cfg pyproject.toml README.md LICENSE "$$scratch/source"; \
+	$(BIN)/python -m pip --quiet wheel --no-deps --wheel-dir "$$scratch" "$$scratch/source"; \
 	$(BIN)/python -m venv "$$scratch/venv"; \
 	"$$scratch/venv/bin/python" -m pip --quiet --disable-pip-version-check install "$$scratch"/molora-*.whl; \
 	cp tests/wheel_check.py "$$scratch"; cd "$$scratch"; venv/bin/python wheel_check.py
