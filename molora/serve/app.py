@@ -207,6 +207,9 @@ def told_of(error: Exception) -> tuple[int, ErrorBody]:
         case HTTPException(status_code=404 | 405):
             told = f"{error.detail}: there is no such path or method here; /docs shows what there is"
             return error.status_code, error_body(told, "invalid_request_error")
+        case HTTPException(__cause__=Exception() as cause):  # which FastAPI leaves out of what it tells
+            told = f"the body cannot be read: {str(cause)[:200]}"
+            return error.status_code, error_body(told, "invalid_request_error")
         case HTTPException():
             return error.status_code, error_body(str(error.detail), "invalid_request_error")
         case _:

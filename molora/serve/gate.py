@@ -123,6 +123,10 @@ class Gate:
             told = "no valid API key; send the header Authorization: Bearer KEY"
             said = error_body(told, "invalid_request_error", "invalid_api_key")
             return Json(said, status_code=401, headers={"www-authenticate": "Bearer"})
+        coding = headers.get(b"content-encoding", b"identity").decode("latin-1")
+        if coding != "identity":
+            told = f"Content-Encoding {coding[:80]!r} is not read; send the body as it is, without this header"
+            return Json(error_body(told, "invalid_request_error"), status_code=415)
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length[:20]) > self._max_body_bytes:
             # The connection stays, or a client that is still sending would see it break instead of this.

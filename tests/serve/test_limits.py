@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import http.client
 import json
 import socket
@@ -86,13 +87,17 @@ BAD_CHATS: dict[str, tuple[Any, int, str]] = {
     "nothing": ("", 400, "no object in JSON"),
     "a list": ("[]", 400, "no object in JSON"),
     "a number": ("7", 400, "no object in JSON"),
-    "deep JSON": ("[" * 50_000 + "]" * 50_000, 400, ""),
-    "deep messages": ('{"model": "tiny", "messages": ' + "[" * 50_000 + "]" * 50_000 + "}", 400, ""),
-    "no UTF-8": (b'{"model": "\xff\xfe"}', 400, ""),
+    "deep JSON": ("[" * 50_000 + "]" * 50_000, 400, "the body cannot be read: maximum recursion depth"),
+    "deep messages": ('{"model": "tiny", "messages": ' + "[" * 50_000 + "]" * 50_000 + "}", 400, "recursion depth"),
+    "no UTF-8": (
+        b'{"model": "\xff\xfe"}',
+        400,
+        "the body cannot be read: 'utf-8' codec can't decode byte 0xff in position 11",
+    ),
     "a huge whole number": (
         '{"model": "tiny", "messages": [{"role": "user", "content": "a"}], "seed": 1' + "0" * 9000 + "}",
         400,
-        "",
+        "the body cannot be read: Exceeds the limit",
     ),
     "a number that is none": (
         '{"model": "tiny", "messages": [{"role": "user", "content": "a"}], "temperature": NaN}',
@@ -207,6 +212,14 @@ def test_what_is_wrong_is_one_error_that_says_what(server: Served, kind: str) ->
     assert told["error"].keys() == {"message", "type", "param", "code"}
     message = told["error"]["message"]
     assert says in message and len(message) < 1000 and not message.startswith("sample")
+
+
+@pytest.mark.parametrize(("coding", "status"), [("gzip", 415), ("br, gzip", 415), ("identity", 200)])
+def test_a_body_that_is_packed_is_refused(server: Served, coding: str, status: int) -> None:
+    body = json.dumps(chat()).encode()
+    found, told, _ = send(server, gzip.compress(body) if status == 415 else body, **{"content-encoding": coding})
+    assert found == status
+    assert status == 200 or "send the body as it is" in told["error"]["message"]
 
 
 @pytest.mark.parametrize("body", [ChatBody, CompletionBody])
