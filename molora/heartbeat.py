@@ -1,6 +1,7 @@
 """A process that dies, or fails alone, ends the others of its run in seconds, and they say which it was.
 
-Else ranks that wait for each other's numbers end with a time-out of ten minutes and more, without a name.
+Else ranks that wait for each other's numbers end with a time-out of ten minutes and more, without a name. Until they
+have met, one that has died cannot be told from one that comes late: torchrun ends the others then.
 """
 
 from __future__ import annotations

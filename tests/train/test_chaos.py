@@ -1,5 +1,8 @@
 """Ranks that are killed or told to stop at any instant, saves included, and a run that ends as if they had not been.
 
+The instants begin when the ranks have met: until then nobody can tell a rank that has died from one that comes late,
+and the launcher ends the others.
+
 `make chaos KILLS=200 SEED=1` kills so many, at moments that the seed draws.
 """
 
@@ -21,6 +24,7 @@ from molora.config import dump
 from tests.train.test_train import (
     home,  # noqa: F401
     in_processes,
+    met,
     outcome,
     recipe,
     started,
@@ -70,9 +74,10 @@ def test_ranks_that_are_ended_at_any_instant_leave_a_run_that_ends_as_if_they_ha
     draw = random.Random(f"{SEED} {count} {sharded}")
     ended = 0
     while ended < KILLS / len(KINDS):
-        end, victim, moment = draw.choice(ENDS), draw.randrange(count), draw.uniform(0.1, 1) * seconds
+        end, victim, moment = draw.choice(ENDS), draw.randrange(count), draw.uniform(0, 1) * seconds
         ranks = started(path, count, draw.randint(1, 40) if end == "in a save" else None)
         if isinstance(end, signal.Signals):
+            wait_until(lambda: all(met(path.with_name(f"rank {rank}")).exists() for rank in range(count)), ranks)
             ranks[victim].join(moment)
             if ranks[victim].is_alive():
                 os.kill(ranks[victim].pid, end)
@@ -87,6 +92,15 @@ def test_ranks_that_are_ended_at_any_instant_leave_a_run_that_ends_as_if_they_ha
             shutil.rmtree(run)
     in_processes(path, count)
     assert_ended_alike(run, expected, f"{ended} ends")
+
+
+def wait_until(so: Callable[[], bool], ranks: list[Any]) -> None:
+    for _ in range(12_000):
+        if so():
+            return
+        assert all(rank.is_alive() for rank in ranks), [rank.exitcode for rank in ranks]
+        time.sleep(0.005)
+    raise AssertionError("the ranks do not meet")
 
 
 def assert_ended_alike(run: Path, expected: dict[str, Any], told: str) -> None:

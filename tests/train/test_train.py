@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import molora
+from molora import heartbeat
 from molora.checkpoint.assembly import BackboneConfig
 from molora.checkpoint.opening import open_model
 from molora.cli.commands import main
@@ -186,7 +187,15 @@ def run_command(
     arguments: list[str], told: Path, environment: dict[str, str], die_at_replace: int | None = None
 ) -> None:
     """In a process of its own: `molora` with these arguments and what it says in a file, as a launcher starts it but
-    with the libraries imported before. With `die_at_replace` it kills itself at that rename of a file."""
+    with the libraries imported before. With `die_at_replace` it kills itself at that rename of a file. A rank leaves a
+    file when it has met the others."""
+    start = heartbeat._Beats.start
+
+    def leave_mark(beats: Any) -> None:
+        start(beats)
+        met(told).touch()
+
+    heartbeat._Beats.start = leave_mark  # pyright: ignore[reportAttributeAccessIssue]
     torch.set_num_threads(1)
     os.fsync = lambda descriptor: None  # as in conftest.py: a kill takes nothing from the disk
     die_at(die_at_replace)
@@ -196,6 +205,11 @@ def run_command(
         os.dup2(file.fileno(), 2)
     sys.argv = ["molora", *arguments]
     main()
+
+
+def met(told: Path) -> Path:
+    """The file that says that the rank which tells in this one has met the others."""
+    return told.with_name(f"{told.name} met")
 
 
 def outcome_in_spite_of_kills(straight: Recipe, killed: Recipe) -> dict[str, Any]:
@@ -314,6 +328,7 @@ def started(recipe_path: Path, count: int, die_at_replace: int | None = None) ->
     ranks = []
     for rank, environment in enumerate(environments(count)):
         told = recipe_path.with_name(f"rank {rank}")
+        met(told).unlink(missing_ok=True)
         dies = die_at_replace if rank == 0 else None
         ranks.append(FORKS.Process(target=run_command, args=(["train", str(recipe_path)], told, environment, dies)))
         ranks[-1].start()
