@@ -113,7 +113,8 @@ def pages_configured(kept: KeptLayers, config: GenerationConfig, max_tokens: int
 class Batch:
     """Samples that are answered together, each as its `Asked` says. A sample that is added waits for pages, enters,
     goes through the backbone in chunks, takes a token a step, and leaves; between two steps others may be added, or
-    removed wherever they are.
+    removed wherever they are. Samples that are one `Sample` but for their ids, and are decoded in the same way, read
+    their prompt once: while one reads it the others wait, and then they branch off.
 
     A sample's tokens do not depend on its neighbours: it has a generator of its own. `frames` remembers those of media
     that appear again.
@@ -208,52 +209,83 @@ class Batch:
     def step(self) -> list[Step]:
         """One token of every sample that runs, after waiting samples have entered and chunks of prompts were fed. A
         sample that cannot be collated or encoded, or whose logits are no numbers, ends with its error."""
-        logits = next_logits(self._model, self.pool, self._running)
+        self._branch()  # before those that enter take the pages
         steps = self._enter()
-        logits += self._feed()
+        self._feed()
+        self._branch()  # before those that are through end
         if self._running:
-            steps += self._choose(torch.cat(logits) if len(logits) > 1 else logits[0])
+            steps += self._choose(next_logits(self._model, self.pool, self._running))
         return steps
 
-    def _feed(self) -> list[Tensor]:
-        """Feeds short prompts in the order in which they came, and a chunk of one long prompt, in turn; the logits
-        behind those that end. A step with short prompts has no such chunk, so that their first tokens come soon; but of
-        some steps one has, so that long prompts go on as well."""
-        logits: list[Tensor] = []
+    def _branch(self) -> None:
+        """Lets samples in that go on from the prompt of one that runs, and have pages now."""
+        if not self._waiting:
+            return
+        holding = {
+            each.asked.beginning: each
+            for each in self._running
+            if self.pool.holds(each.pages, len(each.prompt_TD)) and not self._has_crossed(each, each.pages.length)
+        }
+        waiting, self._waiting = self._waiting, deque()
+        for asked in waiting:
+            read, pages = holding.get(asked.beginning), None
+            if read is not None and self.num_running < self._config.max_running_samples:
+                most = self._tokens(asked)
+                rewrites = self._has_crossed(read, most)
+                pages = self.pool.branch(read.pages, len(read.prompt_TD), most, rewrites=rewrites)
+            if read is None or pages is None:
+                self._waiting.append(asked)
+            else:
+                self._running.append(read.branched(asked, pages))
+
+    def _has_crossed(self, sample: Running, length: int) -> bool:
+        """Whether a sample of so many tokens has other rotary frequencies than its prompt."""
+        regime = self._model.backbone.regime
+        return regime(length) != regime(len(sample.prompt_TD))
+
+    def _feed(self) -> None:
+        """Feeds short prompts in the order in which they came, and a chunk of one long prompt, in turn. A step with
+        short prompts has no such chunk, so that their first tokens come soon; but of some steps one has, so that long
+        prompts go on as well."""
         fed = 0
         while self._short and fed < self._config.prefill_tokens:
             prompts = self._short[0]
-            fed += self._feed_chunk(prompts, self._config.prefill_tokens, logits)
+            fed += self._feed_chunk(prompts, self._config.prefill_tokens)
             if not prompts.to_come:
                 del self._short[0]
         waits = bool(self._long and fed) and self._held_back < _MOST_HELD_BACK
         self._held_back = self._held_back + 1 if waits else 0
         if self._long and not waits:
             prompts = self._long.pop(0)
-            self._feed_chunk(prompts, self._config.chunk_tokens or self._config.prefill_tokens, logits)
+            self._feed_chunk(prompts, self._config.chunk_tokens or self._config.prefill_tokens)
             if prompts.to_come:
                 self._long.append(prompts)
-        return logits
 
-    def _feed_chunk(self, prompts: Prompts, most: int, logits: list[Tensor]) -> int:
-        num_tokens, ended, behind = prompts.feed(self.pool, most)
+    def _feed_chunk(self, prompts: Prompts, most: int) -> int:
+        num_tokens, ended = prompts.feed(self.pool, most)
         self._running += ended
-        logits += behind
         return num_tokens
 
     def _enter(self) -> list[Step]:
         """Lets samples in that have pages now for all the tokens that they can come to have, embedded and routed, in
-        one pack or each by itself; returns a step for each that fails."""
+        one pack or each by itself, but those whose prompt is being read; returns a step for each that fails."""
         failed: list[Step] = []
         while self._waiting and not self.num_running and not self.pool.fits(self._tokens(self._waiting[0])):
             if error := self._make_room():
                 failed.append(Step(self._waiting.popleft().sample.id, -1, "error", error))
+        being_read = {each.asked.beginning for prompts in (*self._short, *self._long) for each in prompts.to_come}
         entering: list[tuple[Asked, SamplePages]] = []
+        held_back: list[Asked] = []
         while self._waiting and self.num_running + len(entering) < self._config.max_running_samples:
+            if self._waiting[0].beginning in being_read:
+                held_back.append(self._waiting.popleft())
+                continue
             pages = self.pool.admit(self._tokens(self._waiting[0]))
             if pages is None:
                 break
+            being_read.add(self._waiting[0].beginning)
             entering.append((self._waiting.popleft(), pages))
+        self._waiting.extendleft(reversed(held_back))
         while entering:
             try:
                 self._prepare(entering)

@@ -6,7 +6,7 @@ Letters: T tokens in a pack, N running samples, D backbone width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -31,19 +31,31 @@ class Asked:
     is_over: Callable[[Sequence[int]], bool]
     grammar: Grammar | None = None
 
+    @property
+    def beginning(self) -> tuple[int, int, int, Decoding]:
+        """Equal for what exists at one time and is one `Sample` but for its ids, to be decoded in the same way: each of
+        these may go on from the prompt that another has read."""
+        sample = self.sample
+        return id(sample.token_ids_T), id(sample.modality_ids_T), id(sample.items), self.decoding
+
 
 @dataclass
 class Running:
-    """A sample in the batch: everything needed to decode its next token or to prefill it again."""
+    """A sample in the batch: everything needed to decode its next token or to prefill it again. `behind_D` is the
+    hidden state behind its prompt."""
 
     asked: Asked
     modalities: frozenset[str]
     gates: Tensor | None
     prompt_TD: Tensor
     pages: SamplePages
-    generator: torch.Generator
     answer: list[int] = field(default_factory=list)
     prompt_likelihoods: list[TokenLikelihood] = field(default_factory=list)
+    behind_D: Tensor = field(init=False)
+    generator: torch.Generator = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.asked.seed)
 
     @property
     def id(self) -> str:
@@ -52,6 +64,12 @@ class Running:
     @property
     def length(self) -> int:
         return len(self.prompt_TD) + len(self.answer)
+
+    def branched(self, asked: Asked, pages: SamplePages) -> Running:
+        """Another sample of the same beginning, behind its prompt."""
+        other = replace(self, asked=asked, pages=pages, answer=[])
+        other.behind_D = self.behind_D
+        return other
 
 
 class Prompts:
@@ -72,8 +90,7 @@ class Prompts:
         self._dropped: set[str] = set()
         for id, modalities, gate, prompt in zip(pack.ids, pack.modalities, gates, prompts, strict=True):
             its, pages = asked[id]
-            generator = torch.Generator().manual_seed(its.seed)
-            self._samples.append(Running(its, modalities, gate, prompt, pages, generator))
+            self._samples.append(Running(its, modalities, gate, prompt, pages))
 
     @property
     def to_come(self) -> list[Running]:
@@ -86,9 +103,9 @@ class Prompts:
         self._dropped |= {sample.id for sample in dropped}
         return dropped
 
-    def feed(self, pool: PagePool, num_tokens: int) -> tuple[int, list[Running], list[Tensor]]:
-        """Runs the next chunk. Returns its number of tokens, the samples whose prompts end in it, and the logits (N, V)
-        behind them. A chunk ends before a sample that was dropped, whose tokens are passed over."""
+    def feed(self, pool: PagePool, num_tokens: int) -> tuple[int, list[Running]]:
+        """Runs the next chunk. Returns its number of tokens, and the samples whose prompts end in it. A chunk ends
+        before a sample that was dropped, whose tokens are passed over."""
         while self._samples[0].id in self._dropped:
             self._fed += self._left(self._samples.pop(0))
         inside: list[Running] = []
@@ -112,10 +129,10 @@ class Prompts:
                 sample.prompt_likelihoods += self._scored(sample, hidden)
         ended = [sample for sample in inside if not self._left(sample)]
         self._samples = self._samples[len(ended) :]
-        if not ended:
-            return stop - start, [], []
-        last = torch.tensor(lengths[: len(ended)], device=self._model.device).cumsum(0) - 1
-        return stop - start, ended, [self._model.backbone.head(hidden_TD[last])]
+        last = torch.tensor(lengths[: len(ended)], dtype=torch.long, device=self._model.device).cumsum(0) - 1
+        for sample, hidden_D in zip(ended, hidden_TD[last], strict=True):
+            sample.behind_D = hidden_D
+        return stop - start, ended
 
     def _left(self, sample: Running) -> int:
         """Tokens of its prompt that are to come."""
@@ -133,19 +150,23 @@ class Prompts:
         return found
 
 
-def next_logits(model: MoLoRA, pool: PagePool, running: Sequence[Running]) -> list[Tensor]:
-    """Feeds every sample its latest token; logits (N, V) in pieces. Samples whose rotary regime changes with it are
-    prefilled again, alone."""
+def next_logits(model: MoLoRA, pool: PagePool, running: Sequence[Running]) -> Tensor:
+    """Feeds every sample its latest token, if it has one, and gives its logits (N, V). Samples whose rotary regime
+    changes with the token are prefilled again, alone."""
     if model.deterministic_batch:
-        return [_decode(model, pool, [sample]) for sample in running]
-    return [_decode(model, pool, running)] if running else []
+        return torch.cat([_decode(model, pool, [sample]) for sample in running])
+    return _decode(model, pool, running)
 
 
 def _decode(model: MoLoRA, pool: PagePool, running: Sequence[Running]) -> Tensor:
     regime = model.backbone.regime
-    crossing = [i for i, sample in enumerate(running) if regime(sample.length) != regime(sample.length - 1)]
-    staying = [index for index in range(len(running)) if index not in crossing]
+    beginning = [index for index, sample in enumerate(running) if not sample.answer]
+    going = [index for index, sample in enumerate(running) if sample.answer]
+    crossing = [i for i in going if regime(running[i].length) != regime(running[i].length - 1)]
+    staying = [index for index in going if index not in crossing]
     logits: list[Tensor] = []
+    if beginning:
+        logits.append(model.backbone.head(torch.stack([running[index].behind_D for index in beginning])))
     if staying:
         samples = [running[index] for index in staying]
         tokens = torch.tensor([sample.answer[-1] for sample in samples], device=model.device)
@@ -162,9 +183,9 @@ def _decode(model: MoLoRA, pool: PagePool, running: Sequence[Running]) -> Tensor
         feed = pool.feed([sample.pages], [sample.length], [sample.length])
         hidden_TD = model(continuation([sample], [sample.length], unread), embeds_TD=embeds_TD, feed=feed)
         logits.append(model.backbone.head(hidden_TD[-1:]))
-    if not crossing:
+    if len(logits) == 1:
         return logits[0]
-    order = torch.tensor([*staying, *crossing], device=model.device).argsort()
+    order = torch.tensor([*beginning, *staying, *crossing], device=model.device).argsort()
     return torch.cat(logits)[order]
 
 

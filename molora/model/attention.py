@@ -5,7 +5,7 @@ flow. Keys are packed like the queries (no cache, or prompts that begin), `Segme
 (one new token of every sample).
 
 Letters: T query tokens in a pack, H query heads, G key/value heads, Q queries and K keys of one sample, d head width,
-N samples, P pages, B tokens in a page, M pages of the sample with the most, R = H / G.
+N samples, P pages, B tokens in a page, M pages of the sample with the most, S samples that share a page, R = H / G.
 """
 
 from __future__ import annotations
@@ -42,6 +42,17 @@ class Noted:
     window: int | None = None
 
 
+@dataclass(frozen=True)
+class PageGroup:
+    """Pages that S samples hold each: 1, or more where prompts are shared. `chosen` are the pages, and neighbours of
+    theirs that are given to the first sample, whose results nobody reads. `mask_P11B` is added to scores: 0 on tokens
+    that count, -inf on others."""
+
+    chosen: slice | Tensor
+    owners_PS: Tensor
+    mask_P11B: Tensor
+
+
 class PageTable:
     """Which pages hold the keys of each sample in a step of decoding, and how many of their tokens: what all layers of
     one window share. Pages are in the order of the tokens, or in that of a ring; attention to one query is the same."""
@@ -56,13 +67,6 @@ class PageTable:
         return len(self.used)
 
     @cached_property
-    def span(self) -> slice | None:
-        """The neighbouring pages that hold these samples and not much else; None if they lie scattered."""
-        pages = [page for held in self.pages for page in held]
-        first, after = min(pages), max(pages) + 1
-        return slice(first, after) if after - first <= 2 * len(pages) else None
-
-    @cached_property
     def alone(self) -> slice | None:
         """The pages of a single sample, if they are neighbours in its order."""
         (pages,) = self.pages if len(self) == 1 else ([],)
@@ -74,38 +78,34 @@ class PageTable:
         return torch.tensor([page for held in self.pages for page in held], device=self._device)
 
     @cached_property
-    def owners_P(self) -> Tensor:
-        """Which sample a page belongs to: pages of `span`, where those of none are given to the first, or `pages_P`."""
-        return torch.tensor([owner for owner, _ in self._rows], device=self._device)
-
-    @cached_property
-    def mask_P11B(self) -> Tensor:
-        """What is added to the scores of `owners_P`'s pages: 0 on tokens that count, -inf on others."""
-        counts_P1 = torch.tensor([count for _, count in self._rows], device=self._device)[:, None]
-        beyond_PB = torch.arange(self._page_tokens, device=self._device) >= counts_P1
-        return torch.zeros(beyond_PB.shape, dtype=self._dtype).masked_fill(beyond_PB, -torch.inf)[:, None, None]
-
-    @cached_property
-    def _rows(self) -> list[tuple[int, int]]:
-        """Owner and tokens that count of every page that attention by page reads."""
+    def by_page(self) -> tuple[list[PageGroup], Tensor]:
+        """The pages by the number of samples that hold each. And where the results of a sample's pages (N, M) are among
+        those of all groups, S of every page: those of its first one for places that it has no page for."""
         size = self._page_tokens
-        owned = {
-            page: (owner, min(size, self.used[owner] - place * size))
-            for owner, held in enumerate(self.pages)
-            for place, page in enumerate(held)
-        }
-        pages = range(self.span.start, self.span.stop) if self.span else owned
-        return [owned.get(page, (0, size)) for page in pages]
-
-    @cached_property
-    def places_NM(self) -> Tensor:
-        """Where a sample's pages are among those of `owners_P`; its first one for places that it has no page for."""
-        if self.span:
-            rows = [[page - self.span.start for page in held] for held in self.pages]
-        else:
-            starts = torch.tensor([0, *map(len, self.pages)]).cumsum(0).tolist()
-            rows = [[*range(start, start + len(held))] for start, held in zip(starts, self.pages, strict=False)]
-        return self._filled(rows)
+        owners: dict[int, list[int]] = {}
+        counts: dict[int, int] = {}
+        for owner, held in enumerate(self.pages):
+            for place, page in enumerate(held):
+                owners.setdefault(page, []).append(owner)
+                counts[page] = min(size, self.used[owner] - place * size)
+        groups: list[PageGroup] = []
+        places: dict[tuple[int, int], int] = {}
+        num_results = 0
+        for number in sorted({len(its) for its in owners.values()}):
+            alike = {page: its for page, its in owners.items() if len(its) == number}
+            first, after = min(alike), max(alike) + 1
+            # Neighbours are read without a copy, even if some between them are not these.
+            close = after - first <= 2 * len(alike)
+            pages = [*range(first, after)] if close else [*alike]
+            for page in pages:
+                places |= {(owner, page): num_results + n for n, owner in enumerate(alike.get(page, ()))}
+                num_results += number
+            beyond_PB = torch.arange(size) >= torch.tensor([[counts.get(page, size)] for page in pages])
+            mask_PB = torch.zeros(beyond_PB.shape, dtype=self._dtype).masked_fill(beyond_PB, -torch.inf)
+            chosen = slice(first, after) if close else torch.tensor(pages, device=self._device)
+            owners_PS = torch.tensor([alike.get(page, [0] * number) for page in pages], device=self._device)
+            groups.append(PageGroup(chosen, owners_PS, mask_PB[:, None, None].to(self._device)))
+        return groups, self._filled([[places[owner, page] for page in its] for owner, its in enumerate(self.pages)])
 
     @cached_property
     def absent_NM11(self) -> Tensor:
@@ -321,20 +321,28 @@ def _paged(module: nn.Module, query: Tensor, key: Paged, value: Paged, scoring: 
 
 
 def _by_page(query_NGRd: Tensor, keys_PBGd: Tensor, values_PBGd: Tensor, table: PageTable, scoring: _Scoring) -> Tensor:
-    """Attention to each page on its own, all in one call, then the pages of each sample put together by their share of
-    the sample's softmax. Source: "Flash-Decoding for long-context inference", Dao, Haziza, Massa and Sizov, 2023."""
-    chosen = table.pages_P if table.span is None else table.span
-    out_PGRd, logsumexp_PGR = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query_NGRd[table.owners_P],
-        keys_PBGd[chosen].transpose(1, 2),
-        values_PBGd[chosen].transpose(1, 2),
-        attn_mask=table.mask_P11B,
-        scale=scoring.scaling,
-    )
-    if table.places_NM.shape[1] == 1:
-        return out_PGRd[table.places_NM[:, 0]]
-    shares_NMGR = (logsumexp_PGR[table.places_NM] + table.absent_NM11).softmax(1)
-    return (shares_NMGR[..., None] * out_PGRd[table.places_NM]).sum(1).to(query_NGRd.dtype)
+    """Attention to each page on its own, in one call for all that as many samples share, then the pages of each sample
+    put together by their share of the sample's softmax. Source: "Flash-Decoding for long-context inference", Dao,
+    Haziza, Massa and Sizov, 2023."""
+    groups, places_NM = table.by_page
+    outs, logsumexps = [], []
+    for group in groups:
+        # The queries of samples that share a page are rows of one matrix, as heads are that share keys.
+        query_PSGRd = query_NGRd[group.owners_PS]
+        both = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query_PSGRd.transpose(1, 2).flatten(2, 3),
+            keys_PBGd[group.chosen].transpose(1, 2),
+            values_PBGd[group.chosen].transpose(1, 2),
+            attn_mask=group.mask_P11B,
+            scale=scoring.scaling,
+        )
+        for each, found in zip(both, (outs, logsumexps), strict=True):
+            found.append(each.unflatten(2, (query_PSGRd.shape[1], -1)).transpose(1, 2).flatten(0, 1))
+    out, logsumexp = (found[0] if len(groups) == 1 else torch.cat(found) for found in (outs, logsumexps))
+    if places_NM.shape[1] == 1:
+        return out[places_NM[:, 0]]
+    shares_NMGR = (logsumexp[places_NM] + table.absent_NM11).softmax(1)
+    return (shares_NMGR[..., None] * out[places_NM]).sum(1).to(query_NGRd.dtype)
 
 
 def _by_table(query: Tensor, key: Paged, value: Paged, scoring: _Scoring) -> Tensor:

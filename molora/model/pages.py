@@ -4,12 +4,16 @@ A layer has one tensor of pages for keys and one for values. A sample holds page
 to have, from the moment it enters to the moment it leaves, so its memory is certain and nothing is copied in between.
 Layers with a sliding window hold the last tokens only: the pages of a sample are a ring there.
 
+A sample that goes on from another's prompt shares the pages that the prompt fills, to which neither writes again, and
+has a copy of the rest. It takes no more free pages than it would alone.
+
 Letters: P pages, B tokens in a page, N samples, T tokens in a pack, G key/value heads, d head width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -94,6 +98,8 @@ class PagePool:
         self.num_pages = num_pages
         counts = {window: kept.pages_of_window(window, num_pages, num_samples) for window in kept.windows}
         self._free = {window: list(range(count)) for window, count in counts.items()}
+        # How many samples hold each page.
+        self._holders: dict[int | None, Counter[int]] = {window: Counter() for window in counts}
 
         def pages(layer: KeptLayer, shape: tuple[int, int]) -> Tensor:
             return like.new_zeros((counts[layer.window], kept.page_tokens, *shape), dtype=layer.dtype)
@@ -114,12 +120,53 @@ class PagePool:
         """Whether a sample of so many tokens could be admitted if no other were there."""
         return self.kept.pages_for(num_tokens) <= self.num_pages
 
-    def admit(self, num_tokens: int) -> SamplePages | None:
-        """Pages for a sample that may come to have so many tokens, or None while too few are free."""
+    def admit(self, num_tokens: int, shared: Mapping[int | None, list[int]] | None = None) -> SamplePages | None:
+        """Pages for a sample that may come to have so many tokens, or None while too few are free. The first are those
+        that it shares."""
+        first = {window: (shared or {}).get(window, []) for window in self._free}
         needs = {w: self.kept.pages_for(num_tokens if w is None else min(num_tokens, w)) for w in self._free}
-        if any(need > len(self._free[window]) for window, need in needs.items()):
+        if any(need - len(first[window]) > len(self._free[window]) for window, need in needs.items()):
             return None
-        return SamplePages({window: self._take(window, need) for window, need in needs.items()})
+        pages = {w: [*first[w], *self._take(w, need - len(first[w]))] for w, need in needs.items()}
+        for window, its in pages.items():
+            self._holders[window].update(its)
+        return SamplePages(pages)
+
+    def holds(self, sample: SamplePages, length: int) -> bool:
+        """Whether a sample still has all that is read of its first `length` tokens by what follows them: no ring has
+        come round since."""
+        return all(window is None or sample.length <= max(window, length) for window in self._free)
+
+    def branch(self, sample: SamplePages, length: int, num_tokens: int, *, rewrites: bool) -> SamplePages | None:
+        """Pages for a sample that begins with the first `length` tokens of another, which `holds` them and may come to
+        have as many; or None while too few are free. Full pages are shared where neither will write to them: not in a
+        ring that comes round, and not if the two rewrite what they hold (`rewrites`). All else is copied."""
+        full = {
+            window: 0 if rewrites or (window is not None and window < num_tokens) else length // self.kept.page_tokens
+            for window in self._free
+        }
+        branched = self.admit(num_tokens, {window: sample.pages[window][:count] for window, count in full.items()})
+        if branched is None:
+            return None
+        branched.length = length
+        for window, count in full.items():
+            start = max(count * self.kept.page_tokens, 0 if window is None else length - window)
+            source, target = (self.slots(each, window, start, length) for each in (sample, branched))
+            for index in self._layers(window):
+                for kept_PBGd in (self.keys[index], self.values[index]):
+                    flat = kept_PBGd.flatten(0, 1)
+                    flat.index_copy_(0, target.to(flat.device), flat[source.to(flat.device)])
+        return branched
+
+    def slots(self, sample: SamplePages, window: int | None, start: int, stop: int) -> Tensor:
+        """Token slots of a sample's positions start:stop."""
+        position, size = torch.arange(start, stop), self.kept.page_tokens
+        if window is not None:
+            position %= window
+        return torch.tensor(sample.pages[window])[position // size] * size + position % size
+
+    def _layers(self, window: int | None) -> list[int]:
+        return [index for index, layer in self.kept.layers.items() if layer.window == window]
 
     def _take(self, window: int | None, count: int) -> list[int]:
         """Neighbouring pages if there are enough of them, which one view can show; else the first ones."""
@@ -136,15 +183,16 @@ class PagePool:
         return taken
 
     def release(self, held: SamplePages) -> None:
-        """Takes a sample's pages back, as zeros: attention reads whole pages, and what is no number survives a mask."""
+        """Takes back the pages that no other sample holds, as zeros: attention reads whole pages, and what is no number
+        survives a mask."""
         for window, pages in held.pages.items():
-            self._free[window] = sorted([*self._free[window], *pages])
-            layers = [index for index, layer in self.kept.layers.items() if layer.window == window]
-            if layers:
-                pages_P = torch.tensor(pages, device=self.keys[layers[0]].device)
-                for index in layers:
-                    self.keys[index].index_fill_(0, pages_P, 0)
-                    self.values[index].index_fill_(0, pages_P, 0)
+            self._holders[window].subtract(pages)
+            left = [page for page in pages if not self._holders[window][page]]
+            self._free[window] = sorted([*self._free[window], *left])
+            for index in self._layers(window):
+                left_P = torch.tensor(left, dtype=torch.long, device=self.keys[index].device)
+                self.keys[index].index_fill_(0, left_P, 0)
+                self.values[index].index_fill_(0, left_P, 0)
         held.pages = {}
 
     def feed(self, samples: Sequence[SamplePages], lengths: Sequence[int], ends: Sequence[int]) -> Feed:
@@ -210,16 +258,16 @@ class Feed(Cache):
         for sample, length in zip(samples, self._lengths, strict=True):
             end = sample.length + length
             first = sample.length if window is None else max(sample.length, end - window)
-            writes.append(self._places(sample, window, first, end))
+            writes.append(self._pool.slots(sample, window, first, end))
             written.append(torch.arange(start + first - sample.length, start + length))
             start += length
             if self._fresh:
                 continue
             if window is None:
-                read.append(_as_slice(self._places(sample, None, 0, end), self._device))
+                read.append(_as_slice(self._pool.slots(sample, None, 0, end), self._device))
             else:
                 seen = max(0, sample.length - window + 1)
-                read.append(self._places(sample, window, seen, sample.length).to(self._device))
+                read.append(self._pool.slots(sample, window, seen, sample.length).to(self._device))
         all_written = sum(map(len, written)) == start
         written_T = None if all_written else torch.cat(written).to(self._device)
         return _Slots(torch.cat(writes).to(self._device), written_T, None, read)
@@ -251,14 +299,6 @@ class Feed(Cache):
         kept = kept_PBGd.flatten(0, 1)
         parts = zip(read, new.split(self._lengths, dim=2), strict=True)
         return Segments(torch.cat([kept[slots].transpose(0, 1)[None], own], dim=2) for slots, own in parts)
-
-    def _places(self, sample: SamplePages, window: int | None, start: int, stop: int) -> Tensor:
-        """Token slots of a sample's positions start:stop."""
-        position = torch.arange(start, stop)
-        if window is not None:
-            position %= window
-        pages = torch.tensor(sample.pages[window])[position // self._page_tokens]
-        return pages * self._page_tokens + position % self._page_tokens
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         raise RuntimeError("a pack has one length per sample; positions must be passed explicitly")

@@ -45,12 +45,14 @@ class _Solution:
 
 @dataclass
 class _Draw:
-    """One draw of a question, by its number: behind which prefix of a solution, and the tokens that came so far."""
+    """One draw of a question, by its number: behind which prefix of a solution, and the tokens that came so far. The
+    draws behind a prefix have one sample, which is read once for all of them."""
 
     of: _Search
     number: int
     prefix: Prefix
     before: tuple[int, ...]
+    sample: Sample
     tokens: list[int]
 
 
@@ -239,8 +241,10 @@ class _Searches:
         """Lets a search say what it wants next, or what it found."""
         try:
             for prefix, count in next(one.steps):
+                before = one.before[: prefix.length]
+                sample = one.sample.followed_by(before)
                 for _ in range(count - len(prefix.draws)):
-                    self.wanted.append(_Draw(one, one.num_draws, prefix, one.before[: prefix.length], []))
+                    self.wanted.append(_Draw(one, one.num_draws, prefix, before, sample, []))
                     one.num_draws += 1
                     one.waiting += 1
         except StopIteration as end:
@@ -249,7 +253,7 @@ class _Searches:
     def _add(self, draw: _Draw) -> None:
         """Draws from behind a prefix, by its token ids: nothing is read again by the tokenizer."""
         id = f"{draw.of.asked.id}#{draw.number}"
-        sample = replace(draw.of.sample.followed_by(draw.before), id=id)
+        sample = replace(draw.sample, id=id)
         left = self.decoding.max_new_tokens - len(draw.before)
         decoding = replace(self.decoding, max_new_tokens=max(1, left))
         self.draws[id] = draw

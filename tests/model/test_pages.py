@@ -22,6 +22,12 @@ GROUPS, HEADS, WIDTH, PAGE = 2, 6, 8, 16
 FP32, BF16 = torch.float32, torch.bfloat16
 PLAIN, WINDOWED = (KeptLayer(window, (GROUPS, WIDTH), (GROUPS, WIDTH), FP32) for window in (None, 40))
 KEPT = KeptLayers({0: PLAIN, 1: WINDOWED}, PAGE)
+ODDITIES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "scaled": {"scaling": 0.3},
+    "capped": {"softcap": 2.0},
+    "sinks": {"s_aux": torch.linspace(-1, 2, HEADS)},
+}
 
 
 def make_pool(num_pages: int, num_samples: int, kept: KeptLayers = KEPT) -> PagePool:
@@ -78,6 +84,98 @@ def test_ten_thousand_samples_leave_no_page_behind() -> None:
     for pages in running:
         pool.release(pages)
     assert pool.num_free == before == {None: 60, 40: 24}
+
+
+def test_samples_that_branch_off_each_other_leave_no_page_behind() -> None:
+    """Nor lose one while another holds it, nor get more than they would alone."""
+    pool, drawn = make_pool(60, 8), random.Random(0)
+    before = pool.num_free
+    running: list[tuple[SamplePages, int, int]] = []  # with the tokens of its prompt, and all that it may have
+    branched = 0
+    for turn in range(3_000):
+        pages, length, most = None, drawn.randrange(1, 6 * PAGE), 0
+        if len(running) < 8 and drawn.random() < 0.5:
+            most = length + drawn.randrange(4 * PAGE)
+            pages = pool.admit(most)
+            if pages:
+                feed(pool, pages, length, float(turn + 1))
+        elif len(running) < 8 and running:
+            other, length, most = drawn.choice(running)
+            free = pool.num_free[None]
+            pages = (
+                pool.branch(other, length, most, rewrites=drawn.random() < 0.2) if pool.holds(other, length) else None
+            )
+            branched += pages is not None
+            assert pages is None or free - pool.num_free[None] <= pool.kept.pages_for(most)
+            if pages:
+                assert_equal_beginnings(pool, other, pages, length)
+        if pages:
+            running.append((pages, length, most))
+            if length < most:
+                feed(pool, pages, drawn.randrange(1, most - length + 1), -float(turn + 1))
+        elif running:
+            pool.release(running.pop(drawn.randrange(len(running)))[0])
+        lasting = {page for pages, _, _ in running for page in pages.pages[None]}
+        assert pool.num_free[None] == 60 - len(lasting), "a page is free when nobody holds it"
+    assert branched > 300
+    for pages, _, _ in running:
+        pool.release(pages)
+    assert pool.num_free == before
+    assert not any(tensor.any() for tensor in (*pool.keys.values(), *pool.values.values()))
+
+
+def feed(pool: PagePool, pages: SamplePages, count: int, value: float) -> None:
+    """The next tokens of a sample, all of one value."""
+    both = torch.full((1, GROUPS, count, WIDTH), value)
+    fed = pool.feed([pages], [count], [pages.length + count])
+    with flowing(Flow((count,))):
+        for layer in pool.keys:
+            fed.update(both, both, layer)
+
+
+def assert_equal_beginnings(pool: PagePool, one: SamplePages, other: SamplePages, length: int) -> None:
+    assert other.length == length
+    for layer, kept in pool.kept.layers.items():
+        # A ring's oldest token is written over before it is read.
+        start = 0 if kept.window is None else max(0, length - kept.window + 1)
+        for tensor in (pool.keys[layer], pool.values[layer]):
+            first, second = (tensor.flatten(0, 1)[pool.slots(its, kept.window, start, length)] for its in (one, other))
+            assert torch.equal(first, second) and first.all()
+
+
+@pytest.mark.parametrize("kind", ODDITIES)
+@pytest.mark.parametrize("between", [0, 3])
+def test_a_step_of_samples_that_share_pages_is_attention_sample_by_sample(kind: str, between: int) -> None:
+    """Prompts of full pages and of parts, with one, two and five answers, beside pages of others."""
+    generator = torch.Generator().manual_seed(5)
+    pool = make_pool(99, 16)
+    samples: list[SamplePages] = []
+    written: list[Tensor] = []
+    for length, number in ((2 * PAGE, 5), (PAGE + 3, 2), (7, 1), (3 * PAGE + 5, 2)):
+        pool.admit(between * PAGE + 1)
+        (first,), (both,) = fill(pool, [length], 9, generator)
+        branches = [pool.branch(first, length, length + 9, rewrites=False) for _ in range(number - 1)]
+        for count, pages in enumerate((first, *branches), start=2):
+            assert pages
+            new = torch.randn(2, 1, GROUPS, count, WIDTH, generator=generator)
+            added = pool.feed([pages], [count], [length + count])
+            with flowing(Flow((count,))):
+                for layer in pool.keys:
+                    added.update(new[0], new[1], layer)
+            samples.append(pages)
+            written.append(torch.cat([both, new], dim=3))
+    lengths = [pages.length for pages in samples]
+    new = torch.randn(2, 1, GROUPS, len(lengths), WIDTH, generator=generator)
+    query = torch.randn(1, HEADS, len(lengths), WIDTH, generator=generator)
+    step = pool.feed(samples, [1] * len(lengths), [length + 1 for length in lengths])
+    with flowing(Flow((1,) * len(lengths))):
+        for layer, window in ((0, None), (1, 40)):
+            keys, values = step.update(new[0], new[1], layer)
+            out, _ = packed_attention(Layer(), query, keys, values, None, sliding_window=window, **ODDITIES[kind])
+            for index in range(len(lengths)):
+                both = torch.cat([written[index], new[:, :, :, index : index + 1]], dim=3)
+                its = reference(query[:, :, index], both, window, **ODDITIES[kind])
+                assert_close(out[:, index : index + 1], its, 1e-5, what=f"sample {index} of layer {layer}")
 
 
 def test_a_sample_waits_for_pages_and_is_refused_none_that_are_free() -> None:
@@ -158,14 +256,6 @@ def test_part_of_a_prompt_gives_the_same_bits_wherever_its_pages_lie() -> None:
 class Layer(nn.Module):
     is_causal = True
     num_key_value_groups = HEADS // GROUPS
-
-
-ODDITIES: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "scaled": {"scaling": 0.3},
-    "capped": {"softcap": 2.0},
-    "sinks": {"s_aux": torch.linspace(-1, 2, HEADS)},
-}
 
 
 @pytest.mark.parametrize("kind", ODDITIES)

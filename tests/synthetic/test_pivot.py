@@ -133,6 +133,21 @@ def test_planted_tokens_are_found_their_rows_are_published_and_pairs_are_learned
         assert better > worse
 
 
+def test_a_prefix_is_embedded_once_for_its_draws(
+    model: LoadedModel, whole: PivotSearch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedded: list[int] = []
+    embed = model.model.embed
+    monkeypatch.setattr(model.model, "embed", lambda pack: embedded.append(len(pack)) or embed(pack))
+    again = PivotSearch(whole.messages, tmp_path / "out.jsonl", whole.verifier, CONFIG, 2)
+    with again.held():
+        again.find(model, DECODING)
+    found, expected = ([row for _, row in search.found()] for search in (again, whole))
+    assert found == expected
+    draws = sum(row.get("draws", CONFIG.fewest) for row in found)
+    assert sum(embedded) < draws / 4, "some are drawn a few at a time, until an interval decides"
+
+
 def test_what_was_stopped_goes_on_and_the_command_writes_a_page(
     model: LoadedModel, whole: PivotSearch, tmp_path: Path
 ) -> None:

@@ -81,6 +81,16 @@ def test_every_prompt_gets_its_answers_rated(model: LoadedModel, rows: Path, tmp
     assert sum(each.num_right for each in drawn) == sum(row["right"] for row in answers.values()) > 0
 
 
+def test_a_prompt_is_embedded_once_for_all_its_answers(
+    model: LoadedModel, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedded: list[int] = []
+    embed = model.model.embed
+    monkeypatch.setattr(model.model, "embed", lambda pack: embedded.append(len(pack)) or embed(pack))
+    draw(model, rows, tmp_path / "out.jsonl")
+    assert sum(embedded) == 5, "five rows, four answers each"
+
+
 def test_what_was_stopped_goes_on_and_ends_the_same(model: LoadedModel, rows: Path, tmp_path: Path) -> None:
     draw(model, rows, tmp_path / "whole.jsonl")
     whole = lines(tmp_path / "whole.jsonl")
