@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,11 +20,15 @@ from typing import Any, Literal
 import numpy as np
 
 from molora.checkpoint.assembly import RouterConfig
+from molora.checkpoint.opening import locate, model_hashes, plan_model
+from molora.checkpoint.pretrained import fetch
 from molora.config import ConfigError, plain, require
+from molora.convert.release import converted
 from molora.data.sources import SourceConfig, open_source
 from molora.inference.answers import row_bytes, told_answer
 from molora.inference.generate import Failed, GenerationConfig, attempt
 from molora.inference.load import load
+from molora.interrupt import Stopped
 from molora.pack import Sample
 from molora.process import WAITING
 from molora.received import read_json
@@ -77,39 +82,68 @@ def answer_batch(config: BatchConfig, trust: Sequence[str] = ()) -> BatchDone:
     """Answers the rows that have no answer yet, with a bar. Ray starts here, or is the cluster that RAY_ADDRESS names.
 
     A row of the files has the row's number and id, what a row of `molora generate` tells of its answer, and an `error`,
-    which is null but for a row that failed. Raises ConfigError for rows that cannot be opened, for an output with
-    answers to other rows or of another model, or in use; RuntimeError for files that were changed."""
+    which is null but for a row that failed. Raises ConfigError or ValueError for rows or a model that cannot be opened,
+    before anything is written, ConfigError for an output that cannot be made, has answers to other rows or of another
+    model, or is in use; RuntimeError for an actor that fails and for files that were changed; Stopped after Ctrl-C."""
     try:
-        import pyarrow as pa
         import ray.data  # pyright: ignore[reportMissingImports]
+        import ray.exceptions  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(f"a batch job runs on Ray ({error}): pip install 'molora[ray]'") from error
     total = len(open_source(config.rows, "rows"))
     if total == 0:
         raise ConfigError("rows: there are none; name rows to answer")
+    _check_model(config, trust)
     output = Path(os.path.expanduser(config.output)).absolute()
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        told = f"output {output}: no folder can be made there ({error.strerror})"
+        raise ConfigError(f"{told}; give a place that can be written") from error
     with hold(output):
         _keep_to_one_job(config, total, output / "batch.json")
         left = list(_left(total, config.rows_per_block, output))
         with progress() as bars:
             num_left = sum(map(len, left))
             bar = bars.add_task("batch", total=total, completed=total - num_left, note="")
-            if left:
-                _start_quietly(ray)
-                blocks = [pa.table({"begin": [rows.start], "end": [rows.stop]}) for rows in left]
-                answered = ray.data.from_arrow(blocks).map_batches(
-                    _Answering,
-                    fn_constructor_args=(config, output, trust, os.getcwd()),
-                    batch_size=None,
-                    compute=ray.data.ActorPoolStrategy(size=config.actors),
-                    num_cpus=config.cpus_per_actor,
-                    num_gpus=config.gpus_per_actor,
-                    runtime_env={"env_vars": WAITING},
-                )
-                for done in answered.iter_batches(batch_size=None):
-                    bars.advance(bar, int(np.sum(np.asarray(done["rows"]))))
+            try:
+                for num_rows in _answered_blocks(config, output, trust, left) if left else ():
+                    bars.advance(bar, num_rows)
+            except KeyboardInterrupt as interrupt:
+                num_done = total - sum(map(len, _left(total, config.rows_per_block, output)))
+                told = f"stopped: {num_done} of {total} rows are done, in {output}"
+                raise Stopped(f"{told}; the same call goes on with the others", signal.SIGINT) from interrupt
+            except ray.exceptions.RayError as error:
+                why = str(error).strip().splitlines()[-1]  # the last line of the traceback that Ray makes a text of
+                told = f"output {output}: an actor fails: {why}; mend that"
+                raise RuntimeError(f"{told}, and the same call goes on with the rows that are left") from error
         return _counted(config.format, output, total)
+
+
+def _check_model(config: BatchConfig, trust: Sequence[str]) -> None:
+    """Raises, as `load` does, for a model that no actor could open, as far as folders tell without weights."""
+    plan = plan_model(converted(config.model), config.modalities, router=config.router, trust=trust)
+    fetch(plan.backbone.path, plan.backbone.revision, weights=False)
+
+
+def _answered_blocks(config: BatchConfig, output: Path, trust: Sequence[str], left: Sequence[range]) -> Iterator[int]:
+    """Has blocks answered on Ray; yields the number of rows of each as it is done."""
+    import pyarrow as pa
+    import ray.data  # pyright: ignore[reportMissingImports]
+
+    _start_quietly(ray)
+    blocks = [pa.table({"begin": [rows.start], "end": [rows.stop]}) for rows in left]
+    answered = ray.data.from_arrow(blocks).map_batches(
+        _Answering,
+        fn_constructor_args=(config, output, trust, os.getcwd()),
+        batch_size=None,
+        compute=ray.data.ActorPoolStrategy(size=config.actors),
+        num_cpus=config.cpus_per_actor,
+        num_gpus=config.gpus_per_actor,
+        runtime_env={"env_vars": WAITING},
+    )
+    for done in answered.iter_batches(batch_size=None):
+        yield int(np.sum(np.asarray(done["rows"])))
 
 
 def _start_quietly(ray: Any) -> None:
@@ -155,31 +189,42 @@ class _Answering:
         return {"rows": [len(rows)]}
 
     def _answered(self, rows: range) -> list[dict[str, Any]]:
-        """What is told of each row; answers are drawn by the row's id, as `molora generate` draws them."""
+        """What is told of each row. Answers are drawn by the row's id, as `molora generate` draws them, so rows that
+        have the same id are answered one after the other."""
         found = {number: dict.fromkeys(_schema().names) | {"row": number} for number in rows}
-        numbers: dict[str, int] = {}
+        left: Sequence[int] = rows
+        while left:
+            numbers: dict[str, int] = {}
+            later: list[int] = []
+            for answer in self.loaded.answers(
+                self._samples(left, found, numbers, later), self.config.generation, keep_going=True
+            ):
+                told = {"error": _storable(answer.error)} if answer.error else told_answer(answer)
+                found[numbers[answer.id]] |= told
+            left = later
+        return list(found.values())
 
-        def sample(number: int) -> Sample:
+    def _samples(
+        self, rows: Sequence[int], found: dict[int, dict[str, Any]], numbers: dict[str, int], later: list[int]
+    ) -> Iterator[Sample]:
+        """The rows as samples, with their `numbers` by id. What cannot be read has its error in what is `found`, and a
+        row whose id is taken is one for `later`."""
+
+        def sample(number: int) -> Sample | None:
             row = self.source[number]
             found[number]["id"] = _storable(row["id"])
-            if (first := numbers.setdefault(row["id"], number)) != number:
-                raise ValueError(
-                    f"rows {first + 1} and {number + 1} have the id {row['id']!r}; give each one of its own"
-                )
+            if numbers.setdefault(row["id"], number) != number:
+                return None
             return self.loaded.encode(row["messages"], row["id"])
 
-        def samples() -> Iterator[Sample]:
-            for number in rows:
-                made = attempt(partial(sample, number), "")
-                if isinstance(made, Failed):
-                    found[number]["error"] = _storable(made.error)
-                else:
-                    yield made
-
-        for answer in self.loaded.answers(samples(), self.config.generation, keep_going=True):
-            told = {"error": _storable(answer.error)} if answer.error else told_answer(answer)
-            found[numbers[answer.id]] |= told
-        return list(found.values())
+        for number in rows:
+            made = attempt(partial(sample, number), "")
+            if made is None:
+                later.append(number)
+            elif isinstance(made, Failed):
+                found[number]["error"] = _storable(made.error)
+            else:
+                yield made
 
 
 def _storable(text: object) -> str:
@@ -196,13 +241,15 @@ def _schema() -> Any:
 
 
 def _keep_to_one_job(config: BatchConfig, total: int, path: Path) -> None:
-    """Notes what is answered by which model; raises ConfigError if the output has answers to something else."""
+    """Notes what is answered by which model; raises ConfigError if the output has answers to something else, or by
+    another state of the model's parts that train."""
     about = {key: value for key, value in plain(config).items() if key not in _FREE}
     about["generation"] = {
         key: about["generation"][key] for key in about["generation"] if key not in _FREE_IN_GENERATION
     }
     about["num_rows"] = total
-    if not path.exists():
+    about["weights"] = model_hashes(locate(converted(config.model), config.modalities))
+    if not path.exists() or not _files(path.parent):  # without answers it binds no one
         write_json(path, about)
     elif (known := read_json(path)) != about:
         differ = ", ".join(sorted(key for key in about.keys() | known.keys() if about.get(key) != known.get(key)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,9 @@ from typing import Any
 import psutil
 import pytest
 
+from molora.checkpoint.assembly import RouterConfig, assemble, blueprint
+from molora.checkpoint.modality_folder import save_modality
+from molora.checkpoint.pretrained import load_backbone
 from molora.config import ConfigError, build
 from molora.inference.batch_job import BatchConfig, answer_batch
 from molora.testing import save_backbone
@@ -70,6 +74,17 @@ def start(path: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-m", "molora", "batch", str(path)], start_new_session=True)
 
 
+def told_when_stopped(path: Path, answers: Path) -> str:
+    """What a job says that is stopped, as by Ctrl-C in a terminal, once it has answered something or fails."""
+    job = subprocess.Popen(
+        [sys.executable, "-m", "molora", "batch", str(path)], start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    while job.poll() is None and not list(answers.glob("*.parquet")):
+        time.sleep(0.1)
+    os.killpg(job.pid, signal.SIGINT)
+    return " ".join(job.communicate()[1].split())
+
+
 def actors_of(driver: psutil.Process) -> Iterator[psutil.Process]:
     for process in driver.children(recursive=True):
         with suppress(psutil.NoSuchProcess):
@@ -80,6 +95,7 @@ def actors_of(driver: psutil.Process) -> Iterator[psutil.Process]:
 def test_every_row_is_answered_once_though_actors_and_the_driver_are_killed(home: Path, tmp_path: Path) -> None:
     path, answers = tmp_path / "batch.yaml", tmp_path / "job"
     path.write_text(json.dumps(config(home, tmp_path / "job", actors=2)))
+    assert "the same call goes on" in told_when_stopped(path, answers)
     draw = random.Random(0)
     drivers, actors, before, last = 0, 0, 0, time.monotonic()
     job, starts = start(path), 1
@@ -127,15 +143,59 @@ def test_rows_that_fail_have_their_error_and_a_job_keeps_to_its_model(home: Path
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     values = config(tmp_path, tmp_path / "job", model=str(home / "backbone"), format="jsonl")
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job/batch.json").write_text("{}")  # of another job, which has left no answer
     done = answer_batch(build(BatchConfig, values, "test"))
-    assert (done.rows, done.failed) == (4, 3)
+    assert (done.rows, done.failed) == (4, 2)
     found = answers_in(done.folder)
     assert [found[number]["id"] for number in range(3)] == ["good", "half \ufffd", "good"]
-    assert found[0]["error"] is None and found[0]["finished"] in ("length", "stop")
-    assert "smell" in found[1]["error"] and "rows 1 and 3 have the id 'good'" in found[2]["error"]
+    assert "smell" in found[1]["error"]
+    for number in (0, 2):
+        assert found[number]["error"] is None and found[number]["finished"] in ("length", "stop")
     before = {path: path.stat().st_mtime_ns for path in done.folder.iterdir()}
     assert answer_batch(build(BatchConfig, {**values, "actors": 2}, "test")) == done
     assert {path: path.stat().st_mtime_ns for path in done.folder.iterdir()} == before
     with pytest.raises(ConfigError, match="has answers of another job, with other deterministic_batch, generation"):
         more = {"generation": {"max_new_tokens": 3}, "deterministic_batch": True}
         answer_batch(build(BatchConfig, {**values, **more}, "test"))
+
+
+@pytest.mark.usefixtures("ray_ends")
+def test_what_an_actor_fails_on_is_told_in_a_sentence(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "backbone", tmp_path / "backbone")
+    weights = tmp_path / "backbone/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(RuntimeError, match=r"job: an actor fails: .*model\.safetensors.*; mend that, and"):
+        answer_batch(build(BatchConfig, config(home, tmp_path / "job", model=str(tmp_path / "backbone")), "test"))
+
+
+@pytest.mark.parametrize(
+    ("model", "output", "told"),
+    [
+        ("nowhere/at/all", "job", "no such folder"),
+        ("backbone", "rows.jsonl", "no folder can be made there"),
+    ],
+)
+def test_nothing_is_begun_that_cannot_be_done(home: Path, model: str, output: str, told: str) -> None:
+    with pytest.raises((ValueError, OSError), match=told):
+        answer_batch(build(BatchConfig, config(home, home / output, model=str(home / model)), "test"))
+    assert not (home / "job").exists()
+
+
+def test_answers_are_of_one_state_of_a_modality(home: Path, tmp_path: Path) -> None:
+    folder, adapter = tmp_path / "numbers", {"r": 2, "lora_alpha": 8, "target_modules": ["qkv_proj"]}
+    plan = blueprint("numbers", "molora.testing:Numbers", {}, adapter, "here")
+    model, _ = assemble(*load_backbone(str(home / "backbone")), {"numbers": plan}, RouterConfig())
+    save_modality(model, "numbers", plan, folder, {})
+    answers = [{"row": number, "id": str(number), "error": None} for number in range(ROWS)]
+    (tmp_path / "job").mkdir()
+    path = tmp_path / f"job/{0:012}-{ROWS:012}.jsonl"
+    path.write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    job = build(BatchConfig, config(home, tmp_path / "job", modalities=[str(folder)], format="jsonl"), "test")
+    assert answer_batch(job, ["molora.testing:Numbers"]).rows == ROWS
+    shutil.rmtree(folder)
+    for parameter in model.parts()["adapters.numbers"].values():
+        parameter.data.add_(1)
+    save_modality(model, "numbers", plan, folder, {})
+    with pytest.raises(ConfigError, match="has answers of another job, with other weights"):
+        answer_batch(job, ["molora.testing:Numbers"])
