@@ -223,7 +223,7 @@ class MoLoRA(nn.Module):
         """How far the media tokens of each sample are from the embeddings of its words (K,), in their order: no layer
         of the backbone runs, and no adapter. Words are told apart from the first `vocabulary` tokens, or from all."""
         embeds, is_media = self.embed(pack).split(pack.lengths), (pack.modality_ids_T > 0).split(pack.lengths)
-        media = [embeds_TD[media_T] for embeds_TD, media_T in zip(embeds, is_media, strict=True)]
+        media = [embeds_TD[media_T.nonzero()[:, 0]] for embeds_TD, media_T in zip(embeds, is_media, strict=True)]
         on_device = [words_K.to(self.device) for words_K in words]
         sums_N = word_losses(media, on_device, self.backbone.embeddings_VD[:vocabulary])
         return Losses(sums_N, tuple(map(len, words)), Routing(()), torch.zeros_like(sums_N))

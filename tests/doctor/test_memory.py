@@ -54,6 +54,8 @@ from molora.seeding import seed_of
 from molora.terminal import console
 from molora.testing import ROPE_SWITCH, Numbers, byte_tokenizer, save_backbone
 from molora.train.optim import PartConfig, set_trainable
+from molora.train.preference import Reference, preference_step
+from molora.train.preflight import words_of
 from molora.train.recipe import Recipe, StageConfig, plan_recipe
 from molora.train.step import train_step
 
@@ -430,6 +432,40 @@ def test_the_products_of_a_stages_steps_are_those_that_training_computes(
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         train_step(model.train(), processor, samples, stage.tokens_per_pack, {})
     assert (work.name, work.num_steps, work.dtype) == ("all", 3, torch.float32)
+    assert work.step_flop == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize(("objective", "tokens_per_pack"), [("words", 700), ("preferences", 700), ("preferences", 80)])
+def test_steps_of_words_and_of_preferences_are_counted_as_what_they_are(
+    objective: Any, tokens_per_pack: int, small: Path, tmp_path: Path
+) -> None:
+    """The first run no layer of the backbone; the second run the reference too, and several packs twice."""
+    recipe = recipe_of(small)
+    (stage,) = recipe.stages
+    stage.objective, stage.tokens_per_pack = objective, tokens_per_pack
+    parts = ("encoders", "projectors") if objective == "words" else ("adapters",)
+    stage.train = {f"{part}.*": PartConfig(learning_rate=1e-3) for part in parts}
+    rows = rows_of(tmp_path / "rows.jsonl", [2] * 4)
+    if objective == "preferences":
+        prompt = [{"type": "image", "path": str(tmp_path / "rows.png")}, {"type": "text", "text": "what?"}]
+        row = {"prompt": [{"role": "user", "content": prompt}], "chosen": "a" * 20, "rejected": "b" * 30}
+        (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps(row)] * 4))
+        rows.kind = objective
+    stage.data = {"rows": rows}
+    (work,) = training_needs(recipe).work
+    model, processor = open_model(plan_recipe(recipe), "cpu")
+    set_trainable(model, stage.train, stage.steps, "stages.0.train")
+    pairs = objective == "preferences"
+    dataset = EncodedSamples(
+        stage.data, processor, seed=seed_of(recipe.seed, "all"), max_tokens=700, skips=(), where="test", pairs=pairs
+    )
+    samples: Any = [dataset[k] for k in range(4)]
+    with_what = (model.train(), processor, samples, stage.tokens_per_pack, {})
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        if pairs:
+            preference_step(*with_what, stage.preference, Reference(model))
+        else:
+            train_step(*with_what, words=words_of(stage, model, processor, "test"))
     assert work.step_flop == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
