@@ -495,7 +495,8 @@ def _conversation(processor: Processor, parts: Sequence[Mapping[str, Any]], num_
 
 
 def copies(sample: Sample, number: int) -> list[Sample]:
-    return [replace(sample, id=str(index)) for index in range(number)]
+    """Samples that are alike and share nothing, so that each reads its prompt."""
+    return [replace(sample, id=str(index), token_ids_T=sample.token_ids_T.clone()) for index in range(number)]
 
 
 def with_frames(model: MoLoRA, sample: Sample) -> Sample:

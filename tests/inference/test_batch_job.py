@@ -124,9 +124,9 @@ def test_every_row_is_answered_once_though_actors_and_the_driver_are_killed(home
         assert {key: found[number][key] for key in row} == row
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def ray_ends() -> Iterator[None]:
-    """What a test starts in this process is not left to those that come."""
+    """What tests start in this process is not left to those of other modules."""
     import ray  # pyright: ignore[reportMissingImports]
 
     yield

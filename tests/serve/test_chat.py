@@ -163,10 +163,16 @@ def test_stop_ends_the_answer_and_frees_its_memory(chat: Seen, server: Served) -
     for stop in (lambda: chat.button("Stop").click(), lambda: chat.page.keyboard.press("Escape")):
         chat.text.fill("go on")
         chat.page.keyboard.press("Enter")
-        chat.page.locator(".assistant").last.locator(".said:not(:empty)").wait_for()
-        with server.held():
-            stop()
-            chat.finish()
+        begun = chat.page.locator(".assistant").last.locator(".said:not(:empty)")
+        stopped = False
+        while not stopped:
+            chat.page.wait_for_timeout(20)
+            with server.held():
+                chat.page.wait_for_timeout(50)  # until what has come is shown
+                if begun.count():
+                    stop()
+                    chat.finish()
+                    stopped = True
         assert "stopped" in chat.page.locator(".about").last.inner_text()
     server.log_with("POST /v1/chat/completions 200")
     for _ in range(100):
