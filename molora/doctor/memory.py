@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -116,6 +117,7 @@ def expected_time(stage: StageWork, num_bytes: int) -> str:
     )
 
 
+@cache
 def _product_flop_per_second(dtype: torch.dtype) -> float:
     """What the fastest of some products of large matrices reaches on this CPU."""
     matrix, seconds = torch.zeros((1024, 1024), dtype=dtype), []
