@@ -111,7 +111,9 @@ def test_every_assignment_of_modalities_to_two_ranks_trains_as_one_process(tmp_p
     for rank in range(2):
         ours = torch.load(home / f"losses {rank}", weights_only=True)
         (of_rank,) = ours.pop("bytes")
-        assert held["alive"] - of_rank["alive"] == pytest.approx(elsewhere if sharded else 0, rel=0.01)
+        less = held["alive"] - of_rank["alive"]
+        # What tests before this one left alive may go at any time.
+        assert less == pytest.approx(elsewhere if sharded else 0, abs=0.01 * held["alive"])
         more = of_rank["step"] - held["step"]
         assert whole_layers / 2 < more <= whole_layers if sharded else abs(more) < 0.01 * held["step"]
         assert ours.keys() == expected.keys() and len(expected) == len(SHARES) ** 2
