@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,6 @@ import matplotlib
 import matplotlib.pyplot as plt
 
 from benchmarks.evidence.work import Arm, Figure, Work, prepared
-from benchmarks.peers.measure import environment
 from molora.model.identity import weights_hash
 from molora.storage import write_text
 
@@ -112,7 +112,7 @@ def measure(
     path = out / f"{name}.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"seeds": {}}
     arms: list[dict[str, Any]] = []
-    seeds = {**known["seeds"], str(seed): {"machine": environment("cpu"), "arms": arms}}
+    seeds = {**known["seeds"], str(seed): {"arms": arms}}
     values = {
         "format_version": FORMAT_VERSION,
         "page": name,
@@ -134,7 +134,7 @@ def measure(
 
 def _kept(arm: Arm) -> dict[str, Any]:
     found = {key: value for key, value in asdict(arm.found).items() if key != "kept"}
-    return {"name": arm.name, "processor_seconds": arm.processor_seconds, **found}
+    return {"name": arm.name, "processor_seconds": arm.processor_seconds, "machine": arm.machine, **found}
 
 
 def write(name: str, driver: Driver, out: Path) -> Path:
@@ -168,14 +168,16 @@ def _page(name: str, driver: Driver, results: Results) -> Iterator[str]:
             for task, about in values["data"].items()
         ],
     )
-    seeds = []
+    seconds: defaultdict[tuple[str, str], float] = defaultdict(float)
     for seed in results.seeds:
-        arms = values["seeds"][seed]["arms"]
-        machine = values["seeds"][seed]["machine"]
-        minutes = sum(arm["processor_seconds"] for arm in arms) / 60
-        said = f"{machine['processor']}, {machine['threads']} thread; torch {machine['torch']}"
-        seeds.append((seed, f"{minutes:.0f}", said))
-    yield table(("seed", "minutes of processor time since it was last stopped", "machine"), seeds)
+        for arm in values["seeds"][seed]["arms"]:
+            machine = arm["machine"]
+            said = f"{machine['processor']}, {machine['threads']} thread; torch {machine['torch']}"
+            seconds[seed, said] += arm["processor_seconds"]
+    yield table(
+        ("seed", "minutes of processor time since it was last stopped", "machine"),
+        [(seed, f"{taken / 60:.0f}", said) for (seed, said), taken in seconds.items()],
+    )
     yield f"Numbers, file hashes and versions are in [{name}.json]({name}.json). Intervals are of 95 %."
     yield ""
 

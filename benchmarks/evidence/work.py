@@ -13,6 +13,7 @@ from typing import Any
 
 import molora
 from benchmarks.evidence import rows
+from benchmarks.peers.measure import environment
 from molora.checkpoint.assembly import RouterConfig
 from molora.config import read
 from molora.evaluate.judge import EvaluationConfig
@@ -55,11 +56,12 @@ class Found:
 
 @dataclass(frozen=True)
 class Arm:
-    """An arm with what it found, and the processor time that it took since it was last stopped."""
+    """An arm with what it found, where, and the processor time that it took since it was last stopped."""
 
     name: str
     found: Found
     processor_seconds: float
+    machine: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -140,12 +142,13 @@ class Work:
         if not path.is_file():
             print(f"{self.folder.parent.name}, seed {self.seed}: {name}", flush=True)
             begun = time.process_time()
-            arm = Arm(name, make(), round(time.process_time() - begun, 1))
+            found = make()
+            arm = Arm(name, found, round(time.process_time() - begun, 1), environment("cpu"))
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps(asdict(arm), indent=1))
         values = json.loads(path.read_text(encoding="utf-8"))
         figures = [Figure(**figure) for figure in values["found"]["figures"]]
-        return Arm(name, Found(**{**values["found"], "figures": figures}), values["processor_seconds"])
+        return Arm(**{**values, "found": Found(**{**values["found"], "figures": figures})})
 
     def trained(self, name: str, recipe: Recipe, key: str | None = None) -> Arm:
         """An arm that is a recipe, trained and evaluated; its file and run are named `key`, or as the arm is."""

@@ -70,7 +70,7 @@ def measured(value: float, exact: str = "2 of 2") -> dict[str, Any]:
     figure = {"arm": "plugin", "name": "exact_match", "task": "beats", "value": value, "low": 0.1, "high": 0.9}
     figure |= {"questions": 4, "media": "as is"}
     arm = {"name": "plugin-beats", "processor_seconds": 60.0, "figures": [figure], "exact": {"files": exact}}
-    machine = {"processor": "a processor", "threads": 1, "torch": "2"}
+    arm |= {"machine": {"processor": "a processor", "threads": 1, "torch": "2"}, "updates": {"beats": [7, 2]}}
     about = {"about": "heart beats", "files": {}, "rows": {"train": 3, "val": 4}}
     return {
         "format_version": "1.0",
@@ -79,7 +79,7 @@ def measured(value: float, exact: str = "2 of 2") -> dict[str, Any]:
         "backbone": {"name": "a backbone", "weights": "0"},
         "data": {"beats": about},
         "budget": {},
-        "seeds": {"0": {"machine": machine, "arms": [{**arm, "updates": {"beats": [7, 2]}}]}},
+        "seeds": {"0": {"arms": [arm]}},
     }
 
 
