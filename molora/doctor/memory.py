@@ -75,8 +75,8 @@ def show(needed: MemoryNeeds, there: Iterable[Device], processes: int = 1) -> No
     say()
     if needed.held:
         say(needed.held)
-    if needed.unknown:
-        say(f"The packs that its data give are not counted: {needed.unknown}")
+    for fault in needed.unknown:
+        say(f"The packs that its data give are not counted: {fault}")
     told = f"{amount(needed.given_bytes)} needed"
     if any(moment.given for moment in needed.moments):
         told += f" as its data are, {amount(needed.num_bytes)} with the largest packs that it allows"

@@ -82,14 +82,14 @@ class StageWork:
 @dataclass(frozen=True)
 class MemoryNeeds:
     """What a run needs: its weights all the time, and its moments one after another; and the work of the stages whose
-    data are known. `process` is what the interpreter and its libraries take on a CPU; `unknown` says why there are no
-    packs of its data, and `held` how many samples some memory for keys and values is enough for."""
+    data are known. `process` is what the interpreter and its libraries take on a CPU; `unknown` says which stages' data
+    gave no packs, and why; `held` how many samples some memory for keys and values is enough for."""
 
     weights: tuple[Need, ...]
     moments: tuple[Moment, ...]
     work: tuple[StageWork, ...] = ()
     process: Need | None = None
-    unknown: str | None = None
+    unknown: tuple[str, ...] = ()
     held: str = ""
 
     @property
@@ -295,7 +295,7 @@ def training_needs(
     learned = [_learned(model, stage, f"stages.{index}.train") for index, stage in enumerate(recipe.stages)]
     dry = DryRun(model)
     model.backbone.activation_checkpointing = recipe.activation_checkpointing
-    moments, work, unknown = [], [], None
+    moments, work, unknown = [], [], []
     cached = recipe.feature_cache is not None
     for index, (stage, held) in enumerate(zip(recipe.stages, learned, strict=True)):
         set_trainable(model, stage.train, 1, f"stages.{index}.train")
@@ -310,7 +310,7 @@ def training_needs(
             taken = _steps_of_data(model, recipe, index, processes)
         except (ImportError, OSError, ValueError) as error:
             first_line, _, _ = str(error).strip().partition("\n")
-            unknown = f"stages.{index}.data: {first_line}"
+            unknown.append(f"stages.{index}.data: {first_line}")
         else:
             needs = _step(dry, taken.heaviest, stage, cached, taken.origin, taken.words)
             work.append(StageWork(stage.name, taken.num_steps, dry.flop * taken.mean_share, model.backbone.model.dtype))
@@ -328,7 +328,9 @@ def training_needs(
         moment = max(answering_moments(dry, decoding, 0, device_type), key=lambda moment: moment.num_bytes)
         moments.append(Moment(f"evaluation {name}, {moment.name}", (optimiser, *moment.needs, *layers)))
     tokens = min(_HELD_TOKENS, model.backbone.max_tokens)
-    return MemoryNeeds(owned, tuple(moments), tuple(work), unknown=unknown, held=_held(dry, 1.0, tokens, device_type))
+    return MemoryNeeds(
+        owned, tuple(moments), tuple(work), unknown=tuple(unknown), held=_held(dry, 1.0, tokens, device_type)
+    )
 
 
 def _learned(model: MoLoRA, stage: StageConfig, where: str) -> tuple[Need, ...]:

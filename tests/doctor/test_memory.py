@@ -531,8 +531,12 @@ def test_what_is_needed_is_said_for_the_data_and_for_the_largest_packs(backbone:
 
 
 def test_data_that_cannot_be_opened_are_named(backbone: Path) -> None:
-    counted = training_needs(recipe_of(backbone))
-    assert counted.unknown is not None and "stages.0.data" in counted.unknown and "nowhere.jsonl" in counted.unknown
+    recipe = recipe_of(backbone)
+    recipe.stages.append(replace(recipe.stages[0], name="again"))
+    counted = training_needs(recipe)
+    assert len(counted.unknown) == 2
+    for index, fault in enumerate(counted.unknown):
+        assert fault.startswith(f"stages.{index}.data: ") and "nowhere.jsonl" in fault
     assert all(moment.given is None for moment in counted.moments) and counted.given_bytes == counted.num_bytes
 
 
