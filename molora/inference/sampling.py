@@ -122,6 +122,7 @@ def _draw(probabilities_NV: Tensor, generators: Sequence[torch.Generator], top_p
         ordered_LK, ids_LK = _likeliest(probabilities_NV[left_N], count)
         likelier_LK = ordered_LK.cumsum(-1) - ordered_LK
         beyond_LK = (likelier_LK >= top_p) | (ordered_LK == 0)
+        beyond_LK[:, 0] = False  # as a share of these numbers, the smallest top_p are 0
         if top_k is not None:
             beyond_LK[:, top_k:] = True
         nucleus_LK = ordered_LK.masked_fill(beyond_LK, 0)
