@@ -7,6 +7,7 @@ is held in it, and plugins are there as the server has them.
 
 import asyncio
 import copy
+import math
 import os
 import pickle
 import queue
@@ -42,8 +43,8 @@ class PreparationLimits:
 
     def __post_init__(self) -> None:
         for name in ("processes", "seconds", "memory_gib"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"media {name} cannot be {getattr(self, name)}; give a number above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"media {name} cannot be {getattr(self, name)}; give a finite number above 0")
 
 
 class Preparation:

@@ -76,6 +76,11 @@ class ServeConfig:
     media_private_addresses: bool = False
     media: PreparationLimits = field(default_factory=PreparationLimits)
 
+    def __post_init__(self) -> None:
+        for name in ("answer_seconds", "max_body_mib", "client_seconds"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} cannot be {getattr(self, name)}; give a finite number above 0")
+
 
 def serve(load: Callable[[], LoadedModel], config: ServeConfig) -> int:
     """Serves a model until a signal ends it; the exit code. SIGTERM or Ctrl-C lets running answers finish, a second one

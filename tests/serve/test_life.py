@@ -135,6 +135,10 @@ MISTAKES = {
     "keys that are empty": (["--api-keys", "/dev/null"], "holds no key"),
     "more connections than files": (["--max-connections", str(10**9)], "raise the limit: ulimit -n"),
     "no memory": (["--kv-cache-gib", "0"], "kv_cache_gib cannot be 0"),
+    "answers without an end": (["--answer-seconds", "inf"], "answer_seconds cannot be inf; give a finite number"),
+    "clients without an end": (["--client-seconds", "inf"], "client_seconds cannot be inf; give a finite number"),
+    "requests of any size": (["--max-body-mib", "inf"], "max_body_mib cannot be inf; give a finite number"),
+    "media of any size": (["--media-gib", "inf"], "media memory_gib cannot be inf; give a finite number"),
     "no model": (["--modality", "{tmp}"], "modality.json"),
 }
 
