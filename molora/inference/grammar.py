@@ -98,7 +98,9 @@ class Grammar:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise ValueError(f"the grammar cannot be followed: {self._matcher.get_error()[:300]}; simplify it")
+            # What follows the first line is the state of the library.
+            fault = self._matcher.get_error().partition("\n")[0][:300]
+            raise ValueError(f"the grammar cannot be followed: {fault}; simplify it")
 
 
 def _llguidance() -> Any:

@@ -1,7 +1,7 @@
 """The application: its paths, and what becomes of every error."""
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Annotated, Any
 
@@ -219,17 +219,36 @@ def told_of(error: Exception) -> tuple[int, ErrorBody]:
 
 def _invalid(error: RequestValidationError) -> ErrorBody:
     """The first of what is wrong with a body, with its place; its values are not repeated."""
-    first = error.errors()[0]
+    first = _furthest(error.errors())
     if first["type"] == "json_invalid":
         told = f"the body is no JSON: {first['ctx']['error']}, at character {first['loc'][-1]}"
         return error_body(told, "invalid_request_error")
     if first["loc"] == ("body",) and first["type"] in ("missing", "model_attributes_type"):
         told = "the body is no object in JSON; send one, with Content-Type: application/json"
         return error_body(told, "invalid_request_error")
-    place = ".".join(str(each) for each in first["loc"] if each != "body")
+    place = _place([each for each in first["loc"] if each != "body"], error.body)
     where = f"{place[:200]}: " if place else ""
     message = where + first["msg"].removeprefix("Value error, ")
     return error_body(message, "invalid_request_error", None, place[:200] or None)
+
+
+def _furthest(errors: Sequence[Any]) -> Any:
+    """Of what is wrong with the first field that is wrong, what is said by the form that the field is closest to: of
+    `stop`, which is a text or a list, that the list is too long, and not that it is no text."""
+    of_field = [each for each in errors if each["loc"][:2] == errors[0]["loc"][:2]]
+    return min(of_field, key=lambda each: (each["type"].endswith("_type"), -len(each["loc"])))
+
+
+def _place(steps: Sequence[int | str], body: Any) -> str:
+    """The place that steps lead to in a body, without those that name a form that a field may have."""
+    place: list[str] = []
+    for number, step in enumerate(steps, 1):
+        inside = step in body if isinstance(body, Mapping) else isinstance(body, list) and isinstance(step, int)
+        # The last may be what is missing.
+        if inside or not place or (number == len(steps) and isinstance(body, Mapping)):
+            place.append(str(step))
+        body = body[step] if inside else body
+    return ".".join(place)
 
 
 def _add_errors(app: FastAPI) -> None:

@@ -47,8 +47,9 @@ def _only(inner: Mapping[str, Any], known: Mapping[str, Sequence[str] | None], w
     for key, value in inner.items():
         allowed = known.get(key)
         if key not in known or (allowed is not None and value is not None and value not in allowed):
-            needed = f"only as {' or '.join(allowed)}" if allowed else "here, and only " + " and ".join(known) + " are"
-            raise Refused(f"{where}.{key[:80]} is not honoured {needed}", f"{where}.{key[:80]}")
+            here, others = f"{where}.{key[:80]}", " and ".join(known)
+            needed = f"honoured only as {' or '.join(allowed)}" if allowed else f"not honoured; only {others} are"
+            raise Refused(f"{here} is {needed}", here)
 
 
 async def ask(request: Request, body: ChatBody) -> None:

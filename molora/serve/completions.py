@@ -84,6 +84,7 @@ def _whole(request: Request, body: CompletionBody, texts: Sequence[str]) -> Json
 async def events(request: Request, body: CompletionBody) -> AsyncGenerator[bytes, None]:
     """The answers as a client reads them: texts, each choice's last with what ended it, then, if it is asked for, what
     the request took."""
+    told_characters = [0] * len(request.choices)
     async with aclosing(request.pieces()) as pieces:
         async for piece in pieces:
             choice = piece.choice
@@ -91,7 +92,8 @@ async def events(request: Request, body: CompletionBody) -> AsyncGenerator[bytes
                 continue
             logprobs = None
             if body.logprobs is not None:
-                logprobs = _logprobs(request, choice, [])
+                logprobs = _logprobs(request, choice, [], told_characters[choice.index])
+                told_characters[choice.index] += sum(map(len, logprobs["tokens"]))
                 choice.likelihoods.clear()
             shown = {"index": choice.index, "text": piece.text, "logprobs": logprobs, "finish_reason": choice.finished}
             yield request.chunk("text_completion", shown, body.stream_options)
@@ -103,12 +105,13 @@ def _text(request: Request, ids: Sequence[int]) -> str:
     return request.service.loaded.processor.tokenizer.decode(list(ids)) if ids else ""  # pyright: ignore[reportReturnType]
 
 
-def _logprobs(request: Request, choice: Choice, echoed: Sequence[int]) -> CompletionLogprobs:
-    """OpenAI's older form: lists of the same length. The first token of all has no likelihood."""
+def _logprobs(request: Request, choice: Choice, echoed: Sequence[int], place: int = 0) -> CompletionLogprobs:
+    """OpenAI's older form: lists of the same length, of texts that begin at `place`. The first token of all has no
+    likelihood."""
     told: list[TokenLikelihood | None] = [None] * bool(echoed) + list(choice.prompt if echoed else ())
     told += choice.likelihoods
     tokens = [request.service.token_text(each.token_id if each else echoed[0]) for each in told]
-    offsets, place = [], 0
+    offsets: list[int] = []
     for token in tokens:
         offsets.append(place)
         place += len(token)

@@ -59,7 +59,8 @@ class Places:
 class Engine:
     """Answers samples together. Its methods are called in the event loop that `start` was called in.
 
-    At most `config.max_running_samples` answers run at a time, and `max_waiting` more wait or are being prepared.
+    At most `config.max_running_samples` answers run at a time, and `max_waiting` more wait or are being prepared, which
+    makes so many `places`.
     `on_failure` is called once if the model fails, in which case every answer is `Broken` from then on.
     """
 
@@ -70,7 +71,7 @@ class Engine:
             raise ValueError("a server needs a size for keys and values, kv_cache_gib; give one")
         self.batch = Batch(loaded.model, config, loaded.frames)
         self.failure: BaseException | None = None
-        self._places = config.max_running_samples + max_waiting
+        self.places = config.max_running_samples + max_waiting
         self._taken = 0
         self._on_failure = on_failure
         self._orders: queue.SimpleQueue[_Order] = queue.SimpleQueue()
@@ -89,8 +90,8 @@ class Engine:
     def take_places(self, count: int) -> Places:
         """Keeps room for so many answers. Raises Full where there is none, Broken after a failure."""
         self._check()
-        if self._taken + count > self._places:
-            raise Full(f"{self._taken} answers run or wait here, and {self._places} is the most; ask again later")
+        if self._taken + count > self.places:
+            raise Full(f"{self._taken} answers run or wait here, and {self.places} is the most; ask again later")
         self._taken += count
         return Places(self, count)
 

@@ -112,7 +112,7 @@ class Gate:
             log.info("%s %s %s %d %.3f s", id, scope["method"], path, status, seconds)
 
     def _refusal(self, path: str, headers: dict[bytes, bytes]) -> Json | None:
-        called = _PORT.sub("", headers.get(b"host", b"").decode("latin-1"))
+        called = _PORT.sub("", headers.get(b"host", b"").decode("latin-1").lower())
         if self._hosts is not None and called not in self._hosts:
             names = " or ".join(self._hosts)
             told = f"this server is called {names}, not {called[:80]!r}; with --api-keys it takes any name"

@@ -176,8 +176,11 @@ class Request:
         self._places: Places | None = None
 
     def take_places(self, num_samples: int) -> None:
-        """Raises Full where there is no room for the answers to so many samples."""
-        self._places = self.service.engine.take_places(num_samples * self.number)
+        """Raises Full where there is no room for the answers to so many samples, Refused where there never is."""
+        number, most = num_samples * self.number, self.service.engine.places
+        if number > most:
+            raise Refused(f"{number} answers are asked for at once, and {most} is the most here; ask for fewer", None)
+        self._places = self.service.engine.take_places(number)
 
     def close(self) -> None:
         if self._places is not None:

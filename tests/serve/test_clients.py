@@ -195,6 +195,13 @@ def test_texts_are_gone_on_with_and_scored(client: openai.OpenAI, offline: Loade
     plain = client.completions.create(model="tiny", prompt=texts[0], max_tokens=6)
     chunks = client.completions.create(model="tiny", prompt=texts[0], max_tokens=6, stream=True)
     assert "".join(chunk.choices[0].text for chunk in chunks) == plain.choices[0].text
+    whole = client.completions.create(model="tiny", prompt=texts, max_tokens=6, logprobs=1)
+    chunks = client.completions.create(model="tiny", prompt=texts, max_tokens=6, logprobs=1, stream=True)
+    told = [chunk.choices[0] for chunk in chunks]
+    for choice in whole.choices:
+        pieces = [each.logprobs for each in told if each.index == choice.index and each.logprobs]
+        offsets = [place for piece in pieces for place in piece.text_offset or ()]
+        assert choice.logprobs is not None and offsets == choice.logprobs.text_offset
 
 
 def test_what_is_said_is_written_down(client: openai.OpenAI, offline: LoadedModel) -> None:
@@ -356,6 +363,10 @@ def test_requests_with_one_id_are_told_apart(server: Served) -> None:
 
 
 def test_a_page_that_has_its_own_name_lead_here_is_not_answered(server: Served) -> None:
+    with urllib.request.urlopen(
+        urllib.request.Request(f"{server.address}/health", headers={"Host": "LocalHost"})
+    ) as own:
+        assert own.status == 200
     request = urllib.request.Request(f"{server.address}/v1/models", headers={"Host": "evil.example:8000"})
     with pytest.raises(urllib.error.HTTPError, match="421"):
         urllib.request.urlopen(request)
