@@ -243,12 +243,18 @@ def _place(steps: Sequence[int | str], body: Any) -> str:
     """The place that steps lead to in a body, without those that name a form that a field may have."""
     place: list[str] = []
     for number, step in enumerate(steps, 1):
-        inside = step in body if isinstance(body, Mapping) else isinstance(body, list) and isinstance(step, int)
+        inside = _has(body, step)
         # The last may be what is missing.
         if inside or not place or (number == len(steps) and isinstance(body, Mapping)):
             place.append(str(step))
-        body = body[step] if inside else body
+        if inside:
+            body = body[step]
     return ".".join(place)
+
+
+def _has(value: Any, step: int | str) -> bool:
+    """Whether a step leads from an object or a list to what is in it."""
+    return step in value if isinstance(value, Mapping) else isinstance(value, list) and isinstance(step, int)
 
 
 def _add_errors(app: FastAPI) -> None:
