@@ -9,6 +9,7 @@ import argparse
 import json
 import random
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,7 +51,7 @@ def main() -> None:
     given = parser.parse_args()
     draw = random.Random(given.seed)
     rows: dict[str, list[dict[str, Any]]] = {"pairs": [], "there": [], "not_there": []}
-    for _, (_, picture, question, right, wrong) in zip(range(given.pairs), asked("train", draw), strict=False):
+    for _, picture, question, right, wrong in islice(asked("train", draw), given.pairs):
         rows["pairs"].append({"prompt": prompt(picture, question), "chosen": right, "rejected": wrong})
     for there, picture, question, right, _ in asked("test", draw):
         test = rows["there" if there else "not_there"]
