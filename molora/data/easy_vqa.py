@@ -14,6 +14,7 @@ COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 CAPTION_QUESTION = "describe the picture."
 TRANSCRIPT_QUESTION = "transcribe the audio."
+_PROVENANCE = {"files": [], "fingerprint": "easy-vqa 1.0", "licence": "MIT"}
 
 
 @dataclass(kw_only=True)
@@ -54,6 +55,10 @@ class EasyVQA:
         question, answer, image, tag = self.rows[row]
         content = [{"type": "image", "path": self.paths[image]}, {"type": "text", "text": question}]
         return {"id": f"{row}", "messages": _conversation(self.system, content, answer), "tags": [tag]}
+
+    def provenance(self) -> dict[str, Any]:
+        """The package that the pictures and questions lie in, and its licence."""
+        return _PROVENANCE
 
 
 @dataclass(kw_only=True)
@@ -109,6 +114,10 @@ class SpokenEasyVQA:
         else:
             content.insert(0, {"type": "image", "path": about.picture})
         return {"id": f"{row}", "messages": _conversation(config.system, content, about.answer), "tags": about.tags}
+
+    def provenance(self) -> dict[str, Any]:
+        """The package of the questions. The clips are not data to be hashed: they are made while others read them."""
+        return _PROVENANCE
 
 
 class _Spoken(NamedTuple):

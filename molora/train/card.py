@@ -21,6 +21,7 @@ import torch
 from molora.checkpoint.format import FORMAT_VERSION
 from molora.checkpoint.modality_folder import read_about
 from molora.config import build, dump, plain
+from molora.data.formats.folders import files_below
 from molora.data.sources import EncodedSamples, Source, SourceConfig
 from molora.model.molora import MoLoRA
 from molora.received import file_hash, read_json
@@ -96,14 +97,14 @@ def about_source(config: SourceConfig, source: Source | None = None) -> dict[str
 
 
 def _files(options: Any, key: str = "") -> Iterator[Path]:
-    """The files that options name, under keys that say so; those in a folder, in its order of names."""
+    """The files that options name, under keys that say so; those in a folder as `files_below` finds them."""
     items = options.items() if isinstance(options, Mapping) else ((key, each) for each in options)
     for name, value in items:
         if isinstance(value, (Mapping, list, tuple)):
             yield from _files(value, name)
         elif isinstance(value, str) and name in _FILE_KEYS:
             for path in map(Path, sorted(glob.glob(os.path.expanduser(value))) or [os.path.expanduser(value)]):
-                inside = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+                inside = [path / each for each in files_below(path)] if path.is_dir() else [path]
                 yield from (each for each in inside if each.is_file())
 
 

@@ -10,6 +10,7 @@ import pytest
 from molora.config import ConfigError
 from molora.data.easy_vqa import EasyVQA, EasyVQAConfig, SpokenEasyVQA, SpokenEasyVQAConfig
 from molora.data.sources import SourceConfig, open_source
+from molora.train.card import about_source
 
 pytest.importorskip("easy_vqa")
 pytest.importorskip("espeakng_loader")
@@ -42,6 +43,16 @@ def test_a_spoken_question_has_the_picture_and_the_answer_of_the_written_one(tmp
         assert own_picture == picture and audio["type"] == "audio"
         assert spoken.rows[row].text == audio["transcript"] == text["text"] and spoken.rows[row].take in range(3)
         assert spoken[row]["messages"][1] == written[row]["messages"][1] and spoken[row]["tags"] == written[row]["tags"]
+
+
+@pytest.mark.parametrize("kind", ["easy_vqa", "spoken_easy_vqa"])
+def test_a_card_tells_the_package_and_not_the_clips_made_so_far(kind: str, tmp_path: Path) -> None:
+    options = {"split": "test", "task": "questions", **({} if kind == "easy_vqa" else {"folder": str(tmp_path)})}
+    config = SourceConfig(kind=kind, options=options)
+    source = open_source(config, "here")
+    before = about_source(config, source)
+    assert source[7] and about_source(config, source) == before
+    assert (before["fingerprint"], before["licence"], before["files"]) == ("easy-vqa 1.0", "MIT", [])
 
 
 @pytest.mark.parametrize("kind", ["easy_vqa", "spoken_easy_vqa"])
