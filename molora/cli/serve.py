@@ -110,6 +110,10 @@ def serve(
         _check_alone(context)
         plan = options.planner(model, modality, rule, trust_plugin)
         raise typer.Exit(serve_upstream(plan, upstream, upstream_key_variable, config))
+    if upstream_key_variable is not None:
+        raise ValueError(
+            "--upstream-key-variable names the key of a server behind; give --upstream URL, or leave it out"
+        )
     # Which URLs may be fetched, the server says of its own.
     load = options.opener(model, modality, rule, False, False, trust_plugin, deterministic_batch)
     raise typer.Exit(serve_model(load, config))

@@ -183,6 +183,11 @@ class Batch:
 
     def add(self, asked: Asked) -> None:
         """Lets a sample wait for its turn. Ids must be unique. Raises SampleTooLong for one that could never enter."""
+        self.check_size(asked)
+        self._waiting.append(asked)
+
+    def check_size(self, asked: Asked) -> None:
+        """Raises SampleTooLong for a sample that could never enter."""
         sized = self._config.kv_cache_gib is not None
         if sized and not self.pool.fits(needs := self._tokens(asked)):
             sample, has = asked.sample, self.pool.num_pages * self.pool.kept.page_tokens
@@ -191,7 +196,6 @@ class Batch:
                 f"kv_cache_gib={self._config.kv_cache_gib:g} holds {has:,}; raise it, lower max_new_tokens, or shorten "
                 "the prompt"
             )
-        self._waiting.append(asked)
 
     def remove(self, id: str) -> None:
         """Takes a sample out, if it is still there, with its pages."""

@@ -100,6 +100,8 @@ class Grammar:
         if self._matcher.is_error():
             # What follows the first line is the state of the library.
             fault = self._matcher.get_error().partition("\n")[0][:300]
+            if fault.startswith("NoExtension"):
+                raise ValueError("no text that goes on from here is what the grammar describes; change it")
             raise ValueError(f"the grammar cannot be followed: {fault}; simplify it")
 
 

@@ -103,7 +103,7 @@ def _add_models(app: FastAPI, names: Names) -> None:
         """The model, and a name for each set of modalities that it takes."""
         return {"object": "list", "data": [about(name) for name in names.known]}
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name:path}")  # which may have a slash, as those of hubs do
     async def model(name: str) -> Model:
         """One of them."""
         return about(name)

@@ -2,10 +2,13 @@
 
 import asyncio
 import copy
+import errno
+import json
 import logging
 import math
 import os
 import resource
+import shlex
 import signal
 import socket
 import sys
@@ -80,6 +83,14 @@ class ServeConfig:
         for name in ("answer_seconds", "max_body_mib", "client_seconds"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} cannot be {getattr(self, name)}; give a finite number above 0")
+        for host in self.media_hosts:
+            if not host or set(host) & set("/@?# "):
+                told = f"--media-host {host!r} is no host; give its name alone, such as example.org"
+                raise ValueError(f"{told}, *.example.org or example.org:8443")
+        for name in ("media_http", "media_private_addresses"):
+            if getattr(self, name) and not self.media_hosts:
+                told = f"--{name.replace('_', '-')} says how hosts are asked, and none may be"
+                raise ValueError(f"{told}; give --media-host HOST, or leave it out")
 
 
 def serve(load: Callable[[], LoadedModel], config: ServeConfig) -> int:
@@ -200,8 +211,11 @@ def listen(config: ServeConfig) -> socket.socket:
     try:
         listening = socket.create_server((config.host, config.port), family=family, backlog=2048)
     except OSError as error:
-        told = f"{config.host}:{config.port} cannot be listened on: {error.strerror or error}"
-        raise OSError(f"{told}; give another --port, or --port 0 for any that is free") from error
+        why = str(error.strerror or error).partition(" (while")[0]  # the address is told already
+        told = f"{config.host}:{config.port} cannot be listened on: {why}"
+        of_port = error.errno in (errno.EADDRINUSE, errno.EACCES)
+        advice = "--port, or --port 0 for any that is free" if of_port else "--host, such as 127.0.0.1 or 0.0.0.0"
+        raise OSError(f"{told}; give another {advice}") from error
     # Connections inherit it. asyncio does not set it on these, and each stream would wait 40 ms for an acknowledgement.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listening
@@ -277,6 +291,6 @@ def _address(listening: socket.socket) -> str:
 
 def _show_curl(address: str, config: ServeConfig) -> None:
     key = " -H 'Authorization: Bearer KEY'" if config.api_keys else ""
-    asked = f'{{"model": "{config.name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
-    # In one piece, so that it can be copied.
-    print(f"curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{asked}'", flush=True)
+    asked = json.dumps({"model": config.name, "messages": [{"role": "user", "content": "Hello"}]})
+    command = f"curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d {shlex.quote(asked)}"
+    print(command, flush=True)  # in one piece, so that it can be copied

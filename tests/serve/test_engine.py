@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from molora.data.processor import SampleTooLong
-from molora.inference.generate import GenerationConfig, Step
+from molora.inference.generate import GenerationConfig, SampleFailed, Step
 from molora.inference.load import LoadedModel
 from molora.inference.running import Asked
 from molora.inference.sampling import Decoding
@@ -174,6 +177,101 @@ def test_steps_of_several_samples_come_together(offline: LoadedModel) -> None:
 
     found = run(offline, work)
     assert sorted(step.id for step in found) == ["a"] * 4 + ["b"] * 4
+
+
+def numbers(*values: float) -> list[dict[str, Any]]:
+    return [{"type": "numbers", "numbers": list(values)}]
+
+
+class Held:
+    """An encoder that waits to be let go, counts its calls, and fails on what holds a 13."""
+
+    def __init__(self, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.began, self.go, self.calls = threading.Event(), threading.Event(), 0
+        self.encode = loaded.model.encoders["numbers"].forward
+        monkeypatch.setattr(loaded.model.encoders["numbers"], "forward", self)
+
+    def __call__(self, **tensors: Tensor) -> Any:
+        self.calls += 1
+        self.began.set()
+        assert self.go.wait(30)
+        if any((tensor == 13).any() for tensor in tensors.values()):
+            raise ValueError("unlucky")
+        return self.encode(**tensors)
+
+
+SHORT = Decoding(max_new_tokens=4, ignore_stop_tokens=True)
+
+
+def test_text_is_answered_while_media_are_encoded(offline: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(offline, monkeypatch)
+
+    async def work(engine: Engine) -> None:
+        waits = asyncio.ensure_future(tokens(engine, ask(offline, "media", SHORT, numbers(3, 1))))
+        await asyncio.to_thread(held.began.wait, 30)
+        assert len(await tokens(engine, ask(offline, "text", LONG))) == 200 and not waits.done()
+        held.go.set()
+        assert len(await waits) == 4
+
+    run(offline, work, pages=30)
+
+
+def test_who_leaves_while_its_media_are_encoded_is_never_run(
+    offline: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held(offline, monkeypatch)
+
+    async def work(engine: Engine) -> None:
+        gone, never = (
+            asyncio.ensure_future(tokens(engine, ask(offline, f"{value}", LONG, numbers(value)))) for value in (4, 5)
+        )
+        await asyncio.to_thread(held.began.wait, 30)
+        for each in (gone, never):
+            each.cancel()
+        await asyncio.wait([gone, never])
+        held.go.set()
+        assert len(await tokens(engine, ask(offline, "stays", SHORT, numbers(6)))) == 4
+        assert engine.batch.num_running == engine.batch.num_waiting == 0
+        assert held.calls == 2, "whose turn had not come are not even encoded"
+
+    run(offline, work, pages=30)
+
+
+def test_media_that_fail_harm_no_others_that_are_encoded_with_them(
+    offline: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held(offline, monkeypatch)
+
+    async def work(engine: Engine) -> None:
+        first = asyncio.ensure_future(tokens(engine, ask(offline, "first", SHORT, numbers(7))))
+        await asyncio.to_thread(held.began.wait, 30)
+        asked = (asyncio.ensure_future(tokens(engine, ask(offline, f"{x}", SHORT, numbers(x)))) for x in (8, 13, 9))
+        found = asyncio.gather(first, *asked, return_exceptions=True)
+        await asyncio.sleep(0.1)
+        held.go.set()
+        *good, bad, last = await found
+        assert [len(each) for each in (*good, last)] == [4, 4, 4] and isinstance(bad, SampleFailed)
+        assert str(bad) == "sample 13: ValueError: unlucky; --debug shows where"
+
+    run(offline, work, pages=30)
+
+
+def test_several_answers_share_their_media_and_their_prompt(
+    offline: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held(offline, monkeypatch)
+    held.go.set()
+    one = ask(offline, "0", SHORT, numbers(10, 11))
+    several = [replace(one, sample=replace(one.sample, id=f"{index}")) for index in range(3)]
+    fed = []
+    forward = offline.model.forward
+    monkeypatch.setattr(offline.model, "forward", lambda pack, **more: fed.append(pack) or forward(pack, **more))
+
+    async def work(engine: Engine) -> list[Step]:
+        return [step async for step in steps(engine, *several)]
+
+    assert len(run(offline, work, pages=30)) == 12
+    assert held.calls == 1 and sum(sum(pack.lengths) for pack in fed) == len(one.sample) + 3 * 3
 
 
 def test_who_does_not_read_keeps_no_place(offline: LoadedModel) -> None:

@@ -63,6 +63,17 @@ def wait_for(count: int, served: Served) -> None:
     assert seen >= count
 
 
+def test_a_model_may_have_any_name(folders: Folders, tmp_path: Path) -> None:
+    name = 'org/its "model\'s"'
+    with serving(folders, tmp_path / "log", ["--name", name]) as served:
+        assert [model.id for model in served.client().models.list()][:2] == [name, f"{name}:audio"]
+        assert served.client().models.retrieve(f"{name}:audio").id == f"{name}:audio"
+        assert served.process.stdout is not None
+        line = next(line for line in served.process.stdout if line.startswith("curl "))
+        curl = subprocess.run(shlex.split(line), capture_output=True, text=True, check=True)
+        assert json.loads(curl.stdout)["model"] == name
+
+
 def test_the_first_signal_lets_every_answer_finish(folders: Folders, tmp_path: Path) -> None:
     """Streamed and not, running and waiting; no process is left behind, and what was printed works."""
     with serving(folders, tmp_path / "log", ["--max-running-samples", "4"]) as served:
@@ -129,8 +140,13 @@ def test_a_model_that_fails_is_reported_and_ends_the_server(folders: Folders, tm
 
 
 MISTAKES = {
-    "a port in use": (["--port", "{port}"], "cannot be listened on"),
-    "no address": (["--host", "256.0.0.1"], "cannot be listened on"),
+    "a port in use": (["--port", "{port}"], "Address already in use; give another --port"),
+    "no address": (["--host", "256.0.0.1"], "256.0.0.1:0 cannot be listened on"),
+    "another machine": (["--host", "192.0.2.1"], "; give another --host, such as 127.0.0.1"),
+    "a URL as a host": (["--media-host", "https://example.org"], "give its name alone, such as example.org"),
+    "HTTP to no host": (["--media-http"], "--media-http says how hosts are asked, and none may be; give --media-host"),
+    "inside, to no host": (["--media-private-addresses"], "give --media-host HOST, or leave it out"),
+    "a key for no server": (["--upstream-key-variable", "KEY"], "give --upstream URL, or leave it out"),
     "no keys": (["--api-keys", "{tmp}/none"], "give a file with a key on each line"),
     "keys that are empty": (["--api-keys", "/dev/null"], "holds no key"),
     "more connections than files": (["--max-connections", str(10**9)], "raise the limit: ulimit -n"),
