@@ -465,7 +465,12 @@ def faults(model: MoLoRA, samples: Sequence[Sample]) -> dict[str, Exception]:
             pack = collate([sample], model.modalities, model.router.order).to(model.device)
             model.router(pack, model.embed(pack))
         except Exception as error:
-            fault = SampleFailed(f"sample {sample.id}: {type(error).__name__}: {error}; --debug shows where")
-            fault.__cause__ = error
-            found[sample.id] = fault
+            found[sample.id] = failure_of(sample, error)
     return found
+
+
+def failure_of(sample: Sample, error: Exception) -> SampleFailed:
+    """What a sample's own error is told as."""
+    failed = SampleFailed(f"sample {sample.id}: {type(error).__name__}: {error}; --debug shows where")
+    failed.__cause__ = error
+    return failed

@@ -1,14 +1,17 @@
-"""The engine: one thread owns the backbone and steps the running batch, one owns the encoders; requests come and go
-between any two steps."""
+"""The engine: one thread steps the running batch, and one runs the encoders; requests come and go between any two
+steps."""
 
 import asyncio
 import queue
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from molora.inference.generate import Batch, GenerationConfig, Step
+from torch import Tensor
+
+from molora.inference.generate import Batch, GenerationConfig, Step, failure_of
 from molora.inference.load import LoadedModel
 from molora.inference.running import Asked
 from molora.pack import Item, Sample
@@ -60,7 +63,7 @@ class Places:
 
 class Engine:
     """Answers samples together. Its methods are called in the event loop that `start` was called in. Media become
-    frames in a thread of their own, so that answers under way do not wait for them.
+    frames request by request, beside the answers under way.
 
     At most `config.max_running_samples` answers run at a time, and `max_waiting` more wait or are being prepared, which
     makes so many `places`.
@@ -77,27 +80,27 @@ class Engine:
         self.places = config.max_running_samples + max_waiting
         self._taken = 0
         self._on_failure = on_failure
-        self._frames = loaded.frames
-        self._most_tokens = config.prefill_tokens
-        self._unencoded: queue.SimpleQueue[list[_Add] | _End] = queue.SimpleQueue()
         self._orders: queue.SimpleQueue[_Order] = queue.SimpleQueue()
         self._told: dict[str, tuple[asyncio.Queue[Step], Places]] = {}
-        self._threads = [
-            threading.Thread(target=self._until_failure, args=[work], name=name, daemon=True)
-            for name, work in {"encoders": self._encode, "model": self._answer}.items()
-        ]
+        self._thread = threading.Thread(target=self._work, name="model", daemon=True)
+        self._frames = loaded.frames
+        self._encoders = ThreadPoolExecutor(1, thread_name_prefix="encoders")
+        self._unencoded: dict[str, list[Sample]] = {}
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
-        for thread in self._threads:
-            thread.start()
+        self._thread.start()
 
     async def stop(self) -> None:
         """Ends the threads; what is not answered by then is not any more."""
-        self._unencoded.put(_End())
         self._orders.put(_End())
-        for thread in self._threads:
-            await asyncio.to_thread(thread.join)
+        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._encoders.shutdown, cancel_futures=True)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests whose media wait for the encoders, and answers that wait for pages."""
+        return len(self._unencoded) + self.batch.num_waiting
 
     def take_places(self, count: int) -> Places:
         """Keeps room for so many answers. Raises Full where there is none, Broken after a failure."""
@@ -122,13 +125,10 @@ class Engine:
         unfinished = {each.sample.id for each in asked}
         until = time.monotonic() + seconds
         try:
-            orders = [_Add(each, until) for each in asked]
             for each in asked:
                 self._told[each.sample.id] = told, places
-            if any(each.sample.items for each in asked):
-                self._unencoded.put(orders)
-            else:
-                self._enter(orders)
+            for each in await self._encoded(asked, seconds):
+                self._orders.put(_Add(each, until))
             while unfinished:
                 step = await told.get()
                 if step.finished:
@@ -142,87 +142,72 @@ class Engine:
             for id in unfinished:
                 self._orders.put(_Remove(id))
 
+    async def _encoded(self, asked: Sequence[Asked], seconds: float) -> list[Asked]:
+        """The same with frames. Answers to one sample go on to share its items, and so read its prompt once."""
+        samples = {id(each.sample.items): each.sample for each in asked if each.sample.items}
+        if not samples:
+            return list(asked)
+        key = asked[0].sample.id
+        self._unencoded[key] = list(samples.values())
+        try:
+            async with asyncio.timeout(seconds):
+                found = await self._loop.run_in_executor(self._encoders, self._encode, key)
+        except TimeoutError as error:
+            raise _too_late() from error
+        finally:
+            self._unencoded.pop(key, None)
+        filled = dict(zip(samples, found, strict=True))
+        return [
+            replace(each, sample=replace(each.sample, items=filled.get(id(each.sample.items), ()))) for each in asked
+        ]
+
+    def _encode(self, key: str) -> list[tuple[Item, ...]]:
+        """In the encoders' thread: the items of each sample of a request, with their frames, on the CPU until they
+        enter; nothing if its client has left. Raises SampleFailed."""
+        found: list[tuple[Item, ...]] = []
+        for sample in self._unencoded.get(key, ()):
+            try:
+                (filled,) = self._frames.fill([sample])
+            except Exception as error:
+                raise failure_of(sample, error) from error
+            except BaseException as error:
+                self._loop.call_soon_threadsafe(self._fail, error)
+                raise _broken() from error
+            found.append(tuple(replace(item, frames_SC=_on_cpu(item.frames_SC)) for item in filled.items))
+        return found
+
     def _check(self) -> None:
         if self.failure is not None:
             raise Broken("the model has failed, and this server ends; ask another one, or start it again")
 
-    def _until_failure(self, work: Callable[[], None]) -> None:
-        """In a thread."""
+    def _work(self) -> None:
+        """In the thread."""
+        until: dict[str, float] = {}
         try:
-            work()
+            while True:
+                steps: list[Step] = []
+                idle = not (self.batch.num_waiting or self.batch.num_running)
+                for order in self._given(idle):
+                    if isinstance(order, _End):
+                        return
+                    if isinstance(order, _Remove):
+                        self.batch.remove(order.id)
+                        until.pop(order.id, None)
+                    else:
+                        self.batch.add(order.asked)
+                        until[order.asked.sample.id] = order.until
+                now = time.monotonic()
+                for id in [id for id, end in until.items() if end < now]:
+                    self.batch.remove(id)
+                    steps.append(Step(id, -1, "error", _too_late()))
+                steps += self.batch.step()
+                for step in steps:
+                    if step.finished:
+                        until.pop(step.id, None)
+                if steps:
+                    self._loop.call_soon_threadsafe(self._tell, steps)
         except BaseException as error:
             self._loop.call_soon_threadsafe(self._fail, error)
-
-    def _encode(self) -> None:
-        """Gives the batch the samples that come with media once these are frames. Those that wait are encoded together,
-        as far as their prompts may enter together."""
-        ended = False
-        while not ended:
-            together: list[_Add] = []
-            num_tokens = 0
-            while not ended and num_tokens < self._most_tokens:
-                try:
-                    orders = self._unencoded.get(block=not together)
-                except queue.Empty:
-                    break
-                if isinstance(orders, _End):
-                    ended = True
-                elif orders[0].asked.sample.id in self._told:
-                    together += orders
-                    num_tokens += len(orders[0].asked.sample)
-            self._loop.call_soon_threadsafe(self._enter, self._encoded(together))
-
-    def _encoded(self, orders: Sequence[_Add]) -> list[_Add]:
-        """The same with frames. Answers to one sample go on to share its items, and so read its prompt once."""
-        samples = {id(order.asked.sample.items): order.asked.sample for order in orders}
-        filled = dict(zip(samples, self._filled(list(samples.values())), strict=True))
-
-        def encoded(order: _Add) -> _Add:
-            sample = order.asked.sample
-            return replace(order, asked=replace(order.asked, sample=replace(sample, items=filled[id(sample.items)])))
-
-        return list(map(encoded, orders))
-
-    def _filled(self, samples: Sequence[Sample]) -> list[tuple[Item, ...]]:
-        """The items of samples with their frames; of a sample that fails without, as the batch will find and tell."""
-        try:
-            return [sample.items for sample in self._frames.fill(samples)]
-        except Exception:
-            if len(samples) == 1:
-                return [samples[0].items]
-            return [items for sample in samples for items in self._filled([sample])]
-
-    def _enter(self, orders: Sequence[_Add]) -> None:
-        """Orders for samples whose clients are still there."""
-        for order in orders:
-            if order.asked.sample.id in self._told:
-                self._orders.put(order)
-
-    def _answer(self) -> None:
-        """Steps the batch."""
-        until: dict[str, float] = {}
-        while True:
-            steps: list[Step] = []
-            idle = not (self.batch.num_waiting or self.batch.num_running)
-            for order in self._given(idle):
-                if isinstance(order, _End):
-                    return
-                if isinstance(order, _Remove):
-                    self.batch.remove(order.id)
-                    until.pop(order.id, None)
-                else:
-                    self.batch.add(order.asked)
-                    until[order.asked.sample.id] = order.until
-            now = time.monotonic()
-            for id in [id for id, end in until.items() if end < now]:
-                self.batch.remove(id)
-                steps.append(Step(id, -1, "error", TooLate("the answer took longer than it may; ask for less")))
-            steps += self.batch.step()
-            for step in steps:
-                if step.finished:
-                    until.pop(step.id, None)
-            if steps:
-                self._loop.call_soon_threadsafe(self._tell, steps)
 
     def _given(self, wait: bool) -> list[_Order]:
         """What was ordered since the last step; waits for an order if there is nothing else to do."""
@@ -240,9 +225,19 @@ class Engine:
                     places.give_back(1)
 
     def _fail(self, error: BaseException) -> None:
-        if self.failure is not None:
-            return
-        self.failure = error
-        broken = Broken("the model has failed, and with it this answer; the server's log says how")
-        self._tell([Step(id, -1, "error", broken) for id in self._told])
-        self._on_failure()
+        if self.failure is None:
+            self.failure = error
+            self._tell([Step(id, -1, "error", _broken()) for id in self._told])
+            self._on_failure()
+
+
+def _on_cpu(frames_SC: Tensor | None) -> Tensor | None:
+    return None if frames_SC is None else frames_SC.cpu()
+
+
+def _too_late() -> TooLate:
+    return TooLate("the answer took longer than it may; ask for less")
+
+
+def _broken() -> Broken:
+    return Broken("the model has failed, and with it this answer; the server's log says how")

@@ -42,6 +42,5 @@ class Metrics(RequestMetrics):
         free = Gauge("molora_free_pages", "Pages for keys and values that no answer holds.", registry=registry)
         free.set_function(lambda: min(batch.pool.num_free.values()))
         Gauge("molora_running", "Answers that hold pages.", registry=registry).set_function(lambda: batch.num_running)
-        Gauge("molora_waiting", "Answers that wait for pages.", registry=registry).set_function(
-            lambda: batch.num_waiting
-        )
+        waiting = Gauge("molora_waiting", "Answers that wait for encoders or pages.", registry=registry)
+        waiting.set_function(lambda: engine.num_waiting)

@@ -192,6 +192,7 @@ class Held:
         monkeypatch.setattr(loaded.model.encoders["numbers"], "forward", self)
 
     def __call__(self, **tensors: Tensor) -> Any:
+        assert threading.current_thread().name.startswith("encoders")
         self.calls += 1
         self.began.set()
         assert self.go.wait(30)
@@ -209,9 +210,12 @@ def test_text_is_answered_while_media_are_encoded(offline: LoadedModel, monkeypa
     async def work(engine: Engine) -> None:
         waits = asyncio.ensure_future(tokens(engine, ask(offline, "media", SHORT, numbers(3, 1))))
         await asyncio.to_thread(held.began.wait, 30)
-        assert len(await tokens(engine, ask(offline, "text", LONG))) == 200 and not waits.done()
+        assert len(await tokens(engine, ask(offline, "text", LONG))) == 200
+        with pytest.raises(TooLate):
+            await tokens(engine, ask(offline, "late", SHORT, numbers(2)), seconds=0.05)
+        assert engine.num_waiting == 1 and not waits.done()
         held.go.set()
-        assert len(await waits) == 4
+        assert len(await waits) == 4 and held.calls == 1
 
     run(offline, work, pages=30)
 
@@ -237,9 +241,7 @@ def test_who_leaves_while_its_media_are_encoded_is_never_run(
     run(offline, work, pages=30)
 
 
-def test_media_that_fail_harm_no_others_that_are_encoded_with_them(
-    offline: LoadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_media_that_fail_harm_no_others(offline: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     held = Held(offline, monkeypatch)
 
     async def work(engine: Engine) -> None:
@@ -250,8 +252,8 @@ def test_media_that_fail_harm_no_others_that_are_encoded_with_them(
         await asyncio.sleep(0.1)
         held.go.set()
         *good, bad, last = await found
-        assert [len(each) for each in (*good, last)] == [4, 4, 4] and isinstance(bad, SampleFailed)
-        assert str(bad) == "sample 13: ValueError: unlucky; --debug shows where"
+        assert all(isinstance(each, list) and len(each) == 4 for each in (*good, last))
+        assert isinstance(bad, SampleFailed) and str(bad) == "sample 13: ValueError: unlucky; --debug shows where"
 
     run(offline, work, pages=30)
 
