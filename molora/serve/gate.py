@@ -58,7 +58,7 @@ def _hash(key: bytes) -> bytes:
 def _path(scope: Scope) -> str:
     """The path that is asked for, as the application has it: what a client wrote is not told."""
     routes = scope["app"].routes
-    return next((route.path for route in routes if route.matches(scope)[0] is not Match.NONE), "other")
+    return next((route.path_format for route in routes if route.matches(scope)[0] is not Match.NONE), "other")
 
 
 class Gate:

@@ -72,6 +72,7 @@ def test_a_model_may_have_any_name(folders: Folders, tmp_path: Path) -> None:
         line = next(line for line in served.process.stdout if line.startswith("curl "))
         curl = subprocess.run(shlex.split(line), capture_output=True, text=True, check=True)
         assert json.loads(curl.stdout)["model"] == name
+        assert "org/its" not in served.log_with("/v1/models/{name} ")
 
 
 def test_the_first_signal_lets_every_answer_finish(folders: Folders, tmp_path: Path) -> None:
