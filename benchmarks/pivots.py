@@ -5,7 +5,7 @@
 
 IN.jsonl and OUT.jsonl are those of `molora pivot`, and metric and length should be its own. Behind the tokens before
 each pivotal one, and behind those with it, as many solutions are drawn with another seed and rated. Printed: how many
-changes have the same sign, how many of both intervals of 95 % overlap, and the correlation of the two estimates.
+changes have the same sign, how many intervals of both overlap, and the correlation of the two estimates.
 """
 
 from __future__ import annotations
@@ -22,16 +22,12 @@ import numpy as np
 
 import molora
 from benchmarks.evidence.page import save_figure
-from molora.data.sources import Messages, MessagesConfig
-from molora.evaluate.questions import Question, question
-from molora.inference.answers import written_rows
+from molora.evaluate.questions import Question
 from molora.inference.generate import GenerationConfig
 from molora.inference.load import Answer, LoadedModel
-from molora.pack import Sample
-from molora.synthetic.pivotal import Prefix, difference
+from molora.synthetic.pivot import PivotSearch
+from molora.synthetic.pivotal import Prefix, SearchConfig, difference
 from molora.synthetic.roll_out import Verifier, open_verifier
-
-_DEVIATIONS = 1.96
 
 
 @dataclass(frozen=True)
@@ -47,17 +43,14 @@ class Token:
     interval: tuple[float, float]
 
 
-def found(messages: Path, output: Path) -> Iterator[Token]:
-    source = Messages(MessagesConfig(path=str(messages)))
-    questions = (question(source, index) for index in range(len(source)))
-    asked = {each.id: each for each in questions}
-    for _, row in written_rows(output, f"output {output}", "solutions"):
-        for solution in row.get("solutions", ()):
+def found(search: PivotSearch) -> Iterator[Token]:
+    for asked, row in search.found():
+        for solution in row["solutions"]:
             for pivot in solution["pivots"]:
                 before = tuple(solution["token_ids"][: pivot["place"]])
                 low, high = pivot["interval"]
                 change = pivot["after"] - pivot["before"]
-                yield Token(asked[row["id"]], before, pivot["token_id"], pivot["token"], change, (low, high))
+                yield Token(asked, before, pivot["token_id"], pivot["token"], change, (low, high))
 
 
 def drawn(
@@ -67,7 +60,7 @@ def drawn(
     if before and before[-1] in loaded.model.backbone.stop_ids:
         whole = Answer(asked.id, loaded.text(before[:-1]).strip(), (), 0, before, "stop")
         return Prefix(len(before), known=verifier.rate(asked, whole)[1])
-    sample: Sample = loaded.encode(asked.prompt, asked.id).followed_by(before)
+    sample = loaded.encode(asked.prompt, asked.id).followed_by(before)
     prefix = Prefix(len(before))
     samples = [replace(sample, id=f"{asked.id}#{len(before)}#{number}") for number in range(draws)]
     for answer in loaded.answers(samples, replace(how, max_new_tokens=max(1, how.max_new_tokens - len(before)))):
@@ -106,13 +99,18 @@ def main() -> None:
     given = parser.parse_args()
     verifier = open_verifier(given.metric)
     how = GenerationConfig(max_new_tokens=given.max_new_tokens, temperature=given.temperature, seed=given.seed)
+    config = SearchConfig()
+    tokens = list(found(PivotSearch(given.messages, given.output, verifier, config)))
+    if len(tokens) < 2:
+        parser.error(
+            f"{given.output}: has {len(tokens)} pivotal tokens, and two at least are compared; search more rows"
+        )
     loaded = molora.load(given.model, device="cpu")
-    tokens = list(found(given.messages, given.output))
     again: list[dict[str, Any]] = []
     for token in tokens:
         ends = (token.before, (*token.before, token.token_id))
         before, after = (drawn(loaded, token.asked, each, verifier, how, given.draws) for each in ends)
-        change, interval = after.share - before.share, difference(before, after, _DEVIATIONS)
+        change, interval = after.share - before.share, difference(before, after, config.deviations)
         again.append({"question": token.asked.id, "token": token.text, "found": token.change, "change": change})
         again[-1]["interval"] = interval
         low, high = interval

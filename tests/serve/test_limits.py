@@ -339,6 +339,9 @@ def test_head_is_answered_as_get_without_a_body(server: Served, path: str) -> No
 def test_what_is_not_there_is_said_and_leads_nowhere_else(server: Served, path: str) -> None:
     status, told, headers = send(server, chat(), path)
     assert status == 404 and "/docs shows what there is" in told["error"]["message"] and "location" not in headers
+    assert send(server, "", "/v1/models/", method="GET")[0] == 404
+    status, told, headers = send(server, chat(), "/v1/models/")
+    assert (status, headers["allow"]) == (405, "GET") and "location" not in headers
     status, told, headers = send(server, "", "/v1/chat/completions", method="GET")
     assert (status, headers["allow"]) == (405, "POST") and "/docs shows" in told["error"]["message"]
 
