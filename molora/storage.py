@@ -318,4 +318,5 @@ def _sweep(folder: Path) -> None:
                 told = f"{path}: leads out of the run, to {os.path.realpath(path)}, and is not written through"
                 raise ConfigError(f"{told}; put what it leads to in its place, or make the whole of {folder} a link")
             if _TEMPORARY.fullmatch(path.name):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                with contextlib.suppress(FileNotFoundError):  # another rank was writing it, as a clip, and is done
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -234,6 +235,21 @@ def test_what_was_set_aside_does_not_replace_what_is_there_and_a_link_is_not_fol
     with pytest.raises(ConfigError, match="leads out of the run"), hold(run):
         pass
     assert (elsewhere / "b").read_text() == "theirs"
+
+
+def test_a_rank_keeps_files_in_a_run_that_the_first_rank_takes_meanwhile(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write_clips() -> list[bool]:
+        return [write_cached(tmp_path / "clips" / str(clip), lambda path: path.write_text("kept")) for clip in range(3)]
+
+    with ThreadPoolExecutor(1) as other:
+        for _ in range(200):
+            kept = other.submit(write_clips)
+            with hold(tmp_path):
+                assert kept.result() == [True] * 3
+    assert sorted(path.name for path in (tmp_path / "clips").iterdir()) == ["0", "1", "2"]
+    assert not capsys.readouterr().err
 
 
 def test_a_cache_that_cannot_be_written_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,12 +39,10 @@ STEPS = 10
 
 def losses_of_all_assignments(home: Path, ranks: Ranks, *, sharded: bool = False) -> dict[str, list[dict[str, float]]]:
     """The losses of ten steps for every assignment of shares to two ranks, of which a lone process takes both; and
-    under "bytes" those of all tensors that are left of it then, and those that a step takes beside them at most."""
+    under "bytes" those of all tensors that the process has then, and those that a step takes beside them at most."""
     config = recipe(home, home / "run")
     patterns = {name: PartConfig(learning_rate=1e-3) for name in ("encoders", "projectors", "adapters")}
     found = {}
-    gc.collect()
-    gc.freeze()  # what tests before this one left may go at any time, and is not counted
     model, processor = open_model(plan_recipe(config), "cpu", ranks if sharded else None)
     model.eval()  # dropout is drawn rank by rank
     learned = [weight for weights in model.parts().values() for weight in weights.values()]
@@ -76,43 +74,43 @@ def losses_of_all_assignments(home: Path, ranks: Ranks, *, sharded: bool = False
 
 
 def bytes_alive() -> int:
-    """Of all storages that a tensor of this process has, those that are frozen aside."""
+    """Of all storages that a tensor of this process has."""
     gc.collect()
     tensors = (each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter))
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
 
-def as_rank(rank: int, environment: dict[str, str], home: Path, sharded: bool) -> None:
+def as_rank(environment: dict[str, str], told: Path, home: Path, sharded: bool) -> None:
     torch.set_num_threads(1)
     os.environ.update(environment)
-    torch.save(losses_of_all_assignments(home, launched_ranks("cpu"), sharded=sharded), home / f"losses {rank}")
+    torch.save(losses_of_all_assignments(home, launched_ranks("cpu"), sharded=sharded), told)
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
 def test_every_assignment_of_modalities_to_two_ranks_trains_as_one_process(tmp_path: Path, sharded: bool) -> None:
     home = write_home(tmp_path)
-    ranks = [
-        FORKS.Process(target=as_rank, args=(rank, environment, home, sharded))
-        for rank, environment in enumerate(environments(2))
-    ]
-    for process in ranks:
+    two = [tmp_path / "losses of one", tmp_path / "losses of the other"]
+    jobs = [({}, tmp_path / "losses", False)]  # a fresh process too, in which nothing is left of another test
+    jobs += [(environment, told, sharded) for environment, told in zip(environments(2), two, strict=True)]
+    processes = [FORKS.Process(target=as_rank, args=(*job[:2], home, job[2])) for job in jobs]
+    for process in processes:
         process.start()
-    expected = losses_of_all_assignments(home, Ranks(torch.device("cpu")))
-    for process in ranks:
-        process.join(120)
+    for process in processes:
+        process.join(240)
         if process.is_alive():
             process.kill()
             raise AssertionError("the ranks wait for each other")
         assert process.exitcode == 0
+    expected = torch.load(tmp_path / "losses", weights_only=True)
     model = on_meta(recipe(home, home / "run"))
     elsewhere = weights(model)[0].num_bytes - weights(model, 2)[0].num_bytes
     (whole_layers,) = (need.num_bytes for need in gathered(model, 2))
     (held,) = expected.pop("bytes")
-    for rank in range(2):
-        ours = torch.load(home / f"losses {rank}", weights_only=True)
+    for told in two:
+        ours = torch.load(told, weights_only=True)
         (of_rank,) = ours.pop("bytes")
-        assert held["alive"] - of_rank["alive"] == pytest.approx(elsewhere if sharded else 0, rel=0.01)
+        assert held["alive"] - of_rank["alive"] == pytest.approx(elsewhere if sharded else 0, rel=0.01, abs=1000)
         more = of_rank["step"] - held["step"]
         assert whole_layers / 2 < more <= whole_layers if sharded else abs(more) < 0.01 * held["step"]
         assert ours.keys() == expected.keys() and len(expected) == len(SHARES) ** 2
