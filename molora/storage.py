@@ -65,10 +65,13 @@ def _new_file(folder: Path) -> tuple[Path, int]:
 def write_folder(path: Path) -> Iterator[Path]:
     """A draft to write files into, which then becomes the folder at `path`, in place of one that is there. After an
     error the draft is removed, and what was at `path` is as it was. After a kill between the two renames `hold` puts it
-    back."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    back. Raises ConfigError where no folder can be."""
     draft = path.parent / f".molora-{_mark(path)}{secrets.token_hex(4)}.tmp"
-    draft.mkdir()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.mkdir()
+    except (FileExistsError, NotADirectoryError, FileNotFoundError, PermissionError) as error:
+        raise ConfigError(f"{path}: no folder can be made there ({error.strerror}); give another place") from error
     try:
         yield draft
         settle(draft)
@@ -198,12 +201,12 @@ def write_cached(path: Path, write: Callable[[Path], object]) -> bool:
     return True
 
 
-def made_once(kind: str, key: str, whole: str, make: Callable[[Path], object]) -> Path:
-    """The folder `key` of a `kind` in the cache, which `make` fills, the file `whole` last, unless that file is there.
-    Of several processes one makes it, and the others wait; what a killed one left is removed. Where the cache cannot be
-    written, the folder lies elsewhere and goes with the process."""
+def made_once(kind: str, key: str, is_whole: Callable[[Path], bool], make: Callable[[Path], object]) -> Path:
+    """The folder `key` of a `kind` in the cache, which `make` writes unless it is there and whole. Of several processes
+    one makes it, and the others wait; what a killed one left is removed. Where the cache cannot be written, the folder
+    lies elsewhere and goes with the process."""
     folder = cache_folder() / kind / key
-    if (folder / whole).is_file():
+    if is_whole(folder):
         return folder
     if not write_cached(folder.with_name("about.txt"), lambda path: path.write_text(_ABOUT_MADE)):
         if kind not in _temporary:
@@ -213,7 +216,8 @@ def made_once(kind: str, key: str, whole: str, make: Callable[[Path], object]) -
     descriptor = _take(lock, folder, wait=True)
     try:
         _sweep(Path(os.path.realpath(folder.parent)))
-        if not (folder / whole).is_file():
+        if not is_whole(folder):
+            shutil.rmtree(folder, ignore_errors=True)
             make(folder)
     finally:
         lock.unlink(missing_ok=True)

@@ -38,6 +38,8 @@ def main() -> None:
         data_root, backbone = made.data_root(given.folder / "made"), made.backbone(given.folder / "backbone")
     elif data_root is None or backbone is None:
         parser.error("give --data-root and --backbone, or --tiny")
+    elif missing := [str(folder) for folder in (data_root, backbone) if not folder.is_dir()]:
+        parser.error(f"{' and '.join(missing)}: no such folder")
     for seed in given.seeds:
         page.measure(given.page, driver, seed, data_root, backbone, given.folder, given.out, tiny=given.tiny)
     print(page.write(given.page, driver, given.out))

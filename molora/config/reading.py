@@ -40,7 +40,7 @@ def read(cls: type[T], path: str | Path, overrides: Iterable[str] = (), *, in_pa
     layers = _layers(Path(path), children=())
     values: Any = {}
     for _, layer in layers:
-        values = _merge(values, layer)
+        values = _merge(values, layer) if layer else values
     for override in overrides:
         where = f"override {override!r} of {path}"
         values, words = _overridden(values, override, where)
@@ -121,7 +121,8 @@ def _overridden(values: Any, override: str, where: str) -> tuple[Any, list[str]]
 
 
 def _with(values: Any, steps: list[str], value: Any) -> Any:
-    """Values with one put in at the end of some steps; a mapping is merged into the one that is there."""
+    """Values with one put in at the end of some steps; a mapping is merged into the one that is there, an empty one
+    replaces it."""
     if not steps:
         return _merge(values, value)
     step, *rest = steps
@@ -178,7 +179,7 @@ def _read_text(path: Path, child: str) -> str:
 
 
 def _merge(parent: Any, child: Any) -> Any:
-    if not (isinstance(parent, dict) and isinstance(child, dict)):
+    if not (isinstance(parent, dict) and isinstance(child, dict) and child):
         return child
     return {**parent, **{key: _merge(parent.get(key), value) for key, value in child.items()}}
 

@@ -144,7 +144,7 @@ def converted(source: str | Path) -> str | Path:
         say(f"converting {source}, this once, to {run}")
         import_release(source, run)
 
-    return made_once(_KEPT, key, "molora.json", convert)
+    return made_once(_KEPT, key, lambda folder: (folder / "molora.json").is_file(), convert)
 
 
 def import_release(source: str | Path, run: Path) -> None:

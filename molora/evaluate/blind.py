@@ -2,14 +2,14 @@
 
 import copy
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from molora.config import ConfigError
+from molora.config import ConfigError, did_you_mean
 from molora.data.messages import media_parts, parts
 from molora.data.sources import Source
 from molora.inference.load import LoadedModel
@@ -26,16 +26,27 @@ _TRIED_ROWS = 64
 
 
 def check_media(media: Media) -> None:
-    """Raises ConfigError for a treatment that there is not."""
+    """Raises ConfigError for a treatment that there is not, and for one of text, which stays."""
     for word in media.values() if isinstance(media, dict) else [media]:
         if word not in TREATMENTS:
             raise ConfigError(f"media: {word!r:.80} is none of {', '.join(TREATMENTS)}")
+    if isinstance(media, dict) and "text" in media:
+        raise ConfigError("media: text stays as it is; name the part types of media, as {image: blank}")
     if not media:
         raise ConfigError("media: names no part type; write {image: blank}, or one word for all")
 
 
 def treatment(media: Media, part_type: str) -> str:
     return media if isinstance(media, str) else media.get(part_type, "as is")
+
+
+def took_place(media: Media, asked: Iterable[Sequence[Mapping[str, Any]]]) -> bool:
+    """Whether any of the questions has a medium that is blank or another's, where that is what becomes of some. Media
+    that go leave nothing to tell it by."""
+    changing = {"blank", "shuffled"}
+    if not changing & set(media.values() if isinstance(media, dict) else [media]):
+        return True
+    return any(treatment(media, part["type"]) in changing for prompt in asked for _, part in media_parts(prompt))
 
 
 def told(media: Media) -> str:
@@ -101,7 +112,13 @@ class _Blanking:
 
 def blanking(loaded: LoadedModel, media: Media, where: str) -> LoadedModel:
     """The model, or the same that is given blank items of every modality whose parts are to be blank. Raises
-    ConfigError for a modality that has no blank item."""
+    ConfigError for a modality that has no blank item, and for a part type that no modality has."""
+    part_types = sorted({modality.part_type for modality in loaded.processor.modalities.values()} - {"text"})
+    for part_type in media if isinstance(media, dict) else ():
+        if part_type not in part_types:
+            known = f"its modalities have {', '.join(part_types) or 'none'}"
+            ask = f"{did_you_mean(part_type, part_types)}name one of these, or leave it out"
+            raise ConfigError(f"{where}: the model reads no {part_type!r:.80}, {known}; {ask}")
     modalities: dict[str, Modality] = {}
     for name, modality in loaded.processor.modalities.items():
         if treatment(media, modality.part_type) == "blank":

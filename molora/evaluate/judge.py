@@ -10,7 +10,7 @@ from rich.progress import Progress
 
 from molora.config import ConfigError, require
 from molora.data.sources import SourceConfig, open_source
-from molora.evaluate.blind import Media, blanking, check_media, told
+from molora.evaluate.blind import Media, blanking, check_media, told, took_place
 from molora.evaluate.metrics import Judged, Named, open_metrics, scores
 from molora.evaluate.metrics.choices import as_if_likely, continuations
 from molora.evaluate.predictions import Predictions
@@ -210,16 +210,22 @@ def with_likelihoods(loaded: LoadedModel, item: Judged, strict: bool) -> Judged:
 
 def complaints(name: str, judged: Sequence[Judged], config: EvaluationConfig) -> list[str]:
     """What one should know before one believes the scores of an evaluation."""
-    told = []
+    found = []
     failed = [f"row {item.row + 1}: {item.error}" for item in judged if item.error is not None]
     cut_off = sum(item.cut_off for item in judged)
     if failed:
         named = "; ".join(failed[:_MAX_NAMED]) + ("; …" if len(failed) > _MAX_NAMED else "")
-        told.append(f"{name}: {len(failed)} of {len(judged)} questions were not answered and are in no rate: {named}")
+        found.append(f"{name}: {len(failed)} of {len(judged)} questions were not answered and are in no rate: {named}")
+    media = config.asked_with[0]
+    if judged and not took_place(media, (item.messages for item in judged)):
+        found.append(
+            f"{name}: no question has a medium that could be {told(media)}, and all were asked as they are; ask rows "
+            "with media, or leave it out of `media`"
+        )
     if cut_off:
-        told.append(
+        found.append(
             f"{name}: {cut_off} of {len(judged) - len(failed)} answers were cut off at max_new_tokens "
             f"({config.max_new_tokens}), or where the backbone's context was full, and are judged as they are; raise "
             "max_new_tokens if answers may be longer, or make the prompts shorter"
         )
-    return told
+    return found

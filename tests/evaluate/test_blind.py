@@ -14,7 +14,7 @@ from molora.data.processor import Processor
 from molora.data.sources import SourceConfig
 from molora.encoders.audio import Audio, AudioConfig
 from molora.encoders.vision import Vision, VisionConfig
-from molora.evaluate.blind import Media, blanking
+from molora.evaluate.blind import Media, blanking, took_place
 from molora.evaluate.judge import EvaluationConfig
 from molora.evaluate.questions import question
 from molora.inference.load import LoadedModel
@@ -135,7 +135,18 @@ def test_a_modality_without_a_blank_item_is_named_before_anything_is_asked() -> 
     loaded = model_with(modalities)
     with pytest.raises(ConfigError, match=r"media: blank: modality 'numbers' has no blank item.*blank\(item\)"):
         blanking(loaded, "blank", "media")
-    assert blanking(loaded, {"image": "blank"}, "media") is loaded
+    assert blanking(loaded, {"numbers": "shuffled"}, "media") is loaded
+    with pytest.raises(ConfigError, match="media: the model reads no 'number', its modalities have numbers; did you"):
+        blanking(loaded, {"number": "blank"}, "media")
+
+
+def test_a_baseline_that_blinds_nothing_is_told() -> None:
+    asked = [[{"role": "user", "content": [{"type": "image", "path": "a.png"}, {"type": "text", "text": "what?"}]}]]
+    text: Any = [[{"role": "user", "content": "what?"}]]
+    for media in ("blank", "shuffled", {"image": "blank", "audio": "as is"}):
+        assert took_place(media, [*text, *asked]) and not took_place(media, text)
+    assert not took_place({"audio": "blank"}, asked)
+    assert took_place("none", text) and took_place("as is", text)
 
 
 def test_a_list_of_media_is_the_evaluation_and_its_baselines() -> None:
@@ -151,6 +162,8 @@ def test_a_list_of_media_is_the_evaluation_and_its_baselines() -> None:
     for wrong in ("gray", {"image": "gray"}, ["as is", "gray"]):
         with pytest.raises(ConfigError, match="test: media: 'gray' is none of as is, none, blank, shuffled"):
             build(EvaluationConfig, {"data": DATA, "media": wrong}, "test")
+    with pytest.raises(ConfigError, match="media: text stays as it is"):
+        build(EvaluationConfig, {"data": DATA, "media": {"text": "none"}}, "test")
 
 
 def test_an_older_recipe_without_media_is_read_and_told_what_to_write(capsys: pytest.CaptureFixture[str]) -> None:

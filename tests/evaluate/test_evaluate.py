@@ -362,6 +362,8 @@ def test_a_question_that_failed_is_in_no_rate_and_is_named_with_its_row() -> Non
     assert "1 of 2 answers were cut off at max_new_tokens (2)" in cut_off
     assert measured(judged[1:3], "exact_match") == {"questions": 0, "failed": 2, "cut_off": 0}
     assert complaints("test", judged[:1], config) == []
+    (blinded,) = complaints("test", judged[:1], replace(config, media="blank"))
+    assert blinded.startswith("test: no question has a medium that could be blank")
 
 
 @pytest.mark.parametrize("ends", [SystemExit(1), RuntimeError("mecab-ko is not\ninstalled"), OSError("no network")])
