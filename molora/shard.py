@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from molora.config import ConfigError
@@ -29,9 +30,9 @@ class Shard:
         return cls(int(given[1]), int(given[2]))
 
     @classmethod
-    def all(cls, count: int) -> list[Shard]:
+    def all(cls, count: int) -> Iterator[Shard]:
         """The shards that are all rows together."""
-        return [cls(index, count) for index in range(count)]
+        return (cls(index, count) for index in range(count))
 
     def rows(self, total: int) -> range:
         """Its rows, of so many."""
@@ -43,3 +44,10 @@ class Shard:
 
 
 ALL_ROWS = Shard()
+_MOST_TOLD = 5
+
+
+def unmergeable(problems: Sequence[str], count: int) -> str:
+    """What is wrong with so many shards, of which the first few are named."""
+    more = f"; and {len(problems) - _MOST_TOLD} more" if len(problems) > _MOST_TOLD else ""
+    return f"the {count} shards cannot be merged: {'; '.join(problems[:_MOST_TOLD])}{more}"

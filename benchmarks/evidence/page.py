@@ -77,6 +77,10 @@ class Results:
         value = f"{statistics.mean(figure.value for figure in found):.{digits}f}"
         return f"{value} ({min(lows):.{digits}f} to {max(highs):.{digits}f})" if lows else value
 
+    def questions(self, *wanted: str) -> str:
+        """How many questions a figure is of, in each seed."""
+        return ", ".join(str(count) for count in sorted({figure.questions for figure in self.figures(*wanted)}))
+
     def updates(self, arm: str, task: str) -> str:
         """The updates of an arm of a task and the samples of each, as one seed had them."""
         for each in self.values["seeds"][self.seeds[0]]["arms"]:
@@ -95,6 +99,14 @@ class Results:
 
 
 _ENDS = ("low", "high")
+_ONE_SEED = (
+    "What another training gives: all figures are of one seed. By the three of [interference](interference.md) "
+    "trainings can differ by more than an interval is wide."
+)
+_OF_SEEDS = (
+    " Values are means of seeds, with the lowest and the highest end of the seeds' intervals, which together are wider "
+    "than an interval of 95 %."
+)
 # How the page calls what is asked without the medium.
 BLIND = {
     "blank media": "blank",
@@ -154,7 +166,8 @@ def _page(name: str, driver: Driver, results: Results) -> Iterator[str]:
     yield from driver.sections(results)
     yield f"![{driver.TITLE}]({name}.svg)\n"
     yield "## What this does not show\n"
-    yield "\n".join(f"- {line}" for line in driver.NOT_SHOWN) + "\n"
+    not_shown = [*driver.NOT_SHOWN, _ONE_SEED] if len(results.seeds) == 1 else driver.NOT_SHOWN
+    yield "\n".join(f"- {line}" for line in not_shown) + "\n"
     yield "## How it was made\n"
     yield f"```\n{values['command']}\n```\n"
     recipes = ", ".join(f"`{recipe}.yaml`" for recipe in driver.RECIPES)
@@ -175,10 +188,12 @@ def _page(name: str, driver: Driver, results: Results) -> Iterator[str]:
             said = f"{machine['processor']}, {machine['threads']} thread; torch {machine['torch']}"
             seconds[seed, said] += arm["processor_seconds"]
     yield table(
-        ("seed", "minutes of processor time since it was last stopped", "machine"),
+        ("seed", "minutes of processor time, without what came before a stop", "machine"),
         [(seed, f"{taken / 60:.0f}", said) for (seed, said), taken in seconds.items()],
     )
-    yield f"Numbers, file hashes and versions are in [{name}.json]({name}.json). Intervals are of 95 %."
+    of_seeds = _OF_SEEDS * (len(results.seeds) > 1)
+    yield f"Numbers, file hashes and versions are in [{name}.json]({name}.json). Intervals are of 95 %, over the"
+    yield f"questions of a seed, and say nothing of another training.{of_seeds}"
     yield ""
 
 
@@ -192,15 +207,23 @@ def compared(
     """For each task, a table of its arms, with their updates and what they give without the medium."""
     for task, names in arms.items():
         yield f"## {task}\n"
-        headings = ["arm", "updates x samples", *(metric.replace("_", " ") for metric in metrics)]
+        headings = ["arm", "updates x samples", "questions", *(metric.replace("_", " ") for metric in metrics)]
         rows = [
-            (arm, results.updates(arm, task), *(results.cell(arm, metric, task) for metric in metrics)) for arm in names
+            (
+                arm,
+                results.updates(arm, task),
+                results.questions(arm, metrics[0], task),
+                *(results.cell(arm, metric, task) for metric in metrics),
+            )
+            for arm in names
         ]
         for said, media in BLIND.items():
             for arm in names:
                 cells = [results.cell(arm, metric, task, media) for metric in metrics]
-                if any(cells) and (media != "majority" or arm == names[0]):
-                    rows.append((f"{arm}, {said}" if media != "majority" else said, "", *cells))
+                told = said if media == "majority" else f"{arm}, {said}"
+                row = (told, "", results.questions(arm, metrics[-1], task, media), *cells)
+                if any(cells) and row not in rows:
+                    rows.append(row)
         yield table(headings, rows)
 
 
@@ -213,18 +236,25 @@ def bars(results: Results, arms: Mapping[str, Sequence[str]], path: Path, metric
     )  # error rates end late
     for ax, (task, names) in zip(axes[0], arms.items(), strict=True):
         for place, arm in enumerate(names):
-            for found in results.figures(arm, metric, task):
+            seeds = results.figures(arm, metric, task)
+            for number, found in enumerate(seeds):
                 low, high = (found.value if end is None else end for end in (found.low, found.high))
-                ax.errorbar(
-                    found.value, place, xerr=[[found.value - low], [high - found.value]], fmt="o", capsize=3, color="C0"
-                )
+                reach = [[found.value - low], [high - found.value]]
+                beside = place + 0.2 * (number - (len(seeds) - 1) / 2)
+                ax.errorbar(found.value, beside, xerr=reach, fmt="o", markersize=4, capsize=2, color="C0")
+            if len(seeds) > 1:
+                mean = sum(found.value for found in seeds) / len(seeds)
+                ax.plot(mean, place, "|", color="black", markersize=18)
         majority = results.figures(names[0], metric, task, "majority")[:1]
         for found in majority:
             ax.axvline(found.value, color="grey", linestyle=":")
         ax.set_yticks(range(len(names)), names)
         ax.invert_yaxis()
         ax.set_xlim(0, 1.02 * highest)
-        ax.set_xlabel(f"{task}: {metric.replace('_', ' ')}" + "\ndotted: most frequent answer" * bool(majority))
+        lines = ["upright: mean of seeds"] * (len(results.seeds) > 1) + ["dotted: most frequent answer"] * bool(
+            majority
+        )
+        ax.set_xlabel("\n".join([f"{task}: {metric.replace('_', ' ')}", *lines]))
     save_figure(figure, path)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.evidence.page import Results, bars, compared
+from benchmarks.evidence.page import Results, bars, compared, table
 from benchmarks.evidence.work import Arm, Work, combined
 from molora.checkpoint.assembly import ModalityConfig, RouterConfig
 from molora.data.sources import SourceConfig
@@ -81,6 +81,9 @@ def _rows(work: Work, split: str) -> SourceConfig:
 
 def sections(results: Results) -> Iterator[str]:
     yield from compared(results, ARMS)
+    yield "## Each alone\n"
+    rows = [(task, results.cell("alone", "exact_match", task)) for task in PAIR]
+    yield table(("what the adapters had learned", "exact match"), rows)
 
 
 def draw(results: Results, path: Path) -> None:

@@ -83,11 +83,15 @@ def doctor(
     trust_plugin: options.Trust = None,
     device_memory: Annotated[
         float | None,
-        typer.Option(metavar="GIB", min=0, help="Ask about a device that has this much, instead of this one's."),
+        typer.Option(
+            metavar="GIB", min=0, max=1_000_000, help="Ask about a device that has this much, instead of this one's."
+        ),
     ] = None,
     processes: Annotated[
         int,
-        typer.Option(metavar="N", min=1, help="Of a recipe that so many processes train: what each of them needs."),
+        typer.Option(
+            metavar="N", min=1, max=100_000, help="Of a recipe that so many processes train: what each of them needs."
+        ),
     ] = 1,
 ) -> None:
     """What is installed, what works, what is missing and how to get it."""

@@ -49,7 +49,8 @@ ShardText = Annotated[
     str | None, typer.Option("--shard", metavar="I/N", help="Do every N-th row only, from row I on; rows count from 0.")
 ]
 Merge = Annotated[
-    int | None, typer.Option("--merge", metavar="N", min=2, help="Put the answers of N shards together instead.")
+    int | None,
+    typer.Option("--merge", metavar="N", min=2, max=100_000, help="Put the answers of N shards together instead."),
 ]
 Config = Annotated[Path, typer.Argument(metavar="CONFIG.yaml")]
 

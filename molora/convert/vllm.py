@@ -141,7 +141,8 @@ def _config(release: Release) -> dict[str, Any]:
 
 def _command(folder: Path, adapters: Mapping[str, Path], max_rank: int, has_code: bool) -> str:
     modules = [f"{name}={path}" for name, path in adapters.items()]
-    words = ["vllm", "serve", str(folder), "--served-model-name", "backbone"]
+    bare = "bare-backbone" if "backbone" in adapters else "backbone"  # no two models have one name
+    words = ["vllm", "serve", str(folder), "--served-model-name", bare]
     words += ["--trust-remote-code"] if has_code else []
     words += ["--enable-lora", "--max-lora-rank", str(max_rank), "--max-loras", str(len(modules))]
     return shlex.join([*words, "--lora-modules", *modules])

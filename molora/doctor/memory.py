@@ -35,7 +35,7 @@ _SHARE_OF_CARD = 0.96
 # taken to reach; and the share that it reached on a CPU of what a product of large matrices does there.
 _PEAKS = {"L4": (24, 121e12), "A100": (80, 312e12), "H100": (80, 989e12), "B200": (192, 2250e12)}
 _SHARE_OF_PEAK, _SHARE_OF_PRODUCT = 0.4, 0.8
-_DURATIONS = (("days", 86_400), ("hours", 3600), ("minutes", 60), ("s", 1), ("ms", 1e-3))
+_DURATIONS = (("days", 86_400), ("hours", 3600), ("minutes", 60), ("s", 1), ("ms", 1e-3), ("µs", 1e-6))
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 

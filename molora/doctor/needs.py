@@ -156,7 +156,10 @@ def gathered(model: MoLoRA, shards: int) -> tuple[Need, ...]:
 def about(tensors: Iterable[Tensor]) -> str:
     parameters = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
     dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters})
-    return f"{count(parameters):,} parameters, {', '.join(dtypes)}" if parameters else "buffers"
+    if not parameters:
+        return "buffers"
+    packed = any(not parameter.is_floating_point() for parameter in parameters)
+    return f"{count(parameters):,} {'numbers as they are packed' if packed else 'parameters'}, {', '.join(dtypes)}"
 
 
 def logits_of(num_bytes: int, how: str, model: MoLoRA) -> str:
@@ -355,8 +358,8 @@ def _learned(model: MoLoRA, stage: StageConfig, where: str) -> tuple[Need, ...]:
 @dataclass(frozen=True)
 class _Steps:
     """Of the steps of a stage, as its data are: how many there are, the samples that one process takes of the one with
-    the largest pack, what is to be said of it, what share of its tokens a mean step has, and what says their words in a
-    stage of words."""
+    the largest pack, what is to be said of it, what share of its tokens a mean step has in the process that has the
+    most, and what says their words in a stage of words."""
 
     num_steps: int
     heaviest: list[Sample]
@@ -403,9 +406,10 @@ def _steps_of_data(model: MoLoRA, recipe: Recipe, index: int, processes: int) ->
         raise ConfigError(f"none of the first {rows} rows can be used")
     origin = f"a pack of {largest_pack(heaviest):,} tokens, the largest from {rows} rows of its data"
     tokens = [sum(map(len, samples)) for samples in steps]
+    slowest = [max(tokens[step : step + processes]) for step in range(0, len(tokens), processes)]
     model.backbone.stop_at(processor.template.turn_ends(), tokenizer)
     words = words_of(stage, model, processor, f"stages.{index}")
-    return _Steps(num_steps, heaviest, origin, sum(tokens) / len(steps) / sum(map(len, heaviest)), words)
+    return _Steps(num_steps, heaviest, origin, sum(slowest) / len(slowest) / sum(map(len, heaviest)), words)
 
 
 def _step(

@@ -105,7 +105,8 @@ def _plugin_of(modality: ModalityConfig) -> str:
     try:
         return read_about(Path(modality.path))["plugin"]
     except ConfigError as error:
-        raise ConfigError(f"{error}; the recipe that trains it makes it, also with --tiny") from error
+        run = str(Path(modality.path).parents[1]).removesuffix("-tiny")
+        raise ConfigError(f"{error}; train it first, by its own recipe with --tiny run={run}") from error
 
 
 def _tiny_modality(modality: ModalityConfig) -> ModalityConfig:

@@ -21,7 +21,7 @@ from molora.evaluate.questions import Question, judge
 from molora.inference.answers import appending, row_bytes, written_rows
 from molora.interrupt import Stopped
 from molora.received import read_json
-from molora.shard import Shard
+from molora.shard import Shard, unmergeable
 from molora.storage import hold, write_atomically, write_json
 from molora.terminal import say
 
@@ -152,7 +152,7 @@ def merge_predictions(folder: Path, name: str, about: Mapping[str, Any], num_que
             problems.append(f"shard {shard} is unfinished: {told}; go on with --shard {shard}")
         lines |= found
     if problems:
-        raise ConfigError(f"evaluation {name!r}: its {count} shards cannot be merged: {'; '.join(problems)}")
+        raise ConfigError(f"evaluation {name!r}: {unmergeable(problems, count)}")
     assert first is not None, "there are two shards or more"
     path = folder / f"{name}.jsonl"
     with hold(path):

@@ -7,6 +7,7 @@ leaves it out.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
@@ -24,7 +25,8 @@ from molora.checkpoint.opening import locate, model_hashes, plan_model
 from molora.checkpoint.pretrained import fetch
 from molora.config import ConfigError, plain, require
 from molora.convert.release import converted
-from molora.data.sources import SourceConfig, open_source
+from molora.data.messages import parts
+from molora.data.sources import Source, SourceConfig, open_source
 from molora.inference.answers import row_bytes, told_answer
 from molora.inference.generate import Failed, GenerationConfig, attempt
 from molora.inference.load import load
@@ -38,6 +40,8 @@ from molora.terminal import progress
 # What may change between two calls of a job: no answer depends on it.
 _FREE = ("output", "actors", "cpus_per_actor", "gpus_per_actor", "rows_per_block")
 _FREE_IN_GENERATION = ("max_running_samples", "prefill_tokens", "chunk_tokens", "kv_cache_gib")
+# Rows by which a job knows its rows again.
+_COMPARED_ROWS = 100
 _FILE = re.compile(r"(\d{12})-(\d{12})")  # of the rows from the one number on, up to the other
 
 
@@ -90,7 +94,8 @@ def answer_batch(config: BatchConfig, trust: Sequence[str] = ()) -> BatchDone:
         import ray.exceptions  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(f"a batch job runs on Ray ({error}): pip install 'molora[ray]'") from error
-    total = len(open_source(config.rows, "rows"))
+    source = open_source(config.rows, "rows")
+    total = len(source)
     if total == 0:
         raise ConfigError("rows: there are none; name rows to answer")
     _check_model(config, trust)
@@ -101,7 +106,7 @@ def answer_batch(config: BatchConfig, trust: Sequence[str] = ()) -> BatchDone:
         told = f"output {output}: no folder can be made there ({error.strerror})"
         raise ConfigError(f"{told}; give a place that can be written") from error
     with hold(output):
-        _keep_to_one_job(config, total, output / "batch.json")
+        _keep_to_one_job(config, source, output / "batch.json")
         left = list(_left(total, config.rows_per_block, output))
         with progress() as bars:
             num_left = sum(map(len, left))
@@ -136,7 +141,7 @@ def _answered_blocks(config: BatchConfig, output: Path, trust: Sequence[str], le
     answered = ray.data.from_arrow(blocks).map_batches(
         _Answering,
         fn_constructor_args=(config, output, trust, os.getcwd()),
-        batch_size=None,
+        batch_size=1,  # each of one row, its block's; with GPUs Ray wants a number
         compute=ray.data.ActorPoolStrategy(size=config.actors),
         num_cpus=config.cpus_per_actor,
         num_gpus=config.gpus_per_actor,
@@ -215,7 +220,7 @@ class _Answering:
             found[number]["id"] = _storable(row["id"])
             if numbers.setdefault(row["id"], number) != number:
                 return None
-            return self.loaded.encode(row["messages"], row["id"])
+            return self.loaded.encode(_prompt(row), row["id"])
 
         for number in rows:
             made = attempt(partial(sample, number), "")
@@ -225,6 +230,28 @@ class _Answering:
                 found[number]["error"] = _storable(made.error)
             else:
                 yield made
+
+
+def _prompt(row: Mapping[str, Any]) -> Sequence[Any]:
+    """A row's conversation without the answer that rows to train on end with."""
+    messages = row["messages"]
+    return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+
+
+def _told_of_some(source: Source) -> str:
+    """A hash of what some rows say, evenly chosen, and of the names of their media."""
+
+    def said(number: int) -> list[Any]:
+        row = source[number]
+        shown = [
+            part.get("text") or part.get("path") or part.get("url") for each in row["messages"] for part in parts(each)
+        ]
+        return [row["id"], *(each if isinstance(each, str) else None for each in shown)]
+
+    chosen = np.linspace(0, len(source) - 1, min(len(source), _COMPARED_ROWS)).astype(int).tolist()
+    found = [attempt(partial(said, number), "") for number in chosen]
+    texts = [f"{each.error}" if isinstance(each, Failed) else repr(each) for each in found]
+    return hashlib.sha256("\n".join(texts).encode(errors="backslashreplace")).hexdigest()
 
 
 def _storable(text: object) -> str:
@@ -240,17 +267,22 @@ def _schema() -> Any:
     return pa.schema([("row", pa.int64()), *texts, *counts, ("finished", pa.string()), ("error", pa.string())])
 
 
-def _keep_to_one_job(config: BatchConfig, total: int, path: Path) -> None:
+def _keep_to_one_job(config: BatchConfig, source: Source, path: Path) -> None:
     """Notes what is answered by which model; raises ConfigError if the output has answers to something else, or by
-    another state of the model's parts that train."""
+    another state of the model's parts that train, or of which nothing is known."""
     about = {key: value for key, value in plain(config).items() if key not in _FREE}
     about["generation"] = {
         key: about["generation"][key] for key in about["generation"] if key not in _FREE_IN_GENERATION
     }
-    about["num_rows"] = total
+    about["num_rows"] = len(source)
+    about["some_rows"] = _told_of_some(source)
     about["weights"] = model_hashes(locate(converted(config.model), config.modalities))
-    if not path.exists() or not _files(path.parent):  # without answers it binds no one
+    if not _files(path.parent):  # without answers it binds no one
         write_json(path, about)
+    elif not path.is_file():
+        raise ConfigError(
+            f"output {path.parent}: has answers, and no {path.name} that says of what; give another folder"
+        )
     elif (known := read_json(path)) != about:
         differ = ", ".join(sorted(key for key in about.keys() | known.keys() if about.get(key) != known.get(key)))
         raise ConfigError(f"output {path.parent}: has answers of another job, with other {differ}; give another folder")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from molora.config import ConfigError
 from molora.data.sources import Messages, MessagesConfig
 from molora.inference.answers import row_ids, shard_file, written_row
-from molora.shard import Shard
+from molora.shard import Shard, unmergeable
 from molora.storage import hold, write_atomically
 from molora.terminal import warn
 
@@ -35,7 +35,7 @@ def merge_answers(messages: Path, output: Path, count: int) -> bool:
     for shard in Shard.all(count):
         problems += _faults(shard, ids, shard_file(output, shard), lines)
     if problems:
-        raise ConfigError(f"output {output}: the {count} shards cannot be merged: {'; '.join(problems)}")
+        raise ConfigError(f"output {output}: {unmergeable(problems, count)}")
 
     def write(temporary: Path) -> None:
         with ExitStack() as opened, open(temporary, "wb") as merged:

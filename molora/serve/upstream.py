@@ -2,6 +2,7 @@
 that the router takes for what its messages hold."""
 
 import asyncio
+import json
 import logging
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -113,7 +114,7 @@ def find_upstream(
     try:
         answer = httpx2.get(f"{url}/models", headers=headers, timeout=_CONNECT_SECONDS, trust_env=False)
         answer.raise_for_status()
-        served = [(each["id"], each.get("parent")) for each in answer.json()["data"]]
+        served = [(str(each["id"]), each.get("parent")) for each in answer.json()["data"]]
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
         why = str(error).partition("\n")[0] or type(error).__name__
         told = f"--upstream {url}: {url}/models gives no answer ({why})"
@@ -130,7 +131,7 @@ def _models(
     wanted = sorted(name for name in adapters if name is not None)
     there = ", ".join(id for id, _ in served) or "none"
     told = f"--upstream {url}: has the models {there}"
-    if missing := [name for name in wanted if name not in (id for id, _ in served)]:
+    if missing := [name for name in wanted if name not in (id for id, parent in served if parent is not None)]:
         modules = " ".join(f"{name}=FOLDER" for name in missing)
         raise ConfigError(f"{told}, and none is {' or '.join(missing)}; start vLLM with --lora-modules {modules}")
     models: dict[str | None, str] = {name: name for name in wanted}
@@ -203,9 +204,14 @@ class _Passing:
             held.push_async_callback(answer.aclose)
             self.metrics.adapters.labels(adapter or "none").inc()
             headers = {name: answer.headers[name] for name in _PASSED_HEADERS if name in answer.headers}
-            if answer.headers.get("content-type", "").startswith("text/event-stream"):
+            kind = answer.headers.get("content-type", "")
+            if answer.status_code in (401, 403):
+                raise _broken(answer, "refuses the key of this one")
+            if answer.is_success and kind.startswith("text/event-stream"):
                 return _Stream(_events(answer, until), answer.status_code, headers, held.pop_all())
             await while_connected(http, _in_time(until, answer.aread()))
+            if not _is_object(answer.content):
+                raise _broken(answer, "gives no answer in JSON")
         return Response(answer.content, answer.status_code, headers)
 
     @contextmanager
@@ -218,6 +224,18 @@ class _Passing:
             yield
         finally:
             self._running -= 1
+
+
+def _broken(answer: httpx2.Response, what: str) -> Broken:
+    log.warning("the server behind %s: status %d, %s", what, answer.status_code, answer.headers.get("content-type"))
+    return Broken(f"the server that holds the model {what}; tell who runs this server")
+
+
+def _is_object(content: bytes) -> bool:
+    try:
+        return isinstance(json.loads(content), dict)
+    except ValueError:
+        return False
 
 
 def _content(body: dict[str, Any]) -> bytes:

@@ -275,6 +275,8 @@ class _Run:
         at = f"step {self._steps_done()} of {sum(self.steps)}"
         told = f"stopped by {signal.Signals(number).name} after {at}, which is saved"
         how = f"go on with: molora train {self.folder / 'config.yaml'}"
+        if self.ranks.count > 1:
+            how = f"start it again as you did, in {self.ranks.count} processes, and it goes on"
         raise Stopped(f"{told}; {how}", number)
 
     def no_room(self, error: OSError) -> str:

@@ -477,6 +477,11 @@ def test_a_mean_step_has_the_mean_of_the_tokens(small: Path, tmp_path: Path) -> 
         (work,) = training_needs(recipe).work
         found.append(work.step_flop)
     assert 2 * found[0] < found[1]
+    few = recipe_of(small)
+    few.stages[0].samples_per_step = 2
+    few.stages[0].data = {"rows": rows_of(tmp_path / "rows.jsonl", [40] * 8)}
+    one, two, eight = (training_needs(few, processes=count).work[0].step_flop for count in (1, 2, 8))
+    assert eight == two == one / 2, "those without a sample wait for the others"
 
 
 def test_each_of_several_processes_takes_its_share_of_samples_and_layers(small: Path) -> None:

@@ -197,7 +197,7 @@ def test_a_recipe_that_drifts_from_code_or_data_fails(tmp_path: Path, monkeypatc
     with pytest.raises(ConfigError, match="flaviagiammarino/vqa-rad"):
         rehearsed(read(Recipe, path, ["stages.0.data.questions.options.path=flaviagiammarino/vqa-rat"]))
     with pytest.raises(
-        ConfigError, match=r"stages_vision-tiny/.* the recipe that trains it makes it, also with --tiny"
+        ConfigError, match=r"stages_vision-tiny/.*; train it first, by its own recipe with --tiny run=\S*stages_vision$"
     ):
         rehearsed(read(Recipe, CONFIGS / "stages" / "vision_preferences.yaml"))
 

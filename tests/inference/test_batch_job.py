@@ -158,6 +158,27 @@ def test_rows_that_fail_have_their_error_and_a_job_keeps_to_its_model(home: Path
     with pytest.raises(ConfigError, match="has answers of another job, with other deterministic_batch, generation"):
         more = {"generation": {"max_new_tokens": 3}, "deterministic_batch": True}
         answer_batch(build(BatchConfig, {**values, **more}, "test"))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({**row, "id": "other"}) + "\n" for row in rows))
+    with pytest.raises(ConfigError, match="has answers of another job, with other some_rows"):
+        answer_batch(build(BatchConfig, values, "test"))
+    (tmp_path / "job/batch.json").unlink()
+    with pytest.raises(ConfigError, match=r"has answers, and no batch\.json that says of what"):
+        answer_batch(build(BatchConfig, values, "test"))
+
+
+@pytest.mark.usefixtures("ray_ends")
+def test_rows_to_train_on_are_asked_without_their_answers_on_what_ray_calls_a_gpu(home: Path, tmp_path: Path) -> None:
+    """Ray counts GPUs that it is told of, whether they are there or not."""
+    import ray  # pyright: ignore[reportMissingImports]
+
+    ray.shutdown()
+    ray.init(num_gpus=1, logging_level="ERROR")
+    (tmp_path / "rows.csv").write_text("q,a\nwhat is 1?,one\nwhat is 2?,two\n")
+    rows = {"kind": "table", "options": {"path": str(tmp_path / "rows.csv"), "prompt": "{q}", "answer": "{a}"}}
+    values = config(home, tmp_path / "job", rows=rows, gpus_per_actor=0.5, rows_per_block=1)
+    done = answer_batch(build(BatchConfig, values, "test"))
+    assert (done.rows, done.failed) == (2, 0)
+    ray.shutdown()
 
 
 @pytest.mark.usefixtures("ray_ends")

@@ -64,6 +64,11 @@ def test_errors_are_merged_and_told(loaded: LoadedModel, tmp_path: Path, capsys:
         assert file.left == [1]
 
 
+def test_of_many_missing_shards_a_few_are_named(shards: Path) -> None:
+    with pytest.raises(ConfigError, match=r"shard 3/1000 is missing.*shard 4/1000 is missing.*; and 995 more$"):
+        merge_answers(shards.with_name("in.jsonl"), shards, 1000)
+
+
 def place(out: Path, index: int) -> Path:
     return shard_file(out, Shard(index, 3))
 

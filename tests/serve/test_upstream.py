@@ -18,7 +18,7 @@ import httpx2
 import openai
 import pytest
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from typer.testing import CliRunner
 
@@ -43,6 +43,7 @@ class Behind:
     left: threading.Event = field(default_factory=threading.Event)
     go_on: threading.Event = field(default_factory=threading.Event)
     stop: Callable[[], None] = lambda: None
+    adapters_have_parents: bool = True
 
     def app(self, adapters: Sequence[str]) -> FastAPI:
         app = FastAPI()
@@ -51,7 +52,8 @@ class Behind:
         async def models(request: Request) -> Any:
             if request.headers.get("authorization") != f"Bearer {KEY}":
                 return JSONResponse({"error": {"message": "no key"}}, 401)
-            cards = [{"id": BARE, "parent": None}, *({"id": name, "parent": BARE} for name in adapters)]
+            parent = BARE if self.adapters_have_parents else None
+            cards = [{"id": BARE, "parent": None}, *({"id": name, "parent": parent} for name in adapters)]
             return {"object": "list", "data": cards}
 
         @app.post("/v1/chat/completions")
@@ -62,6 +64,8 @@ class Behind:
             self.headers.append(dict(request.headers))
             if "refuse" in body:
                 return JSONResponse({"error": {"message": "not I"}}, body["refuse"], {"retry-after": "7"})
+            if "instead" in body:
+                return Response(body["instead"][1], body["instead"][0])
             if not body.get("stream"):
                 message = {"role": "assistant", "content": body["model"]}
                 choice = {"index": 0, "message": message, "text": body["model"], "finish_reason": "stop"}
@@ -262,10 +266,19 @@ def test_a_request_that_cannot_be_routed_is_refused_here(proxy: Served, upstream
 
 
 def test_errors_of_the_server_behind_are_passed_on(proxy: Served) -> None:
-    for status in (400, 401, 404, 429, 500):
+    for status in (400, 404, 429, 500):
         answer = send(proxy, chat(refuse=status))
         assert (answer.status_code, answer.json()) == (status, {"error": {"message": "not I"}})
         assert answer.headers["retry-after"] == "7"
+
+
+@pytest.mark.parametrize("answer", [(307, ""), (200, "<html>"), (200, ""), (200, "{"), (500, "out"), (401, "{}")])
+def test_what_is_no_answer_is_not_passed_on(proxy: Served, answer: tuple[int, str]) -> None:
+    status, content = answer
+    found = send(proxy, chat(instead=[status, content]))
+    error = found.json()["error"]
+    assert (found.status_code, error["code"]) == (503, "model_failed")
+    assert ("refuses the key" if status == 401 else "no answer in JSON") in error["message"]
 
 
 def test_the_request_keeps_its_id_and_only_the_servers_own_key_goes_on(proxy: Served, upstream: Behind) -> None:
@@ -364,6 +377,8 @@ def test_a_server_behind_that_does_not_fit_is_refused(folders: Folders, monkeypa
     with behind(["vision"]) as upstream:
         said = start(*model, "--upstream", upstream.address)
         assert f"has the models {BARE}, vision, and none is audio or numbers; start vLLM with --lora-modules" in said
+        upstream.adapters_have_parents = False
+        assert "and none is audio or numbers or vision" in start(*model, "--upstream", upstream.address)
         assert "401" in start(*folders.arguments, "--upstream", upstream.address)
         assert "404" in start(*model, "--upstream", upstream.address.removesuffix("/v1"))
         told = start(*model, "--upstream", upstream.address, "--temperature", "0.5")
