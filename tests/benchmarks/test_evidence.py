@@ -86,7 +86,7 @@ def measured(value: float, exact: str = "2 of 2") -> dict[str, Any]:
 def test_the_numbers_of_a_page_are_those_of_its_json(tmp_path: Path) -> None:
     (tmp_path / "plugins.json").write_text(json.dumps(measured(0.1234)))
     text = page.write("plugins", plugins, tmp_path).read_text()
-    assert "| plugin | 7 x 2 | 0.123 (0.100 to 0.900) |" in text
+    assert "| plugin | 7 x 2 | 4 | 0.123 (0.100 to 0.900) |" in text
     first = (tmp_path / "plugins.svg").read_bytes()
     page.write("plugins", plugins, tmp_path)
     assert (tmp_path / "plugins.svg").read_bytes() == first

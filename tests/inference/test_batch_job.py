@@ -6,6 +6,7 @@ ROWS=100000 makes it as large; see EXPERIMENTS.md.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import shutil
@@ -172,7 +173,7 @@ def test_rows_to_train_on_are_asked_without_their_answers_on_what_ray_calls_a_gp
     import ray  # pyright: ignore[reportMissingImports]
 
     ray.shutdown()
-    ray.init(num_gpus=1, logging_level="ERROR")
+    ray.init(num_gpus=1, logging_level=logging.ERROR)
     (tmp_path / "rows.csv").write_text("q,a\nwhat is 1?,one\nwhat is 2?,two\n")
     rows = {"kind": "table", "options": {"path": str(tmp_path / "rows.csv"), "prompt": "{q}", "answer": "{a}"}}
     values = config(home, tmp_path / "job", rows=rows, gpus_per_actor=0.5, rows_per_block=1)
