@@ -80,6 +80,7 @@ def test_a_job_of_slurm_that_loses_a_process_and_is_taken_away_ends_as_if_it_had
         "OMP_NUM_THREADS": "1",  # as the run beside it has
         "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         **{"SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_ID": "7"},
+        "SLURM_CPUS_PER_TASK": "1",
         **{"SLURM_JOB_END_TIME": str(int(time.time()) + 100), "MASTER_PORT": str(free_port())},
         **{"STEP": str(step), "REQUEUED": str(requeued)},
     }
