@@ -42,6 +42,7 @@ def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         threading.Thread(target=listen, daemon=True).start()
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setattr(hub, "_WAIT_SECONDS", 0.05)
+        hub._reach.cache_clear()  # a hub of an earlier test may have had the same port, and have answered
         yield asked
         server.shutdown(socket.SHUT_RDWR)
     for connection in kept:
