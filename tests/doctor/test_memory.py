@@ -764,7 +764,7 @@ def test_the_table_fits_in_80_columns_and_says_whether_it_fits(
     assert "no CPU: it does not fit, 5.5 GiB needed, 1.0 GiB free of 2.0 GiB" in words
     assert "Graphics cards: one of 24 GB (L4, RTX 4090) holds it and larger ones, up to 192 GB." in words
     assert "Stage [align]: 6,000 steps of 0.4 TFLOP. On this CPU about" in words
-    assert "a step on L4 8.3 ms, A100 3.2 ms, H100 1.0 ms, B200 0.4 ms." in words
+    assert "a step on L4 8.3 ms, A100 3.2 ms, H100 1.0 ms, B200 444 µs." in words
 
 
 @pytest.mark.parametrize(
@@ -784,7 +784,7 @@ def test_cards_that_hold_it_are_named_with_room_for_what_cuda_keeps(gib: float, 
 @pytest.mark.parametrize(
     ("seconds", "told"),
     [
-        (2e-4, "0.2 ms"),
+        (2e-4, "200 µs"),
         (0.25, "250 ms"),
         (1.0, "1.0 s"),
         (59, "59 s"),
