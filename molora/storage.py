@@ -217,7 +217,8 @@ def made_once(kind: str, key: str, is_whole: Callable[[Path], bool], make: Calla
     try:
         _sweep(Path(os.path.realpath(folder.parent)))
         if not is_whole(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists():
+                shutil.rmtree(folder)
             make(folder)
     finally:
         lock.unlink(missing_ok=True)

@@ -243,18 +243,16 @@ def bars(results: Results, arms: Mapping[str, Sequence[str]], path: Path, metric
                 beside = place + 0.2 * (number - (len(seeds) - 1) / 2)
                 ax.errorbar(found.value, beside, xerr=reach, fmt="o", markersize=4, capsize=2, color="C0")
             if len(seeds) > 1:
-                mean = sum(found.value for found in seeds) / len(seeds)
-                ax.plot(mean, place, "|", color="black", markersize=18)
+                ax.plot(results.mean(arm, metric, task), place, "|", color="black", markersize=18)
         majority = results.figures(names[0], metric, task, "majority")[:1]
         for found in majority:
             ax.axvline(found.value, color="grey", linestyle=":")
         ax.set_yticks(range(len(names)), names)
         ax.invert_yaxis()
         ax.set_xlim(0, 1.02 * highest)
-        lines = ["upright: mean of seeds"] * (len(results.seeds) > 1) + ["dotted: most frequent answer"] * bool(
-            majority
-        )
-        ax.set_xlabel("\n".join([f"{task}: {metric.replace('_', ' ')}", *lines]))
+        upright = "\nupright: mean of seeds" * (len(results.seeds) > 1)
+        dotted = "\ndotted: most frequent answer" * bool(majority)
+        ax.set_xlabel(f"{task}: {metric.replace('_', ' ')}{upright}{dotted}")
     save_figure(figure, path)
 
 

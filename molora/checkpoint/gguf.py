@@ -78,7 +78,7 @@ def find_gguf(source: str) -> Path:
 def unpack(file: Path, target: Path, dtype: str = "float32") -> None:
     """Writes a folder that transformers opens as the model in a GGUF file; fp32 loses nothing of it. Raises ConfigError
     for what is no whole GGUF file of a model with a chat template that transformers knows, and for a `target` that is
-    there; nothing is written then. ImportError without the extra."""
+    there, ValueError for weights that are no numbers; nothing is written then. ImportError without the extra."""
     if not is_gguf_available():
         raise ImportError("reading GGUF files needs gguf: pip install 'molora[smollm]'")
     with open_file(file) as opened:

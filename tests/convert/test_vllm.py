@@ -29,6 +29,7 @@ from molora.checkpoint.pretrained import load_backbone
 from molora.checkpoint.run_folder import write_run
 from molora.cli.commands import app
 from molora.config import ConfigError
+from molora.convert import vllm
 from molora.convert.release import export_release, import_release
 from molora.convert.vllm import export_vllm
 from molora.testing import save_backbone
@@ -124,6 +125,12 @@ def test_the_chat_template_puts_media_where_they_are_sent(released: Path, export
     same = [("user", "<|image_1|><|audio_1|>What is it?"), ("assistant", "A cat."), ("user", "What is it?<|image_2|>")]
     messages = [{"role": role, "content": content} for role, content in same]
     assert text == own.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
+def test_no_adapter_has_the_name_that_the_bare_backbone_is_served_by() -> None:
+    for adapter, bare in (("text", "backbone"), ("backbone", "bare-backbone")):
+        command = vllm._command(Path("run"), {adapter: Path("run") / adapter}, 8, has_code=False)
+        assert f"--served-model-name {bare} " in command and f"{adapter}=run/{adapter}" in command
 
 
 def test_a_run_of_adapters_for_text_is_its_backbone_and_peft_folders(tmp_path: Path) -> None:

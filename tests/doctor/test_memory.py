@@ -38,6 +38,7 @@ from molora.doctor.needs import (
     Moment,
     Need,
     StageWork,
+    about,
     answering_needs,
     full_pack,
     training_needs,
@@ -779,6 +780,12 @@ def test_the_table_fits_in_80_columns_and_says_whether_it_fits(
 )
 def test_cards_that_hold_it_are_named_with_room_for_what_cuda_keeps(gib: float, told: str) -> None:
     assert cards_for(int(gib * 2**30)) == told
+
+
+def test_packed_numbers_are_not_called_parameters() -> None:
+    packed = torch.nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
+    assert about([packed]) == "3 numbers as they are packed, uint8"
+    assert about([torch.nn.Parameter(torch.zeros(3))]) == "3 parameters, float32"
 
 
 @pytest.mark.parametrize(
