@@ -79,7 +79,8 @@ class Results:
 
     def questions(self, *wanted: str) -> str:
         """How many questions a figure is of, in each seed."""
-        return ", ".join(str(count) for count in sorted({figure.questions for figure in self.figures(*wanted)}))
+        counts = {figure.questions for figure in self.figures(*wanted) if figure.questions is not None}
+        return ", ".join(map(str, sorted(counts)))
 
     def updates(self, arm: str, task: str) -> str:
         """The updates of an arm of a task and the samples of each, as one seed had them."""
