@@ -33,7 +33,7 @@ pytest.importorskip("ray.data")
 pytestmark = pytest.mark.filterwarnings("ignore")  # what Ray has to say
 
 ROWS = int(os.environ.get("ROWS", 240))
-ROWS_PER_BLOCK, DRIVERS, ACTORS, SECONDS = (40, 1, 1, 0) if ROWS < 1000 else (256, 2, ROWS, 10)
+ROWS_PER_BLOCK, DRIVERS, ACTORS, SECONDS = (8, 1, 1, 0) if ROWS < 1000 else (256, 2, ROWS, 10)
 
 
 @pytest.fixture(scope="module")
@@ -204,17 +204,16 @@ def test_nothing_is_begun_that_cannot_be_done(home: Path, model: str, output: st
     assert not (home / "job").exists()
 
 
+@pytest.mark.usefixtures("ray_ends")
 def test_answers_are_of_one_state_of_a_modality(home: Path, tmp_path: Path) -> None:
     folder, adapter = tmp_path / "numbers", {"r": 2, "lora_alpha": 8, "target_modules": ["qkv_proj"]}
     plan = blueprint("numbers", "molora.testing:Numbers", {}, adapter, "here")
     model, _ = assemble(*load_backbone(str(home / "backbone")), {"numbers": plan}, RouterConfig())
     save_modality(model, "numbers", plan, folder, {})
-    answers = [{"row": number, "id": str(number), "error": None} for number in range(ROWS)]
-    (tmp_path / "job").mkdir()
-    path = tmp_path / f"job/{0:012}-{ROWS:012}.jsonl"
-    path.write_text("".join(json.dumps(answer) + "\n" for answer in answers))
-    job = build(BatchConfig, config(home, tmp_path / "job", modalities=[str(folder)], format="jsonl"), "test")
-    assert answer_batch(job, ["molora.testing:Numbers"]).rows == ROWS
+    (tmp_path / "rows.jsonl").write_text('{"id": "one", "messages": [{"role": "user", "content": "hello"}]}\n')
+    values = config(tmp_path, tmp_path / "job", model=str(home / "backbone"), modalities=[str(folder)])
+    job = build(BatchConfig, values, "test")
+    assert answer_batch(job, ["molora.testing:Numbers"]).rows == 1
     shutil.rmtree(folder)
     for parameter in model.parts()["adapters.numbers"].values():
         parameter.data.add_(1)
