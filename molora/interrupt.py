@@ -17,7 +17,8 @@ _ECHO_SECONDS = 2.0
 
 
 class Stopped(KeyboardInterrupt):
-    """Work was stopped by a signal, at a place from which it goes on; the message says how."""
+    """Work was stopped by a signal, at a place from which it goes on; the message says how. It is empty where another
+    process says so."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)

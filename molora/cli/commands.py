@@ -19,9 +19,11 @@ class _Stoppable(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as stopped:
+            from molora.interrupt import Stopped
             from molora.terminal import visible
 
-            print(visible(str(stopped) or "stopped"), file=sys.stderr)
+            if told := str(stopped) if isinstance(stopped, Stopped) else "stopped":
+                print(visible(told), file=sys.stderr)
             raise typer.Exit(getattr(stopped, "exit_code", 130)) from stopped
 
 

@@ -311,14 +311,16 @@ def _counted(format: str, output: Path, total: int) -> BatchDone:
     from pyarrow.dataset import dataset
 
     files = dataset(list(map(str, _files(output))), schema=_schema(), format="json" if format == "jsonl" else format)
-    seen = np.zeros(total, np.uint8)
+    seen, answered = np.zeros(total, bool), 0
     failed, first_error = 0, None
     for batch in files.to_batches(columns=["row", "error"]):
-        np.add.at(seen, batch["row"].to_numpy(), 1)
+        seen[batch["row"].to_numpy()] = True
+        answered += batch.num_rows
         errors = batch["error"].drop_null()
         failed += len(errors)
         first_error = first_error or (errors[0].as_py() if len(errors) else None)
-    if (wrong := np.flatnonzero(seen != 1)).size:
-        told = f"{wrong.size} of {total} rows have no answer or two, the first is row {wrong[0] + 1}"
+    num_seen = int(seen.sum())
+    if not num_seen == answered == total:
+        told = f"of {total} rows {total - num_seen} have no answer, and {answered - num_seen} answers are second ones"
         raise RuntimeError(f"{output}: {told}: files were changed; take the folder away and answer anew")
     return BatchDone(output, total, failed, first_error)

@@ -271,13 +271,13 @@ class _Run:
             self._stop(number)
 
     def _stop(self, number: int) -> None:
-        """Says how the run, which is saved, goes on."""
+        """Says once, not on every rank, how the run, which is saved, goes on."""
         at = f"step {self._steps_done()} of {sum(self.steps)}"
         told = f"stopped by {signal.Signals(number).name} after {at}, which is saved"
         how = f"go on with: molora train {self.folder / 'config.yaml'}"
         if self.ranks.count > 1:
             how = f"start it again as you did, in {self.ranks.count} processes, and it goes on"
-        raise Stopped(f"{told}; {how}", number)
+        raise Stopped(f"{told}; {how}" if self.ranks.is_main else "", number)
 
     def no_room(self, error: OSError) -> str:
         """What a full disk means for the run."""

@@ -156,6 +156,15 @@ def test_rows_that_fail_have_their_error_and_a_job_keeps_to_its_model(home: Path
     before = {path: path.stat().st_mtime_ns for path in done.folder.iterdir()}
     assert answer_batch(build(BatchConfig, {**values, "actors": 2}, "test")) == done
     assert {path: path.stat().st_mtime_ns for path in done.folder.iterdir()} == before
+    (whole,) = done.folder.glob("*.jsonl")
+    lines = whole.read_text().splitlines(keepends=True)
+    for changed, counts in (
+        (lines[:1] * 257 + lines[1:], "0 have no answer, and 256"),
+        (lines[1:], "1 have no answer, and 0"),
+    ):
+        whole.write_text("".join(changed))
+        with pytest.raises(RuntimeError, match=f"of 4 rows {counts} answers are second ones: files were changed"):
+            answer_batch(build(BatchConfig, values, "test"))
     with pytest.raises(ConfigError, match="has answers of another job, with other deterministic_batch, generation"):
         more = {"generation": {"max_new_tokens": 3}, "deterministic_batch": True}
         answer_batch(build(BatchConfig, {**values, **more}, "test"))

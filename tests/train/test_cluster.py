@@ -107,7 +107,9 @@ def test_a_job_of_slurm_that_loses_a_process_and_is_taken_away_ends_as_if_it_had
         finally:
             job.kill()
         assert requeued.read_text() == "7\n"
-        assert "stopped by SIGUSR1 after step" in " ".join(told.read_text().split())
+        said = " ".join(told.read_text().split())
+        assert said.count("stopped by SIGUSR1 after step") == 1
+        assert "start it again as you did, in 2 processes, and it goes on" in said
         done = rows()
         assert 20 < done < 65
         subprocess.run(command, shell=True, env=environment, stdout=file, stderr=file, check=True, timeout=600)
