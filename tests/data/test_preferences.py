@@ -29,6 +29,8 @@ def read(tmp_path: Path, row: dict[str, Any]) -> dict[str, Any]:
         {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"},
         {"prompt": [ASKED], "chosen": [FOUR], "rejected": [FIVE]},
         {"chosen": [ASKED, FOUR], "rejected": [ASKED, FIVE]},
+        {"prompt": "2 + 2?", "chosen": [ASKED, FOUR], "rejected": [ASKED, FIVE]},
+        {"prompt": [ASKED], "chosen": [ASKED, FOUR], "rejected": [ASKED, FIVE]},
         {"messages": [ASKED], "chosen": FOUR, "rejected": FIVE},
         {
             "conversations": [{"from": "human", "value": "2 + 2?"}],
@@ -37,7 +39,9 @@ def read(tmp_path: Path, row: dict[str, Any]) -> dict[str, Any]:
         },
         {"input": {"messages": [ASKED]}, "preferred_output": [FOUR], "non_preferred_output": [FIVE]},
     ],
-    ids=["text", "turns", "whole conversations", "messages", "llamafactory", "openai"],
+    ids=[
+        *("text", "turns", "whole conversations", "and a text", "and turns", "messages", "llamafactory", "openai"),
+    ],
 )
 def test_formats_are_read_as_one(tmp_path: Path, row: dict[str, Any]) -> None:
     found = read(tmp_path, {"id": "a", "tags": ["sums"], **row})
@@ -69,11 +73,10 @@ def test_media_stand_in_columns_or_in_the_prompt(tmp_path: Path) -> None:
         ([], "expected an object, found list"),
         ({"prompt": "a", "chosen": "b"}, "no rejected; a preference has both answers"),
         ({"prompt": "a"}, "no chosen and no rejected"),
-        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen and rejected are the same"),
         ({"prompt": "a", "messages": [ASKED], "chosen": "b", "rejected": "c"}, "has messages and prompt, each"),
         ({"prompt": 7, "chosen": "b", "rejected": "c"}, "prompt: expected a text, a turn or a list of turns, got 7"),
         ({"prompt": "a", "chosen": [], "rejected": "c"}, "chosen: expected a text, a turn or a list of turns"),
-        ({"chosen": "b", "rejected": "c"}, "chosen and rejected begin with different turns, and there is no prompt"),
+        ({"chosen": "b", "rejected": "c"}, "chosen and rejected begin with different turns, and nothing says what was"),
         ({"chosen": [ASKED, FOUR], "rejected": [ASKED, FOUR, ASKED]}, "one side is the beginning of the other"),
         ({"input": "a", "chosen": "b", "rejected": "c"}, "input: expected an object with messages, got 'a'"),
     ],
@@ -81,3 +84,21 @@ def test_media_stand_in_columns_or_in_the_prompt(tmp_path: Path) -> None:
 def test_what_is_no_preference_is_told(row: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"^here: {message}"):
         both_sides(row, "here")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen and rejected are the same; take the row out"),
+        ({"prompt": "a", "chosen": "4", "rejected": {"from": "gpt", "value": "4"}}, "chosen and rejected are the same"),
+        ({"prompt": [ASKED], "chosen": [HUMAN], "rejected": "5"}, "chosen has nothing to learn; its answer is to be"),
+        ({"prompt": "a", "chosen": "4", "rejected": {**FIVE, "train": False}}, "rejected has nothing to learn"),
+        (
+            {"input": {"messages": [ASKED], "tools": [{"name": "f"}]}, "preferred_output": "4", "rejected": "5"},
+            "the column 'tools' would change what is told",
+        ),
+    ],
+)
+def test_what_cannot_be_preferred_is_told(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"row 1: {message}"):
+        read(tmp_path, row)
