@@ -39,7 +39,10 @@ Trust = Annotated[
     ),
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[key=value]…", help="Settings that replace the file's.")
+    list[str] | None,
+    typer.Argument(
+        metavar="[key=value]…", help="Settings that replace the file's; a mapping is merged into the file's."
+    ),
 ]
 DeterministicBatch = Annotated[
     bool, typer.Option("--deterministic-batch", help="Answers are the same to the bit in any batch; slower.")

@@ -115,9 +115,21 @@ def _overridden(values: Any, override: str, where: str) -> tuple[Any, list[str]]
     if not (words and equals):
         raise ConfigError(f"{where}: write it as key=value, such as stages.0.learning_rate=1e-4")
     try:
-        return _with(values, steps_to(values, words), plain_yaml.parse(text)), words
-    except (yaml.YAMLError, Problem) as error:
-        raise ConfigError(f"{where}: {getattr(error, 'problem', None) or _first_line(error)}") from error
+        return _with(values, steps_to(values, words), _overriding(text)), words
+    except yaml.YAMLError as error:
+        why = getattr(error, "problem", None) or _first_line(error)
+        raise ConfigError(f"{where}: {why}; if it is to be a text, quote it: {key}=\"'…'\"") from error
+    except Problem as problem:
+        raise ConfigError(f"{where}: {problem}") from problem
+
+
+def _overriding(text: str) -> Any:
+    """The value that an override gives: YAML on one line, where a plain text has no comment behind it. Several lines
+    are a text as it stands, such as a file that the shell puts there."""
+    if "\n" in text:
+        return text
+    value = plain_yaml.parse(text)
+    return text.strip() if isinstance(value, str) and text.strip().startswith(value) else value
 
 
 def _with(values: Any, steps: list[str], value: Any) -> Any:
@@ -240,7 +252,7 @@ def _build(kind: Any, value: Any, key: str) -> Any:
             raise Problem(key, told) from error
     if (kind in (bool, int, float, type(None)) and type(value) is kind) or (kind is str and isinstance(value, str)):
         return value
-    advice = "; quote it to make it text" if kind is str and isinstance(value, (bool, int, float)) else ""
+    advice = "; quote it to make it text" if kind is str and value is not None else ""
     if (origin or kind) is list and not isinstance(value, Mapping):
         advice = f"; write a list, as [{value}]"
     raise Problem(key, f"expected {_name(kind)}, got {value!r} ({_name(type(value))}){advice}")

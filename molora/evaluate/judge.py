@@ -212,7 +212,7 @@ def complaints(name: str, judged: Sequence[Judged], config: EvaluationConfig) ->
     """What one should know before one believes the scores of an evaluation."""
     found = []
     failed = [f"row {item.row + 1}: {item.error}" for item in judged if item.error is not None]
-    cut_off = sum(item.cut_off for item in judged)
+    cut_off = sum(item.cut_off and item.error is None for item in judged)
     if failed:
         named = "; ".join(failed[:_MAX_NAMED]) + ("; …" if len(failed) > _MAX_NAMED else "")
         found.append(f"{name}: {len(failed)} of {len(judged)} questions were not answered and are in no rate: {named}")

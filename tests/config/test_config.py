@@ -206,6 +206,7 @@ MISTAKES = [
     ("stages: [{name: a}]\nshuffle: 1", [], ["{file}: shuffle: expected bool, got 1 (int)"]),
     ("stages: [{name: 3}]", [], ["{file}: stages.0.name: expected str, got 3 (int); quote it"]),
     ("stages: [{name: null}]", [], ["{file}: stages.0.name: expected str, got None"]),
+    ("stages: [{name: [a]}]", [], ["{file}: stages.0.name: expected str, got ['a'] (list); quote it"]),
     ("stages: [{name: a, trainable: x}]", [], ["{file}: stages.0.trainable: expected list[str], got 'x'"]),
     ("stages: [{name: a, trainable: [x, 1]}]", [], ["{file}: stages.0.trainable.1: expected str, got 1"]),
     ("stages: [{name: a, betas: [1, 2, 3]}]", [], ["{file}: stages.0.betas: expected 2 values, got 3"]),
@@ -352,5 +353,19 @@ def test_options_are_read_as_a_recipe_reads_them() -> None:
     assert options([]) == {}
     with pytest.raises(ConfigError, match="option 'share': write it as key=value"):
         options(["share"])
-    with pytest.raises(ConfigError, match="option 'share=\\[1'"):
+    with pytest.raises(ConfigError, match=r"option 'share=\[1': .*; if it is to be a text, quote it: share=\"'…'\""):
         options(["share=[1"])
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ("you are # no comment", "you are # no comment"),
+        (" padded ", "padded"),
+        ("'quoted' # a comment", "quoted"),
+        ("Question: {question}\n- 5: right", "Question: {question}\n- 5: right"),
+        ("one\ntwo\n", "one\ntwo\n"),
+    ],
+)
+def test_an_option_that_is_a_text_is_not_cut(given: str, text: str) -> None:
+    assert options([f"prompt={given}"]) == {"prompt": text}

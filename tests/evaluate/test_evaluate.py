@@ -345,7 +345,7 @@ def test_a_question_that_failed_is_in_no_rate_and_is_named_with_its_row() -> Non
     judged = [
         Judged("0:a", [], "x", "x", True, ["t"]),
         Judged("1:b", [], "x", "", False, ["t"], error="no such picture"),
-        Judged("2:", [], "", "", False, error="not valid JSON"),
+        Judged("2:", [], "", "", False, cut_off=True, error="not valid JSON"),
         Judged("3:d", [], "x", "xx", False, cut_off=True),
     ]
     config = EvaluationConfig(data=SourceConfig(kind="messages"), max_new_tokens=2)

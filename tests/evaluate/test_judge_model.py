@@ -219,6 +219,10 @@ def test_the_key_comes_from_the_environment_and_is_in_no_message(
         ({"url": "127.0.0.1:8000/v1"}, "url is '127.0.0.1:8000/v1'; give an http or https address"),
         ({"lowest": 1, "highest": 1}, "lowest is 1 and highest 1; lowest must be less"),
         ({"parallel": 0}, "parallel is 0; give a number of at least 1"),
+        (
+            {"prompt": "Rate it from {lowest} to {highest}."},
+            "prompt: does not name {answer}, so the judge would not see",
+        ),
         ({"prompt": "Is {anser} right?"}, "prompt: .*'anser'.* is no part of it; it may name {question}"),
         ({"prompt": 'Write {"score": 1}'}, "writes other braces twice"),
         ({"timeout_seconds": 0}, "timeout_seconds must be above 0"),

@@ -30,11 +30,11 @@ _MAX_SILENT = 10
 @dataclass(kw_only=True)
 class JudgeConfig(ServerConfig):
     """`url` is where the server's `chat/completions` lies, as http://127.0.0.1:8000/v1, and `model` its name there.
-    `prompt` may name {question}, {expected}, {answer}, {lowest} and {highest}; the judge sees no media. The last line
-    of its reply must be a number from `lowest` to `highest`, alone or after "score:". `key_variable` names the
-    environment variable that holds the server's key, if it asks for one. `parallel` requests run at a time. A request
-    that has no answer in `timeout_seconds`, or that a busy server refuses, is sent again up to `retries` times, the
-    first time after `wait_seconds` and then after twice as long each time. `more` is what else a request holds, in
+    `prompt` names {answer}, and may name {question}, {expected}, {lowest} and {highest}; the judge sees no media. The
+    last line of its reply must be a number from `lowest` to `highest`, alone or after "score:". `key_variable` names
+    the environment variable that holds the server's key, if it asks for one. `parallel` requests run at a time. A
+    request that has no answer in `timeout_seconds`, or that a busy server refuses, is sent again up to `retries` times,
+    the first time after `wait_seconds` and then after twice as long each time. `more` is what else a request holds, in
     that server's words, such as a form of its reply."""
 
     prompt: str = _PROMPT
@@ -49,12 +49,14 @@ class JudgeConfig(ServerConfig):
         if not self.lowest < self.highest:
             raise ConfigError(f"lowest is {self.lowest:g} and highest {self.highest:g}; lowest must be less")
         try:
-            self.prompt.format(question="", expected="", answer="", lowest=0.0, highest=1.0)
+            shown = self.prompt.format(question="", expected="", answer="\0", lowest=0.0, highest=1.0)
         except (KeyError, IndexError, ValueError) as error:
             raise ConfigError(
                 f"prompt: {error!r} is no part of it; it may name {{question}}, {{expected}}, {{answer}}, {{lowest}} "
                 "and {highest}, and writes other braces twice"
             ) from error
+        if "\0" not in shown:
+            raise ConfigError("prompt: does not name {answer}, so the judge would not see what it judges; put it in")
 
 
 class NoScore(ValueError):
