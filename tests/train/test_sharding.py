@@ -119,6 +119,43 @@ def test_pictures_and_sounds_train_in_several_processes_as_in_one(
     assert groups == {"loss/text", "loss/audio", "loss/vision", "loss/audio+vision"}
 
 
+def test_words_before_answers_are_learned_in_shards_as_in_one_process(home: Path, tmp_path: Path) -> None:  # noqa: F811
+    """A stage of words runs no layer, and the stage of answers behind it all of them."""
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "letters", "letters": said}]},
+                {"role": "assistant", "content": said},
+            ]
+        }
+        for said in ("abc", "cab", "bca", "acb") * 2
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    words = {
+        "name": "words",
+        "objective": "words",
+        "train": {kind: {"learning_rate": 1e-2} for kind in ("encoders", "projectors.letters")},
+        "data": {"rows": {"kind": "messages", "options": {"path": str(tmp_path / "rows.jsonl")}}},
+        "steps": 3,
+        "samples_per_step": 4,
+    }
+    answers = {**words, "name": "answers", "objective": "answers", "train": {"adapters": {"learning_rate": 1e-3}}}
+    adapter = {"r": 4, "lora_alpha": 8, "target_modules": ["qkv_proj", "down_proj"]}
+    given: dict[str, Any] = {
+        "modalities": {"letters": {"plugin": "molora.testing:Letters", "adapter": adapter}},
+        "router": {},
+    }
+    given |= {"stages": [words, answers], "evaluations": {}}
+    one, many = (
+        recipe(home, tmp_path / name, **given, shard_backbone=sharded)
+        for name, sharded in (("one", False), ("many", True))
+    )
+    train(one, show=False)
+    (tmp_path / "many.yaml").write_text(dump(many))
+    in_processes(tmp_path / "many.yaml", 2)
+    assert len(assert_trained_alike(tmp_path / "many", tmp_path / "one")) == 6
+
+
 def test_the_reference_at_its_full_depth_trains_in_four_shards(tmp_path: Path) -> None:
     """Phi-4-mini's 32 layers, 27 of SigLIP and 24 of the Conformer, with tiny widths. Of a sound only the adapter of
     the last layer learns, so that a rank that has sounds alone could end its backward pass there.
