@@ -16,7 +16,7 @@ from itertools import pairwise
 from statistics import NormalDist
 from typing import NamedTuple
 
-from molora.config import require
+from molora.config import ConfigError, require
 
 # By how much the number of draws grows from look to look.
 _GROWTH = 1.25
@@ -43,11 +43,13 @@ class SearchConfig:
         require(self, 2, "fewest")
         require(self, 1, "stretch")
         if self.most < self.fewest:
-            raise ValueError(f"most is {self.most} and fewest {self.fewest}; give no less than fewest")
-        if not 0 < self.threshold < 1 or not 0.5 <= self.confidence < 1:
-            raise ValueError(f"threshold is {self.threshold:g} and confidence {self.confidence:g}; give shares below 1")
+            raise ConfigError(f"most is {self.most}; give {self.fewest} or more, which are drawn in any case")
+        if not 0 < self.threshold < 1:
+            raise ConfigError(f"threshold is {self.threshold:g}; give a share above 0 and below 1")
+        if not 0.5 <= self.confidence < 1:
+            raise ConfigError(f"confidence is {self.confidence:g}; give a share from 0.5 to below 1")
         if not 0 <= self.lowest < self.highest <= 1:
-            raise ValueError(f"lowest is {self.lowest:g} and highest {self.highest:g}; give shares in this order")
+            raise ConfigError(f"lowest is {self.lowest:g} and highest {self.highest:g}; give shares in this order")
 
     def looks(self, most: int | None = None) -> list[int]:
         """How many draws there are each time an interval is looked at."""

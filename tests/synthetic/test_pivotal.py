@@ -104,8 +104,9 @@ def test_the_end_is_known_and_never_drawn() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"most": 4}, "most is 4 and fewest 16"),
-        ({"threshold": 0}, "threshold is 0"),
+        ({"most": 4}, "most is 4; give 16 or more"),
+        ({"threshold": 0}, "threshold is 0; give a share above 0 and below 1"),
+        ({"confidence": 0.4}, "^confidence is 0.4; give a share from 0.5 to below 1"),
         ({"lowest": 0.9}, "lowest is 0.9 and highest 0.8"),
         ({"stretch": 0}, "stretch"),
     ],
