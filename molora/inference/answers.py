@@ -3,11 +3,13 @@
 import json
 import os
 import signal
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from molora.config import ConfigError
@@ -159,24 +161,54 @@ def told_answer(answer: Answer) -> dict[str, Any]:
 def answer_file(messages: Path, output: Path, result: str = "answer", shard: Shard = ALL_ROWS) -> Iterator[AnswerFile]:
     """Opens rows, and keeps other processes from the file of their answers, whose lines have the key `result`. The
     answers to a `shard` of the rows go beside `output`. A half-written last line, left by a kill, is dropped. Raises
-    ConfigError for ids that are not unique, and for an output that is the input, holds anything but answers, has
-    those of another shard, or is in use; it is left as it is then."""
+    ConfigError for ids that are not unique, and for an output that is the input, cannot be written, holds anything but
+    answers, has those of another shard, or is in use; it is left as it is then."""
     source = Messages(MessagesConfig(path=str(messages)))
     ids = row_ids(source, messages)
     output = shard_file(output, shard)
-    if not output.parent.is_dir():
-        raise ConfigError(f"output {output}: no folder {output.parent}; make it first")
-    if output.exists():
-        if output.samefile(messages):
-            raise ConfigError(f"output {output}: is {messages}, where the rows come from; give it another name")
-        if not output.is_file():
-            raise ConfigError(f"output {output}: is no file; name one")
+    check_outputs(messages, {"output": output})
     with hold(output):
         rows, done = shard.rows(len(ids)), answered_ids(output, result)
         if shard.count > 1 and (strays := done - {ids[row] for row in rows}):
             told = f"answers {min(strays)!r}, which is none of the rows of shard {shard} of {messages}"
             raise ConfigError(f"output {output}: {told}; give another --output, or take the file away")
         yield AnswerFile(source, output, ids, rows, done, [])
+
+
+def check_outputs(messages: Path, outputs: Mapping[str, Path | None]) -> None:
+    """Raises ConfigError for an output that is the file `messages` or another of the outputs, however both are spelled,
+    or that cannot be written. The outputs are named by what they are called; one that is None is not wanted."""
+    taken = {_file_at(messages): f"{messages}, where the rows come from"}
+    for called, path in outputs.items():
+        if path is None:
+            continue
+        if (file := _file_at(path)) in taken:
+            raise ConfigError(f"{called} {path}: is {taken[file]}; give it another name")
+        taken[file] = f"the file of {called} too"
+        _check_writable(path, f"{called} {path}")
+
+
+def _file_at(path: Path) -> object:
+    """What tells the file at a path, there or not, from all others."""
+    real = os.path.realpath(path)
+    try:
+        found = os.stat(real)
+    except OSError:
+        return real
+    return found.st_dev, found.st_ino
+
+
+def _check_writable(path: Path, where: str) -> None:
+    if not os.path.exists(path.parent):
+        raise ConfigError(f"{where}: no folder {path.parent}; make it first")
+    try:
+        with suppress(FileNotFoundError):
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise ConfigError(f"{where}: is no file; name one")
+            open(path, "ab").close()
+        TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise ConfigError(f"{where}: cannot be written ({error.strerror}); give another place") from error
 
 
 def shard_file(output: Path, shard: Shard) -> Path:

@@ -13,7 +13,7 @@ import torch
 
 from molora.config import ConfigError
 from molora.data.processor import Processor
-from molora.inference.answers import answer_file
+from molora.inference.answers import answer_file, check_outputs
 from molora.inference.generate import GenerationConfig
 from molora.inference.load import LoadedModel
 from molora.modality import Prepared
@@ -234,6 +234,54 @@ def test_a_missing_folder_is_named_before_the_model_is_opened(tmp_path: Path) ->
     given = write(tmp_path / "in.jsonl", rows("a"))
     with pytest.raises(ConfigError, match="no folder"), answer_file(given, tmp_path / "none" / "out.jsonl"):
         pass
+
+
+def make_places(folder: Path) -> None:
+    (folder / "in.jsonl").write_text("{}\n")
+    (folder / "old.jsonl").write_text("old\n")
+    os.link(folder / "old.jsonl", folder / "hard.jsonl")
+    (folder / "soft.jsonl").symlink_to("old.jsonl")
+    (folder / "nowhere.jsonl").symlink_to("new.jsonl")
+    (folder / "folder").mkdir()
+    (folder / "there").symlink_to(folder)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "says"),
+    [
+        ({"output": "out.jsonl", "--a": "./in.jsonl"}, "--a in.jsonl: is in.jsonl, where the rows come from"),
+        ({"output": "out.jsonl", "--a": "there/out.jsonl"}, "--a there/out.jsonl: is the file of output too; give"),
+        ({"output": "old.jsonl", "--a": "hard.jsonl"}, "--a hard.jsonl: is the file of output too"),
+        ({"--a": "soft.jsonl", "--b": "old.jsonl"}, "--b old.jsonl: is the file of --a too"),
+        ({"--a": "new.jsonl", "--b": "nowhere.jsonl"}, "--b nowhere.jsonl: is the file of --a too"),
+        ({"--a": None, "--b": "folder"}, "--b folder: is no file; name one"),
+        ({"--b": "none/out.jsonl"}, "--b none/out.jsonl: no folder none; make it first"),
+        ({"--b": "old.jsonl/out.jsonl"}, r"--b old.jsonl/out.jsonl: cannot be written \(Not a directory\); give"),
+        ({"--b": "/proc/out.jsonl"}, "--b /proc/out.jsonl: cannot be written"),
+        ({"--b": "x" * 300}, "cannot be written .File name too long"),
+    ],
+)
+def test_outputs_that_would_replace_something_or_cannot_be_written_are_told(
+    outputs: dict[str, str | None], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_places(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(ConfigError, match=says):
+        check_outputs(
+            Path("in.jsonl"), {called: None if path is None else Path(path) for called, path in outputs.items()}
+        )
+    assert sorted(os.listdir(tmp_path)) == before and Path("old.jsonl").read_text() == "old\n"
+
+
+def test_outputs_with_a_place_each_are_taken_and_nothing_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_places(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(os.listdir(tmp_path))
+    check_outputs(Path("in.jsonl"), {"output": Path("old.jsonl"), "--a": Path("new.jsonl"), "--b": Path("folder/new")})
+    assert sorted(os.listdir(tmp_path)) == before and not os.listdir("folder")
 
 
 def test_a_faulty_row_keeps_its_id_and_takes_nobody_elses(loaded: LoadedModel, tmp_path: Path) -> None:
