@@ -162,13 +162,13 @@ def answer_file(messages: Path, output: Path, result: str = "answer", shard: Sha
     """Opens rows, and keeps other processes from the file of their answers, whose lines have the key `result`. The
     answers to a `shard` of the rows go beside `output`. A half-written last line, left by a kill, is dropped. Raises
     ConfigError for ids that are not unique, and for an output that is the input, cannot be written, holds anything but
-    answers, has those of another shard, or is in use; it is left as it is then."""
+    answers, has those of another shard or to other messages, or is in use; it is left as it is then."""
     source = Messages(MessagesConfig(path=str(messages)))
     ids = row_ids(source, messages)
     output = shard_file(output, shard)
     check_outputs(messages, {"output": output})
     with hold(output):
-        rows, done = shard.rows(len(ids)), answered_ids(output, result)
+        rows, done = shard.rows(len(ids)), answered_ids(output, result, _same_messages(source, ids, output))
         if shard.count > 1 and (strays := done - {ids[row] for row in rows}):
             told = f"answers {min(strays)!r}, which is none of the rows of shard {shard} of {messages}"
             raise ConfigError(f"output {output}: {told}; give another --output, or take the file away")
@@ -245,8 +245,35 @@ def _ids(source: Messages) -> list[str]:
     return [ids[row] for row in range(len(source))]
 
 
-def answered_ids(output: Path, result: str) -> set[str]:
-    """The ids that have an answer. Half a line and lines with an error are taken out of the file."""
+def _same_messages(source: Messages, ids: Sequence[str], output: Path) -> Callable[[int, Mapping[str, Any]], None]:
+    """What `answered_ids` calls to raise ConfigError for an answer to other messages than its row has now."""
+    rows = {id: row for row, id in enumerate(ids)} if output.exists() else {}
+
+    def check(number: int, written: Mapping[str, Any]) -> None:
+        if written["id"] in rows and not has_messages_of(source, rows[written["id"]], written):
+            raise ConfigError(f"output {output}: {other_row_now(number, written['id'])}")
+
+    return check
+
+
+def has_messages_of(source: Messages, row: int, written: Mapping[str, Any]) -> bool:
+    """Whether what was written of a row has the messages that the row has now; none are as good as the same."""
+    if (known := written.get("messages")) is None:
+        return True
+    now = attempt(lambda: source[row]["messages"], "")
+    return not isinstance(now, Failed) and json.dumps(now, sort_keys=True) == json.dumps(known, sort_keys=True)
+
+
+def other_row_now(number: int, id: str) -> str:
+    """What is told of a line that answers what a row does not ask any more."""
+    return f"line {number} answers {id!r}, and that row asks something else now; give another output, or the old rows"
+
+
+def answered_ids(
+    output: Path, result: str, check: Callable[[int, Mapping[str, Any]], None] = lambda number, row: None
+) -> set[str]:
+    """The ids that have an answer. Half a line and lines with an error are taken out of the file, once `check` was
+    called with each answer and the number of its line."""
     first: dict[str, int] = {}
     errors = 0
     for number, row in written_rows(output, f"output {output}", result):
@@ -255,6 +282,8 @@ def answered_ids(output: Path, result: str) -> set[str]:
         elif first.setdefault(row["id"], number) != number:
             lines = f"lines {first[row['id']]} and {number}"
             raise ConfigError(f"output {output}: {lines} both answer {row['id']!r}; take one away")
+        else:
+            check(number, row)
     if errors:
         write_atomically(Path(os.path.realpath(output)), lambda temporary: _copy_answers(output, temporary))
     return set(first)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from molora.config import ConfigError
 from molora.data.sources import Messages, MessagesConfig
-from molora.inference.answers import row_ids, shard_file, written_row
+from molora.inference.answers import has_messages_of, row_ids, shard_file, written_row
 from molora.shard import Shard, unmergeable
 from molora.storage import hold, write_atomically
 from molora.terminal import warn
@@ -25,15 +25,16 @@ class _Line(NamedTuple):
 
 def merge_answers(messages: Path, output: Path, count: int) -> bool:
     """Writes the answers that `count` shards have beside `output` into it, in the order of the rows. Returns whether no
-    row failed. Raises ConfigError that names every shard that is missing, unfinished, in use, or has a row twice or one
-    of another shard, and for an output that is there already."""
+    row failed. Raises ConfigError that names every shard that is missing, unfinished, in use, or has a row twice, one
+    of another shard or an answer to other messages, and for an output that is there already."""
     if output.exists():
         raise ConfigError(f"output {output}: is there already, and merging would replace it; take it away first")
-    ids = row_ids(Messages(MessagesConfig(path=str(messages))), messages)
+    source = Messages(MessagesConfig(path=str(messages)))
+    ids = row_ids(source, messages)
     lines: dict[str, _Line] = {}
     problems: list[str] = []
     for shard in Shard.all(count):
-        problems += _faults(shard, ids, shard_file(output, shard), lines)
+        problems += _faults(shard, source, ids, shard_file(output, shard), lines)
     if problems:
         raise ConfigError(f"output {output}: {unmergeable(problems, count)}")
 
@@ -53,12 +54,12 @@ def merge_answers(messages: Path, output: Path, count: int) -> bool:
     return not failed
 
 
-def _faults(shard: Shard, ids: list[str], path: Path, lines: dict[str, _Line]) -> Iterator[str]:
+def _faults(shard: Shard, source: Messages, ids: list[str], path: Path, lines: dict[str, _Line]) -> Iterator[str]:
     """What is wrong with the file of a shard; the lines that it should have are added to those by id."""
     if not path.is_file():
         yield f"shard {shard} is missing: there is no {path}; make it with --shard {shard}"
         return
-    own = {ids[row] for row in shard.rows(len(ids))}
+    own = {ids[row]: row for row in shard.rows(len(ids))}
     found: set[str] = set()
     with hold(path), open(path, "rb") as file:
         offset = 0
@@ -69,6 +70,10 @@ def _faults(shard: Shard, ids: list[str], path: Path, lines: dict[str, _Line]) -
                 if id in found or id not in own:
                     told = "has it twice" if id in found else "is a shard of other rows, or another one copied"
                     yield f"shard {shard} is doubled: {path} answers {id!r} in line {number}, and {told}"
+                    return
+                if "error" not in row and not has_messages_of(source, own[id], row):
+                    told = f"{path} answers {id!r} in line {number}, and that row asks something else now"
+                    yield f"shard {shard} is of other rows: {told}; take it away, and make it with --shard {shard}"
                     return
                 found.add(id)
                 lines[id] = _Line(path, offset, "error" in row)

@@ -236,6 +236,25 @@ def test_a_missing_folder_is_named_before_the_model_is_opened(tmp_path: Path) ->
         pass
 
 
+@pytest.mark.parametrize("ids", [["a", "b", "c"], [None] * 3])
+def test_answers_to_other_messages_are_refused_and_left(
+    loaded: LoadedModel, tmp_path: Path, ids: Sequence[str | None]
+) -> None:
+    def asked(*texts: str) -> Path:
+        made = [{"id": id, "messages": ask(text)} for id, text in zip(ids, texts, strict=True)]
+        return write(tmp_path / "in.jsonl", made)
+
+    out = tmp_path / "out.jsonl"
+    fill(loaded, asked("one", "two", "x" * 300), out)
+    before = out.read_bytes()
+    other = ids[1] or "1"
+    with pytest.raises(ConfigError, match=f"line . answers '{other}', .* asks something else now; give another output"):
+        fill(loaded, asked("one", "other", "short"), out)
+    assert out.read_bytes() == before
+    answers, _ = fill(loaded, asked("one", "two", "short"), out)
+    assert len(answers) == 3 and all("answer" in row for row in answers.values())
+
+
 def make_places(folder: Path) -> None:
     (folder / "in.jsonl").write_text("{}\n")
     (folder / "old.jsonl").write_text("old\n")

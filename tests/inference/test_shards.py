@@ -91,6 +91,10 @@ SPOILT: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda out: place(out, 1).write_bytes(place(out, 1).read_bytes() * 2),
         ["shard 1/3 is doubled", "in line 4, and has it twice"],
     ),
+    "of other messages": (
+        lambda out: out.with_name("in.jsonl").write_text(out.with_name("in.jsonl").read_text().replace('"yy"', '"z"')),
+        ["shard 1/3 is of other rows", "answers 'r1' in line", "asks something else now; take it away"],
+    ),
     "no answers": (lambda out: place(out, 1).write_text("notes\n"), ["line 1 is no answer of molora"]),
     "merged already": (lambda out: out.write_text("mine\n"), ["is there already"]),
 }
