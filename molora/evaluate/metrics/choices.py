@@ -27,11 +27,15 @@ class MultipleChoice(Counted):
     def __init__(self, config: NoOptions) -> None:
         pass
 
+    def check_questions(self, judged: Sequence[Judged]) -> None:
+        for item in [item for item in judged if not _is_open(item)] or judged[:1]:
+            right_choice(item)
+
     def counts(self, judged: Sequence[Judged]) -> np.ndarray:
         return np.array([self._counted(item) for item in judged])
 
     def _counted(self, item: Judged) -> tuple[bool, bool, int]:
-        if not item.choices and item.choice is None:
+        if _is_open(item):
             return item.correct, False, 1
         right, named = right_choice(item), named_choice(item.answer, item.choices)
         return named == right, named is None, 1
@@ -39,6 +43,11 @@ class MultipleChoice(Counted):
     def of_sums(self, sums_BK: np.ndarray) -> dict[str, np.ndarray]:
         right, none, questions = sums_BK.T
         return {"multiple_choice": ratio(right, questions), "no_choice": ratio(none, questions)}
+
+
+def _is_open(item: Judged) -> bool:
+    """Whether a question says nothing of options."""
+    return not item.choices and item.choice is None
 
 
 def right_choice(item: Judged) -> int:

@@ -64,13 +64,14 @@ class YesNo(Counted):
     def __init__(self, config: NoOptions) -> None:
         pass
 
+    def check_questions(self, judged: Sequence[Judged]) -> None:
+        for item in judged:
+            _expects_yes(item)
+
     def counts(self, judged: Sequence[Judged]) -> np.ndarray:
         rows = []
         for item in judged:
-            expected = normalise(item.expected)
-            if expected not in ("yes", "no"):
-                raise ValueError(f"question {item.id}: expects {item.expected!r:.40}; yes_no is for yes and no alone")
-            is_yes, says_yes = expected == "yes", _says_yes(item.answer)
+            is_yes, says_yes = _expects_yes(item), _says_yes(item.answer)
             rows.append((is_yes and says_yes, says_yes and not is_yes, is_yes and not says_yes, 1))
         return np.array(rows)
 
@@ -83,6 +84,13 @@ class YesNo(Counted):
             "yes_no_f1": ratio(2 * found, 2 * found + wrong + missed),
             "yes_share": ratio(found + wrong, questions),
         }
+
+
+def _expects_yes(item: Judged) -> bool:
+    expected = normalise(item.expected)
+    if expected not in ("yes", "no"):
+        raise ValueError(f"question {item.id}: expects {item.expected!r:.40}; yes_no is for yes and no alone")
+    return expected == "yes"
 
 
 def _says_yes(answer: str) -> bool:

@@ -68,14 +68,23 @@ class Number(Mean):
     def values(self, judged: Sequence[Judged]) -> list[float]:
         return [float(any(self.is_right(item, expected) for expected in item.answers)) for item in judged]
 
-    def is_right(self, item: Judged, expected: str) -> bool:
+    def check_questions(self, judged: Sequence[Judged]) -> None:
+        for item in judged:
+            for expected in item.answers:
+                self._wanted(item, expected)
+
+    def _wanted(self, item: Judged, expected: str) -> tuple[float, str]:
         wanted = list(numbers_in(expected))
         if len(wanted) != 1:
             raise ValueError(f"question {item.id}: expects {expected!r:.60}; number needs one number there")
+        return wanted[0]
+
+    def is_right(self, item: Judged, expected: str) -> bool:
+        right, right_unit = self._wanted(item, expected)
         given = list(numbers_in(self._part(item.answer)))
         if not given or (self.config.read == "only" and len(given) > 1):
             return False
-        (value, unit), (right, right_unit) = given[-1], wanted[0]
+        value, unit = given[-1]
         factor = _factor(unit, right_unit) if self.config.units else 1.0
         return factor is not None and math.isclose(
             value * factor, right, rel_tol=self.config.tolerance, abs_tol=1e-12 if right == 0 else 0.0
@@ -168,6 +177,11 @@ class RegularExpression(Mean):
             return self.regex.compile(pattern, flags)
         except self.regex.error as error:
             raise ValueError(f"{where}: {pattern!r:.80} is no regular expression: {error}") from error
+
+    def check_questions(self, judged: Sequence[Judged]) -> None:
+        for item in judged:
+            for pattern in self._patterns(item):
+                self.compiled(pattern, f"question {item.id}")
 
     def values(self, judged: Sequence[Judged]) -> list[float]:
         return [float(any(self.is_found(item, pattern) for pattern in self._patterns(item))) for item in judged]

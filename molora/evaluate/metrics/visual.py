@@ -41,14 +41,18 @@ class VqaAccuracy(Mean):
         self.whole["somebody'd"] = "somebodyd"  # as the reference has it
 
     def values(self, judged: Sequence[Judged]) -> list[float]:
+        self.check_questions(judged)
         return [self.value(item) for item in judged]
 
+    def check_questions(self, judged: Sequence[Judged]) -> None:
+        for item in judged:
+            if len(item.answers) < 2:
+                raise ValueError(
+                    f"question {item.id}: has {len(item.answers)} answer; vqa_accuracy needs those of several people, "
+                    "as `answers` of the row"
+                )
+
     def value(self, item: Judged) -> float:
-        if len(item.answers) < 2:
-            raise ValueError(
-                f"question {item.id}: has {len(item.answers)} answer; vqa_accuracy needs those of several people, as "
-                "`answers` of the row"
-            )
         answers = item.answers
         if len(set(answers)) > 1:
             answers = [_without_signs(answer) for answer in answers]
