@@ -27,7 +27,7 @@ from molora.inference.generate import GenerationConfig
 from molora.inference.load import Answer, LoadedModel
 from molora.synthetic.pivot import PivotSearch
 from molora.synthetic.pivotal import Prefix, SearchConfig, difference
-from molora.synthetic.roll_out import Verifier, open_verifier
+from molora.synthetic.rated import Verifier, open_verifier
 
 
 @dataclass(frozen=True)

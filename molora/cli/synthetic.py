@@ -62,12 +62,15 @@ def roll_out(
     """Draw several answers for each row of {"id", "messages"}, and tell the right ones by the last message. Right
     answers become rows for `kind: messages`, pairs of a right and a wrong one rows for `kind: preferences`. The same
     call goes on where it stopped; a row that fails gets its error, and exit code 2 says so."""
+    from functools import partial
+
     from molora.config import options as read_options
     from molora.inference.generate import GenerationConfig
     from molora.synthetic import roll_out as rolling
+    from molora.synthetic.rated import drawn_by, open_verifier, write_rows
     from molora.terminal import say, warn
 
-    verifier = rolling.open_verifier(metric, at_least, read_options(settings or ()))
+    verifier = open_verifier(metric, at_least, read_options(settings or ()))
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -76,16 +79,17 @@ def roll_out(
         max_running_samples=max_running_samples,
     )
     load = options.opener(model, modality, rule, allow_urls, allow_private_addresses, trust_plugin)
-    rows = rolling.RollOut(messages, output, answers)
-    with rows.held(verifier):
+    by = partial(drawn_by, model, modality or (), rule or (), config)
+    rows = rolling.RollOut(messages, output, answers, verifier, by)
+    with rows.held({"--accepted": accepted, "--pairs": pairs}):
         if rows.num_left:
-            rows.draw(load(), config, verifier)
-        drawn = list(rows.drawn())
-    rates = [f"{name} {share:.3f}" for name, share in rolling.success_rates(drawn).items()]
+            rows.draw(load(), config)
+        prompts = list(rows.drawn())
+    rates = [f"{name} {share:.3f}" for name, share in rolling.success_rates(prompts).items()]
     say(", ".join(rates) or "no prompt has all its answers")
     for path, make in ((accepted, rolling.accepted), (pairs, rolling.pairs)):
         if path is not None:
-            count = rolling.write_rows(path, (row for each in drawn for row in make(each, per_prompt, seed)))
+            count = write_rows(path, (row for each in prompts for row in make(each, per_prompt, seed)))
             say(f"{path}: {count} rows")
     if rows.failed:
         warn(f"{output}: {len(rows.failed)} answers failed and are drawn again by the next call: {rows.failed[0]}")
@@ -121,12 +125,14 @@ def pivot(
     """Find the tokens of the model's own solutions at which the probability that they end right changes, for rows of
     {"id", "messages"}. Draws go on until an interval decides. Tokens become rows as they are published, preferences of
     single tokens for `kind: preferences`, and a page. The same call goes on where it stopped."""
+    from functools import partial
+
     from molora.config import options as read_options
     from molora.inference.generate import GenerationConfig
     from molora.report.pivots import write_page
     from molora.synthetic import pivot as pivoting
     from molora.synthetic.pivotal import SearchConfig
-    from molora.synthetic.roll_out import open_verifier, write_rows
+    from molora.synthetic.rated import drawn_by, open_verifier, write_rows
     from molora.terminal import say, warn
 
     verifier = open_verifier(metric, at_least, read_options(settings or ()))
@@ -139,8 +145,9 @@ def pivot(
         max_running_samples=max_running_samples,
     )
     load = options.opener(model, modality, rule, allow_urls, allow_private_addresses, trust_plugin)
-    search = pivoting.PivotSearch(messages, output, verifier, config, solutions)
-    with search.held():
+    by = partial(drawn_by, model, modality or (), rule or (), decoding)
+    search = pivoting.PivotSearch(messages, output, verifier, config, solutions, by)
+    with search.held({"--rows": rows, "--pairs": pairs, "--page": page}):
         loaded = load()
         if search.left:
             search.find(loaded, decoding)
@@ -150,11 +157,11 @@ def pivot(
     tokens = [each for row in searched for solution in row["solutions"] for each in solution["pivots"]]
     draws = sum(row["draws"] for row in searched)
     say(f"{len(tokens)} pivotal tokens in {sum(len(row['solutions']) for row in searched)} solutions, {draws:,} draws")
-    made = {
-        rows: (each for asked, row in found for each in pivoting.published_rows(asked, row, decode)),
-        pairs: (each for asked, row in found for each in pivoting.pairs(asked, row, decode, threshold)),
-    }
-    for path, some in made.items():
+    made = (
+        (rows, (each for asked, row in found for each in pivoting.published_rows(asked, row, decode))),
+        (pairs, (each for asked, row in found for each in pivoting.pairs(asked, row, decode, threshold))),
+    )
+    for path, some in made:
         if path is not None:
             say(f"{path}: {write_rows(path, some)} rows")
     if page is not None:

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from molora.config import ConfigError
-from molora.data.sources import Messages, MessagesConfig
-from molora.evaluate.questions import Question, question
-from molora.inference.answers import answered_ids, appending, written_rows
+from molora.evaluate.questions import Question
+from molora.inference.answers import appending
 from molora.inference.generate import Batch, Failed, GenerationConfig, attempt
 from molora.inference.load import Answer, LoadedModel
 from molora.inference.running import Asked
 from molora.inference.text import ends_at
-from molora.interrupt import Stopped
 from molora.pack import Sample
 from molora.seeding import seed_of
-from molora.storage import hold
 from molora.synthetic.pivotal import Found, Pivot, Prefix, SearchConfig, Wanted, difference, search
-from molora.synthetic.roll_out import Verifier, check_made_by
+from molora.synthetic.rated import RatedFile, Verifier
 from molora.terminal import progress
 
 # The key of a question's row that says it is done.
@@ -56,37 +50,28 @@ class _Draw:
     tokens: list[int]
 
 
-class PivotSearch:
-    """The questions of a file, what searches them, and the file that their searches go to. Raises ValueError for a row
-    that cannot be read, or does not end with an answer."""
+class PivotSearch(RatedFile):
+    """The questions of a file, what searches them, and the file that their searches go to."""
+
+    result = _RESULT
 
     def __init__(
-        self, messages: Path, output: Path, verifier: Verifier, config: SearchConfig, num_solutions: int = 2
+        self,
+        messages: Path,
+        output: Path,
+        verifier: Verifier,
+        config: SearchConfig,
+        num_solutions: int = 2,
+        drawn_by: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
-        self.messages, self.output = messages, output
-        self.verifier, self.config, self.num_solutions = verifier, config, num_solutions
-        told = {**vars(config), "solutions": num_solutions}
-        self.name = ", ".join([verifier.name, *(f"{key} {value}" for key, value in told.items())])
-        source = Messages(MessagesConfig(path=str(messages)))
-        self.questions = [question(source, index) for index in range(len(source))]
-        self.done: set[str] = set()
-        self.failed: list[str] = []
+        self.config, self.num_solutions = config, num_solutions
+        by = {**vars(config), "solutions": num_solutions}
+        name = ", ".join([verifier.name, *(f"{key} {value}" for key, value in by.items())])
+        super().__init__(messages, output, verifier, name, drawn_by)
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keeps other processes from the output, and finds what is done. Raises ConfigError for an output that holds
-        anything but searches, or some by another verifier or config; Stopped after Ctrl-C."""
-        if self.output.exists() and self.output.samefile(self.messages):
-            raise ConfigError(f"output {self.output}: is where the rows come from; give it another name")
-        with hold(self.output):
-            self.done = answered_ids(self.output, _RESULT)
-            if self.done:
-                check_made_by(self.output, _RESULT, self.name)
-            try:
-                yield
-            except KeyboardInterrupt as interrupt:
-                told = f"stopped: {len(self.done)} of {len(self.questions)} questions are done, in {self.output}"
-                raise Stopped(f"{told}; the same call goes on with the others", signal.SIGINT) from interrupt
+    @property
+    def told(self) -> str:
+        return f"{len(self.done)} of {len(self.questions)} questions are done"
 
     @property
     def left(self) -> list[Question]:
@@ -102,13 +87,13 @@ class PivotSearch:
                     write({"id": id, **row})
                     self.failed.append(f"{id}: {row['error']}")
                 else:
-                    write({"id": id, **row, "verifier": self.name})
+                    write({"id": id, **row, **self.notes(id)})
                     self.done.add(id)
                 bars.advance(bar)
 
     def found(self) -> Iterator[tuple[Question, dict[str, Any]]]:
         """The questions that are done, each with its row, in the order of their rows."""
-        rows = {row["id"]: row for _, row in written_rows(self.output, f"output {self.output}", _RESULT)}
+        rows = self.rows()
         for asked in self.questions:
             if _RESULT in rows.get(asked.id, ()):
                 yield asked, rows[asked.id]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from molora.cli.commands import app
 from molora.config import ConfigError
 from molora.data.preferences import Preferences
 from molora.data.sources import MessagesConfig, encode_row
+from molora.evaluate.metrics import NoOptions
 from molora.inference.generate import GenerationConfig
 from molora.inference.load import LoadedModel
 from molora.synthetic.pivot import PivotSearch, pairs, published_rows
 from molora.synthetic.pivotal import SearchConfig
-from molora.synthetic.roll_out import open_verifier
+from molora.synthetic.rated import drawn_by, open_verifier
 from molora.testing import byte_tokenizer
 from molora.testing.tiny import VOCAB_SIZE
 
@@ -92,7 +94,9 @@ def whole(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Pivot
     turns = [{"role": "user", "content": "go"}, {"role": "assistant", "content": "Y"}]
     (folder / "rows.jsonl").write_text("\n".join(json.dumps({"id": str(n), "messages": turns}) for n in range(3)))
     verifier = open_verifier("regular_expression", options={"pattern": "Y"})
-    found = PivotSearch(folder / "rows.jsonl", folder / "out.jsonl", verifier, CONFIG, 2)
+    assert model.layout is not None
+    by = partial(drawn_by, model.layout.backbone, (), (), DECODING)
+    found = PivotSearch(folder / "rows.jsonl", folder / "out.jsonl", verifier, CONFIG, 2, by)
     with found.held():
         found.find(model, DECODING)
     assert not found.left and not found.failed
@@ -139,7 +143,7 @@ def test_a_prefix_is_embedded_once_for_its_draws(
     embedded: list[int] = []
     embed = model.model.embed
     monkeypatch.setattr(model.model, "embed", lambda pack: embedded.append(len(pack)) or embed(pack))
-    again = PivotSearch(whole.messages, tmp_path / "out.jsonl", whole.verifier, CONFIG, 2)
+    again = PivotSearch(whole.messages, tmp_path / "out.jsonl", whole.verifier, CONFIG, 2, whole.drawn_by)
     with again.held():
         again.find(model, DECODING)
     found, expected = ([row for _, row in search.found()] for search in (again, whole))
@@ -176,6 +180,46 @@ def test_searches_by_another_verifier_or_config_are_not_mixed(whole: PivotSearch
     other = PivotSearch(whole.messages, whole.output, verifier, config, changes.get("num_solutions", 2))
     with pytest.raises(ConfigError, match=r"line 1 was rated by '.*', and not by '.*another output"), other.held():
         pass
+
+
+def test_searches_of_other_questions_or_settings_are_not_mixed(whole: PivotSearch, tmp_path: Path) -> None:
+    with (
+        pytest.raises(ConfigError, match="line 1 was drawn otherwise: temperature is 1.0 there and 0.5 here; give"),
+        PivotSearch(
+            whole.messages, whole.output, whole.verifier, CONFIG, 2, lambda: {**whole.how, "temperature": 0.5}
+        ).held(),
+    ):
+        pass
+    changed = tmp_path / "rows.jsonl"
+    changed.write_text(whole.messages.read_text().replace('"go"', '"stay"'))
+    with (
+        pytest.raises(ConfigError, match="line 1 answers '.*', and that row asks something else now; give another"),
+        PivotSearch(changed, whole.output, whole.verifier, CONFIG, 2, whole.drawn_by).held(),
+    ):
+        pass
+    assert whole.output.read_text()
+
+
+class Fails:
+    """Cannot rate anything."""
+
+    config_type = NoOptions
+    rates_each = True
+
+    def __init__(self, config: NoOptions) -> None: ...
+
+    def score(self, judged: Any) -> Any:
+        raise KeyError("boom")
+
+
+def test_a_metric_that_fails_is_the_error_of_each_question(
+    model: LoadedModel, whole: PivotSearch, tmp_path: Path
+) -> None:
+    search = PivotSearch(whole.messages, tmp_path / "out.jsonl", open_verifier(f"{__file__}:Fails"), CONFIG, 2)
+    with search.held():
+        search.find(model, DECODING)
+    rows = list(map(json.loads, search.output.read_text().splitlines()))
+    assert [row["error"] for row in rows] == ["metric Fails: KeyError: 'boom'"] * 3 and len(search.left) == 3
 
 
 def test_an_answer_by_its_tokens_is_checked(model: LoadedModel) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from molora.evaluate.metrics import Judged, NoOptions
 from molora.inference.generate import GenerationConfig
 from molora.inference.load import LoadedModel
 from molora.interrupt import Stopped
-from molora.synthetic.roll_out import Drawn, RollOut, accepted, open_verifier, pairs, success_rates
+from molora.synthetic.rated import open_verifier
+from molora.synthetic.roll_out import Drawn, RollOut, accepted, pairs, success_rates
 from molora.testing import save_backbone
 
 HERE = Path(__file__)
@@ -54,13 +57,14 @@ def rows(tmp_path: Path) -> Path:
     return path
 
 
-def draw(model: LoadedModel, rows: Path, output: Path, num_answers: int = 4) -> RollOut:
-    found = RollOut(rows, output, num_answers)
-    # No answer of a random model ends by itself, and what a limit cuts off is not right.
-    config = GenerationConfig(max_new_tokens=6, temperature=1.0, seed=3, stop=("e", "a", "1"))
-    verifier = open_verifier(f"{HERE}:Even")
-    with found.held(verifier):
-        found.draw(model, config, verifier)
+# No answer of a random model ends by itself, and what a limit cuts off is not right.
+CONFIG = GenerationConfig(max_new_tokens=6, temperature=1.0, seed=3, stop=("e", "a", "1"))
+
+
+def draw(model: LoadedModel, rows: Path, output: Path, num_answers: int = 4, metric: str = "Even") -> RollOut:
+    found = RollOut(rows, output, num_answers, open_verifier(f"{HERE}:{metric}"))
+    with found.held():
+        found.draw(model, CONFIG)
     return found
 
 
@@ -166,9 +170,8 @@ def test_the_command_writes_rows_and_says_how_many(
 
 
 def test_ctrl_c_says_how_many_answers_are_drawn(model: LoadedModel, rows: Path, tmp_path: Path) -> None:
-    verifier = open_verifier(f"{HERE}:Even")
-    found = RollOut(rows, tmp_path / "out.jsonl", 4)
-    config = GenerationConfig(max_new_tokens=6, temperature=1.0, seed=3, stop=("e", "a", "1"), max_running_samples=2)
+    found = RollOut(rows, tmp_path / "out.jsonl", 4, open_verifier(f"{HERE}:Even"))
+    config = replace(CONFIG, max_running_samples=2)
 
     def interrupted(samples: Any, *given: Any, **more: Any) -> Any:
         for number, answer in enumerate(LoadedModel.answers(model, samples, *given, **more)):
@@ -180,9 +183,9 @@ def test_ctrl_c_says_how_many_answers_are_drawn(model: LoadedModel, rows: Path, 
     stopping.answers = interrupted
     with (
         pytest.raises(Stopped, match=r"7 of 20 answers are drawn, in .*out.jsonl; the same call goes on"),
-        found.held(verifier),
+        found.held(),
     ):
-        found.draw(stopping, config, verifier)
+        found.draw(stopping, config)
     draw(model, rows, tmp_path / "out.jsonl")
     draw(model, rows, tmp_path / "whole.jsonl")
     assert lines(tmp_path / "out.jsonl") == lines(tmp_path / "whole.jsonl")
@@ -197,7 +200,7 @@ def test_answers_that_another_verifier_rated_are_not_mixed_with_this_ones(
     assert other.name != open_verifier("regular_expression", 0.5, {"pattern": "a"}).name
     with (
         pytest.raises(ConfigError, match="line 1 was rated by '.*Even .*', and not by 'regular_expression"),
-        RollOut(rows, tmp_path / "out.jsonl", 4).held(other),
+        RollOut(rows, tmp_path / "out.jsonl", 4, other).held(),
     ):
         pass
 
@@ -216,9 +219,9 @@ class Doubts(Even):
 def test_an_answer_that_cannot_be_rated_is_drawn_again(model: LoadedModel, rows: Path, tmp_path: Path) -> None:
     verifier = open_verifier(f"{HERE}:Doubts", 0.5)
     assert verifier.parallel == 3
-    found = RollOut(rows, tmp_path / "out.jsonl", 8)
-    with found.held(verifier):
-        found.draw(model, GenerationConfig(max_new_tokens=12, temperature=1.0, seed=3), verifier)
+    found = RollOut(rows, tmp_path / "out.jsonl", 8, verifier)
+    with found.held():
+        found.draw(model, GenerationConfig(max_new_tokens=12, temperature=1.0, seed=3))
     rated = lines(tmp_path / "out.jsonl").values()
     errors = [row for row in rated if "error" in row]
     assert 0 < len(errors) < 40 and all(row["error"] == "no score" for row in errors)
@@ -226,18 +229,165 @@ def test_an_answer_that_cannot_be_rated_is_drawn_again(model: LoadedModel, rows:
     assert len(found.failed) == len(errors) == found.num_left
 
 
+class Odd(Even):
+    """Gives what is no rating, or raises, by the number of the question."""
+
+    def score(self, judged: Sequence[Judged]) -> Any:
+        row = judged[0].row
+        if row == 1:
+            raise KeyError("boom")
+        if row == 2:
+            raise ValueError
+        return {"odd": math.nan} if row == 0 else {"odd": 1e300} if row == 3 else {}
+
+
+def test_what_is_no_rating_is_an_error_that_says_what_it_is(model: LoadedModel, rows: Path, tmp_path: Path) -> None:
+    found = draw(model, rows, tmp_path / "out.jsonl", 1, "Odd")
+    told = {id: row["error"] for id, row in lines(tmp_path / "out.jsonl").items()}
+    assert told == {
+        "0:r0#0": "rated nan; a rating is from 0 to 1",
+        "1:r1#0": "metric Odd: KeyError: 'boom'",
+        "2:r2#0": "metric Odd: ValueError",
+        "3:r3#0": "rated 1e+300; a rating is from 0 to 1",
+        "4:r4#0": "metric Odd: score gives {}; give a number by its name",
+    }
+    assert found.num_left == 5
+
+
+class Uninstalled(Even):
+    """Needs what is not there."""
+
+    def score(self, judged: Sequence[Judged]) -> Any:
+        raise ImportError("needs more")
+
+
+def test_what_a_metric_lacks_is_no_answers_fault(model: LoadedModel, rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(ImportError, match="needs more"):
+        draw(model, rows, tmp_path / "out.jsonl", 1, "Uninstalled")
+
+
+def changed(rows: Path, row: int, message: int, content: str) -> Path:
+    """The rows with another message."""
+    known = list(map(json.loads, rows.read_text().splitlines()))
+    known[row]["messages"][message]["content"] = content
+    rows.write_text("\n".join(map(json.dumps, known)))
+    return rows
+
+
+@pytest.mark.parametrize("message", [0, 1])
+def test_answers_to_another_question_are_refused_and_left(
+    model: LoadedModel, rows: Path, tmp_path: Path, message: int
+) -> None:
+    draw(model, rows, tmp_path / "out.jsonl")
+    before = (tmp_path / "out.jsonl").read_text()
+    with pytest.raises(ConfigError, match="answers '3:r3#.', and that row asks something else now; give another out"):
+        draw(model, changed(rows, 3, message, "other"), tmp_path / "out.jsonl", 8)
+    assert (tmp_path / "out.jsonl").read_text() == before
+
+
+def test_rows_without_notes_go_on(model: LoadedModel, rows: Path, tmp_path: Path) -> None:
+    draw(model, rows, tmp_path / "out.jsonl")
+    old = [
+        {key: value for key, value in row.items() if key not in ("asked", "drawn")}
+        for row in lines(tmp_path / "out.jsonl").values()
+    ]
+    (tmp_path / "out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old[:7]))
+    assert draw(model, changed(rows, 0, 0, "other"), tmp_path / "out.jsonl").num_left == 0
+
+
+def test_answers_of_another_model_or_settings_are_refused(
+    model: LoadedModel, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert model.layout is not None
+    out, options = tmp_path / "out.jsonl", ["--max-new-tokens", "4", "--answers", "2"]
+    command = ["roll-out", model.layout.backbone, str(rows), str(out)]
+    assert CliRunner().invoke(app, [*command, *options]).exit_code == 0
+    more = CliRunner().invoke(app, [*command, *options[:2], "--answers", "3", "--max-running-samples", "2"])
+    assert more.exit_code == 0 and len(lines(out)) == 15
+    before = out.read_text()
+    monkeypatch.setattr("molora.inference.load.load", lambda *_, **__: pytest.fail("no model is needed"))
+    for given, says in (
+        (["--max-new-tokens", "5"], "max_new_tokens is 4 there and 5 here"),
+        (["--temperature", "1.5", "--seed", "2"], "temperature is 0.8 there and 1.5 here; seed is 0 there and 2 here"),
+        (["--top-p", "0.5"], "top_p is 1.0 there and 0.5 here"),
+        (["--rule", "text=none"], "model is "),
+    ):
+        refused = CliRunner().invoke(app, [*command, *options, *given])
+        assert refused.exit_code == 1 and f"line 1 was drawn otherwise: {says}" in str(refused.exception)
+        assert "give the same model and options, or another output" in str(refused.exception)
+    command[1] = str(save_backbone(tmp_path / "other", seed=7))
+    refused = CliRunner().invoke(app, [*command, *options])
+    assert "line 1 was drawn otherwise: model is " in str(refused.exception) and out.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "says"),
+    [
+        ("roll-out", ["--accepted", "rows.jsonl"], "--accepted rows.jsonl: is rows.jsonl, where the rows come from"),
+        ("roll-out", ["--pairs", "out.jsonl"], "--pairs out.jsonl: is the file of output too"),
+        ("roll-out", ["--pairs", "x", "--accepted", "./x"], "--pairs x: is the file of --accepted too"),
+        ("pivot", ["--rows", "x", "--pairs", "x"], "--pairs x: is the file of --rows too"),
+        ("pivot", ["--page", "out.jsonl"], "--page out.jsonl: is the file of output too"),
+        ("pivot", ["--page", "none/page.html"], "--page none/page.html: no folder none; make it first"),
+    ],
+)
+def test_an_output_that_would_replace_another_file_is_refused_before_a_model_is_loaded(
+    model: LoadedModel,
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    options: list[str],
+    says: str,
+) -> None:
+    assert model.layout is not None
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("molora.inference.load.load", lambda *_, **__: pytest.fail("no model is needed"))
+    before = rows.read_text()
+    refused = CliRunner().invoke(app, [command, model.layout.backbone, "rows.jsonl", "out.jsonl", *options])
+    assert refused.exit_code == 1 and says in str(refused.exception)
+    assert rows.read_text() == before and [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "says"),
+    [
+        ("multiple_choice", "rows.jsonl: question 0:r0: choice is None of 0 choices; .* needs the options of the row"),
+        ("number", "rows.jsonl: question 0:r0: expects 'x'; number needs one number there; mend the rows, or give"),
+        ("yes_no", "question 0:r0: expects 'x'; yes_no is for yes and no alone"),
+        ("vqa_accuracy", "question 0:r0: has 1 answer; vqa_accuracy needs those of several people"),
+    ],
+)
+def test_questions_that_a_metric_cannot_rate_are_told_before_anything_is_drawn(
+    rows: Path, tmp_path: Path, metric: str, says: str
+) -> None:
+    with (
+        pytest.raises(ConfigError, match=says),
+        RollOut(rows, tmp_path / "out.jsonl", 2, open_verifier(metric)).held(),
+    ):
+        pass
+
+
+def test_open_questions_may_stand_among_multiple_choice(rows: Path, tmp_path: Path) -> None:
+    known = list(map(json.loads, rows.read_text().splitlines()))
+    known[3] |= {"choices": ["x", "y"], "choice": 0}
+    rows.write_text("\n".join(map(json.dumps, known)))
+    with RollOut(rows, tmp_path / "out.jsonl", 2, open_verifier("multiple_choice")).held():
+        pass
+
+
 def test_what_cannot_be_rolled_out_is_told(rows: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="metric: 'word_error_rate' does not rate an answer by its text"):
         open_verifier("word_error_rate")
     exact = open_verifier("exact_match")
-    with pytest.raises(ConfigError, match="is where the rows come from"), RollOut(rows, rows, 2).held(exact):
+    with pytest.raises(ConfigError, match="where the rows come from"), RollOut(rows, rows, 2, exact).held():
         pass
     (tmp_path / "notes.jsonl").write_text('{"note": 1}\n')
     with (
         pytest.raises(ConfigError, match="line 1 is no answer"),
-        RollOut(rows, tmp_path / "notes.jsonl", 2).held(exact),
+        RollOut(rows, tmp_path / "notes.jsonl", 2, exact).held(),
     ):
         pass
     (tmp_path / "asked.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}))
-    with pytest.raises(ValueError, match="row 1: must end with an assistant message"):
-        RollOut(tmp_path / "asked.jsonl", tmp_path / "out.jsonl", 2)
+    with pytest.raises(ValueError, match="asked.jsonl: .*row 1: must end with an assistant message"):
+        RollOut(tmp_path / "asked.jsonl", tmp_path / "out.jsonl", 2, exact)
