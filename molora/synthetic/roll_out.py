@@ -32,7 +32,8 @@ _MARK = "#"
 
 @dataclass(frozen=True)
 class Drawn:
-    """A prompt with what was drawn for it: answers that are right and answers that are wrong, none twice."""
+    """A prompt with what was drawn for it: answers that are right and answers that are wrong, none twice. A text that
+    was rated both ways is in neither."""
 
     id: str
     prompt: list[dict[str, Any]]
@@ -134,8 +135,10 @@ class RollOut(RatedFile):
             right, wrong = (
                 dict.fromkeys(each["answer"] for each in answers if each["right"] == side) for side in (True, False)
             )
+            only_right = [text for text in right if text not in wrong]
+            only_wrong = [text for text in wrong if text not in right]
             num_right = sum(each["right"] for each in answers)
-            yield Drawn(asked.id, asked.prompt, [*right], [*wrong], num_right, len(answers))
+            yield Drawn(asked.id, asked.prompt, only_right, only_wrong, num_right, len(answers))
 
 
 def accepted(drawn: Drawn, most: int, seed: int) -> Iterator[dict[str, Any]]:

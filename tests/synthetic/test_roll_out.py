@@ -266,6 +266,18 @@ def test_what_a_metric_lacks_is_no_answers_fault(model: LoadedModel, rows: Path,
         draw(model, rows, tmp_path / "out.jsonl", 1, "Uninstalled")
 
 
+def test_a_text_that_was_rated_both_ways_is_on_no_side(rows: Path, tmp_path: Path) -> None:
+    rated = [("4", True), ("4", False), ("four", True), ("5", False), ("5", False)]
+    written = [
+        {"id": f"2:r2#{number}", "answer": text, "right": right, "rating": float(right)}
+        for number, (text, right) in enumerate(rated)
+    ]
+    (tmp_path / "out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
+    (one,) = RollOut(rows, tmp_path / "out.jsonl", 5, open_verifier("exact_match")).drawn()
+    assert (one.right, one.wrong, one.num_right) == (["four"], ["5"], 2)
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs(one, 2, 0)] == [("four", "5")]
+
+
 def changed(rows: Path, row: int, message: int, content: str) -> Path:
     """The rows with another message."""
     known = list(map(json.loads, rows.read_text().splitlines()))
