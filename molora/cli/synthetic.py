@@ -153,10 +153,8 @@ def pivot(
             search.find(loaded, decoding)
         found = list(search.found())
     decode = loaded.processor.decode
-    searched = [row for _, row in found if row["solutions"]]
-    tokens = [each for row in searched for solution in row["solutions"] for each in solution["pivots"]]
-    draws = sum(row["draws"] for row in searched)
-    say(f"{len(tokens)} pivotal tokens in {sum(len(row['solutions']) for row in searched)} solutions, {draws:,} draws")
+    for line in search.summary([row for _, row in found]):
+        say(line)
     made = (
         (rows, (each for asked, row in found for each in pivoting.published_rows(asked, row, decode))),
         (pairs, (each for asked, row in found for each in pivoting.pairs(asked, row, decode, threshold))),

@@ -98,6 +98,26 @@ class PivotSearch(RatedFile):
             if _RESULT in rows.get(asked.id, ()):
                 yield asked, rows[asked.id]
 
+    def summary(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+        """What the rows of questions hold, and how many of these were not searched, with what to do about it."""
+        solutions = [solution for row in rows for solution in row[_RESULT]]
+        tokens = sum(len(solution["pivots"]) for solution in solutions)
+        # Rows of older files do not say how often a question was drawn that was not searched.
+        draws = sum(row.get("draws", self.config.fewest) for row in rows)
+        yield f"{tokens} pivotal tokens in {len(solutions)} solutions, {draws:,} draws"
+        low, high = self.config.lowest, self.config.highest
+        for count, share, advice in (
+            (
+                sum(row["share"] < low for row in rows),
+                f"below {low:g}",
+                "ask easier ones, or give more --max-new-tokens",
+            ),
+            (sum(row["share"] > high for row in rows), f"above {high:g}", "ask harder ones"),
+        ):
+            if count:
+                why = f"their share of right answers is {share}"
+                yield f"{count} of {len(rows)} questions are not searched, as {why}; {advice}"
+
 
 class _Search:
     """The search of one question, as a generator that says what it wants to be drawn."""
@@ -115,9 +135,8 @@ class _Search:
         start = Prefix(0)
         yield [(start, self.config.fewest)]
         row = {"prompt_tokens": len(self.sample), "share": start.share, _RESULT: []}
-        if not self.config.lowest <= start.share <= self.config.highest:
-            return row
-        for solution in self._chosen():
+        chosen = self._chosen() if self.config.lowest <= start.share <= self.config.highest else []
+        for solution in chosen:
             self.before = solution.tokens
             pivots, prefixes = yield from search(len(solution.tokens), start, solution.right, self.config)
             row[_RESULT].append(self._told(solution, pivots, prefixes))

@@ -222,6 +222,31 @@ def test_a_metric_that_fails_is_the_error_of_each_question(
     assert [row["error"] for row in rows] == ["metric Fails: KeyError: 'boom'"] * 3 and len(search.left) == 3
 
 
+@pytest.mark.parametrize(
+    ("pattern", "says"),
+    [
+        (
+            "^never$",
+            "3 of 3 questions are not searched, as their share of right answers is below 0.2; ask easier ones,",
+        ),
+        (".", "3 of 3 questions are not searched, as their share of right answers is above 0.8; ask harder ones"),
+    ],
+)
+def test_questions_that_are_too_hard_or_too_easy_are_counted(
+    model: LoadedModel, whole: PivotSearch, tmp_path: Path, pattern: str, says: str
+) -> None:
+    verifier = open_verifier("regular_expression", options={"pattern": pattern})
+    search = PivotSearch(whole.messages, tmp_path / "out.jsonl", verifier, CONFIG, 2)
+    with search.held():
+        search.find(model, DECODING)
+    rows = [row for _, row in search.found()]
+    first, second = search.summary(rows)
+    assert first == "0 pivotal tokens in 0 solutions, 48 draws" and second.startswith(says)
+    for row in rows:  # as older files have them
+        del row["draws"]
+    assert [*search.summary(rows)] == [first, second]
+
+
 def test_an_answer_by_its_tokens_is_checked(model: LoadedModel) -> None:
     asked = {"role": "user", "content": "go"}
 
