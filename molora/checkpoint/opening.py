@@ -8,7 +8,7 @@ import torch
 
 from molora.checkpoint.assembly import BackboneConfig, Blueprint, RouterConfig, RouterPlan, assemble, router_plan
 from molora.checkpoint.modality_folder import check_encoder, check_modality, load_modality, read_about, read_plan
-from molora.checkpoint.pretrained import load_backbone
+from molora.checkpoint.pretrained import fetch, identify, load_backbone
 from molora.checkpoint.run_folder import RunAbout, load_router, read_run
 from molora.config import ConfigError
 from molora.data.processor import Processor
@@ -74,9 +74,12 @@ def locate(source: str | Path, modalities: Sequence[str | Path] = ()) -> Layout:
 
 
 def model_hashes(layout: Layout) -> dict[str, str]:
-    """What tells one state of a model from another: the hash of each file that has the hashes of the others."""
+    """What tells one state of a model from another: the hash of each file that has the hashes of the others, and for a
+    bare backbone that of its weights."""
     hashes = {name: file_hash(folder / "modality.json") for name, folder in sorted(layout.folders.items())}
-    return hashes if layout.run is None else {"molora.json": file_hash(layout.run.folder / "molora.json"), **hashes}
+    if layout.run is not None:
+        return {"molora.json": file_hash(layout.run.folder / "molora.json"), **hashes}
+    return hashes or {"backbone": identify(fetch(layout.backbone), layout.backbone).weights}
 
 
 def plan_model(

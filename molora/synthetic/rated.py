@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from molora.checkpoint.opening import locate, model_hashes
-from molora.checkpoint.pretrained import fetch, identify
 from molora.config import ConfigError, plain
 from molora.convert.release import converted
 from molora.data.sources import Messages, MessagesConfig
@@ -103,9 +102,7 @@ def drawn_by(
 ) -> dict[str, Any]:
     """What draws depend on beside their question: the state of the model, as a digest, and the settings. Raises, as
     `load` does, for a model that is not there."""
-    layout = locate(converted(model), modalities)
-    # A run and a modality folder have the hash of their backbone; a bare backbone is told by its own.
-    hashes = model_hashes(layout) or {"backbone": identify(fetch(layout.backbone), layout.backbone).weights}
+    hashes = model_hashes(locate(converted(model), modalities))
     settings = {name: value for name, value in plain(config).items() if name in _DECODING}
     return {"model": _digest([hashes, sorted(rules)]), **settings}
 
