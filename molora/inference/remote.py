@@ -17,6 +17,7 @@ from molora.config import ConfigError, require
 
 _MAX_REPLY_BYTES = 2**20
 _MAX_WAIT_SECONDS = 60.0
+_MAX_REASON = 200  # characters
 # What may pass when one asks again: the server is busy, restarts or had no time.
 _PASSING = (408, 409, 425, 429, 500, 502, 503, 504)
 
@@ -46,12 +47,13 @@ class ServerConfig:
 
 
 class Refused(ValueError):
-    """A server refuses a request. `passing` says that it may not do so later, and did after all tries."""
+    """A server refuses a request, for the reason that it gives. `passing` says that it may not do so later, and did
+    after all tries."""
 
     def __init__(self, message: str, status: int, detail: str) -> None:
-        super().__init__(message)
+        reason = _reason(detail)
+        super().__init__(f"{message}: {reason}" if reason else message)
         self.status = status
-        self.detail = detail
         self.passing = status in _PASSING
 
 
@@ -125,3 +127,15 @@ class Server:
 
 def _said(error: Exception) -> str:
     return str(getattr(error, "reason", error)) or type(error).__name__
+
+
+def _reason(detail: str) -> str:
+    """The reason in the body of an error, in a line: the message in its JSON, or its text."""
+    try:
+        told: Any = json.loads(detail)
+    except (ValueError, RecursionError):
+        told = detail
+    for key in ("error", "message", "detail"):  # OpenAI has the message in `error`, others beside it or as `detail`
+        if isinstance(told, Mapping) and told.get(key):
+            told = told[key]
+    return " ".join(str(told or "").split())[:_MAX_REASON]

@@ -5,13 +5,12 @@ from __future__ import annotations
 import base64
 import json
 import mimetypes
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from itertools import takewhile
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from molora.checkpoint.assembly import RouterConfig
 from molora.config import ConfigError, plain, require
@@ -29,6 +28,8 @@ from molora.synthetic.rows import DecodingConfig, Reply
 _ROUNDS = 4
 # Statuses that the next request would have too: the key, the place or the model is wrong.
 _HOPELESS = (401, 402, 403, 404)
+# Why an answer may end before its end, as servers say it.
+_NOT_WHOLE = ("length", "content_filter")
 _TOKENS_OF_MEDIUM, _TOKENS_OF_TURN = 8192, 16
 
 
@@ -66,16 +67,26 @@ class ModelConfig:
 Prompt = tuple[str, Sequence[Message]]
 
 
+class Unanswered(ValueError):
+    """A server does not answer the prompt number `place`, and what it says is no fault of that prompt alone."""
+
+    def __init__(self, place: int, why: str) -> None:
+        super().__init__(why)
+        self.place = place
+
+
 class Model(Protocol):
-    """What answers. `identity` is all that its answers depend on; `per_round` of them are kept together."""
+    """What answers. `identity` is all that its answers depend on; `per_round` prompts are given to it at a time."""
 
     identity: Any
     per_round: int
 
     def answer(
         self, prompts: Sequence[Prompt], how: DecodingConfig, seed: int, room: int | None, advance: Callable[[], object]
-    ) -> list[Reply]:
-        """Replies to the prompts, or to the first of them, as many as `room` tokens are enough for in any case."""
+    ) -> Iterator[dict[int, Reply]]:
+        """Yields replies as they come, by the numbers of their prompts; those that come together are kept together.
+        There are replies to all prompts, or to the first of them, as many as `room` tokens are enough for in any case.
+        Raises Unanswered, after all replies that there are."""
         ...
 
 
@@ -128,7 +139,7 @@ class LocalModel:
 
     def answer(
         self, prompts: Sequence[Prompt], how: DecodingConfig, seed: int, room: int | None, advance: Callable[[], object]
-    ) -> list[Reply]:
+    ) -> Iterator[dict[int, Reply]]:
         samples: Iterable[Sample | Failed]
         samples = (attempt(partial(self.loaded.encode, messages, id), id) for id, messages in prompts)
         if room is not None:
@@ -146,7 +157,7 @@ class LocalModel:
             error = "" if answer.error is None else str(answer.error)
             replies[answer.id] = Reply(answer.text, answer.finished, answer.prompt_tokens, answer.answer_tokens, error)
             advance()
-        return [replies[id] for id, _ in prompts if id in replies]
+        yield {place: replies[id] for place, (id, _) in enumerate(prompts) if id in replies}
 
     def grammar(self, how: DecodingConfig) -> Grammar | None:
         if how.schema is not None:
@@ -178,34 +189,35 @@ class ServerModel:
 
     def answer(
         self, prompts: Sequence[Prompt], how: DecodingConfig, seed: int, room: int | None, advance: Callable[[], object]
-    ) -> list[Reply]:
+    ) -> Iterator[dict[int, Reply]]:
         asked: list[Prompt] = []
         for id, messages in prompts:
             if room is not None and (room := room - most_tokens(messages, how)) < 0:
                 break
             asked.append((id, messages))
-
-        def one(prompt: Prompt) -> Reply | Exception:
-            try:
-                reply = self.reply(*prompt, how, seed)
-            except (Refused, Silent) as error:
-                if isinstance(error, Silent) or error.passing or error.status in _HOPELESS:
-                    return error
-                reply = Reply("", "error", error=f"{error}: {error.detail}")
-            advance()
-            return reply
-
-        with ThreadPoolExecutor(self.config.parallel) as threads:
-            given = list(threads.map(one, asked))
-        replies = [*takewhile(lambda each: isinstance(each, Reply), given)]
-        if asked and not replies:
-            raise ValueError(f"{given[0]}; what was answered is kept, and the same call goes on")
-        return cast(list[Reply], replies)
+        failed: dict[int, str] = {}
+        threads = ThreadPoolExecutor(self.config.parallel)
+        try:
+            places = {threads.submit(self.reply, *prompt, how, seed): place for place, prompt in enumerate(asked)}
+            for answered in as_completed(places):
+                try:
+                    reply = answered.result()
+                except (Refused, Silent) as error:
+                    failed[places[answered]] = str(error)
+                else:
+                    advance()
+                    yield {places[answered]: reply}
+        finally:
+            threads.shutdown(cancel_futures=True)
+        if failed:
+            raise Unanswered(min(failed), failed[min(failed)])
 
     def reply(self, id: str, messages: Sequence[Message], how: DecodingConfig, seed: int) -> Reply:
+        """What the server replies, or why this prompt has no reply. Raises Refused and Silent for what others would
+        have as well."""
         try:
             said = [{**message, "content": _content(message)} for message in messages]
-        except OSError as error:
+        except (OSError, ValueError) as error:
             return Reply("", "error", error=str(error))
         body: dict[str, Any] = {
             "model": self.config.model,
@@ -222,7 +234,12 @@ class ServerModel:
             body["response_format"] = {"type": "json_schema", "json_schema": form}
         if how.regex is not None:
             body["response_format"] = {"type": "regex", "pattern": how.regex}
-        return _read(self.server.complete(body), most_tokens(messages, how))
+        try:
+            return _read(self.server.complete(body), most_tokens(messages, how))
+        except Refused as error:
+            if error.passing or error.status in _HOPELESS:
+                raise
+            return Reply("", "error", error=str(error))
 
 
 def most_tokens(messages: Sequence[Message], how: DecodingConfig) -> int:
@@ -254,14 +271,16 @@ def _medium(part: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read(reply: bytes, most: int) -> Reply:
-    """A chat completion. Its tokens are those that the server counts, or `most`, if it does not."""
+    """A chat completion. Its tokens are those that the server counts; where it counts none, the prompt has `most`."""
     try:
         body = json.loads(reply)
         (choice,) = body["choices"]
         text = choice["message"]["content"] or ""
-        ended = "length" if choice.get("finish_reason") == "length" else "stop"
-        used = body.get("usage") or {"prompt_tokens": most, "completion_tokens": 0}
-        return Reply(text.strip(), ended, int(used["prompt_tokens"]), int(used["completion_tokens"]))
+        ended = choice.get("finish_reason")
+        used = body.get("usage") or {}
+        counts = [used.get(name) for name in ("prompt_tokens", "completion_tokens")]
+        prompt_tokens, answer_tokens = (most, 0) if None in counts else map(int, counts)
+        return Reply(text.strip(), ended if ended in _NOT_WHOLE else "stop", prompt_tokens, answer_tokens)
     except (ValueError, LookupError, TypeError, AttributeError):
         return Reply("", "error", error=f"no chat completion: {reply[:100]!r}")
 

@@ -49,7 +49,8 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Reply:
-    """A model's answer, ended by itself ("stop") or by a limit ("length"). If `error` is not empty, there is none."""
+    """A model's answer, ended by itself ("stop"), by a limit ("length") or by a server's filter ("content_filter"). If
+    `error` is not empty, there is none."""
 
     text: str
     finished: str

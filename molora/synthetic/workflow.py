@@ -26,7 +26,7 @@ from molora.plugins import find
 from molora.seeding import seed_of
 from molora.storage import hold, write_atomically, write_text
 from molora.synthetic.kept import Kept, digest
-from molora.synthetic.models import Model, ModelConfig, Opener, open_models
+from molora.synthetic.models import Model, ModelConfig, Opener, Prompt, Unanswered, open_models
 from molora.synthetic.rows import DecodingConfig, Dropped, Reply, Request, Row
 from molora.terminal import progress
 
@@ -271,29 +271,37 @@ class _Work:
         replies: dict[str, Reply] = {key: Reply(**found) for key in keys if (found := kept.get(key))}
         bar = self.bars.add_task(self.name, total=len(keys), completed=len(replies), note=model)
         for start in range(0, len(keys), asked.per_round):
-            left = [
-                place for place in range(start, min(start + asked.per_round, len(keys))) if keys[place] not in replies
-            ]
-            while left:
-                given = self._answered(asked, [prompts[place] for place in left], how, bar)
-                found = dict(zip((keys[place] for place in left), given, strict=False))
-                if whole := {key: asdict(reply) for key, reply in found.items() if not reply.error}:
-                    kept.keep(whole)
-                replies |= found
-                left = left[len(given) :]
+            places = [*range(start, min(start + asked.per_round, len(keys)))]
+            while left := [place for place in places if keys[place] not in replies]:
+                before = len(replies)
+                try:
+                    for given in self._answers(asked, [prompts[place] for place in left], how, bar):
+                        found = {keys[left[number]]: reply for number, reply in given.items()}
+                        if whole := {key: asdict(reply) for key, reply in found.items() if not reply.error}:
+                            kept.keep(whole)
+                        replies |= found
+                except Unanswered as error:
+                    row = requests[left[error.place]][0]
+                    told = f"row {row.id}: {error}; what was answered is kept, and the same call goes on"
+                    raise ValueError(told) from error
+                if len(replies) == before:
+                    raise self._out_of_budget()
         self.replies += [replies[key] for key in keys]
         return [replies[key] for key in keys]
 
-    def _answered(self, asked: Model, prompts: Sequence[Any], how: DecodingConfig, bar: Any) -> list[Reply]:
-        budget, used = self.workflow.config.budget_tokens, self.workflow.kept.tokens
-        room = None if budget is None else budget - used
-        given = asked.answer(prompts, how, self.workflow.config.seed, room, lambda: self.bars.advance(bar))
-        if not given:
-            raise OutOfBudget(
-                f"{used:,} of {budget:,} tokens (budget_tokens) are used, and the next answer may take more than are "
-                "left; the same call with a larger budget goes on from there"
-            )
-        return given
+    def _answers(
+        self, asked: Model, prompts: Sequence[Prompt], how: DecodingConfig, bar: Any
+    ) -> Iterator[dict[int, Reply]]:
+        config = self.workflow.config
+        room = None if config.budget_tokens is None else config.budget_tokens - self.workflow.kept.tokens
+        return asked.answer(prompts, how, config.seed, room, lambda: self.bars.advance(bar))
+
+    def _out_of_budget(self) -> OutOfBudget:
+        used, budget = self.workflow.kept.tokens, self.workflow.config.budget_tokens
+        return OutOfBudget(
+            f"{used:,} of {budget:,} tokens (budget_tokens) are used, and the next answer may take more than are left; "
+            "the same call with a larger budget goes on from there"
+        )
 
 
 def open_workflow(path: Path, overrides: Iterable[str] = (), opener: Opener = load) -> Workflow:

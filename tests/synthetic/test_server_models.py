@@ -108,18 +108,33 @@ def test_a_server_that_stops_loses_nothing_that_was_answered(server: Server, tmp
         return said(body) if len(server.asked) <= 13 else (503, {})
 
     server.reply = weary
-    with pytest.raises(ConfigError, match="step answers: .* answers 503 .* the same call goes on"):
+    with pytest.raises(ConfigError, match="step answers: row .* answers 503 .* the same call goes on"):
         workflow(tmp_path, address(server)).run()
     server.reply = said
     before = len(server.asked)
     workflow(tmp_path, address(server)).run()
-    assert len(rows(tmp_path)) == 12 and 8 <= len(server.asked) - before <= 16
+    assert len(rows(tmp_path)) == 12 and len(server.asked) - before == 24 - 13
+
+
+def test_answers_behind_one_that_fails_are_kept(server: Server, tmp_path: Path) -> None:
+    server.reply = lambda body: (500, {"error": "boom"}) if body["messages"][-1]["content"] == "0?" else said(body)
+    with pytest.raises(ConfigError, match="step answers: row r0: .* answers 500 Internal Server Error: boom; what was"):
+        workflow(tmp_path, address(server)).run()
+    assert len((tmp_path / "out/answers.jsonl").read_text().splitlines()) == 6, "of a round of 8, two failed"
+    server.reply = said
+    before = len(server.asked)
+    workflow(tmp_path, address(server)).run()
+    assert len(server.asked) - before == 24 - 6
+    made = (tmp_path / "out/rows.jsonl").read_bytes()
+    (tmp_path / "out/answers.jsonl").write_text("")
+    workflow(tmp_path, address(server)).run()
+    assert (tmp_path / "out/rows.jsonl").read_bytes() == made
 
 
 @pytest.mark.parametrize("status", [401, 404])
 def test_what_every_request_would_fail_by_ends_the_workflow(server: Server, tmp_path: Path, status: int) -> None:
-    server.reply = lambda body: (status, {})
-    with pytest.raises(ConfigError, match=f"step answers: http.* answers {status}"):
+    server.reply = lambda body: (status, {"error": {"message": "there is no\nmodel 'm'"}})
+    with pytest.raises(ConfigError, match=f"step answers: row r0: http.* answers {status} .*: there is no model 'm'; "):
         workflow(tmp_path, address(server)).run()
     assert len(server.asked) <= 8
 
@@ -138,6 +153,28 @@ def test_a_row_that_is_refused_leaves_the_others(server: Server, tmp_path: Path,
     assert [row["question"] for row in rows(tmp_path)] == [f"{n}?" for n in range(12) if n != 3]
     (dropped,) = done.dropped
     assert dropped.reason == "cannot be answered" and re.search(detail, dropped.detail)
+
+
+def test_an_answer_that_a_filter_stops_is_none(server: Server, tmp_path: Path) -> None:
+    def withheld(body: dict[str, Any]) -> Replied:
+        status, reply = said(body)
+        if body["messages"][-1]["content"] == "3?":
+            reply["choices"][0]["finish_reason"] = "content_filter"
+        return status, reply
+
+    server.reply = withheld
+    (_, done) = workflow(tmp_path, address(server)).run()
+    assert len(done.rows) == 11 and done.reasons == {"stopped by the server's content filter": 1}
+    workflow(tmp_path, address(server)).run()
+    assert len(server.asked) == 24, "nor asked again"
+
+
+@pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": None, "completion_tokens": None}])
+def test_an_answer_is_kept_whose_tokens_a_server_does_not_count(server: Server, tmp_path: Path, usage: Any) -> None:
+    server.reply = lambda body: (200, {**said(body)[1], "usage": usage})
+    counted = workflow(tmp_path, address(server))
+    counted.run()
+    assert len(rows(tmp_path)) == 12 and counted.kept.tokens > 24 * 15, "the most that it can be"
 
 
 def test_a_budget_holds_for_a_server_too(server: Server, tmp_path: Path) -> None:

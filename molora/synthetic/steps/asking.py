@@ -98,6 +98,8 @@ def why_unusable(reply: Reply, cut_off: str) -> tuple[str, str] | None:
     """Why a reply is left out, and what is true of it alone; None if it is not."""
     if reply.error:
         return "cannot be answered", reply.error
+    if reply.finished == "content_filter":
+        return "stopped by the server's content filter", reply.text[:200]
     if not reply.text:
         return "the answer is empty", ""
     if reply.finished == "length" and cut_off == "drop":
