@@ -278,9 +278,10 @@ def _read(reply: bytes, most: int) -> Reply:
         text = choice["message"]["content"] or ""
         ended = choice.get("finish_reason")
         used = body.get("usage") or {}
-        counts = [used.get(name) for name in ("prompt_tokens", "completion_tokens")]
-        prompt_tokens, answer_tokens = (most, 0) if None in counts else map(int, counts)
-        return Reply(text.strip(), ended if ended in _NOT_WHOLE else "stop", prompt_tokens, answer_tokens)
+        prompt_tokens, answer_tokens = used.get("prompt_tokens"), used.get("completion_tokens")
+        if prompt_tokens is None or answer_tokens is None:
+            prompt_tokens, answer_tokens = most, 0
+        return Reply(text.strip(), ended if ended in _NOT_WHOLE else "stop", int(prompt_tokens), int(answer_tokens))
     except (ValueError, LookupError, TypeError, AttributeError):
         return Reply("", "error", error=f"no chat completion: {reply[:100]!r}")
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from molora.config import ConfigError, did_you_mean, require
 from molora.data.formats.templates import Place, Template, as_text, place_in
 from molora.data.messages import Message
 
+Made = TypeVar("Made")
+
+# Why a row is dropped that a step cannot make anything of.
+FAULTY = "faulty"
 # What the id of a row has behind that of the row it is a part of: which part.
 _MARK = "#"
 
@@ -25,7 +30,7 @@ class Row:
     parents: tuple[str, ...] = ()
     place: str = ""
 
-    def having(self, **columns: Any) -> Row:
+    def having(self, /, **columns: Any) -> Row:
         """The row that a step makes of this one, with more columns or others."""
         return Row(self.id, {**self.columns, **columns}, (self.place,))
 
@@ -116,25 +121,56 @@ class Step(Protocol):
 
 
 class RowByRow(ABC):
-    """A step that makes of each row what does not depend on the others. A row that it raises ValueError for is dropped
-    as faulty; a ConfigError, such as for a column that no row has, ends the workflow."""
+    """A step that makes of each row what does not depend on the others; see `made_of_each` for what it may raise."""
 
     @abstractmethod
     def made_of(self, row: Row, work: Work) -> Iterable[Row | Dropped]: ...
 
     def run(self, rows: Sequence[Row], work: Work) -> Iterator[Row | Dropped]:
-        for row in rows:
-            yield from unless_faulty(row, lambda row=row: self.made_of(row, work))
+        for made in made_of_each(rows, lambda row: self.made_of(row, work)):
+            yield from made
 
 
-def unless_faulty(row: Row, make: Callable[[], Iterable[Any]]) -> list[Any]:
-    """What `make` makes of a row; the row, dropped, if it raises ValueError, unless that is a ConfigError."""
-    try:
-        return [*make()]
-    except ConfigError:
-        raise
-    except ValueError as error:
-        return [Dropped(row, "faulty", str(error))]
+class NoColumn(ConfigError):
+    """A row has no column of the name `column`."""
+
+    def __init__(self, message: str, column: str) -> None:
+        super().__init__(message)
+        self.column = column
+
+
+def made_of_each(rows: Sequence[Row], make: Callable[[Row], Iterable[Made]]) -> Iterator[list[Made | Dropped]]:
+    """What `make` makes of each row, one after the other. A row that it raises ValueError for is dropped as faulty, and
+    one that lacks a column which another row has is dropped for that. Raises NoColumn for a column that no row has, and
+    any other ConfigError of `make`."""
+    known: set[str] = set()
+    for row in rows:
+        try:
+            made: list[Made | Dropped] = [*make(row)]
+        except NoColumn as error:
+            known = known or {name for other in rows for name in other.columns}
+            if place_in(error.column, known) is None:
+                raise
+            made = [Dropped(row, f"no column {error.column!r}")]
+        except ConfigError:
+            raise
+        except ValueError as error:
+            made = [Dropped(row, FAULTY, str(error))]
+        yield made
+
+
+def read_each(rows: Sequence[Row], read: Callable[[Row], str]) -> tuple[list[Row], list[str], list[Dropped]]:
+    """The rows whose text `read` can read, those texts, and the other rows, dropped; see `made_of_each`."""
+    could: list[Row] = []
+    texts: list[str] = []
+    dropped: list[Dropped] = []
+    for row, (made,) in zip(rows, made_of_each(rows, lambda row: [read(row)]), strict=True):
+        if isinstance(made, Dropped):
+            dropped.append(made)
+        else:
+            could.append(row)
+            texts.append(made)
+    return could, texts, dropped
 
 
 class Text:
@@ -145,7 +181,7 @@ class Text:
         self.bound: tuple[str, ...] | None = None
 
     def of(self, row: Row) -> str:
-        """Raises ConfigError for a column that there is not, ValueError for one that holds no text."""
+        """Raises NoColumn for a column that the row has not, ValueError for one that holds no text."""
         if self.bound != (names := tuple(row.columns)):
             self.template.places = [place_of(name, row, self.template.where) for name in self.template.fields]
             self.bound = names
@@ -158,15 +194,16 @@ def texts_of(templates: Mapping[str, str], where: str) -> dict[str, Text]:
 
 
 def place_of(name: str, row: Row, where: str) -> Place:
-    """The column, or what is inside, that a config names. Raises ConfigError."""
+    """The column, or what is inside, that a config names. Raises NoColumn."""
     if (place := place_in(name, row.columns)) is None:
         near = did_you_mean(name, row.columns)
-        raise ConfigError(f"{where}: no column {name!r}; {near}row {row.id} has {', '.join(row.columns) or 'none'}")
+        told = f"{where}: no column {name!r}; {near}row {row.id} has {', '.join(row.columns) or 'none'}"
+        raise NoColumn(told, name)
     return place
 
 
 def value_of(name: str, row: Row, where: str) -> Any:
-    """What a row has in a column, or inside it. Raises ConfigError for a column that there is not."""
+    """What a row has in a column, or inside it. Raises NoColumn for a column that the row has not."""
     return place_of(name, row, where).value(row.columns, f"row {row.id}")
 
 
@@ -183,9 +220,24 @@ def list_of(name: str, row: Row, where: str) -> list[Any]:
     return value
 
 
+def texts_of_list(name: str, row: Row, where: str) -> list[str]:
+    """The same as the texts of a list. Raises ValueError for a value that is none, and for an item that is no text."""
+    return [as_text(item, f"{name}[{i}]", f"row {row.id}") for i, item in enumerate(list_of(name, row, where))]
+
+
 def texts_in(value: Any) -> Iterator[str]:
     """Every text in a value, those of lists and mappings too."""
-    if isinstance(value, str):
+    return (inner for inner in _leaves(value) if isinstance(inner, str))
+
+
+def written_in(value: Any) -> Iterator[str]:
+    """Every text in a value, and what is no text as JSON writes it."""
+    return (inner if isinstance(inner, str) else json.dumps(inner) for inner in _leaves(value))
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, (Mapping, list, tuple)):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _leaves(inner)
+    else:
         yield value
-    for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ():
-        yield from texts_in(inner)

@@ -232,7 +232,8 @@ class Workflow:
         for dropped in done.dropped:
             row = dropped.row
             why = {"reason": dropped.reason, **({"detail": dropped.detail} if dropped.detail else {})}
-            yield row_bytes({"id": row.id, "dropped": why, **row.columns, "parents": [row.place]})
+            parents = [row.place] if row.place else [*row.parents]  # what no step made has no place
+            yield row_bytes({"id": row.id, "dropped": why, **row.columns, "parents": parents})
 
     def _sweep(self) -> None:
         """Takes away the files of steps that the config does not have any more."""

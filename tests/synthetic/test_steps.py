@@ -61,6 +61,33 @@ def test_tables_are_read_with_all_columns_or_with_those_that_are_made(tmp_path: 
     assert texts(rows) == ["one: y"] and [*rows[0].columns] == ["text"]
 
 
+def test_a_row_without_a_column_is_left_out_if_another_has_it(tmp_path: Path) -> None:
+    rows = [{"extra": "x"}, {"q": "one", "w": ["a", "b"]}, {"q": None, "w": ["a", "b"]}, {"q": "two", "w": ["a", "b"]}]
+    path = tmp_path / "table.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    steps = {
+        "compose": {"columns": {"text": "{q}"}},
+        "shots": {"column": "q", "count": 1},
+        "filter": {"rules": {"q": {"min_words": 1}}},
+        "choices": {"right": "{q}", "wrong": "w", "num_wrong": 1},
+        "table": {"path": str(path), "columns": {"text": "{q}"}},
+    }
+    for kind, options in steps.items():
+        made, dropped = run(kind, [] if kind == "table" else rows, **options)
+        assert [row.id for row in made] == ["1", "3"], kind
+        assert [each.reason for each in dropped] == ["no column 'q'", "faulty"], kind
+    made, dropped = run("deduplicate", rows, columns=["q"])
+    assert [row.id for row in made] == ["1", "2", "3"] and [each.reason for each in dropped] == ["no column 'q'"]
+    with pytest.raises(ConfigError, match="columns: no column 'p'; .*row 0 has extra"):
+        run("deduplicate", rows, columns=["p"])
+
+
+@pytest.mark.parametrize("name", ["self", "columns", "row"])
+def test_a_column_may_have_any_name(name: str) -> None:
+    ((made,), _) = run("vote", [{"all": ["a"]}], column="all", into=name)
+    assert made.columns[name] == "a"
+
+
 def test_conversations_of_any_source_are_read(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     said = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
@@ -200,6 +227,18 @@ def test_planted_leaks_are_all_removed_and_nothing_else(tmp_path: Path) -> None:
     assert len(almost) == 20
 
 
+def test_values_that_are_no_text_are_compared_too(tmp_path: Path) -> None:
+    values = [1, 2, True, False, 1.5, 1, None, True, {"a": [1, 2]}, {"a": [1, 3]}]
+    made, dropped = run("deduplicate", [{"text": value} for value in values], columns=["text"], similarity=None)
+    assert texts(made) == [1, 2, True, False, 1.5, None, {"a": [1, 2]}, {"a": [1, 3]}]
+    assert [each.row.id for each in dropped] == ["5", "7"]
+    path = tmp_path / "test.jsonl"
+    path.write_text('{"answer": 1234567}')
+    sets = {"planted": {"path": str(path), "text": "{answer}"}}
+    made, dropped = run("decontaminate", [{"text": 1234567}, {"text": 7654321}], sets=sets, least_words=1)
+    assert texts(made) == [7654321] and [each.reason for each in dropped] == ["in test set planted"]
+
+
 def test_a_long_text_becomes_passages_of_whole_sentences() -> None:
     sentences = [" ".join([f"s{n}"] * (n % 7 + 3)) + "." for n in range(30)]
     (row,) = [{"text": " ".join(sentences), "title": "t"}]
@@ -336,6 +375,7 @@ def test_a_word_error_rate_has_a_highest_value() -> None:
         ("extract", {"column": "a"}, "give either pattern or keys"),
         ("compose", {"drop": ["a"], "only": ["b"]}, "give drop or only"),
         ("choices", {"right": "a", "wrong": "b", "num_wrong": 40}, "num_wrong is 40"),
+        ("choices", {"right": "a", "wrong": "b", "line": "{leter}"}, "line: no column 'leter'; did you mean 'letter'"),
         ("vote", {"column": "a", "at_least": 2.0}, "at_least is 2.0"),
         ("verify", {"metric": "exact_match", "answer": "a", "expected": "b"}, "give at_least or at_most"),
         ("verify", {"metric": "exact_match", "answer": "a", "at_least": 1.0}, "give either expected or answers"),

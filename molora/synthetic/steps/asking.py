@@ -15,8 +15,8 @@ from molora.synthetic.rows import (
     Row,
     Text,
     Work,
+    made_of_each,
     text_of,
-    unless_faulty,
     value_of,
 )
 
@@ -62,7 +62,7 @@ class Ask:
 
     def run(self, rows: Sequence[Row], work: Work) -> Iterator[Row | Dropped]:
         config = self.config
-        asked: list[Any] = [each for row in rows for each in unless_faulty(row, lambda row=row: [self.requests(row)])]
+        asked: list[Any] = [each for made in made_of_each(rows, lambda row: [self.requests(row)]) for each in made]
         requests = [request for each in asked if not isinstance(each, Dropped) for request in each]
         replies = iter(work.ask(config.model, requests, config.decoding))
         for row, each in zip(rows, asked, strict=True):
@@ -156,7 +156,7 @@ class Dialogue:
 
     def run(self, rows: Sequence[Row], work: Work) -> Iterator[Row | Dropped]:
         config = self.config
-        talks: list[Any] = [each for row in rows for each in unless_faulty(row, lambda row=row: [self.begun(row)])]
+        talks: list[Any] = [each for made in made_of_each(rows, lambda row: [self.begun(row)]) for each in made]
         roles = [*config.roles.values()]
         for turn in range(0 if self.opening is None else 1, config.turns):
             speaker = turn % len(roles)

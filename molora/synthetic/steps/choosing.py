@@ -11,7 +11,7 @@ from typing import Any
 
 from molora.config import ConfigError, require
 from molora.evaluate.normalise import normalise, words
-from molora.synthetic.rows import Dropped, Row, RowByRow, Work, text_of, value_of
+from molora.synthetic.rows import Dropped, Row, RowByRow, Work, read_each, text_of, value_of
 
 
 @dataclass(kw_only=True)
@@ -63,7 +63,8 @@ class Shots:
 
     def run(self, rows: Sequence[Row], work: Work) -> Iterator[Row | Dropped]:
         config = self.config
-        texts = [text_of(config.column, row, "column") for row in rows]
+        rows, texts, dropped = read_each(rows, lambda row: text_of(config.column, row, "column"))
+        yield from dropped
         if len(rows) <= config.count:
             raise ConfigError(f"count is {config.count}, and there are {len(rows)} rows to draw from; give more rows")
         for number, row in enumerate(rows):

@@ -11,7 +11,7 @@ from molora.evaluate.metrics import Named, open_metrics
 from molora.evaluate.metrics.values import numbers_in
 from molora.evaluate.normalise import normalise
 from molora.evaluate.questions import Question, judge
-from molora.synthetic.rows import Dropped, Row, RowByRow, Text, Work, list_of
+from molora.synthetic.rows import Dropped, Row, RowByRow, Text, Work, texts_of_list
 
 
 @dataclass(kw_only=True)
@@ -42,7 +42,7 @@ class Vote(RowByRow):
 
     def made_of(self, row: Row, work: Work) -> Iterator[Row | Dropped]:
         config = self.config
-        answers = [str(answer) for answer in list_of(config.column, row, "column")]
+        answers = texts_of_list(config.column, row, "column")
         groups: dict[str, list[str]] = {}
         for answer in answers:
             key = normalise(answer) if config.by == "text" else last_number(answer)
@@ -109,7 +109,7 @@ class Verify(RowByRow):
         if self.expected is not None:
             accepted = [self.expected.of(row)]
         else:
-            accepted = [str(answer) for answer in list_of(config.answers or "", row, "answers")]
+            accepted = texts_of_list(config.answers or "", row, "answers")
         if not accepted:
             yield Dropped(row, "nothing to compare with")
             return

@@ -11,14 +11,14 @@ from typing import Any
 from molora.config import ConfigError, require
 from molora.data.formats.opening import open_rows
 from molora.evaluate.normalise import normalise, words
-from molora.synthetic.rows import Dropped, Row, RowByRow, Text, Work, texts_in, value_of
+from molora.synthetic.rows import Dropped, Row, RowByRow, Text, Work, read_each, value_of, written_in
 
 
 @dataclass(kw_only=True)
 class DeduplicateConfig:
-    """`columns` are compared, joined. Rows are duplicates if they are equal but for case, spaces and a closing full
-    stop, or if the share that their runs of `characters` characters have in common (Jaccard's) is `similarity` or more;
-    without `similarity` only equal rows are."""
+    """`columns` are compared, joined; numbers and others that are no text as JSON writes them. Rows are duplicates if
+    they are equal but for case, spaces and a closing full stop, or if the share that their runs of `characters`
+    characters have in common (Jaccard's) is `similarity` or more; without `similarity` only equal rows are."""
 
     columns: list[str]
     similarity: float | None = 0.7
@@ -44,7 +44,8 @@ class Deduplicate:
         self.config = config
 
     def run(self, rows: Sequence[Row], work: Work) -> Iterator[Row | Dropped]:
-        texts = [normalise(_joined(row, self.config.columns)) for row in rows]
+        rows, texts, dropped = read_each(rows, lambda row: normalise(_joined(row, self.config.columns)))
+        yield from dropped
         kept_texts: dict[str, Row] = {}
         index = None if self.config.similarity is None else _Near(texts, self.config.similarity, self.config.characters)
         for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
@@ -110,9 +111,8 @@ class TestSetConfig:
 
 @dataclass(kw_only=True)
 class DecontaminateConfig:
-    """`sets` are test sets by name. A row is dropped if so many `words` in a row, in any of its `columns` (or in all
-    that hold text), stand in a row of a test set too; a test row of fewer words counts whole, if it has `least_words`.
-    """
+    """`sets` are test sets by name. A row is dropped if so many `words` in a row, in any of its `columns` (or in any
+    column), stand in a row of a test set too; a test row of fewer words counts whole, if it has `least_words`."""
 
     sets: dict[str, TestSetConfig]
     columns: list[str] = field(default_factory=list)
@@ -145,7 +145,7 @@ class Decontaminate(RowByRow):
 
     def made_of(self, row: Row, work: Work) -> Iterator[Row | Dropped]:
         columns = self.config.columns or row.columns
-        for text in (text for name in columns for text in texts_in(value_of(name, row, "columns"))):
+        for text in (text for name in columns for text in written_in(value_of(name, row, "columns"))):
             pieces = words(text)
             for length, known in self.known.items():
                 for run in _word_runs(pieces, length):
@@ -169,4 +169,4 @@ def _word_runs(pieces: Sequence[str], length: int) -> Iterator[tuple[str, ...]]:
 
 def _joined(row: Row, columns: Iterable[str]) -> str:
     values: list[Any] = [value_of(name, row, "columns") for name in columns]
-    return "\n".join(texts_in(values))
+    return "\n".join(written_in(values))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from molora.config import require
@@ -12,7 +12,7 @@ from molora.data.formats.opening import open_rows
 from molora.data.formats.table import row_id
 from molora.data.messages import parts
 from molora.data.sources import SourceConfig, open_source
-from molora.synthetic.rows import Dropped, Row, Work, texts_of
+from molora.synthetic.rows import Dropped, Row, Work, made_of_each, texts_of
 
 
 @dataclass(kw_only=True)
@@ -45,14 +45,20 @@ class ReadTable:
         self.range = found[: config.limit]
 
     def run(self, rows: Sequence[Row], work: Work) -> Iterator[Row | Dropped]:
+        if not self.texts:
+            yield from self.read()
+            return
+        for made in made_of_each([*self.read()], lambda row: [self.made_of(row)]):
+            yield from made
+
+    def read(self) -> Iterator[Row]:
         for number in self.range:
             where = self.rows.where(number)
             values = dict(self.rows[number])
-            row = Row(row_id(values.pop("id", None), number, where), _plain(values, where), (where,))
-            if self.texts:
-                yield Row(row.id, {name: text.of(row) for name, text in self.texts.items()}, row.parents)
-            else:
-                yield row
+            yield Row(row_id(values.pop("id", None), number, where), _plain(values, where), (where,))
+
+    def made_of(self, row: Row) -> Row:
+        return replace(row, columns={name: text.of(row) for name, text in self.texts.items()})
 
 
 class ReadConversations:

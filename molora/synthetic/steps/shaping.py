@@ -12,7 +12,18 @@ from typing import Any
 
 from molora.config import ConfigError, require
 from molora.evaluate.normalise import FULL_STOPS, normalise, words
-from molora.synthetic.rows import Dropped, Row, RowByRow, Text, Work, list_of, text_of, texts_of, value_of
+from molora.synthetic.rows import (
+    Dropped,
+    Row,
+    RowByRow,
+    Text,
+    Work,
+    list_of,
+    text_of,
+    texts_of,
+    texts_of_list,
+    value_of,
+)
 from molora.synthetic.steps.choosing import pattern
 
 _END_OF_SENTENCE = re.compile(f"(?<=[{FULL_STOPS}!?\u061f\uff01\uff1f])\\s+|\\n+")
@@ -216,12 +227,13 @@ class MakeChoices(RowByRow):
         self.config = config
         self.right = Text(config.right, "right")
         self.line = Text(config.line, "line")
+        self.line.of(Row("", {"letter": "A", "choice": ""}))  # it has no other columns
 
     def made_of(self, row: Row, work: Work) -> Iterator[Row | Dropped]:
         config = self.config
         right = self.right.of(row).strip()
         wrong: dict[str, str] = {}
-        for item in map(str, list_of(config.wrong, row, "wrong")):
+        for item in texts_of_list(config.wrong, row, "wrong"):
             wrong.setdefault(normalise(item), item.strip())
         others = [text for key, text in wrong.items() if key not in ("", normalise(right))][: config.num_wrong]
         if len(others) < config.num_wrong or not right:
