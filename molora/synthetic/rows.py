@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -218,6 +219,11 @@ def list_of(name: str, row: Row, where: str) -> list[Any]:
     if not isinstance(value, list):
         raise ValueError(f"row {row.id}: {name}: expected a list, got {value!r:.80}")
     return value
+
+
+def is_json(value: Any) -> bool:
+    """Whether JSON can hold what a value is made of: it has no NaN, and no number without end."""
+    return all(math.isfinite(inner) for inner in _leaves(value) if isinstance(inner, float))
 
 
 def texts_of_list(name: str, row: Row, where: str) -> list[str]:

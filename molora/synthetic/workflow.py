@@ -27,7 +27,7 @@ from molora.seeding import seed_of
 from molora.storage import hold, write_atomically, write_text
 from molora.synthetic.kept import Kept, digest
 from molora.synthetic.models import Model, ModelConfig, Opener, Prompt, Unanswered, open_models
-from molora.synthetic.rows import DecodingConfig, Dropped, Reply, Request, Row
+from molora.synthetic.rows import DecodingConfig, Dropped, Reply, Request, Row, is_json
 from molora.terminal import progress
 
 # Of the ids of rows, and of columns that have the name of what every row has.
@@ -181,7 +181,7 @@ class Workflow:
                     found.dropped.append(made)
                 else:
                     found.rows.append(replace(made, place=f"{config.name}/{made.id}"))
-            self._check(found.rows)
+            self._check(found)
             for folder, lines in {"steps": self._lines(found), "dropped": self._dropped_lines(found)}.items():
                 data = b"".join(lines)
                 path = self.folder / folder / f"{config.name}.jsonl"
@@ -210,10 +210,10 @@ class Workflow:
             return done[config.after[0]].rows
         return [replace(row, id=row.place) for name in config.after for row in done[name].rows]
 
-    def _check(self, rows: Iterable[Row]) -> None:
-        """Raises ConfigError for rows whose ids or columns could not be told apart."""
+    def _check(self, done: Done) -> None:
+        """Raises ConfigError for rows whose ids or columns could not be told apart, and for what no file could hold."""
         seen: set[str] = set()
-        for row in rows:
+        for row in done.rows:
             if row.id in seen:
                 raise ConfigError(f"two of its rows have the id {row.id!r}")
             seen.add(row.id)
@@ -221,6 +221,13 @@ class Workflow:
                 if name in row.columns:
                     told = f"row {row.id} has a column {name!r}, which every row has of its own"
                     raise ConfigError(f"{told}; give the column another name")
+        for row in (*done.rows, *(each.row for each in done.dropped)):
+            for name, value in row.columns.items():
+                if not is_json(value):
+                    told = (
+                        f"row {row.id}: the column {name!r} holds NaN or an infinite number, which JSON does not have"
+                    )
+                    raise ConfigError(f"{told}; have the step drop the row, or write null")
 
     def _lines(self, done: Done) -> Iterator[bytes]:
         name = done.config.name

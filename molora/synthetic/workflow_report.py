@@ -78,12 +78,22 @@ def _ratings(done: Done, column: str) -> dict[str, Any]:
     """How many rows were kept and dropped by the number in a column, in ranges of equal width."""
     kept = [float(row.columns[column]) for row in done.rows]
     dropped = [float(each.row.columns[column]) for each in done.dropped if column in each.row.columns]
-    edges = np.histogram_bin_edges([*kept, *dropped], _RANGES) if kept or dropped else np.zeros(0)
+    edges = _edges([*kept, *dropped])
     counts = {
         name: np.histogram(values, edges)[0].tolist() if len(edges) else []
         for name, values in {"kept": kept, "dropped": dropped}.items()
     }
     return {"column": column, "edges": edges.tolist(), **counts}
+
+
+def _edges(values: Sequence[float]) -> np.ndarray:
+    """The edges of ranges of equal width; of one, for numbers between which there are not so many."""
+    if not values:
+        return np.zeros(0)
+    try:
+        return np.histogram_bin_edges(values, _RANGES)
+    except ValueError:
+        return np.array([min(values), max(values)])
 
 
 def _columns(rows: Iterable[Row]) -> dict[str, list[str]]:

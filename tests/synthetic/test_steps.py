@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import pytest
 
 from molora.config import ConfigError, build
 from molora.data.sources import Messages, MessagesConfig
+from molora.evaluate.metrics import NoOptions
 from molora.evaluate.normalise import words
 from molora.plugins import available, find
 from molora.seeding import seed_of
 from molora.synthetic.rows import DecodingConfig, Dropped, Reply, Request, Row
 from molora.synthetic.steps.choosing import repeated
-from molora.synthetic.steps.judging import last_number
+from molora.synthetic.steps.judging import decimal_text, last_number
 
 
 class Alone:
@@ -323,10 +325,19 @@ def test_conversations_are_rows_that_training_reads(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("It is 4.", "4"), ("1,234.50 in all", "1234.5"), ("from 3 to -2e3", "-2000"), ("none", ""), ("$12.", "12")],
+    [
+        ("It is 4.", "4"),
+        ("1,234.50 in all", "1234.5"),
+        ("from 3 to -2e3", "-2000"),
+        ("none", ""),
+        ("$12.", "12"),
+        ("5/0", ""),
+        ("-0", "0"),
+    ],
 )
 def test_the_last_number_is_found(text: str, number: str) -> None:
-    assert last_number(text) == number
+    found = last_number(text)
+    assert ("" if found is None else decimal_text(found)) == number
 
 
 def test_the_majority_decides() -> None:
@@ -343,6 +354,64 @@ def test_the_majority_decides() -> None:
     assert [each.reason for each in dropped] == ["two answers lead", "less than 50% agree", "no answer to count"]
     (row,), _ = run("vote", [{"all": ["Yes.", "yes", "no"]}], column="all", at_least=0.6)
     assert row.columns["answer"] == "Yes."
+
+
+@pytest.mark.parametrize("number", ["1234567890123", "123456789012345678901234567890123", "0.1234567890123456789"])
+def test_long_numbers_are_compared_and_shown_with_all_digits(number: str) -> None:
+    near = f"{number[:-1]}{9 - int(number[-1])}"
+    (made,), _ = run("vote", [{"all": [number, f"It is {number}.", near]}], column="all", by="number")
+    assert made.columns["answer"] == number and made.columns["agreeing"] == [number, f"It is {number}."]
+
+
+class Erratic:
+    """Gives what stands in the answer."""
+
+    config_type = NoOptions
+
+    def __init__(self, config: NoOptions) -> None: ...
+
+    def score(self, judged: Any) -> dict[str, float]:
+        return {"read": float(judged[0].answer)}
+
+
+def test_a_number_that_is_not_finite_is_within_no_bound() -> None:
+    rows = [{"s": value} for value in ("nan", "inf", "-inf", "1e999", "7", "3")]
+    for rule in ({"at_least": 5}, {"at_most": 10}, {"at_least": 5, "at_most": 10}):
+        kept, dropped = run("filter", rows, rules={"s": rule})
+        assert texts(kept, "s") == (["7", "3"] if "at_least" not in rule else ["7"])
+        assert [each.reason for each in dropped][:4] == ["s: not a finite number"] * 4
+    metric = f"{__file__}:Erratic"
+    kept, dropped = run("verify", rows, metric=metric, answer="{s}", expected="x", at_least=5, at_most=10)
+    assert texts(kept, "rating") == [7.0]
+    assert [each.reason for each in dropped] == ["the metric gives no finite number"] * 4 + ["rated below 5"]
+    assert dropped[0].detail == "it gives nan" and "rating" not in dropped[0].row.columns
+    for text in ('{"a": NaN}', '{"a": [1e999]}'):
+        assert run("extract", [{"text": text}], column="text", keys=["a"])[0] == []
+
+
+def test_a_metric_that_fails_leaves_out_the_row() -> None:
+    rows = [{"s": "7"}, {"s": "seven"}]
+    kept, dropped = run("verify", rows, metric=f"{__file__}:Erratic", answer="{s}", expected="x", at_least=5)
+    assert len(kept) == 1 and dropped[0].reason == "faulty" and "could not convert" in dropped[0].detail
+
+
+def test_choices_of_a_table_are_rated_by(tmp_path: Path) -> None:
+    path = tmp_path / "table.jsonl"
+    asked = [
+        {"choices": ["red", "blue"], "choice": 1, "said": "It is blue."},
+        {"choices": ["red", "blue"], "choice": 1, "said": "(A)"},
+        {"choices": ["red", "blue"], "choice": "B", "said": "(B)"},
+        {"choices": None, "choice": None, "said": "(B)"},
+        {"choices": ["red", "blue"], "choice": 2, "said": "(B)"},
+    ]
+    path.write_text("\n".join(json.dumps({**row, "right": "B"}) for row in asked))
+    rows = [dict(row.columns) for row in run("table", [], path=str(path))[0]]
+    options = {"metric": "multiple_choice", "answer": "{said}", "expected": "{right}", "at_least": 1.0}
+    kept, dropped = run("verify", rows, **options)
+    assert texts(kept, "said") == ["It is blue."]
+    no_choices = "no choices to rate by"
+    assert [each.reason for each in dropped] == ["rated below 1", no_choices, no_choices, "faulty"]
+    assert dropped[1].detail.startswith("choice is 'B', and choices ['red', 'blue']; give the number")
 
 
 def test_a_metric_decides() -> None:
@@ -378,6 +447,8 @@ def test_a_word_error_rate_has_a_highest_value() -> None:
         ("choices", {"right": "a", "wrong": "b", "line": "{leter}"}, "line: no column 'leter'; did you mean 'letter'"),
         ("vote", {"column": "a", "at_least": 2.0}, "at_least is 2.0"),
         ("verify", {"metric": "exact_match", "answer": "a", "expected": "b"}, "give at_least or at_most"),
+        ("verify", {"metric": "exact_match", "answer": "a", "expected": "b", "at_least": nan}, "at_least is nan"),
+        ("filter", {"rules": {"a": {"at_most": nan}}}, "at_most is nan"),
         ("verify", {"metric": "exact_match", "answer": "a", "at_least": 1.0}, "give either expected or answers"),
         ("verify", {"metric": "choice_likelihood", "answer": "a", "expected": "b", "at_least": 1.0}, "by more than"),
         ("ask", {"model": "m"}, "give prompt, messages or both"),

@@ -22,7 +22,7 @@ from molora.evaluate.metrics import NoOptions
 from molora.inference.load import LoadedModel
 from molora.synthetic.rows import Dropped, Row, Work
 from molora.synthetic.workflow import OutOfBudget, Workflow, open_workflow
-from molora.synthetic.workflow_report import spread
+from molora.synthetic.workflow_report import report, spread
 from molora.testing import save_backbone
 
 HERE = Path(__file__)
@@ -343,6 +343,54 @@ def test_a_step_that_fails_is_named(model: LoadedModel, seeds: Path, tmp_path: P
     values["steps"][1:] = [{"name": "odd", "kind": f"{HERE}:Faulty"}]
     with pytest.raises(ConfigError, match=rf"workflow.yaml: step odd: {told}.*; --debug shows where"):
         opened(model, values, tmp_path).run()
+
+
+class Divides(Shout):
+    """A step that makes what JSON does not have."""
+
+    def run(self, rows: Sequence[Row], work: Work) -> Iterable[Row | Dropped]:
+        for number, row in enumerate(rows):
+            yield row.having(share=[0.5, float("nan") if number == 4 else 1.0])
+
+
+def test_a_step_that_makes_nan_is_named(model: LoadedModel, seeds: Path, tmp_path: Path) -> None:
+    values = config(model, seeds, tmp_path / "out")
+    values["steps"][1:] = [{"name": "odd", "kind": f"{HERE}:Divides"}]
+    with pytest.raises(
+        ConfigError, match="step odd: row r4: the column 'share' holds NaN .* drop the row, or write null"
+    ):
+        opened(model, values, tmp_path).run()
+    assert not (tmp_path / "out/rows.jsonl").exists()
+
+
+def test_nan_of_a_table_is_null(model: LoadedModel, seeds: Path, tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pytest.importorskip("datasets")
+    path = tmp_path / "seeds.parquet"
+    parquet.write_table(pyarrow.table({"question": ["1?", "2?"], "score": [float("nan"), 0.5]}), path)
+    values = config(model, seeds, tmp_path / "out")
+    values["steps"] = [{"name": "seeds", "kind": "table", "options": {"path": str(path)}}]
+    report(workflow := opened(model, values, tmp_path), workflow.run())
+    assert [row["score"] for row in rows(tmp_path / "out/rows.jsonl")] == [None, 0.5]
+
+
+class Extreme:
+    """A metric with ratings that no ranges can be made of."""
+
+    config_type = NoOptions
+
+    def __init__(self, config: NoOptions) -> None: ...
+
+    def score(self, judged: Any) -> dict[str, float]:
+        return {"extreme": 1e300}
+
+
+def test_ratings_of_any_size_are_reported(model: LoadedModel, seeds: Path, tmp_path: Path) -> None:
+    values = config(model, seeds, tmp_path / "out")
+    options = {"metric": f"{HERE}:Extreme", "answer": "{question}", "expected": "x", "at_least": 1.0}
+    values["steps"][1:] = [{"name": "rated", "kind": "verify", "options": options}]
+    found = report(workflow := opened(model, values, tmp_path), workflow.run())
+    assert found["steps"][1]["ratings"] == {"column": "rating", "edges": [1e300, 1e300], "kept": [6], "dropped": [0]}
 
 
 def test_a_folder_with_other_files_is_left_as_it_is(model: LoadedModel, seeds: Path, tmp_path: Path) -> None:

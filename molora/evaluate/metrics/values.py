@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, Literal
 
 from molora.config import ConfigError
@@ -98,11 +99,19 @@ class Number(Mean):
 
 def numbers_in(text: str) -> Iterator[tuple[float, str]]:
     """The numbers of a text, each with its unit: one of the table above, a currency, per cent, degrees, or none."""
+    return ((float(value), unit) for value, unit in decimals_in(text))
+
+
+def decimals_in(text: str) -> Iterator[tuple[Decimal, str]]:
+    """The same with every digit that is written. What is divided by zero is NaN."""
     for found in _NUMBER.finditer(text):
         whole, part = (found["whole"] or "0").replace(",", ""), found["part"] or found["point"] or ""
-        value = float(f"{whole}{part}{found['power'] or ''}") / (float(found["below"] or 1) or math.nan)
+        value = Decimal(f"{whole}{part}{found['power'] or ''}")
+        if found["below"]:
+            below = Decimal(found["below"])
+            value = value / below if below else Decimal("NaN")
         if (found["sign"] or "+").strip() != "+":
-            value = -value
+            value = value.copy_negate()
         yield value, _unit((found["before"] or found["unit"] or "").strip())
 
 

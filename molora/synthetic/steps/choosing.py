@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections import Counter
@@ -97,6 +98,7 @@ class RuleConfig:
 
     def __post_init__(self) -> None:
         require(self, 0, "min_characters", "max_characters", "min_words", "max_words", "most_repeated")
+        check_bounds(self)
         for name in ("matches", "rejects"):
             pattern(getattr(self, name) or "", name)
         if all(value is None for value in vars(self).values()):
@@ -135,10 +137,8 @@ def _fault(rule: RuleConfig, column: str, row: Row) -> str:
     where = f"rules.{column}"
     if rule.at_least is not None or rule.at_most is not None:
         number = _number(value_of(column, row, where), column, row)
-        if rule.at_least is not None and number < rule.at_least:
-            return f"below {rule.at_least:g}"
-        if rule.at_most is not None and number > rule.at_most:
-            return f"above {rule.at_most:g}"
+        if fault := out_of_bounds(number, rule.at_least, rule.at_most):
+            return fault
     text = text_of(column, row, where)
     for kind, count in {"characters": len(text), "words": len(words(text))}.items():
         least, most = getattr(rule, f"min_{kind}"), getattr(rule, f"max_{kind}")
@@ -159,6 +159,23 @@ def _fault(rule: RuleConfig, column: str, row: Row) -> str:
     if rule.most_repeated is not None and repeated(words(text)) > rule.most_repeated:
         return f"more than {rule.most_repeated:.0%} of it repeats"
     return ""
+
+
+def out_of_bounds(number: float, at_least: float | None, at_most: float | None) -> str:
+    """Which of two bounds a number breaks; nothing if none. What is not finite is within no bounds."""
+    if not math.isfinite(number):
+        return "not a finite number"
+    if at_least is not None and number < at_least:
+        return f"below {at_least:g}"
+    return f"above {at_most:g}" if at_most is not None and number > at_most else ""
+
+
+def check_bounds(config: Any) -> None:
+    """Raises ConfigError for an `at_least` or `at_most` that no number is on one side of."""
+    for name in ("at_least", "at_most"):
+        value = getattr(config, name)
+        if value is not None and not math.isfinite(value):
+            raise ConfigError(f"{name} is {value}; give a finite number")
 
 
 def _number(value: Any, column: str, row: Row) -> float:

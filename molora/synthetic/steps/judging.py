@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from decimal import Decimal
+from numbers import Real
+from typing import Any, Literal
 
 from molora.config import ConfigError
-from molora.evaluate.metrics import Named, open_metrics
-from molora.evaluate.metrics.values import numbers_in
+from molora.evaluate.metrics import Named, numbers_of, open_metrics
+from molora.evaluate.metrics.choices import MultipleChoice
+from molora.evaluate.metrics.values import decimals_in
 from molora.evaluate.normalise import normalise
 from molora.evaluate.questions import Question, judge
 from molora.synthetic.rows import Dropped, Row, RowByRow, Text, Work, texts_of_list
+from molora.synthetic.steps.choosing import check_bounds, out_of_bounds
 
 
 @dataclass(kw_only=True)
@@ -43,10 +49,10 @@ class Vote(RowByRow):
     def made_of(self, row: Row, work: Work) -> Iterator[Row | Dropped]:
         config = self.config
         answers = texts_of_list(config.column, row, "column")
-        groups: dict[str, list[str]] = {}
+        groups: dict[Any, list[str]] = {}
         for answer in answers:
             key = normalise(answer) if config.by == "text" else last_number(answer)
-            if key:
+            if key not in ("", None):
                 groups.setdefault(key, []).append(answer)
         ranked = sorted(groups.items(), key=lambda group: -len(group[1]))  # stable: the first that was said leads
         if not ranked:
@@ -57,23 +63,30 @@ class Vote(RowByRow):
         if share < config.at_least:
             yield Dropped(row, f"less than {config.at_least:.0%} agree", f"{share:.2f}")
         elif len(ranked) > 1 and len(ranked[1][1]) == len(same):
-            yield Dropped(row, "two answers lead", f"{key!r} and {ranked[1][0]!r}"[:200])
+            yield Dropped(row, "two answers lead", f"{same[0]!r} and {ranked[1][1][0]!r}"[:200])
         else:
-            said = key if config.by == "number" else same[0]
+            said = decimal_text(key) if config.by == "number" else same[0]
             yield row.having(**{config.into: said, "agreement": share, "agreeing": same})
 
 
-def last_number(text: str) -> str:
-    """The last number in a text, as its shortest decimal; empty if there is none."""
-    found = [value for value, _ in numbers_in(text)]
-    return f"{found[-1]:.12g}" if found else ""
+def last_number(text: str) -> Decimal | None:
+    """The last number in a text."""
+    found = [value for value, _ in decimals_in(text) if value.is_finite()]
+    return found[-1] if found else None
+
+
+def decimal_text(value: Decimal) -> str:
+    """A number with all its digits, and no zeros behind them."""
+    text = f"{abs(value) if value == 0 else value:f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 @dataclass(kw_only=True)
 class VerifyConfig:
     """`metric` rates `answer` against `expected`, both templates, or against each text of the list in the column
     `answers`: a metric's name, or a name with options. Its first number becomes the column `into`, and the row stays if
-    that is `at_least` and `at_most` what they say; give one at least."""
+    that is `at_least` and `at_most` what they say; give one at least. A row that the metric cannot rate is dropped: a
+    metric of multiple choice needs the columns `choices` and `choice`, the number of the right one from 0."""
 
     metric: Named
     answer: str
@@ -88,6 +101,7 @@ class VerifyConfig:
             raise ConfigError("give either expected or answers")
         if self.at_least is None and self.at_most is None:
             raise ConfigError("give at_least or at_most, or the metric decides about nothing")
+        check_bounds(self)
 
 
 class Verify(RowByRow):
@@ -115,19 +129,28 @@ class Verify(RowByRow):
             return
         messages = row.columns.get("messages")
         prompt = messages if isinstance(messages, list) else []
-        choices, choice = row.columns.get("choices"), row.columns.get("choice")
-        asked = Question(row.id, prompt, accepted[0], answers=accepted)
-        if isinstance(choices, list) and isinstance(choice, int):
-            asked = Question(row.id, prompt, accepted[0], answers=accepted, choices=choices, choice=choice)
-        numbers = self.metric.score([judge(asked, self.answer.of(row))])
-        if not numbers:
-            yield Dropped(row, "the metric gives no number")
+        choices, choice = choices_of(row)
+        if choice is None and isinstance(self.metric, MultipleChoice):
+            told = f"choice is {row.columns.get('choice')!r:.40}, and choices {row.columns.get('choices')!r:.80}"
+            yield Dropped(row, "no choices to rate by", f"{told}; give the number of the right one from 0, and a list")
             return
-        rating = float(next(iter(numbers.values())))
-        rated = replace(row, columns={**row.columns, config.into: rating})
-        if config.at_least is not None and rating < config.at_least:
-            yield Dropped(rated, f"rated below {config.at_least:g}")
-        elif config.at_most is not None and rating > config.at_most:
-            yield Dropped(rated, f"rated above {config.at_most:g}")
+        asked = Question(row.id, prompt, accepted[0], answers=accepted, choices=choices, choice=choice)
+        numbers = numbers_of(self.metric, [judge(asked, self.answer.of(row))])
+        rating = next(iter(numbers.values()), None)
+        if not isinstance(rating, Real) or not math.isfinite(rating):
+            yield Dropped(row, "the metric gives no finite number", f"it gives {rating!r}"[:200])
+            return
+        rating = float(rating)
+        if fault := out_of_bounds(rating, config.at_least, config.at_most):
+            yield Dropped(replace(row, columns={**row.columns, config.into: rating}), f"rated {fault}")
         else:
             yield row.having(**{config.into: rating})
+
+
+def choices_of(row: Row) -> tuple[list[str], int | None]:
+    """A row's `choices`, and `choice`, the number of the right one, also as a table has it: as text. Nothing, if it has
+    not both."""
+    choices, choice = row.columns.get("choices"), row.columns.get("choice")
+    if not isinstance(choices, list) or not re.fullmatch(r"\d{1,9}", str(choice), re.ASCII):
+        return [], None
+    return [str(each) for each in choices], int(str(choice))

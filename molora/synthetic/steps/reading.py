@@ -94,9 +94,10 @@ def _said(message: Any) -> str:
 
 
 def _plain(columns: dict[str, Any], where: str) -> dict[str, Any]:
-    """The columns as JSON has them. Raises ValueError for what no JSON holds, such as the bytes of a picture."""
+    """The columns as JSON has them, where NaN and numbers without end are null. Raises ValueError for what no JSON
+    holds, such as the bytes of a picture."""
     try:
-        return json.loads(json.dumps(columns))
+        return json.loads(json.dumps(columns), parse_constant=lambda _: None)
     except TypeError as error:
         raise ValueError(
             f"{where}: {error}; rows of a workflow hold text and paths of media: `molora data convert` writes media as "

@@ -18,6 +18,7 @@ from molora.synthetic.rows import (
     RowByRow,
     Text,
     Work,
+    is_json,
     list_of,
     text_of,
     texts_of,
@@ -162,6 +163,8 @@ class Extract(RowByRow):
             return {}
         keys = self.config.keys or []
         if not isinstance(value, Mapping) or any(value.get(key) in (None, "", []) for key in keys):
+            return {}
+        if not is_json([value[key] for key in keys]):
             return {}
         return {key: value[key] for key in keys}
 
