@@ -6,12 +6,13 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from molora.config import ConfigError, did_you_mean, require
 from molora.data.formats.templates import Place, Template, as_text, place_in
-from molora.data.messages import Message
+from molora.data.messages import Message, media, rooted
 
 Made = TypeVar("Made")
 
@@ -24,24 +25,26 @@ _MARK = "#"
 @dataclass(frozen=True)
 class Row:
     """A row with its columns, which are values of JSON. Its id is its own among the rows of a step. `parents` are the
-    places of the rows, or of the row of a file, that it was made of; `place` is its own, which the workflow sets."""
+    places of the rows, or of the row of a file, that it was made of; `place` is its own, which the workflow sets.
+    Relative paths in its columns start from `folder`, that of the table it comes from, or from the current one."""
 
     id: str
     columns: Mapping[str, Any]
     parents: tuple[str, ...] = ()
     place: str = ""
+    folder: Path | None = None
 
     def having(self, /, **columns: Any) -> Row:
         """The row that a step makes of this one, with more columns or others."""
-        return Row(self.id, {**self.columns, **columns}, (self.place,))
+        return self.with_only({**self.columns, **columns})
 
     def with_only(self, columns: Mapping[str, Any]) -> Row:
         """The row that a step makes of this one, with these columns alone."""
-        return Row(self.id, columns, (self.place,))
+        return Row(self.id, columns, (self.place,), folder=self.folder)
 
     def part(self, number: int, columns: Mapping[str, Any]) -> Row:
         """The row number `number`, from 0, of several that a step makes of this one, with these columns alone."""
-        return Row(f"{self.id}{_MARK}{number}", columns, (self.place,))
+        return replace(self.with_only(columns), id=f"{self.id}{_MARK}{number}")
 
 
 @dataclass(frozen=True)
@@ -211,6 +214,21 @@ def value_of(name: str, row: Row, where: str) -> Any:
 def text_of(name: str, row: Row, where: str) -> str:
     """The same as text. Raises ValueError for a value that is none."""
     return as_text(value_of(name, row, where), name, f"row {row.id}")
+
+
+def with_media(row: Row, columns: Mapping[str, str]) -> tuple[Row, list[dict[str, Any]]]:
+    """The media that a config names, a column by its part type: the row with absolute paths in these columns, and a
+    part of each. Raises ValueError for a column that holds no text, and for a path that cannot be one."""
+    content = [media(kind, text_of(column, row, f"media.{kind}")) for kind, column in columns.items()]
+    at_home([{"role": "user", "content": content}], row)
+    paths = zip(columns.values(), content, strict=True)
+    found = {column: part["path"] for column, part in paths if "path" in part and column in row.columns}
+    return replace(row, columns={**row.columns, **found}), content
+
+
+def at_home(messages: list[dict[str, Any]], row: Row) -> list[dict[str, Any]]:
+    """Makes the paths in a row's messages absolute."""
+    return rooted(messages, row.folder or Path.cwd(), None, f"row {row.id}")
 
 
 def list_of(name: str, row: Row, where: str) -> list[Any]:

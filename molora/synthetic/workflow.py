@@ -25,7 +25,7 @@ from molora.interrupt import Stopped
 from molora.plugins import find
 from molora.seeding import seed_of
 from molora.storage import hold, write_atomically, write_text
-from molora.synthetic.kept import Kept, digest
+from molora.synthetic.kept import Kept, by_content, digest
 from molora.synthetic.models import Model, ModelConfig, Opener, Prompt, Unanswered, open_models
 from molora.synthetic.rows import DecodingConfig, Dropped, Reply, Request, Row, is_json
 from molora.terminal import progress
@@ -275,7 +275,7 @@ class _Work:
         """See `molora.synthetic.rows.Work`."""
         asked, seed, kept = self.workflow.models[model], self.workflow.config.seed, self.workflow.kept
         prompts = [(f"{self.name}/{row.id}/{number}", messages) for row, messages, number in requests]
-        keys = [digest(asked.identity, plain(how), seed, id, messages) for id, messages in prompts]
+        keys = [digest(asked.identity, plain(how), seed, id, by_content(messages)) for id, messages in prompts]
         replies: dict[str, Reply] = {key: Reply(**found) for key in keys if (found := kept.get(key))}
         bar = self.bars.add_task(self.name, total=len(keys), completed=len(replies), note=model)
         for start in range(0, len(keys), asked.per_round):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from molora.config import ConfigError, plain_yaml
+from molora.data.sources import Messages, MessagesConfig
 from molora.synthetic.workflow import OutOfBudget, Workflow, open_workflow
 from molora.testing import save_backbone
 
@@ -203,6 +205,62 @@ def test_a_form_and_media_go_to_the_server_as_its_clients_send_them(server: Serv
     picture, text = body["messages"][0]["content"]
     assert picture == {"type": "image_url", "image_url": {"url": "data:image/png;base64,cGljdHVyZQ=="}}
     assert text["type"] == "text"
+
+
+def pictures(tmp_path: Path, url: str) -> Workflow:
+    """A question about each of three pictures, which a table names by paths from its own folder."""
+    (tmp_path / "data").mkdir(exist_ok=True)
+    lines = [json.dumps({"id": f"p{n}", "pictures": [f"{n}.png"], "old": None}) for n in range(3)]
+    (tmp_path / "data/pictures.jsonl").write_text("\n".join(lines))
+    show = {"image": "picture"}
+    steps = [
+        {"name": "read", "kind": "table", "options": {"path": str(tmp_path / "data/pictures.jsonl")}},
+        {"name": "each", "kind": "spread", "options": {"column": "pictures", "into": "picture"}},
+        {"name": "seen", "kind": "ask", "options": {"model": "far", "prompt": "What?", "media": show}},
+        {
+            "name": "told",
+            "kind": "conversation",
+            "options": {"user": "What?", "assistant": "{answer}", "media": show, "keep": ["picture"]},
+        },
+    ]
+    return workflow(tmp_path, url, steps=steps)
+
+
+def test_pictures_are_found_beside_their_table_and_asked_about_by_what_they_show(
+    server: Server, tmp_path: Path
+) -> None:
+    def seen(body: dict[str, Any]) -> Replied:
+        shown = body["messages"][0]["content"][0]["image_url"]["url"].partition(",")[2]
+        return said({**body, "messages": [{"content": base64.b64decode(shown).decode()}]})
+
+    server.reply = seen
+    made = pictures(tmp_path, address(server))
+    for number in range(3):
+        (tmp_path / f"data/{number}.png").write_bytes(f"picture {number}".encode())
+    made.run()
+    source = Messages(MessagesConfig(path=str(tmp_path / "out/rows.jsonl")))
+    for number in range(3):
+        shown, said_last = source[number]["messages"][0]["content"][0], source[number]["messages"][1]["content"]
+        assert Path(shown["path"]) == tmp_path / f"data/{number}.png"
+        assert said_last.startswith(f"picture {number}") and rows(tmp_path)[number]["picture"] == shown["path"]
+    answered = [json.loads(line) for line in (tmp_path / "out/steps/seen.jsonl").read_text().splitlines()]
+    assert answered[0]["picture"] == str(tmp_path / "data/0.png")
+    (tmp_path / "data/1.png").write_bytes(b"picture X")
+    os.utime(tmp_path / "data/2.png")
+    pictures(tmp_path, address(server)).run()
+    assert len(server.asked) == 4, "one picture is another, and one is only younger"
+    assert rows(tmp_path)[1]["messages"][1]["content"].startswith("picture X")
+
+
+def test_a_picture_that_a_server_cannot_be_sent_leaves_the_others(server: Server, tmp_path: Path) -> None:
+    server.reply = lambda body: said({**body, "messages": [{"content": "seen"}]})
+    made = pictures(tmp_path, address(server))
+    lines = [{"pictures": [path]} for path in ("0.png", "none.png", "https://pictures.example/1.png")]
+    (tmp_path / "data/0.png").write_bytes(b"picture")
+    (tmp_path / "data/pictures.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    done = Workflow(made.config, "here").run()[2]
+    assert len(done.rows) == 1 and done.reasons == {"cannot be answered": 2}
+    assert "data/none.png" in done.dropped[0].detail and "by the path of a file" in done.dropped[1].detail
 
 
 def test_our_own_server_answers(tmp_path: Path) -> None:

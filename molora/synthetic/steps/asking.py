@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from molora.config import ConfigError, require
+from molora.data.messages import check
 from molora.synthetic.rows import (
     DecodingConfig,
     Dropped,
@@ -15,19 +17,20 @@ from molora.synthetic.rows import (
     Row,
     Text,
     Work,
+    at_home,
+    list_of,
     made_of_each,
-    text_of,
-    value_of,
+    with_media,
 )
 
 
 @dataclass(kw_only=True)
 class AskConfig:
     """`prompt` is the template of what the `model` is asked, behind a `system` message and with `media`, a column with
-    a path by its part type, before the text. With `messages`, a column that holds a conversation, the prompt is its
-    next turn, or there is none and its last turn is answered. The answer becomes the column `into`; of several
-    `answers` that are drawn, a list. Answers that `max_new_tokens` cuts off are left out, unless `cut_off` is keep; a
-    row that has none left is dropped."""
+    a path by its part type, before the text; the row has the absolute path from there on. With `messages`, a column
+    that holds a conversation, the prompt is its next turn, or there is none and its last turn is answered. The answer
+    becomes the column `into`; of several `answers` that are drawn, a list. Answers that `max_new_tokens` cuts off are
+    left out, unless `cut_off` is keep; a row that has none left is dropped."""
 
     model: str
     prompt: str | None = None
@@ -69,6 +72,7 @@ class Ask:
             if isinstance(each, Dropped):
                 yield each
                 continue
+            row = each[0][0]
             given = [next(replies) for _ in each]
             said = [reply.text for reply in given if not why_unusable(reply, config.cut_off)]
             if not said:
@@ -78,20 +82,27 @@ class Ask:
                 yield row.having(**{config.into: said if config.answers > 1 else said[0]})
 
     def requests(self, row: Row) -> list[Request]:
+        """What is asked of a row, which has the absolute paths of its media then."""
         messages: list[Any] = []
-        if self.config.messages is not None:
-            messages += value_of(self.config.messages, row, "messages")
+        row, media = with_media(row, self.config.media)
+        if (column := self.config.messages) is not None:
+            messages += at_home(copied(list_of(column, row, "messages"), f"row {row.id}: {column}"), row)
+            if column in row.columns:
+                row = replace(row, columns={**row.columns, column: [*messages]})
         texts = {name: text.of(row) for name, text in self.texts.items()}
         if "system" in texts:
             messages.append({"role": "system", "content": texts["system"]})
         if "prompt" in texts:
-            media = [
-                {"type": kind, "path": text_of(column, row, f"media.{kind}")}
-                for kind, column in self.config.media.items()
-            ]
             text = texts["prompt"]
             messages.append({"role": "user", "content": [*media, {"type": "text", "text": text}] if media else text})
         return [(row, messages, number) for number in range(self.config.answers)]
+
+
+def copied(messages: list[Any], where: str) -> list[Any]:
+    """A conversation of a column, which may be empty. Raises ValueError for what is none."""
+    if messages:
+        check(messages, None, where)
+    return deepcopy(messages)
 
 
 def why_unusable(reply: Reply, cut_off: str) -> tuple[str, str] | None:

@@ -55,7 +55,8 @@ class ReadTable:
         for number in self.range:
             where = self.rows.where(number)
             values = dict(self.rows[number])
-            yield Row(row_id(values.pop("id", None), number, where), _plain(values, where), (where,))
+            id = row_id(values.pop("id", None), number, where)
+            yield Row(id, _plain(values, where), (where,), folder=self.rows.folder(number))
 
     def made_of(self, row: Row) -> Row:
         return replace(row, columns={name: text.of(row) for name, text in self.texts.items()})

@@ -24,6 +24,7 @@ from molora.synthetic.rows import (
     texts_of,
     texts_of_list,
     value_of,
+    with_media,
 )
 from molora.synthetic.steps.choosing import pattern
 
@@ -255,8 +256,8 @@ class MakeChoices(RowByRow):
 @dataclass(kw_only=True)
 class MakeConversationConfig:
     """Templates of what the `user` and the `assistant` say, and of a `system` message. `media` maps a part type to the
-    column that holds the path of one, which stands before the user's text; this may be empty then. `keep` names columns
-    that stay beside `messages`, such as choices and tags."""
+    column that holds the path of one, which becomes absolute and stands before the user's text; this may be empty then.
+    `keep` names columns that stay beside `messages`, such as choices and tags."""
 
     user: str
     assistant: str
@@ -277,13 +278,13 @@ class MakeConversation(RowByRow):
 
     def made_of(self, row: Row, work: Work) -> Iterator[Row | Dropped]:
         messages: list[dict[str, Any]] = []
+        row, shown = with_media(row, self.config.media)
         for role, template in self.texts.items():
             text = template.of(row).strip()
             if not text and not (role == "user" and self.config.media):
                 yield Dropped(row, f"what the {role} says is empty")
                 return
-            media = self.config.media if role == "user" else {}
-            content = [{"type": kind, "path": text_of(column, row, f"media.{kind}")} for kind, column in media.items()]
+            content = shown if role == "user" else []
             said: Any = [*content, *([{"type": "text", "text": text}] if text else [])] if content else text
             messages.append({"role": role, "content": said})
         kept = {name: value_of(name, row, "keep") for name in self.config.keep}

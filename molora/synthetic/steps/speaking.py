@@ -26,7 +26,7 @@ class SpeakConfig:
 
 class Speak(RowByRow):
     """A clip of a text that espeak-ng says; its `voice` is a column too. Needs the `demo` extra. A step of yours can
-    speak by any other program: it writes a file, and its path into a column."""
+    speak by any other program: it writes a file, and its absolute path into a column."""
 
     config_type = SpeakConfig
 
