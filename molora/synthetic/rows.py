@@ -16,8 +16,8 @@ from molora.data.messages import Message, media, rooted
 
 Made = TypeVar("Made")
 
-# Why a row is dropped that a step cannot make anything of.
-FAULTY = "faulty"
+# Why a row is dropped that a step cannot make anything of, and one that a model has no answer to.
+FAULTY, UNANSWERED = "faulty", "cannot be answered"
 # What the id of a row has behind that of the row it is a part of: which part.
 _MARK = "#"
 

@@ -27,7 +27,7 @@ from molora.seeding import seed_of
 from molora.storage import hold, write_atomically, write_text
 from molora.synthetic.kept import Kept, by_content, digest
 from molora.synthetic.models import Model, ModelConfig, Opener, Prompt, Unanswered, open_models
-from molora.synthetic.rows import DecodingConfig, Dropped, Reply, Request, Row, is_json
+from molora.synthetic.rows import FAULTY, UNANSWERED, DecodingConfig, Dropped, Reply, Request, Row, is_json
 from molora.terminal import progress
 
 # Of the ids of rows, and of columns that have the name of what every row has.
@@ -74,6 +74,8 @@ class WorkflowConfig:
             before = [each.name for each in self.steps[:number]]
             if step.name in before:
                 raise ConfigError(f"steps.{number}.name: two steps are called {step.name!r}; rename one")
+            if step.after == []:
+                raise ConfigError(f"steps.{number}.after: names no step; name some, or leave it out for the one before")
             for name in step.after or ():
                 if name not in before:
                     near = did_you_mean(name, before)
@@ -96,6 +98,16 @@ class Done:
     def reasons(self) -> dict[str, int]:
         """How many rows were left out for each reason, the most frequent first."""
         return dict(Counter(each.reason for each in self.dropped).most_common())
+
+    @property
+    def fault(self) -> str:
+        """What the first row says of itself that a step or a model could do nothing with; where no row is left, the
+        first row at all. Empty if there is none."""
+        of_all = not self.rows
+        for each in self.dropped:
+            if of_all or each.reason.endswith((FAULTY, UNANSWERED)):
+                return f"row {each.row.id}: {each.reason}" + (f": {each.detail}" if each.detail else "")
+        return ""
 
 
 class OutOfBudget(ConfigError):

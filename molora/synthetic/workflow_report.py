@@ -49,6 +49,8 @@ def report(workflow: Workflow, done: Sequence[Done]) -> dict[str, Any]:
         for step in found["steps"]
     ]
     print_table(headings, lines, wide="left out for", right=("rows before", "rows"))
+    for told in _faults(workflow, found["steps"]):
+        say(told)
     say(
         f"{workflow.folder / 'rows.jsonl'}: {len(rows):,} rows, for {found['tokens']:,} tokens; see report.md beside it"
     )
@@ -69,6 +71,7 @@ def _step(done: Done, step: Any) -> dict[str, Any]:
         "rows": len(done.rows),
         "accepted": 1 - len(done.dropped) / done.num_before if done.num_before else None,
         "dropped": done.reasons,
+        **({"fault": " ".join(done.fault.split())[:_MOST_CHARACTERS]} if done.fault else {}),
         **(asked if done.replies else {}),
         **({} if rates is None else {"ratings": _ratings(done, rates)}),
     }
@@ -158,6 +161,12 @@ def _reasons(step: Mapping[str, Any], most: int) -> str:
     return ", ".join(dropped[:most]) + (", …" if len(dropped) > most else "")
 
 
+def _faults(workflow: Workflow, steps: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A line on the first row of each step that could do nothing with it, and where the others are."""
+    folder = workflow.folder / "dropped"
+    return [f"{step['name']}: {step['fault']}; see {folder / step['name']}.jsonl" for step in steps if "fault" in step]
+
+
 def _page(workflow: Workflow, found: Mapping[str, Any]) -> str:
     budget = found["budget_tokens"]
     lines = [
@@ -177,6 +186,8 @@ def _page(workflow: Workflow, found: Mapping[str, Any]) -> str:
         cells = (step["name"], step["kind"], step["before"], step["rows"], accepted)
         asked = (f"{step['answers']:,}", f"{tokens:,}") if "answers" in step else ("", "")
         lines.append("| " + " | ".join(_cell(str(each)) for each in (*cells, *asked, _reasons(step, 9))) + " |")
+    for told in _faults(workflow, found["steps"]):
+        lines += ["", f"    {told}"]
     for step in found["steps"]:
         if (ratings := step.get("ratings")) and ratings["edges"]:
             lines += [

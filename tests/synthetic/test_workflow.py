@@ -6,6 +6,7 @@ import itertools
 import json
 import multiprocessing
 import random
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -282,6 +283,43 @@ def test_the_command_runs_a_workflow(model: LoadedModel, seeds: Path, tmp_path: 
     assert "| answers | ask | 2 |" in page and "| second |" in page
 
 
+def test_what_left_no_row_is_told(
+    model: LoadedModel, seeds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = {
+        "asked": (
+            "ask",
+            {"model": "writer", "prompt": "{question}" + "long " * 2000},
+            "row r0: cannot be answered: .*",
+        ),
+        "made": ("compose", {"columns": {"text": "{question[0]}"}}, "row r0: faulty: .* no item '0' in text"),
+        "kept": ("filter", {"rules": {"question": {"min_words": 9}}}, "row r0: question: fewer than 9 words"),
+    }
+    for name, (kind, options, told) in steps.items():
+        values = config(model, seeds, tmp_path / name)
+        values["steps"][1:] = [{"name": name, "kind": kind, "options": options}]
+        values["steps"].append({"name": "last", "kind": "sample", "options": {"count": 2}})
+        found = report(workflow := opened(model, values, tmp_path), workflow.run())
+        assert re.match(told, found["steps"][1]["fault"]) and "fault" not in found["steps"][2]
+        said = f"{name}: {told}.*; see .*dropped/{name}.jsonl"
+        assert re.search(said, " ".join(capsys.readouterr().out.split()))
+        assert re.search(said, (tmp_path / name / "report.md").read_text())
+
+
+def test_one_row_of_many_that_is_faulty_is_told_and_what_a_rule_leaves_out_is_not(
+    model: LoadedModel, seeds: Path, tmp_path: Path
+) -> None:
+    with seeds.open("a") as file:
+        file.write('\n{"id": "empty", "question": null}')
+    values = config(model, seeds, tmp_path / "out")
+    values["steps"][1:] = [
+        {"name": "kept", "kind": "filter", "options": {"rules": {"question": {"matches": "[1-5]"}}}},
+        {"name": "again", "kind": "filter", "options": {"rules": {"question": {"matches": "[2-5]"}}}},
+    ]
+    found = report(workflow := opened(model, values, tmp_path), workflow.run())
+    assert found["steps"][1]["fault"].startswith("row empty: faulty: ") and "fault" not in found["steps"][2]
+
+
 def test_diversity_is_zero_where_all_is_the_same(model: LoadedModel) -> None:
     assert spread(model, ["a b", "a b", "a b"]) == pytest.approx(0, abs=1e-6)
     assert spread(model, ["a b"]) == spread(model, []) == 0
@@ -314,6 +352,7 @@ def changed(values: dict[str, Any], place: str, value: Any) -> None:
         ("steps.1.options.prompt", "{qestion}", "step answers: prompt: no column 'qestion'; did you mean 'question'"),
         ("steps.0.options.path", "none.jsonl", r"steps.0 \(seeds\): .*none.jsonl"),
         ("steps.0.after", ["seeds"], "steps.0.after: no step before it"),
+        ("steps.2.after", [], "steps.2.after: names no step; name some, or leave it out"),
         ("steps.0.kind", "filter", r"steps.0 \(seeds\)"),
         ("models.writer", {}, "models.writer: give either local"),
         ("steps.2.options.into", "lineage", "step each: row r0#0 has a column 'lineage'"),

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from molora.config import ConfigError, require
 from molora.data.messages import check
 from molora.synthetic.rows import (
+    UNANSWERED,
     DecodingConfig,
     Dropped,
     Reply,
@@ -108,7 +109,7 @@ def copied(messages: list[Any], where: str) -> list[Any]:
 def why_unusable(reply: Reply, cut_off: str) -> tuple[str, str] | None:
     """Why a reply is left out, and what is true of it alone; None if it is not."""
     if reply.error:
-        return "cannot be answered", reply.error
+        return UNANSWERED, reply.error
     if reply.finished == "content_filter":
         return "stopped by the server's content filter", reply.text[:200]
     if not reply.text:
