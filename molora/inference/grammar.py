@@ -30,13 +30,12 @@ class Grammars:
 
     def of_json_schema(self, schema: dict[str, Any]) -> "Grammar":
         """Answers are JSON texts that a schema describes. Raises ValueError for a schema that cannot be followed."""
-        make = _llguidance().LLMatcher.grammar_from_json_schema
-        return self._grammar(make(schema, overrides={"whitespace_pattern": _BLANKS}), "the JSON schema")
+        return self._grammar(*_of_json_schema(schema))
 
     def of_regex(self, pattern: str) -> "Grammar":
         """Answers match a regular expression from their first to their last character. Raises ValueError for one that
         cannot be followed."""
-        return self._grammar(_llguidance().LLMatcher.grammar_from_regex(pattern), "the regular expression")
+        return self._grammar(*_of_regex(pattern))
 
     def of_calls(self, begin: str, end: str, parameters: Mapping[str, dict[str, Any]], *, only: bool) -> "Grammar":
         """Between `begin` and `end` answers have calls in JSON of functions with these names and schemas of parameters;
@@ -53,10 +52,9 @@ class Grammars:
         return self._grammar("\n".join(lines), "the JSON schema of a tool's parameters")
 
     def _grammar(self, text: str, what: str) -> "Grammar":
-        library, tokenizer = _llguidance(), self._of_library()
-        if fault := library.LLMatcher.validate_grammar(text, tokenizer):
-            raise ValueError(f"{what} cannot be followed: {fault.strip()[:300]}; simplify it")
-        return Grammar(library.LLMatcher(tokenizer, text, log_level=0), self._vocab_size)
+        tokenizer = self._of_library()
+        _check(text, what, tokenizer)
+        return Grammar(_llguidance().LLMatcher(tokenizer, text, log_level=0), self._vocab_size)
 
     def _of_library(self) -> Any:
         from llguidance.hf import from_tokenizer
@@ -103,6 +101,29 @@ class Grammar:
             if fault.startswith("NoExtension"):
                 raise ValueError("no text that goes on from here is what the grammar describes; change it")
             raise ValueError(f"the grammar cannot be followed: {fault}; simplify it")
+
+
+def check_form(schema: dict[str, Any] | None, pattern: str | None) -> None:
+    """Raises ValueError for a JSON schema or a regular expression that no tokenizer's grammar can follow."""
+    if schema is not None:
+        _check(*_of_json_schema(schema))
+    if pattern is not None:
+        _check(*_of_regex(pattern))
+
+
+def _of_json_schema(schema: dict[str, Any]) -> tuple[str, str]:
+    """llguidance's grammar, and what it is one of."""
+    make = _llguidance().LLMatcher.grammar_from_json_schema
+    return make(schema, overrides={"whitespace_pattern": _BLANKS}), "the JSON schema"
+
+
+def _of_regex(pattern: str) -> tuple[str, str]:
+    return _llguidance().LLMatcher.grammar_from_regex(pattern), "the regular expression"
+
+
+def _check(text: str, what: str, tokenizer: Any = None) -> None:
+    if fault := _llguidance().LLMatcher.validate_grammar(text, tokenizer):
+        raise ValueError(f"{what} cannot be followed: {fault.strip()[:300]}; simplify it")
 
 
 def _llguidance() -> Any:

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from molora.checkpoint.assembly import RouterConfig
+from molora.checkpoint.opening import locate
+from molora.checkpoint.pretrained import fetch
 from molora.config import ConfigError, plain, require
+from molora.convert.release import converted
 from molora.data.messages import Message, parts
 from molora.inference.generate import Failed, GenerationConfig, attempt
-from molora.inference.grammar import Grammar, Grammars
+from molora.inference.grammar import Grammar, Grammars, check_form
 from molora.inference.load import LoadedModel
 from molora.inference.remote import Refused, Server, ServerConfig, Silent
 from molora.pack import Sample
@@ -81,6 +84,11 @@ class Model(Protocol):
     identity: Any
     per_round: int
 
+    def check(self, how: DecodingConfig) -> None:
+        """Raises OSError, ValueError or ImportError for a model that cannot be opened, and for a form of answers that
+        it cannot follow, as far as this is known without its weights."""
+        ...
+
     def answer(
         self, prompts: Sequence[Prompt], how: DecodingConfig, seed: int, room: int | None, advance: Callable[[], object]
     ) -> Iterator[dict[int, Reply]]:
@@ -131,6 +139,11 @@ class LocalModel:
         config = self.config
         router = RouterConfig(options={"rules": config.rules}) if config.rules else None
         return self.opener(config.path, config.modalities, router=router, dtype=config.dtype)
+
+    def check(self, how: DecodingConfig) -> None:
+        layout = locate(converted(self.config.path), self.config.modalities)
+        fetch(layout.backbone, layout.revision, weights=False)
+        check_form(how.schema, how.regex)
 
     @cached_property
     def grammars(self) -> Grammars:
@@ -186,6 +199,9 @@ class ServerModel:
         self.server = Server(config)
         self.identity: Any = [config.url, config.model]
         self.per_round = _ROUNDS * config.parallel
+
+    def check(self, how: DecodingConfig) -> None:
+        """The server says what it cannot do."""
 
     def answer(
         self, prompts: Sequence[Prompt], how: DecodingConfig, seed: int, room: int | None, advance: Callable[[], object]

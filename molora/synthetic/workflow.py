@@ -179,6 +179,11 @@ class Workflow:
             if name not in self.models:
                 near = did_you_mean(name, self.models)
                 raise ConfigError(f"{where}: no model {name!r}; {near}models has {', '.join(self.models) or 'none'}")
+            how = getattr(options, "decoding", None)
+            try:
+                self.models[name].check(how if isinstance(how, DecodingConfig) else DecodingConfig())
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"{where}: model {name!r}: {error}") from error
         asks = {name: plain(self.config.models[name]) for name in asked}
         self.hashes[config.name] = digest(config.kind, plain(options), asks)[:12]
         return step

@@ -165,7 +165,8 @@ def test_a_workflow_runs_on_a_model_that_is_opened_here(name: str, data_root: Pa
     """A random model's answers are left out sooner or later; all steps run, and what is left out is counted."""
     pytest.importorskip("llguidance")
     skip_without_sandbox(name)
-    workflow = opened(name, data_root, "budget_tokens=200_000", opener=lambda *_, **__: model)
+    here = f"models.writer.local.path={model.layout.backbone}"
+    workflow = opened(name, data_root, "budget_tokens=200_000", here, opener=lambda *_, **__: model)
     for step in workflow.steps:
         decoding = getattr(step.config, "decoding", None) if hasattr(step, "config") else None
         if decoding is not None:

@@ -350,6 +350,8 @@ def changed(values: dict[str, Any], place: str, value: Any) -> None:
         ("steps.1.options.promt", "x", r"steps.1 \(answers\): options: promt: no such key; did you mean 'prompt'"),
         ("steps.1.options.prompt", "{", r"steps.1 \(answers\): prompt: '{'"),
         ("steps.1.options.prompt", "{qestion}", "step answers: prompt: no column 'qestion'; did you mean 'question'"),
+        ("models.writer.local.path", "./none", r"steps.1 \(answers\): model 'writer': .*'./none': no such folder"),
+        ("models.writer.local.modalities", ["none"], r"steps.1 \(answers\): model 'writer': none"),
         ("steps.0.options.path", "none.jsonl", r"steps.0 \(seeds\): .*none.jsonl"),
         ("steps.0.after", ["seeds"], "steps.0.after: no step before it"),
         ("steps.2.after", [], "steps.2.after: names no step; name some, or leave it out"),
@@ -366,6 +368,17 @@ def test_what_is_wrong_is_told_with_its_place(
     changed(values, place, value)
     with pytest.raises(ConfigError, match=f"workflow.yaml: .*{told}"):
         opened(model, values, tmp_path).run()
+
+
+@pytest.mark.parametrize("form", [{"regex": "("}, {"schema": {"type": "nothing"}}])
+def test_a_form_that_cannot_be_followed_is_told_before_anything_is_asked(
+    model: LoadedModel, seeds: Path, tmp_path: Path, form: dict[str, Any]
+) -> None:
+    pytest.importorskip("llguidance")
+    values = config(model, seeds, tmp_path / "out")
+    values["steps"][3]["options"]["decoding"] = {"max_new_tokens": 8, **form}
+    with pytest.raises(ConfigError, match=r"steps.3 \(revised\): model 'writer': .* cannot be followed"):
+        opened(model, values, tmp_path)
 
 
 class Faulty(Shout):
