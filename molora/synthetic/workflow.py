@@ -106,7 +106,8 @@ class Done:
         of_all = not self.rows
         for each in self.dropped:
             if of_all or each.reason.endswith((FAULTY, UNANSWERED)):
-                return f"row {each.row.id}: {each.reason}" + (f": {each.detail}" if each.detail else "")
+                where = f"row {each.row.id}: "
+                return where + each.reason + (f": {each.detail.removeprefix(where)}" if each.detail else "")
         return ""
 
 
