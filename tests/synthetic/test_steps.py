@@ -364,13 +364,15 @@ def test_long_numbers_are_compared_and_shown_with_all_digits(number: str) -> Non
 
 
 class Erratic:
-    """Gives what stands in the answer."""
+    """Gives what stands in the answer, unless that is a text."""
 
     config_type = NoOptions
 
     def __init__(self, config: NoOptions) -> None: ...
 
     def score(self, judged: Any) -> dict[str, float]:
+        if judged[0].answer.isalpha() and judged[0].answer not in ("nan", "inf"):
+            raise KeyError(judged[0].answer)
         return {"read": float(judged[0].answer)}
 
 
@@ -392,7 +394,7 @@ def test_a_number_that_is_not_finite_is_within_no_bound() -> None:
 def test_a_metric_that_fails_leaves_out_the_row() -> None:
     rows = [{"s": "7"}, {"s": "seven"}]
     kept, dropped = run("verify", rows, metric=f"{__file__}:Erratic", answer="{s}", expected="x", at_least=5)
-    assert len(kept) == 1 and dropped[0].reason == "faulty" and "could not convert" in dropped[0].detail
+    assert len(kept) == 1 and dropped[0].reason == "faulty" and "KeyError: 'seven'" in dropped[0].detail
 
 
 def test_choices_of_a_table_are_rated_by(tmp_path: Path) -> None:
