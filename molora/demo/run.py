@@ -23,7 +23,7 @@ from molora.checkpoint.assembly import BackboneConfig
 from molora.checkpoint.opening import model_hashes
 from molora.checkpoint.pretrained import fetch
 from molora.checkpoint.stock import load_tokenizer, open_stock, read_dtype
-from molora.config import dump, read
+from molora.config import dump, plain_yaml, read
 from molora.data.easy_vqa import CAPTION_QUESTION, TRANSCRIPT_QUESTION, caption, descriptions, read_split
 from molora.data.sources import open_source
 from molora.demo.two import in_two
@@ -164,8 +164,9 @@ def _config(demo: Demo, file: str) -> Path:
 
 
 def _set(**values: Any) -> list[str]:
-    """Overrides that give keys these values, whatever characters are in a path."""
-    return [f"{key}={dump(str(value) if isinstance(value, Path) else value)}" for key, value in values.items()]
+    """Overrides that give keys these values, whatever characters are in a path: YAML on one line, as JSON is."""
+    texts = {key: dump(str(value) if isinstance(value, Path) else value) for key, value in values.items()}
+    return [f"{key}={json.dumps(plain_yaml.parse(text), ensure_ascii=False)}" for key, text in texts.items()]
 
 
 def _write_text(folder: Path, quick: bool) -> list[Path]:
