@@ -54,6 +54,16 @@ def config(home: Path, output: Path, **changes: Any) -> dict[str, Any]:
     return {**values, "generation": {"max_new_tokens": 2, "temperature": 1.0}, **changes}
 
 
+def save_numbers(home: Path, folder: Path, more: float = 0.0) -> Path:
+    """A modality folder, whose adapter has `more` in every number."""
+    plan = blueprint("numbers", "molora.testing:Numbers", {}, {"r": 2, "target_modules": ["qkv_proj"]}, "here")
+    model, _ = assemble(*load_backbone(str(home / "backbone")), {"numbers": plan}, RouterConfig())
+    for parameter in model.parts()["adapters.numbers"].values():
+        parameter.data.add_(more)
+    save_modality(model, "numbers", plan, folder, {})
+    return folder
+
+
 def answers_in(folder: Path) -> dict[int, dict[str, Any]]:
     from pyarrow.parquet import read_table
 
@@ -193,11 +203,12 @@ def test_rows_to_train_on_are_asked_without_their_answers_on_what_ray_calls_a_gp
 
 @pytest.mark.usefixtures("ray_ends")
 def test_what_an_actor_fails_on_is_told_in_a_sentence(home: Path, tmp_path: Path) -> None:
-    shutil.copytree(home / "backbone", tmp_path / "backbone")
-    weights = tmp_path / "backbone/model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-8])
-    with pytest.raises(RuntimeError, match=r"job: an actor fails: .*model\.safetensors.*; mend that, and"):
-        answer_batch(build(BatchConfig, config(home, tmp_path / "job", model=str(tmp_path / "backbone")), "test"))
+    save_numbers(home, tmp_path / "numbers")
+    for weights in (tmp_path / "numbers").rglob("*.safetensors"):
+        weights.write_bytes(weights.read_bytes()[:-8])
+    values = config(home, tmp_path / "job", modalities=[str(tmp_path / "numbers")])
+    with pytest.raises(RuntimeError, match=r"job: an actor fails: .*\.safetensors.*; mend that, and"):
+        answer_batch(build(BatchConfig, values, "test"), ["molora.testing:Numbers"])
 
 
 @pytest.mark.parametrize(
@@ -215,17 +226,12 @@ def test_nothing_is_begun_that_cannot_be_done(home: Path, model: str, output: st
 
 @pytest.mark.usefixtures("ray_ends")
 def test_answers_are_of_one_state_of_a_modality(home: Path, tmp_path: Path) -> None:
-    folder, adapter = tmp_path / "numbers", {"r": 2, "lora_alpha": 8, "target_modules": ["qkv_proj"]}
-    plan = blueprint("numbers", "molora.testing:Numbers", {}, adapter, "here")
-    model, _ = assemble(*load_backbone(str(home / "backbone")), {"numbers": plan}, RouterConfig())
-    save_modality(model, "numbers", plan, folder, {})
+    folder = save_numbers(home, tmp_path / "numbers")
     (tmp_path / "rows.jsonl").write_text('{"id": "one", "messages": [{"role": "user", "content": "hello"}]}\n')
     values = config(tmp_path, tmp_path / "job", model=str(home / "backbone"), modalities=[str(folder)])
     job = build(BatchConfig, values, "test")
     assert answer_batch(job, ["molora.testing:Numbers"]).rows == 1
     shutil.rmtree(folder)
-    for parameter in model.parts()["adapters.numbers"].values():
-        parameter.data.add_(1)
-    save_modality(model, "numbers", plan, folder, {})
+    save_numbers(home, folder, more=1.0)
     with pytest.raises(ConfigError, match="has answers of another job, with other weights"):
         answer_batch(job, ["molora.testing:Numbers"])
