@@ -411,9 +411,14 @@ def test_choices_of_a_table_are_rated_by(tmp_path: Path) -> None:
     options = {"metric": "multiple_choice", "answer": "{said}", "expected": "{right}", "at_least": 1.0}
     kept, dropped = run("verify", rows, **options)
     assert texts(kept, "said") == ["It is blue."]
-    no_choices = "no choices to rate by"
-    assert [each.reason for each in dropped] == ["rated below 1", no_choices, no_choices, "faulty"]
-    assert dropped[1].detail.startswith("choice is 'B', and choices ['red', 'blue']; give the number")
+    assert [each.reason for each in dropped] == ["rated below 1", *["faulty"] * 3]
+    assert all("needs the options of the row as `choices`, and the index of" in each.detail for each in dropped[1:])
+
+
+def test_a_row_that_a_metric_cannot_rate_is_left_out() -> None:
+    rows = [{"said": "7", "right": "7"}, {"said": "7", "right": "seven"}]
+    kept, dropped = run("verify", rows, metric="number", answer="{said}", expected="{right}", at_most=1.0)
+    assert len(kept) == 1 and dropped[0].reason == "faulty" and "'seven'" in dropped[0].detail
 
 
 def test_a_metric_decides() -> None:

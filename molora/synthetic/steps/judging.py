@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 from molora.config import ConfigError
 from molora.evaluate.metrics import Named, numbers_of, open_metrics
-from molora.evaluate.metrics.choices import MultipleChoice
 from molora.evaluate.metrics.values import decimals_in
 from molora.evaluate.normalise import normalise
 from molora.evaluate.questions import Question, judge
@@ -112,8 +111,9 @@ class Verify(RowByRow):
     def __init__(self, config: VerifyConfig) -> None:
         self.config = config
         self.rates = config.into
-        (self.metric,) = open_metrics([config.metric], "metric")
-        if getattr(self.metric, "needs", None):
+        (metric,) = open_metrics([config.metric], "metric")
+        self.metric: Any = metric
+        if getattr(metric, "needs", None):
             raise ConfigError(f"metric: {config.metric!r} rates an answer by more than its text")
         self.answer = Text(config.answer, "answer")
         self.expected = None if config.expected is None else Text(config.expected, "expected")
@@ -130,11 +130,9 @@ class Verify(RowByRow):
         messages = row.columns.get("messages")
         prompt = messages if isinstance(messages, list) else []
         choices, choice = choices_of(row)
-        if choice is None and isinstance(self.metric, MultipleChoice):
-            told = f"choice is {row.columns.get('choice')!r:.40}, and choices {row.columns.get('choices')!r:.80}"
-            yield Dropped(row, "no choices to rate by", f"{told}; give the number of the right one from 0, and a list")
-            return
         asked = Question(row.id, prompt, accepted[0], answers=accepted, choices=choices, choice=choice)
+        if hasattr(self.metric, "check_questions"):  # its ValueError drops the row
+            self.metric.check_questions([judge(asked, asked.expected)])
         numbers = numbers_of(self.metric, [judge(asked, self.answer.of(row))])
         rating = next(iter(numbers.values()), None)
         if not isinstance(rating, Real) or not math.isfinite(rating):
