@@ -103,12 +103,22 @@ def actors_of(driver: psutil.Process) -> Iterator[psutil.Process]:
                 yield process
 
 
+def memory_of(driver: psutil.Process) -> int:
+    """What a driver and all that it started have for themselves."""
+    held = 0
+    for process in [driver, *driver.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            held += process.memory_full_info().uss
+    return held
+
+
 def test_every_row_is_answered_once_though_actors_and_the_driver_are_killed(home: Path, tmp_path: Path) -> None:
     path, answers = tmp_path / "batch.yaml", tmp_path / "job"
     path.write_text(json.dumps(config(home, tmp_path / "job", actors=2)))
     assert "the same call goes on" in told_when_stopped(path, answers)
     draw = random.Random(0)
     drivers, actors, before, last = 0, 0, 0, time.monotonic()
+    held: list[float] = []  # by the driver and all that it started, in MB, since the last driver began
     job, starts = start(path), 1
     while (ended := job.poll()) != 0:
         if ended is not None:  # killed, or because Ray took more than its 30 seconds to start
@@ -118,15 +128,17 @@ def test_every_row_is_answered_once_though_actors_and_the_driver_are_killed(home
         files = len(list(answers.glob("*.parquet")))
         if files == before or time.monotonic() < last + SECONDS:  # each gets something done
             continue
+        held.append(memory_of(psutil.Process(job.pid)) / 1e6)
         if drivers < DRIVERS and files > (drivers + 1) * ROWS / ROWS_PER_BLOCK / (DRIVERS + 2):
             os.killpg(job.pid, signal.SIGKILL)
             job.wait()
             drivers += 1
+            held.clear()
         elif actors < ACTORS and (running := list(actors_of(psutil.Process(job.pid)))):
             draw.choice(running).kill()
             actors += 1
         before, last = files, time.monotonic()
-    print(f"{actors} actors and {drivers} drivers were killed")
+    print(f"{actors} actors and {drivers} drivers were killed; MB held: {', '.join(f'{each:.0f}' for each in held)}")
     assert drivers == DRIVERS and actors
     found, expected = answers_in(answers), of_one_process(home)
     assert len(found) == ROWS == len(expected)
