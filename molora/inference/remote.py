@@ -40,8 +40,7 @@ class ServerConfig:
     def __post_init__(self) -> None:
         require(self, 1, "parallel")
         require(self, 0, "retries")
-        if not re.match(r"https?://[^/]", self.url):
-            raise ConfigError(f"url is {self.url!r}; give an http or https address, as http://127.0.0.1:8000/v1")
+        check_server_url(self.url)
         if self.timeout_seconds <= 0 or self.wait_seconds < 0:
             raise ConfigError("timeout_seconds must be above 0, and wait_seconds not below")
 
@@ -59,6 +58,17 @@ class Refused(ValueError):
 
 class Silent(ValueError):
     """A server says nothing, after all tries."""
+
+
+def check_server_url(url: str) -> None:
+    """Raises ConfigError for what is no address of a server, and for one that holds a password, which every message
+    about it would show."""
+    if not re.match(r"https?://[^/]", url):
+        raise ConfigError(f"url is {url!r}; give an http or https address, as http://127.0.0.1:8000/v1")
+    place = url.partition("://")[2].partition("/")[0]
+    if "@" in place:
+        told = f"url: the address of {place.rpartition('@')[2]} holds a user name or a password, which messages show"
+        raise ConfigError(f"{told}; leave it out, and name an environment variable that holds the server's key")
 
 
 def key_headers(key_variable: str | None) -> dict[str, str]:

@@ -20,7 +20,7 @@ from molora.checkpoint.assembly import build_router, modality_types
 from molora.checkpoint.opening import ModelPlan
 from molora.config import ConfigError
 from molora.data.messages import check, media_parts
-from molora.inference.remote import key_headers
+from molora.inference.remote import check_server_url, key_headers
 from molora.media import MediaPolicy
 from molora.media.policy import SCHEMES, scheme
 from molora.media.urls import check_address
@@ -108,8 +108,9 @@ class Selection:
 def find_upstream(
     url: str, key_variable: str | None, adapters: frozenset[str | None], most: int, answer_seconds: float
 ) -> Upstream:
-    """The server behind, asked for its models. Raises ConfigError for one that has no name for an adapter, ValueError
-    for one that does not answer."""
+    """The server behind, asked for its models. Raises ConfigError for a URL that is none and for a server that has no
+    name for an adapter, ValueError for one that does not answer."""
+    check_server_url(url)
     url, headers = url.rstrip("/"), key_headers(key_variable)
     try:
         answer = httpx2.get(f"{url}/models", headers=headers, timeout=_CONNECT_SECONDS, trust_env=False)

@@ -384,5 +384,7 @@ def test_a_server_behind_that_does_not_fit_is_refused(folders: Folders, monkeypa
         told = start(*model, "--upstream", upstream.address, "--temperature", "0.5")
         assert told.startswith("--temperature says how this server answers")
     assert "gives no answer" in start(*model, "--upstream", upstream.address)
+    told = start(*model, "--upstream", upstream.address.replace("://", "://me:sesame@"))
+    assert "holds a user name or a password" in told and "sesame" not in told
     unset = ["--upstream", upstream.address, "--upstream-key-variable", "NO_SUCH_KEY"]
     assert "the environment has no NO_SUCH_KEY" in start(*folders.arguments, *unset)
