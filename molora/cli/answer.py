@@ -112,7 +112,8 @@ def batch(config: options.Config, overrides: options.Overrides = None, trust_plu
     done = answer_batch(read(BatchConfig, config, overrides or ()), trust_plugin or ())
     say(f"{done.folder}: {done.rows} rows are answered")
     if done.failed:
-        warn(f"{done.folder}: {done.failed} of {done.rows} rows have an error, such as: {done.first_error}")
+        told = f"{done.folder}: {done.failed} of {done.rows} rows have an error, such as: {done.first_error}"
+        warn(f"{told}; mend that, and give the same call with retry_failed=true")
         raise typer.Exit(options.FAILED_ROWS)
 
 

@@ -38,7 +38,7 @@ from molora.storage import hold, write_atomically, write_json
 from molora.terminal import progress
 
 # What may change between two calls of a job: no answer depends on it.
-_FREE = ("output", "actors", "cpus_per_actor", "gpus_per_actor", "rows_per_block")
+_FREE = ("output", "actors", "cpus_per_actor", "gpus_per_actor", "rows_per_block", "retry_failed")
 _FREE_IN_GENERATION = ("max_running_samples", "prefill_tokens", "chunk_tokens", "kv_cache_gib")
 # Rows by which a job knows its rows again.
 _COMPARED_ROWS = 100
@@ -52,7 +52,8 @@ class BatchConfig:
     `rows` is a source as a recipe has it; `model`, `modalities` and `router` are what `molora.load` takes. Relative
     paths start from the folder that the job is started in, and every machine sees the same files. Each of the `actors`
     loads the model, with `cpus_per_actor` threads, and with as much of a GPU as `gpus_per_actor` says. A block has
-    `rows_per_block` rows, which are answered and written together: what a kill loses. For each Ray has a task."""
+    `rows_per_block` rows, which are answered and written together: what a kill loses. For each Ray has a task. With
+    `retry_failed`, rows that have an error from an earlier call are answered again, and those alone of their blocks."""
 
     model: str
     rows: SourceConfig
@@ -66,6 +67,7 @@ class BatchConfig:
     cpus_per_actor: int = 1
     gpus_per_actor: float = 0.0
     rows_per_block: int = 256
+    retry_failed: bool = False
 
     def __post_init__(self) -> None:
         require(self, 1, "actors", "cpus_per_actor", "rows_per_block")
@@ -108,6 +110,8 @@ def answer_batch(config: BatchConfig, trust: Sequence[str] = ()) -> BatchDone:
     with hold(output):
         _keep_to_one_job(config, source, output / "batch.json")
         left = list(_left(total, config.rows_per_block, output))
+        if config.retry_failed:
+            left += [range(*_rows_of(path)) for path in _files(output) if _has_errors(path)]
         with progress() as bars:
             num_left = sum(map(len, left))
             bar = bars.add_task("batch", total=total, completed=total - num_left, note="")
@@ -122,7 +126,7 @@ def answer_batch(config: BatchConfig, trust: Sequence[str] = ()) -> BatchDone:
                 why = str(error).strip().splitlines()[-1]  # the last line of the traceback that Ray makes a text of
                 told = f"output {output}: an actor fails: {why}; mend that"
                 raise RuntimeError(f"{told}, and the same call goes on with the rows that are left") from error
-        return _counted(config.format, output, total)
+        return _counted(output, total)
 
 
 def _check_model(config: BatchConfig, trust: Sequence[str]) -> None:
@@ -180,10 +184,11 @@ class _Answering:
         )
 
     def __call__(self, block: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, list[int]]:
-        """Writes the answers to the rows of a block; returns how many there are."""
+        """Writes the answers to the rows of a block, but those that it has already; returns how many rows there are."""
         rows = range(int(block["begin"][0]), int(block["end"][0]))
-        answers = self._answered(rows)
         path = self.output / f"{rows.start:012}-{rows.stop:012}.{self.config.format}"
+        kept = _table([path]).to_table().to_pylist() if path.exists() else []
+        answers = self._answered(rows, [row for row in kept if row["error"] is None])
         if self.config.format == "jsonl":
             write_atomically(path, lambda file: file.write_bytes(b"".join(map(row_bytes, answers))))
         else:
@@ -193,11 +198,12 @@ class _Answering:
             write_atomically(path, lambda file: write_table(Table.from_pylist(answers, schema=_schema()), file))
         return {"rows": [len(rows)]}
 
-    def _answered(self, rows: range) -> list[dict[str, Any]]:
-        """What is told of each row. Answers are drawn by the row's id, as `molora generate` draws them, so rows that
-        have the same id are answered one after the other."""
+    def _answered(self, rows: range, done: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What is told of each row, of which some are done. Answers are drawn by the row's id, as `molora generate`
+        draws them, so rows that have the same id are answered one after the other."""
         found = {number: dict.fromkeys(_schema().names) | {"row": number} for number in rows}
-        left: Sequence[int] = rows
+        found |= {row["row"]: row for row in done}
+        left = sorted(set(rows) - {row["row"] for row in done})
         while left:
             numbers: dict[str, int] = {}
             later: list[int] = []
@@ -306,11 +312,22 @@ def _rows_of(path: Path) -> tuple[int, int]:
     return begin, end
 
 
-def _counted(format: str, output: Path, total: int) -> BatchDone:
-    """What the files hold. Raises RuntimeError unless that is every row once."""
+def _table(paths: Sequence[Path]) -> Any:
+    """Files of answers of one format, whose columns are read where they are asked for."""
     from pyarrow.dataset import dataset
 
-    files = dataset(list(map(str, _files(output))), schema=_schema(), format="json" if format == "jsonl" else format)
+    kind = {".jsonl": "json", ".parquet": "parquet"}[paths[0].suffix]
+    return dataset(list(map(str, paths)), schema=_schema(), format=kind)
+
+
+def _has_errors(path: Path) -> bool:
+    errors = _table([path]).to_table(columns=["error"])["error"]
+    return errors.null_count < len(errors)
+
+
+def _counted(output: Path, total: int) -> BatchDone:
+    """What the files hold. Raises RuntimeError unless that is every row once."""
+    files = _table(_files(output))
     seen, answered = np.zeros(total, bool), 0
     failed, first_error = 0, None
     for batch in files.to_batches(columns=["row", "error"]):

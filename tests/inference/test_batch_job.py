@@ -199,6 +199,26 @@ def test_rows_that_fail_have_their_error_and_a_job_keeps_to_its_model(home: Path
 
 
 @pytest.mark.usefixtures("ray_ends")
+def test_rows_that_failed_are_answered_again_and_no_others(home: Path, tmp_path: Path) -> None:
+    rows = [{"id": text[:3], "messages": [{"role": "user", "content": text}]} for text in ("one", "two" * 80, "three")]
+    rows.append({"id": "empty", "messages": []})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = config(tmp_path, tmp_path / "job", model=str(home / "backbone"), rows_per_block=3)
+    small = {**values["generation"], "kv_cache_gib": 48 * 2**-20}  # three pages
+    assert answer_batch(build(BatchConfig, {**values, "generation": small}, "test")).failed == 2
+    before = answers_in(tmp_path / "job")
+    assert "raise it" in before[1]["error"] and before[2]["error"] is None
+    retried = build(BatchConfig, {**values, "retry_failed": True}, "test")
+    done = answer_batch(retried)
+    after = answers_in(tmp_path / "job")
+    assert (done.rows, done.failed) == (4, 1) and after[1]["finished"] == "length"
+    assert [after[number] for number in (0, 2, 3)] == [before[number] for number in (0, 2, 3)]
+    shutil.rmtree(tmp_path / "job")
+    answer_batch(build(BatchConfig, values, "test"))
+    assert answers_in(tmp_path / "job") == after
+
+
+@pytest.mark.usefixtures("ray_ends")
 def test_rows_to_train_on_are_asked_without_their_answers_on_what_ray_calls_a_gpu(home: Path, tmp_path: Path) -> None:
     """Ray counts GPUs that it is told of, whether they are there or not."""
     import ray  # pyright: ignore[reportMissingImports]
