@@ -82,7 +82,8 @@ class PivotSearch(RatedFile):
         so that a search finds the same beside whatever others."""
         with progress() as bars, appending(self.output) as write:
             bar = bars.add_task("pivot", total=len(self.questions), completed=len(self.done), note="")
-            for id, row in _Searches(loaded, decoding, self.verifier, self.config, self.num_solutions).run(self.left):
+            searches = _Searches(loaded, decoding, self.verifier, self.config, self.num_solutions)
+            for id, row in searches.run(self.left, lambda draws: bars.update(bar, note=f"{draws:,} draws")):
                 if "error" in row:
                     write({"id": id, **row})
                     self.failed.append(f"{id}: {row['error']}")
@@ -206,8 +207,10 @@ class _Searches:
         self.draws: dict[str, _Draw] = {}
         self.wanted: deque[_Draw] = deque()
 
-    def run(self, questions: Sequence[Question]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Rows by the ids of their questions, as they are done. One that fails has its error."""
+    def run(self, questions: Sequence[Question], tell: Callable[[int], object]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Rows by the ids of their questions, as they are done. One that fails has its error. Tells how many draws
+        there were so far, as a question takes hundreds."""
+        num_draws = 0
         coming = iter(questions)
         read_all = False
         while not read_all or self.draws or self.wanted:
@@ -233,6 +236,8 @@ class _Searches:
                 draw.tokens.append(step.token_id)
                 if step.finished:
                     del self.draws[step.id]
+                    num_draws += 1
+                    tell(num_draws)
                     try:
                         self._rate(draw, step.finished)
                     except ValueError as error:

@@ -165,6 +165,8 @@ def test_what_was_stopped_goes_on_and_the_command_writes_a_page(
     command += ["--rows", str(files["rows.out"]), "--pairs", str(files["pairs.out"]), "--page", str(files["page.html"])]
     done = CliRunner().invoke(app, [*command, "--max-running-samples", "100"])
     assert done.exit_code == 0, done.output
+    (bar,) = (line for line in done.output.splitlines() if line.startswith("pivot "))
+    assert bar.endswith(" draws")
     part = (tmp_path / "part.jsonl").read_text().splitlines(keepends=True)
     assert sorted(part) == sorted(written), "beside other draws a search finds the same"
     solutions = sum(len(row["solutions"]) for _, row in whole.found())
