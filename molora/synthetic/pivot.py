@@ -214,7 +214,11 @@ class _Searches:
         coming = iter(questions)
         read_all = False
         while not read_all or self.draws or self.wanted:
-            while not read_all and self.batch.has_room and not self.wanted:
+            # All that there is room for before a step: the first one makes room for those that wait.
+            while self.batch.has_room and (self.wanted or not read_all):
+                if self.wanted:
+                    self._add(self.wanted.popleft())
+                    continue
                 if (asked := next(coming, None)) is None:
                     read_all = True
                     continue
@@ -224,8 +228,6 @@ class _Searches:
                     continue
                 decode = self.loaded.processor.decode
                 yield from self._goes_on(_Search(asked, sample, self.config, self.num_solutions, decode))
-            while self.wanted and self.batch.has_room:
-                self._add(self.wanted.popleft())
             for step in self.batch.step() if self.draws else ():
                 draw = self.draws.get(step.id)
                 if draw is None:  # of a question that failed
