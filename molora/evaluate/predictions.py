@@ -18,7 +18,7 @@ from molora.config import ConfigError
 from molora.evaluate.kept_media import found_again, kept
 from molora.evaluate.metrics import Judged
 from molora.evaluate.questions import Question, judge
-from molora.inference.answers import appending, row_bytes, written_rows
+from molora.inference.answers import appending, differences, row_bytes, written_rows
 from molora.interrupt import Stopped
 from molora.received import read_json
 from molora.shard import Shard, unmergeable
@@ -160,18 +160,6 @@ def merge_predictions(folder: Path, name: str, about: Mapping[str, Any], num_que
         write_json(_about(path), {**first, "questions": num_questions})
 
 
-def differences(there: Mapping[str, Any], here: Mapping[str, Any], above: str = "") -> list[str]:
-    """What differs between what answers are of and what they should be of, each with both values."""
-    found = []
-    for key in {**here, **(there if above else {})}:
-        one, other = there.get(key), here.get(key)
-        if isinstance(one, Mapping) and isinstance(other, Mapping):
-            found += differences(one, other, f"{above}{key}.")
-        elif one != other:
-            found.append(f"{above}{key} is {_short(one)} there and {_short(other)} here")
-    return found
-
-
 def read_predictions(folder: Path, name: str, about: Mapping[str, Any], how: str) -> list[Judged]:
     """The answers to all questions of an evaluation, in order. `how` says what to do about answers that are not there.
     Raises ConfigError for answers that are missing, or of anything else than `about`."""
@@ -194,10 +182,6 @@ def read_predictions(folder: Path, name: str, about: Mapping[str, Any], how: str
         except (KeyError, TypeError) as error:
             raise ConfigError(f"{path}: the row {row['id']!r} lacks {error}; {how}") from error
     return sorted(judged, key=lambda item: item.row)
-
-
-def _short(value: Any) -> str:
-    return f"{json.dumps(value, sort_keys=True, ensure_ascii=False):.60}"
 
 
 def _about(path: Path) -> Path:

@@ -342,3 +342,19 @@ def written_row(line: bytes, where: str, number: int, result: str = "answer", ho
         told = f"line {number} is no {result.replace('_', '-')} of molora: {line[:40]!r}"
         raise ConfigError(f"{where}: {told}; {how}")
     return row
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any], above: str = "") -> list[str]:
+    """What differs between what answers are of and what they should be of, each with both values."""
+    found = []
+    for key in {**here, **(there if above else {})}:
+        one, other = there.get(key), here.get(key)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            found += differences(one, other, f"{above}{key}.")
+        elif one != other:
+            found.append(f"{above}{key} is {_short(one)} there and {_short(other)} here")
+    return found
+
+
+def _short(value: Any) -> str:
+    return f"{json.dumps(value, sort_keys=True, ensure_ascii=False):.60}"

@@ -25,9 +25,9 @@ from molora.checkpoint.opening import locate, model_hashes, plan_model
 from molora.checkpoint.pretrained import fetch
 from molora.config import ConfigError, plain, require
 from molora.convert.release import converted
-from molora.data.messages import parts
+from molora.data.content import by_content
 from molora.data.sources import Source, SourceConfig, open_source
-from molora.inference.answers import row_bytes, told_answer
+from molora.inference.answers import differences, row_bytes, told_answer
 from molora.inference.generate import Failed, GenerationConfig, attempt
 from molora.inference.load import load
 from molora.interrupt import Stopped
@@ -35,13 +35,21 @@ from molora.pack import Sample
 from molora.process import WAITING
 from molora.received import read_json
 from molora.storage import hold, write_atomically, write_json
-from molora.terminal import progress
+from molora.terminal import progress, warn
 
 # What may change between two calls of a job: no answer depends on it.
-_FREE = ("output", "actors", "cpus_per_actor", "gpus_per_actor", "rows_per_block", "retry_failed")
+_FREE = (
+    *("output", "actors", "cpus_per_actor", "gpus_per_actor", "rows_per_block"),
+    *("retry_failed", "allow_urls", "allow_private_addresses"),
+)
 _FREE_IN_GENERATION = ("max_running_samples", "prefill_tokens", "chunk_tokens", "kv_cache_gib")
+# The environment variable that names a cluster.
+_ADDRESS = "RAY_ADDRESS"
 # Rows by which a job knows its rows again.
 _COMPARED_ROWS = 100
+# How often all rows of a block are tried together, and then one row, if whoever answers them dies over it.
+_TRIES_TOGETHER = 2
+_TRIES_OF_ROW = 2
 _FILE = re.compile(r"(\d{12})-(\d{12})")  # of the rows from the one number on, up to the other
 
 
@@ -53,7 +61,8 @@ class BatchConfig:
     paths start from the folder that the job is started in, and every machine sees the same files. Each of the `actors`
     loads the model, with `cpus_per_actor` threads, and with as much of a GPU as `gpus_per_actor` says. A block has
     `rows_per_block` rows, which are answered and written together: what a kill loses. For each Ray has a task. With
-    `retry_failed`, rows that have an error from an earlier call are answered again, and those alone of their blocks."""
+    `retry_failed`, rows that have an error from an earlier call are answered again, and those alone of their blocks.
+    `allow_urls`: whether media may be fetched over HTTP; `allow_private_addresses`: from inside a network too."""
 
     model: str
     rows: SourceConfig
@@ -68,6 +77,8 @@ class BatchConfig:
     gpus_per_actor: float = 0.0
     rows_per_block: int = 256
     retry_failed: bool = False
+    allow_urls: bool = False
+    allow_private_addresses: bool = False
 
     def __post_init__(self) -> None:
         require(self, 1, "actors", "cpus_per_actor", "rows_per_block")
@@ -123,8 +134,7 @@ def answer_batch(config: BatchConfig, trust: Sequence[str] = ()) -> BatchDone:
                 told = f"stopped: {num_done} of {total} rows are done, in {output}"
                 raise Stopped(f"{told}; the same call goes on with the others", signal.SIGINT) from interrupt
             except ray.exceptions.RayError as error:
-                why = str(error).strip().splitlines()[-1]  # the last line of the traceback that Ray makes a text of
-                told = f"output {output}: an actor fails: {why}; mend that"
+                told = f"output {output}: an actor fails: {_told_by_ray(error)}; mend that"
                 raise RuntimeError(f"{told}, and the same call goes on with the rows that are left") from error
         return _counted(output, total)
 
@@ -141,6 +151,7 @@ def _answered_blocks(config: BatchConfig, output: Path, trust: Sequence[str], le
     import ray.data  # pyright: ignore[reportMissingImports]
 
     _start_quietly(ray)
+    _check_machines(ray, config)
     blocks = [pa.table({"begin": [rows.start], "end": [rows.stop]}) for rows in left]
     answered = ray.data.from_arrow(blocks).map_batches(
         _Answering,
@@ -163,7 +174,34 @@ def _start_quietly(ray: Any) -> None:
         try:
             ray.init(logging_level=logging.ERROR)
         except Exception as error:  # Ray has no kind of its own for it
-            raise RuntimeError(f"Ray does not start: {error} The same call goes on from here; give it again") from error
+            why = " ".join(str(error).split()).rstrip(".")
+            if address := os.environ.get(_ADDRESS):
+                told = f"{_ADDRESS} is {address!r}, and no cluster lets us in there: {why}; start one, or"
+                raise RuntimeError(f"{told} set RAY_AUTH_MODE=token for one that asks for a token") from error
+            raise RuntimeError(f"Ray does not start: {why}; the same call goes on from here, give it again") from error
+
+
+def _check_machines(ray: Any, config: BatchConfig) -> None:
+    """Raises ConfigError if no actor fits on this machine; warns if none does on those of a cluster, which may grow.
+    Ray itself waits for ever."""
+    wanted = {"CPU": config.cpus_per_actor, "GPU": config.gpus_per_actor}
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if any(all(has.get(kind, 0) >= count for kind, count in wanted.items()) for has in machines):
+        return
+    most = {kind: max(has.get(kind, 0) for has in machines) for kind in wanted}
+    told = f"cpus_per_actor is {wanted['CPU']} and gpus_per_actor {wanted['GPU']:g}"
+    there = f"{most['CPU']:g} CPUs and {most['GPU']:g} GPUs at most"
+    if os.environ.get(_ADDRESS):
+        warn(f"{told}, and a machine of the cluster has {there}: the job waits until there is another")
+    else:
+        raise ConfigError(f"{told}, and this machine has {there}; give what it has")
+
+
+def _told_by_ray(error: Exception) -> str:
+    """What an actor raised, of the traceback that Ray makes a text of: what stands behind its last line of code."""
+    lines = str(error).strip().splitlines()
+    code = max((number for number, line in enumerate(lines) if line.startswith(" ")), default=-1)
+    return " ".join(" ".join(lines[code + 1 :]).split())
 
 
 class _Answering:
@@ -179,16 +217,33 @@ class _Answering:
             config.modalities,
             router=config.router,
             device=None if config.gpus_per_actor else "cpu",
+            allow_urls=config.allow_urls,
+            allow_private_addresses=config.allow_private_addresses,
             trust=trust,
             deterministic_batch=config.deterministic_batch,
         )
 
     def __call__(self, block: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, list[int]]:
-        """Writes the answers to the rows of a block, but those that it has already; returns how many rows there are."""
+        """Writes the answers to the rows of a block, but those that it has already; returns how many rows there are.
+
+        A row may end the process, as when memory runs out. What is tried is noted beside the answers, so that the next
+        process finds the row, and leaves it with an error in the end."""
         rows = range(int(block["begin"][0]), int(block["end"][0]))
         path = self.output / f"{rows.start:012}-{rows.stop:012}.{self.config.format}"
-        kept = _table([path]).to_table().to_pylist() if path.exists() else []
-        answers = self._answered(rows, [row for row in kept if row["error"] is None])
+        kept = _read(path).to_pylist() if path.exists() else []
+        found = {row["row"]: row for row in kept if row["error"] is None}
+        left = [number for number in rows if number not in found]
+        note = self.output / f"tried-{path.stem}.json"
+        # Where a process died before: at all rows that were left (-1), or at one.
+        died_at = read_json(note)["at"] if note.exists() else []
+        together = len(died_at) < _TRIES_TOGETHER
+        for some in [left] if together else [[number] for number in left]:
+            if not together and died_at.count(some[0]) >= _TRIES_OF_ROW:
+                found[some[0]] = _blank(some[0]) | {"error": f"the process died at this row, {_TRIES_OF_ROW} times"}
+                continue
+            write_json(note, {"at": [*died_at, -1 if together else some[0]]})
+            found |= self._answered(some)
+        answers = [found[number] for number in rows]
         if self.config.format == "jsonl":
             write_atomically(path, lambda file: file.write_bytes(b"".join(map(row_bytes, answers))))
         else:
@@ -196,14 +251,14 @@ class _Answering:
             from pyarrow.parquet import write_table
 
             write_atomically(path, lambda file: write_table(Table.from_pylist(answers, schema=_schema()), file))
+        note.unlink(missing_ok=True)
         return {"rows": [len(rows)]}
 
-    def _answered(self, rows: range, done: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """What is told of each row, of which some are done. Answers are drawn by the row's id, as `molora generate`
-        draws them, so rows that have the same id are answered one after the other."""
-        found = {number: dict.fromkeys(_schema().names) | {"row": number} for number in rows}
-        found |= {row["row"]: row for row in done}
-        left = sorted(set(rows) - {row["row"] for row in done})
+    def _answered(self, rows: Sequence[int]) -> dict[int, dict[str, Any]]:
+        """What is told of each row. Answers are drawn by the row's id, as `molora generate` draws them, so rows that
+        have the same id are answered one after the other."""
+        found = {number: _blank(number) for number in rows}
+        left = rows
         while left:
             numbers: dict[str, int] = {}
             later: list[int] = []
@@ -213,7 +268,7 @@ class _Answering:
                 told = {"error": _storable(answer.error)} if answer.error else told_answer(answer)
                 found[numbers[answer.id]] |= told
             left = later
-        return list(found.values())
+        return found
 
     def _samples(
         self, rows: Sequence[int], found: dict[int, dict[str, Any]], numbers: dict[str, int], later: list[int]
@@ -245,19 +300,21 @@ def _prompt(row: Mapping[str, Any]) -> Sequence[Any]:
 
 
 def _told_of_some(source: Source) -> str:
-    """A hash of what some rows say, evenly chosen, and of the names of their media."""
+    """A hash of what some rows say and of what their media hold, evenly chosen."""
 
-    def said(number: int) -> list[Any]:
+    def said(number: int) -> str:
         row = source[number]
-        shown = [
-            part.get("text") or part.get("path") or part.get("url") for each in row["messages"] for part in parts(each)
-        ]
-        return [row["id"], *(each if isinstance(each, str) else None for each in shown)]
+        return repr([row["id"], by_content(row["messages"])])
 
     chosen = np.linspace(0, len(source) - 1, min(len(source), _COMPARED_ROWS)).astype(int).tolist()
     found = [attempt(partial(said, number), "") for number in chosen]
-    texts = [f"{each.error}" if isinstance(each, Failed) else repr(each) for each in found]
+    texts = [f"{each.error}" if isinstance(each, Failed) else each for each in found]
     return hashlib.sha256("\n".join(texts).encode(errors="backslashreplace")).hexdigest()
+
+
+def _blank(number: int) -> dict[str, Any]:
+    """What is told of a row that has no answer yet."""
+    return dict.fromkeys(_schema().names) | {"row": number}
 
 
 def _storable(text: object) -> str:
@@ -289,22 +346,24 @@ def _keep_to_one_job(config: BatchConfig, source: Source, path: Path) -> None:
         raise ConfigError(
             f"output {path.parent}: has answers, and no {path.name} that says of what; give another folder"
         )
-    elif (known := read_json(path)) != about:
-        differ = ", ".join(sorted(key for key in about.keys() | known.keys() if about.get(key) != known.get(key)))
-        raise ConfigError(f"output {path.parent}: has answers of another job, with other {differ}; give another folder")
+    elif differing := differences(read_json(path), about):
+        raise ConfigError(
+            f"output {path.parent}: has answers of another job: {'; '.join(differing)}; give another folder "
+            f"(some_rows is a hash of what {_COMPARED_ROWS} rows say and show)"
+        )
 
 
 def _left(total: int, per_block: int, output: Path) -> Iterator[range]:
     """The rows without a file, in blocks."""
     begin = 0
-    for begun, ended in [*sorted(_rows_of(path) for path in _files(output)), (total, total)]:
+    for begun, ended in [*map(_rows_of, _files(output)), (total, total)]:
         for first in range(begin, begun, per_block):
             yield range(first, min(first + per_block, begun))
         begin = ended
 
 
 def _files(output: Path) -> list[Path]:
-    return [path for path in output.iterdir() if _FILE.fullmatch(path.stem)]
+    return sorted(path for path in output.iterdir() if _FILE.fullmatch(path.stem))
 
 
 def _rows_of(path: Path) -> tuple[int, int]:
@@ -312,32 +371,36 @@ def _rows_of(path: Path) -> tuple[int, int]:
     return begin, end
 
 
-def _table(paths: Sequence[Path]) -> Any:
-    """Files of answers of one format, whose columns are read where they are asked for."""
+def _has_errors(path: Path) -> bool:
+    errors = _read(path, ["error"])["error"]
+    return errors.null_count < len(errors)
+
+
+def _read(path: Path, columns: list[str] | None = None) -> Any:
+    """A file of answers as a table. Raises RuntimeError for one that is damaged."""
+    from pyarrow import ArrowInvalid
     from pyarrow.dataset import dataset
 
-    kind = {".jsonl": "json", ".parquet": "parquet"}[paths[0].suffix]
-    return dataset(list(map(str, paths)), schema=_schema(), format=kind)
-
-
-def _has_errors(path: Path) -> bool:
-    errors = _table([path]).to_table(columns=["error"])["error"]
-    return errors.null_count < len(errors)
+    kind = {".jsonl": "json", ".parquet": "parquet"}[path.suffix]
+    try:
+        return dataset(str(path), schema=_schema(), format=kind).to_table(columns=columns)
+    except ArrowInvalid as error:
+        told = f"{path}: is damaged ({' '.join(str(error).split())})"
+        raise RuntimeError(f"{told}; take it away, and the same call answers its rows again") from error
 
 
 def _counted(output: Path, total: int) -> BatchDone:
     """What the files hold. Raises RuntimeError unless that is every row once."""
-    files = _table(_files(output))
-    seen, answered = np.zeros(total, bool), 0
-    failed, first_error = 0, None
-    for batch in files.to_batches(columns=["row", "error"]):
-        seen[batch["row"].to_numpy()] = True
-        answered += batch.num_rows
-        errors = batch["error"].drop_null()
+    ended, failed, first_error = 0, 0, None
+    for path in _files(output):
+        table, rows = _read(path, ["row", "error"]), range(*_rows_of(path))
+        if rows.start != ended or table["row"].to_pylist() != list(rows):
+            told = f"{path}: does not hold the rows from {ended} on up to {rows.stop - 1}, each once"
+            raise RuntimeError(f"{told}: files were changed; take it away, and the same call answers what is missing")
+        ended = rows.stop
+        errors = table["error"].drop_null()
         failed += len(errors)
         first_error = first_error or (errors[0].as_py() if len(errors) else None)
-    num_seen = int(seen.sum())
-    if not num_seen == answered == total:
-        told = f"of {total} rows {total - num_seen} have no answer, and {answered - num_seen} answers are second ones"
-        raise RuntimeError(f"{output}: {told}: files were changed; take the folder away and answer anew")
+    if ended != total:
+        raise RuntimeError(f"{output}: rows from {ended} on have no file any more; the same call answers them")
     return BatchDone(output, total, failed, first_error)

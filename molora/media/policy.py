@@ -82,7 +82,7 @@ class MediaPolicy:
             raise MediaError(f"{here}URLs are not fetched here; {self.instead}")
         raise MediaError(
             f"{here}URLs are not fetched unless you allow it; {self.instead}, or say "
-            "--allow-urls (allow_urls=True of molora.load, `allow_urls: true` at the top of a recipe)"
+            "--allow-urls (allow_urls=True of molora.load, `allow_urls: true` at the top of a recipe or of a batch job)"
         )
 
     def check_host(self, host: str, port: int, is_tls: bool) -> None:

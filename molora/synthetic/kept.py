@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from functools import cache
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from molora.config import ConfigError
-from molora.data.messages import Message, Part
 from molora.inference.answers import appending, written_rows
-from molora.received import file_hash, stamps
 
 _RESULT = "round"
 
@@ -22,33 +18,6 @@ def digest(*values: Any) -> str:
     """A name for values of JSON."""
     text = json.dumps(values, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def by_content(messages: Sequence[Message]) -> list[Message]:
-    """Messages with the hashes of their media's files in place of the paths, as what a digest depends on. What is no
-    file that can be read, such as a URL, stands as it is."""
-    return [{**message, "content": _by_content(message["content"])} for message in messages]
-
-
-def _by_content(content: Any) -> Any:
-    if isinstance(content, str):
-        return content
-    return [{key: _hashed(key, value, part) for key, value in part.items()} for part in content]
-
-
-def _hashed(key: str, value: Any, part: Part) -> Any:
-    if not isinstance(value, str) or part["type"] == "text" or key not in ("path", part["type"]):
-        return value
-    with suppress(OSError, ValueError):
-        (stamp,) = stamps([Path(value)])
-        return _hash(*stamp)
-    return value
-
-
-@cache
-def _hash(path: str, *stamp: int) -> str:
-    """The hash of a file, which is read again when its stamp is another."""
-    return file_hash(Path(path))
 
 
 class Kept:

@@ -20,9 +20,8 @@ from molora.config import ConfigError, plain
 from molora.convert.release import converted
 from molora.data.sources import Messages, MessagesConfig
 from molora.evaluate.metrics import open_metrics
-from molora.evaluate.predictions import differences
 from molora.evaluate.questions import Question, judge, question
-from molora.inference.answers import answered_ids, check_outputs, other_row_now, row_bytes, written_rows
+from molora.inference.answers import answered_ids, check_outputs, differences, other_row_now, row_bytes, written_rows
 from molora.inference.generate import GenerationConfig
 from molora.inference.load import Answer
 from molora.interrupt import Stopped

@@ -19,13 +19,14 @@ from typing import Any
 from rich.progress import Progress
 
 from molora.config import ConfigError, build, did_you_mean, dump, plain, read, require
+from molora.data.content import by_content
 from molora.inference.answers import row_bytes
 from molora.inference.load import load
 from molora.interrupt import Stopped
 from molora.plugins import find
 from molora.seeding import seed_of
 from molora.storage import hold, write_atomically, write_text
-from molora.synthetic.kept import Kept, by_content, digest
+from molora.synthetic.kept import Kept, digest
 from molora.synthetic.models import Model, ModelConfig, Opener, Prompt, Unanswered, open_models
 from molora.synthetic.rows import FAULTY, UNANSWERED, DecodingConfig, Dropped, Reply, Request, Row, is_json
 from molora.terminal import progress

@@ -160,12 +160,13 @@ def ray_ends() -> Iterator[None]:
 def test_rows_that_fail_have_their_error_and_a_job_keeps_to_its_model(home: Path, tmp_path: Path) -> None:
     rows = [
         {"id": "good", "messages": [{"role": "user", "content": "hello"}]},
-        {"id": "half \ud83d", "messages": [{"role": "user", "content": [{"type": "smell", "path": "\ud83d"}]}]},
+        {"id": "half \ud83d", "messages": [{"role": "user", "content": [{"type": "smell", "path": "smell"}]}]},
         {"id": "good", "messages": [{"role": "user", "content": "again"}]},
         {"id": "empty", "messages": []},
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     values = config(tmp_path, tmp_path / "job", model=str(home / "backbone"), format="jsonl")
+    (tmp_path / "smell").write_text("of roses")
     (tmp_path / "job").mkdir()
     (tmp_path / "job/batch.json").write_text("{}")  # of another job, which has left no answer
     done = answer_batch(build(BatchConfig, values, "test"))
@@ -180,18 +181,23 @@ def test_rows_that_fail_have_their_error_and_a_job_keeps_to_its_model(home: Path
     assert {path: path.stat().st_mtime_ns for path in done.folder.iterdir()} == before
     (whole,) = done.folder.glob("*.jsonl")
     lines = whole.read_text().splitlines(keepends=True)
-    for changed, counts in (
-        (lines[:1] * 257 + lines[1:], "0 have no answer, and 256"),
-        (lines[1:], "1 have no answer, and 0"),
-    ):
+    for changed in (lines[:1] * 257 + lines[1:], lines[1:], lines[::-1]):
         whole.write_text("".join(changed))
-        with pytest.raises(RuntimeError, match=f"of 4 rows {counts} answers are second ones: files were changed"):
+        with pytest.raises(RuntimeError, match=r"0004\.jsonl: does not hold the rows from 0 on up to 3, each once"):
             answer_batch(build(BatchConfig, values, "test"))
-    with pytest.raises(ConfigError, match="has answers of another job, with other deterministic_batch, generation"):
-        more = {"generation": {"max_new_tokens": 3}, "deterministic_batch": True}
+    whole.write_text("".join(lines)[:-9])
+    with pytest.raises(RuntimeError, match=r"0004\.jsonl: is damaged .*; take it away, and the same call answers its"):
+        answer_batch(build(BatchConfig, values, "test"))
+    other = "generation.max_new_tokens is 2 there and 3 here; deterministic_batch is false there and true here; give"
+    with pytest.raises(ConfigError, match=f"has answers of another job: {other}"):
+        more = {"generation": {**values["generation"], "max_new_tokens": 3}, "deterministic_batch": True}
         answer_batch(build(BatchConfig, {**values, **more}, "test"))
+    (tmp_path / "smell").write_text("of another thing under the same name")
+    with pytest.raises(ConfigError, match="has answers of another job: some_rows is "):
+        answer_batch(build(BatchConfig, values, "test"))
+    (tmp_path / "smell").write_text("of roses")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({**row, "id": "other"}) + "\n" for row in rows))
-    with pytest.raises(ConfigError, match="has answers of another job, with other some_rows"):
+    with pytest.raises(ConfigError, match="has answers of another job: some_rows is .* there and .* here"):
         answer_batch(build(BatchConfig, values, "test"))
     (tmp_path / "job/batch.json").unlink()
     with pytest.raises(ConfigError, match=r"has answers, and no batch\.json that says of what"):
@@ -208,6 +214,8 @@ def test_rows_that_failed_are_answered_again_and_no_others(home: Path, tmp_path:
     assert answer_batch(build(BatchConfig, {**values, "generation": small}, "test")).failed == 2
     before = answers_in(tmp_path / "job")
     assert "raise it" in before[1]["error"] and before[2]["error"] is None
+    with pytest.raises(ConfigError, match=r"gpus_per_actor 2, and this machine has \d+ CPUs and 0 GPUs at most"):
+        answer_batch(build(BatchConfig, {**values, "retry_failed": True, "gpus_per_actor": 2}, "test"))
     retried = build(BatchConfig, {**values, "retry_failed": True}, "test")
     done = answer_batch(retried)
     after = answers_in(tmp_path / "job")
@@ -243,6 +251,48 @@ def test_what_an_actor_fails_on_is_told_in_a_sentence(home: Path, tmp_path: Path
         answer_batch(build(BatchConfig, values, "test"), ["molora.testing:Numbers"])
 
 
+SOURCE = """
+import os, signal
+from pathlib import Path
+from molora.data.sources import Messages, MessagesConfig
+
+class Ends(Messages):
+    config_type = MessagesConfig
+
+    def __getitem__(self, row):
+        if row == 2 and os.getpid() != int(Path(__file__).with_name("driver").read_text()):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(row)
+
+class Raises(Messages):
+    config_type = MessagesConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        if os.getpid() != int(Path(__file__).with_name("driver").read_text()):
+            raise RuntimeError("the first line\\nand the second")
+"""
+
+
+@pytest.mark.usefixtures("ray_ends")
+def test_a_row_that_ends_its_process_has_an_error_and_the_others_their_answers(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "driver").write_text(str(os.getpid()))
+    (tmp_path / "source.py").write_text(SOURCE)
+    lines = (home / "rows.jsonl").read_text().splitlines(keepends=True)[:5]
+    (tmp_path / "rows.jsonl").write_text("".join(lines))
+    rows = {"kind": f"{tmp_path / 'source.py'}:Ends", "options": {"path": str(tmp_path / "rows.jsonl")}}
+    done = answer_batch(build(BatchConfig, config(home, tmp_path / "job", rows=rows, rows_per_block=4), "test"))
+    assert (done.rows, done.failed, done.first_error) == (5, 1, "the process died at this row, 2 times")
+    plain = config(home, tmp_path / "plain", rows={**rows, "kind": "messages"})
+    answer_batch(build(BatchConfig, plain, "test"))
+    found, expected = answers_in(tmp_path / "job"), answers_in(tmp_path / "plain")
+    assert [found[number] for number in (0, 1, 3, 4)] == [expected[number] for number in (0, 1, 3, 4)]
+    assert not list((tmp_path / "job").glob("tried-*"))
+    raises = config(home, tmp_path / "other", rows={**rows, "kind": f"{tmp_path / 'source.py'}:Raises"})
+    with pytest.raises(RuntimeError, match="an actor fails: RuntimeError: the first line and the second; mend that"):
+        answer_batch(build(BatchConfig, raises, "test"))
+
+
 @pytest.mark.parametrize(
     ("model", "output", "told"),
     [
@@ -265,5 +315,5 @@ def test_answers_are_of_one_state_of_a_modality(home: Path, tmp_path: Path) -> N
     assert answer_batch(job, ["molora.testing:Numbers"]).rows == 1
     shutil.rmtree(folder)
     save_numbers(home, folder, more=1.0)
-    with pytest.raises(ConfigError, match="has answers of another job, with other weights"):
+    with pytest.raises(ConfigError, match=r"has answers of another job: weights\.numbers is "):
         answer_batch(job, ["molora.testing:Numbers"])
