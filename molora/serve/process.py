@@ -24,6 +24,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from molora.checkpoint.opening import ModelPlan
+from molora.checkpoint.pretrained import fetch
 from molora.config import ConfigError
 from molora.data.processor import Processor
 from molora.inference.generate import GenerationConfig
@@ -135,10 +136,14 @@ def serve(load: Callable[[], LoadedModel], config: ServeConfig) -> int:
 
 def serve_upstream(plan: Callable[[], ModelPlan], url: str, key_variable: str | None, config: ServeConfig) -> int:
     """Serves a model whose weights the server at `url` has, until a signal ends it; the exit code. Nothing of the model
-    but its descriptions is read. `key_variable` is the environment variable that holds that server's key."""
+    but its descriptions is read. `key_variable` is the environment variable that holds that server's key. Raises
+    FileNotFoundError for a backbone that is not there."""
     gate, listening = _opened(config)
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for each request is there already
-    selection = Selection.of(plan(), config.name, _policy(config))
+    planned = plan()
+    if planned.run is None:  # a run is there, and has a record of its backbone
+        fetch(planned.backbone.path, weights=False)
+    selection = Selection.of(planned, config.name, _policy(config))
     most = config.max_running_samples + config.max_waiting
     upstream = find_upstream(url, key_variable, selection.adapters, most, config.answer_seconds)
     app = make_passing_app(selection, upstream, **gate)

@@ -371,6 +371,14 @@ def test_a_router_that_sums_or_learns_is_refused_by_name(folders: Folders, tmp_p
     assert said.startswith(f"{tmp_path / 'molora.json'}: the router is '{router}'") and "without --upstream" in said
 
 
+def test_a_model_that_is_not_there_is_refused_though_its_weights_are_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = start("runs/nothing", "--upstream", "http://127.0.0.1:9/v1")
+    assert said.startswith(f"backbone 'runs/nothing': no such folder in {tmp_path}")
+
+
 def test_a_server_behind_that_does_not_fit_is_refused(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KEY_BEHIND", KEY)
     model = [*folders.arguments, "--upstream-key-variable", "KEY_BEHIND"]
