@@ -60,15 +60,17 @@ class Silent(ValueError):
     """A server says nothing, after all tries."""
 
 
-def check_server_url(url: str) -> None:
-    """Raises ConfigError for what is no address of a server, and for one that holds a password, which every message
-    about it would show."""
-    if not re.match(r"https?://[^/]", url):
-        raise ConfigError(f"url is {url!r}; give an http or https address, as http://127.0.0.1:8000/v1")
-    place = url.partition("://")[2].partition("/")[0]
-    if "@" in place:
-        told = f"url: the address of {place.rpartition('@')[2]} holds a user name or a password, which messages show"
+def check_server_url(url: str, name: str = "url") -> None:
+    """Raises ConfigError for what is no address of a server, and for one that holds a password or a query, which every
+    message about it would show. `name` is the key or the option that gives it."""
+    is_http = re.match(r"https?://[^/]", url)
+    place = url.split("/")[2] if is_http else url
+    if "@" in place or "?" in url or "#" in url:
+        found = "a user name or a password" if "@" in place else "a query or a fragment, behind ? or #"
+        told = f"{name}: the address holds {found}, which messages show"
         raise ConfigError(f"{told}; leave it out, and name an environment variable that holds the server's key")
+    if not is_http:
+        raise ConfigError(f"{name} is {url!r}; give an http or https address, as http://127.0.0.1:8000/v1")
 
 
 def key_headers(key_variable: str | None) -> dict[str, str]:

@@ -110,7 +110,7 @@ def find_upstream(
 ) -> Upstream:
     """The server behind, asked for its models. Raises ConfigError for a URL that is none and for a server that has no
     name for an adapter, ValueError for one that does not answer."""
-    check_server_url(url)
+    check_server_url(url, "--upstream")
     url, headers = url.rstrip("/"), key_headers(key_variable)
     try:
         answer = httpx2.get(f"{url}/models", headers=headers, timeout=_CONNECT_SECONDS, trust_env=False)

@@ -217,7 +217,13 @@ def test_the_key_comes_from_the_environment_and_is_in_no_message(
     ("options", "says"),
     [
         ({"url": "127.0.0.1:8000/v1"}, "url is '127.0.0.1:8000/v1'; give an http or https address"),
-        ({"url": "http://me:sesame@judge.example/v1"}, "^(?!.*sesame).*judge.example holds a user name or a password"),
+        ({"url": "http://me:sesame@judge.example/v1"}, "^(?!.*sesame).*url: .* holds a user name or a password"),
+        ({"url": "me:sesame@judge.example/v1"}, "^(?!.*sesame).*url: .* holds a user name or a password"),
+        (
+            {"url": "https://judge.example/v1?key=sesame"},
+            r"^(?!.*sesame).*url: .* a query or a fragment, behind \? or #",
+        ),
+        ({"url": "https://judge.example/v1#sesame"}, "^(?!.*sesame).*url: .* a query or a fragment"),
         ({"lowest": 1, "highest": 1}, "lowest is 1 and highest 1; lowest must be less"),
         ({"parallel": 0}, "parallel is 0; give a number of at least 1"),
         (

@@ -394,5 +394,8 @@ def test_a_server_behind_that_does_not_fit_is_refused(folders: Folders, monkeypa
     assert "gives no answer" in start(*model, "--upstream", upstream.address)
     told = start(*model, "--upstream", upstream.address.replace("://", "://me:sesame@"))
     assert "holds a user name or a password" in told and "sesame" not in told
+    told = start(*model, "--upstream", f"{upstream.address}?key=sesame")
+    assert told.startswith("--upstream: the address holds a query") and "sesame" not in told
+    assert start(*model, "--upstream", "nowhere").startswith("--upstream is 'nowhere'; give an http or https address")
     unset = ["--upstream", upstream.address, "--upstream-key-variable", "NO_SUCH_KEY"]
     assert "the environment has no NO_SUCH_KEY" in start(*folders.arguments, *unset)
