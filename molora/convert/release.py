@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -155,9 +155,7 @@ def import_release(source: str | Path, run: Path) -> None:
     if layout is None:
         told = f"{source}: not Phi-4-multimodal (its config.json has none of the model types {', '.join(_MODEL_TYPES)})"
         raise ConfigError(f"{told}; name a folder or hub id with the released checkpoint")
-    there = {path.name for path in run.iterdir()} if run.exists() else set()
-    if there - {"backbone", "modalities"}:
-        raise ConfigError(f"{run}: is there already; name a folder that is not")
+    check_new(run, source, known=("backbone", "modalities"))  # what a conversion that was killed left
     folder = fetch(str(source))
     tensors, release = _read_release(folder, layout)
     with damage_named(str(folder / "config.json")):
@@ -330,7 +328,7 @@ def export_release(run: Path, folder: Path, layout: Layout | None = None) -> Non
             f"by the table with rules {_RULES}, and would answer otherwise"
         )
     given = open_released_run(run)
-    check_new(folder)
+    check_new(folder, run)
     own, layout = given.layout, layout or given.layout
     with write_folder(folder) as draft:
         given.write_weights(draft, layout, with_adapters=layout == "hub")
@@ -343,10 +341,15 @@ def export_release(run: Path, folder: Path, layout: Layout | None = None) -> Non
             write_json(draft / "config.json", adapters_to_hub(given.release, read_json(draft / "config.json")))
 
 
-def check_new(folder: Path) -> None:
-    """Raises ConfigError for a folder to write that is there already."""
-    if folder.exists() and any(folder.iterdir()):
+def check_new(folder: Path, source: str | Path, known: Collection[str] = ()) -> None:
+    """Raises ConfigError for a folder to write that is a file, holds other than `known` names, or lies in the folder
+    that is its source."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder}: is a file; name a folder that is not there")
+    if folder.exists() and not {path.name for path in folder.iterdir()} <= {*known}:
         raise ConfigError(f"{folder}: is there already and not empty; name another folder")
+    if Path(source).is_dir() and folder.resolve().is_relative_to(Path(source).resolve()):
+        raise ConfigError(f"{folder}: lies in {source}, which is only read; name a folder outside")
 
 
 def open_released_run(run: Path) -> ReleasedRun:

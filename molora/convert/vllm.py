@@ -64,7 +64,7 @@ def export_vllm(run: Path, folder: Path) -> str:
     if about.router.plugin != "table":
         told = f"{run / 'molora.json'}: the router is {about.router.plugin!r}, and vLLM runs a request with one adapter"
         raise ConfigError(f"{told}, in full; only a run whose router is 'table' can be written for it")
-    check_new(folder)
+    check_new(folder, run)
     backbone = fetch(about.backbone_source(), about.backbone["revision"])
     identity = identify(backbone, about.backbone_source())
     for warning in identity.check(about.backbone, str(run / "molora.json")):

@@ -731,6 +731,15 @@ def test_other_models_and_taken_folders(run: Path, released: Path, tmp_path: Pat
         import_release(released, tmp_path)
     with pytest.raises(ConfigError, match="is there already and not empty"):
         export_release(run, tmp_path)
+    with pytest.raises(ConfigError, match=r"mine\.txt: is a file"):
+        import_release(released, tmp_path / "mine.txt")
+    with pytest.raises(ConfigError, match=r"mine\.txt: is a file"):
+        export_release(run, tmp_path / "mine.txt")
+    with pytest.raises(ConfigError, match="lies in .*, which is only read"):
+        import_release(released, released / "inner")
+    with pytest.raises(ConfigError, match="lies in .*, which is only read"):
+        export_release(run, run / "inner")
+    assert not (released / "inner").exists() and not (run / "inner").exists()
     assert (tmp_path / "mine.txt").read_text() == "keep me"
 
 

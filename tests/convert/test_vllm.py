@@ -183,8 +183,15 @@ def test_what_vllm_has_no_place_for_is_refused_by_name(tmp_path: Path) -> None:
     assert not out.exists()
     out.mkdir()
     (out / "mine.txt").write_text("keep me")
-    with pytest.raises(ConfigError, match="is there already"):
-        export_vllm(save_run(tmp_path / "d", ADAPTER), out)
+    whole = save_run(tmp_path / "d", ADAPTER)
+    for folder, says in {
+        out: "is there already",
+        out / "mine.txt": "is a file",
+        whole / "in" / "it": "lies in",
+    }.items():
+        with pytest.raises(ConfigError, match=re.escape(f"{folder}: {says}")):
+            export_vllm(whole, folder)
+    assert not (whole / "in").exists()
 
 
 def checks(*arguments: str) -> str:
