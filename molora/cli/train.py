@@ -1,5 +1,6 @@
 """Commands that train."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -32,7 +33,8 @@ def train(
 
         recipe = rehearsed(recipe)
     run = run_recipe(recipe, trust=trust_plugin or ())
-    say(f"done: {run}")
+    if int(os.environ.get("RANK", 0)) == 0:  # one of several tells for all
+        say(f"done: {run}")
 
 
 @app.command()

@@ -316,10 +316,13 @@ def in_processes(recipe_path: Path, count: int = 2, *, launched: bool = False) -
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("done: ") == 1
         return
     for rank, process in enumerate(started(recipe_path, count)):
         process.join(300)
-        assert process.exitcode == 0, recipe_path.with_name(f"rank {rank}").read_text()[-3000:]
+        told = recipe_path.with_name(f"rank {rank}").read_text()
+        assert process.exitcode == 0, told[-3000:]
+        assert told.count("done: ") == (rank == 0)
 
 
 def started(recipe_path: Path, count: int, die_at_replace: int | None = None) -> list[Any]:
