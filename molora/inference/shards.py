@@ -12,7 +12,7 @@ from molora.data.sources import Messages, MessagesConfig
 from molora.inference.answers import has_messages_of, row_ids, shard_file, written_row
 from molora.shard import Shard, unmergeable
 from molora.storage import hold, write_atomically
-from molora.terminal import warn
+from molora.terminal import say, warn
 
 
 class _Line(NamedTuple):
@@ -48,6 +48,7 @@ def merge_answers(messages: Path, output: Path, count: int) -> bool:
 
     with hold(output):
         write_atomically(output, write)
+    say(f"{output}: has the {len(ids)} rows of {count} shards")
     if failed := [id for id in ids if lines[id].failed]:
         told = f"{len(failed)} of {len(ids)} rows have no answer but an error, the first is {failed[0]}"
         warn(f"{output}: {told}; the same call without --merge tries them again")

@@ -36,10 +36,14 @@ def shards(loaded: LoadedModel, tmp_path: Path) -> Path:
     return tmp_path / "out.jsonl"
 
 
-def test_merged_shards_are_the_sorted_output_of_one_run(loaded: LoadedModel, shards: Path) -> None:
+def test_merged_shards_are_the_sorted_output_of_one_run(
+    loaded: LoadedModel, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     given, one = shards.with_name("in.jsonl"), shards.with_name("one.jsonl")
     assert answer_rows(lambda: loaded, given, one, DRAWN)
+    capsys.readouterr()
     assert merge_answers(given, shards, 3)
+    assert " ".join(capsys.readouterr().out.split()) == f"{shards}: has the 10 rows of 3 shards"
     order = [json.loads(line)["id"] for line in given.read_bytes().splitlines()]
     lines = sorted(one.read_bytes().splitlines(True), key=lambda line: order.index(json.loads(line)["id"]))
     assert shards.read_bytes() == b"".join(lines) and len(lines) == 10
