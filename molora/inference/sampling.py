@@ -43,7 +43,7 @@ class Decoding:
     def __post_init__(self) -> None:
         for name, ok, needed in self._settings():
             if not ok:
-                raise ValueError(f"generation: {name} cannot be {getattr(self, name)}; give {needed}")
+                raise ValueError(f"{name} cannot be {getattr(self, name)}; give {needed}")
 
     def _settings(self) -> list[tuple[str, bool, str]]:
         """Every setting that has bounds, whether it is within them, and what they are."""
