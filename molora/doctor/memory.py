@@ -76,7 +76,7 @@ def show(needed: MemoryNeeds, there: Iterable[Device], processes: int = 1) -> No
     if needed.held:
         say(needed.held)
     for fault in needed.unknown:
-        say(f"The packs that its data give are not counted: {fault}")
+        say(f"Not counted as its data are: {fault}")
     told = f"{amount(needed.given_bytes)} needed"
     if any(moment.given for moment in needed.moments):
         told += f" as its data are, {amount(needed.num_bytes)} with the largest packs that it allows"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -18,9 +19,11 @@ from molora.checkpoint.pretrained import fetch
 from molora.checkpoint.stock import load_tokenizer
 from molora.config import ConfigError
 from molora.data.processor import Processor, SampleTooLong
-from molora.data.sources import EncodedSamples
+from molora.data.sources import EncodedSamples, open_source, rows_at_hand
 from molora.doctor.dry_run import Alive, DryRun, on_meta
-from molora.inference.generate import GenerationConfig, generate, pages_configured, tokens_kept
+from molora.evaluate.judge import EvaluationConfig
+from molora.evaluate.questions import question
+from molora.inference.generate import GenerationConfig, attempt, generate, pages_configured, tokens_kept
 from molora.media import MediaPolicy
 from molora.modality import MediaError, Modality
 from molora.model.molora import MoLoRA
@@ -38,7 +41,7 @@ from molora.train.recipe import Recipe, StageConfig, count_steps
 from molora.train.step import train_step
 from molora.train.words import Words
 
-# Rows of a stage's data from which its packs are known.
+# Rows of the data of a stage, or of an evaluation, from which its packs and prompts are known.
 _SAMPLED_ROWS = 64
 
 # Of so many tokens are the samples by which a recipe's model is told how much of a conversation fits in memory.
@@ -82,8 +85,8 @@ class StageWork:
 @dataclass(frozen=True)
 class MemoryNeeds:
     """What a run needs: its weights all the time, and its moments one after another; and the work of the stages whose
-    data are known. `process` is what the interpreter and its libraries take on a CPU; `unknown` says which stages' data
-    gave no packs, and why; `held` how many samples some memory for keys and values is enough for."""
+    data are known. `process` is what the interpreter and its libraries take on a CPU; `unknown` says which data are not
+    counted, and why; `held` how many samples some memory for keys and values is enough for."""
 
     weights: tuple[Need, ...]
     moments: tuple[Moment, ...]
@@ -197,7 +200,8 @@ def answering_needs(model: MoLoRA, config: AnsweringConfig, device_type: str = "
         max_running_samples=config.max_running_samples,
         kv_cache_gib=config.kv_cache_gib,
     )
-    moments = answering_moments(dry, decoding, config.prompt_tokens, device_type)
+    prompts = copies(_largest_prompt(model, config.prompt_tokens), config.max_running_samples)
+    moments = answering_moments(dry, decoding, prompts, device_type)
     tokens = min(config.prompt_tokens + config.max_new_tokens, model.backbone.max_tokens)
     return MemoryNeeds(owned, moments, held=_held(dry, config.kv_cache_gib or 1.0, tokens, device_type))
 
@@ -220,38 +224,47 @@ def _samples_within(kv_cache_gib: float, kept: KeptLayers, tokens: int) -> int:
     return int(kv_cache_gib * 2**30) // kept.num_bytes(kept.pages_for(tokens), 1)
 
 
-def answering_moments(
-    dry: DryRun, config: GenerationConfig, prompt_tokens: int, device_type: str
-) -> tuple[Moment, Moment]:
-    """What answering holds at its two fullest moments: all prompts in one pack, and every answer's last token."""
-    model = dry.model
+def _largest_prompt(model: MoLoRA, num_tokens: int) -> Sample:
+    """A prompt of so many tokens, or of the media alone if these are more."""
     modalities = max(modality_sets(model), key=len)
+    return largest_sample(model, modalities, num_tokens, model.backbone.max_tokens, generate=True)
+
+
+def answering_moments(
+    dry: DryRun, config: GenerationConfig, samples: Sequence[Sample], device_type: str
+) -> tuple[Moment, Moment]:
+    """What answering samples together, of which the first is the longest, holds at its two fullest moments: all prompts
+    in one pack, and every answer's last token."""
+    model = dry.model
     most_tokens = model.backbone.max_tokens
-    sample = largest_sample(model, modalities, prompt_tokens, most_tokens, generate=True)
-    tokens = tokens_kept(len(sample), config.max_new_tokens, most_tokens)
-    kept, number = _kept(dry, device_type), config.max_running_samples
+    tokens = [tokens_kept(len(sample), config.max_new_tokens, most_tokens) for sample in samples]
+    kept = _kept(dry, device_type)
     if config.kv_cache_gib is not None:
-        number = min(number, _samples_within(config.kv_cache_gib, kept, tokens))
+        number = _samples_within(config.kv_cache_gib, kept, tokens[0])
         if not number:
-            least = kept.num_bytes(kept.pages_for(tokens), 1) / 2**30
+            least = kept.num_bytes(kept.pages_for(tokens[0]), 1) / 2**30
             raise ConfigError(
-                f"kv_cache_gib: {config.kv_cache_gib:g}, but {tokens:,} tokens of a sample take {least:.3g}"
+                f"kv_cache_gib: {config.kv_cache_gib:g}, but {tokens[0]:,} tokens of a sample take {least:.3g}"
             )
+        samples, tokens = samples[:number], tokens[:number]
+    number, lengths = len(samples), [len(sample) for sample in samples]
     with dry:
-        steps = generate(model, copies(sample, number), config)
+        steps = generate(model, samples, config)
         next(steps)
         begun, prefill = dry.alive, dry.fullest
         dry_kept = model.backbone.kept_layers()
 
     def pool_bytes(kept: KeptLayers) -> int:
-        enough = number * kept.pages_for(tokens)
+        enough = sum(map(kept.pages_for, tokens))
         num_pages = enough if config.kv_cache_gib is None else pages_configured(kept, config, most_tokens)
         return kept.num_bytes(num_pages, config.max_running_samples)
 
     dry_cached, cached = pool_bytes(dry_kept), pool_bytes(kept)
-    prompts = f"{number} x {len(sample):,} tokens of {name_of(sample.modalities)}"
+    shortest = "" if min(lengths) == lengths[0] else f"{min(lengths):,} to "
+    names = name_of(frozenset[str]().union(*(sample.modalities for sample in samples)))
+    prompts = f"{number} x {shortest}{lengths[0]:,} tokens of {names}"
     pages = f"{prompts}, {config.max_new_tokens:,} new ones each, in pages of {kept.page_tokens}"
-    pack = min(config.prefill_tokens, number * len(sample))
+    pack = min(config.prefill_tokens, sum(lengths))
 
     def moment(name: str, alive: Alive, logits: int, origin: str) -> Moment:
         needs = (
@@ -312,8 +325,7 @@ def training_needs(
         try:
             taken = _steps_of_data(model, recipe, index, processes)
         except (ImportError, OSError, ValueError) as error:
-            first_line, _, _ = str(error).strip().partition("\n")
-            unknown.append(f"stages.{index}.data: {first_line}")
+            unknown.append(_untold(f"stages.{index}.data", error))
         else:
             needs = _step(dry, taken.heaviest, stage, cached, taken.origin, taken.words)
             work.append(StageWork(stage.name, taken.num_steps, dry.flop * taken.mean_share, model.backbone.model.dtype))
@@ -325,15 +337,28 @@ def training_needs(
             moments.append(Moment(f"stage {stage.name}, between the processes", (*held, sums)))
     optimiser = max((held[1] for held in learned), key=lambda need: need.num_bytes)
     for name, evaluation in recipe.evaluations.items():
-        rows = -(-(evaluation.data.limit or sys.maxsize) // processes)
-        running = min(evaluation.max_running_samples, rows)
-        decoding = GenerationConfig(max_new_tokens=evaluation.max_new_tokens, max_running_samples=running)
-        moment = max(answering_moments(dry, decoding, 0, device_type), key=lambda moment: moment.num_bytes)
-        moments.append(Moment(f"evaluation {name}, {moment.name}", (optimiser, *moment.needs, *layers)))
+        decoding = GenerationConfig(
+            max_new_tokens=evaluation.max_new_tokens, max_running_samples=evaluation.max_running_samples
+        )
+        where, told = f"evaluations.{name}.data", f"evaluation {name}, as its data are"
+        try:
+            prompts = _prompts_of_data(model, recipe, evaluation, where, processes)
+        except (ImportError, OSError, ValueError) as error:
+            unknown.append(_untold(where, error))
+            running = min(decoding.max_running_samples, -(-(evaluation.data.limit or sys.maxsize) // processes))
+            prompts, told = copies(_largest_prompt(model, 0), running), f"evaluation {name}"
+        moment = max(answering_moments(dry, decoding, prompts, device_type), key=lambda moment: moment.num_bytes)
+        moments.append(Moment(f"{told}, {moment.name}", (optimiser, *moment.needs, *layers)))
     tokens = min(_HELD_TOKENS, model.backbone.max_tokens)
     return MemoryNeeds(
         owned, tuple(moments), tuple(work), unknown=tuple(unknown), held=_held(dry, 1.0, tokens, device_type)
     )
+
+
+def _untold(where: str, error: Exception) -> str:
+    """Why the data at a key of the recipe tell nothing, in one line."""
+    first_line, _, _ = str(error).strip().partition("\n")
+    return first_line if first_line.startswith(where) else f"{where}: {first_line}"
 
 
 def _learned(model: MoLoRA, stage: StageConfig, where: str) -> tuple[Need, ...]:
@@ -370,10 +395,7 @@ class _Steps:
 
 def _steps_of_data(model: MoLoRA, recipe: Recipe, index: int, processes: int) -> _Steps:
     """What the first rows of a stage's data tell of its steps."""
-    stage, path = recipe.stages[index], recipe.backbone.path
-    tokenizer = load_tokenizer(fetch(path, recipe.backbone.revision, weights=False))
-    policy = MediaPolicy(allow_urls=recipe.allow_urls, allow_private_addresses=recipe.allow_private_addresses)
-    processor = Processor(tokenizer, model.modalities, model.router.order, model.backbone.max_tokens, policy)
+    stage, processor = recipe.stages[index], _processor_of(model, recipe)
     seed, where, skips = seed_of(recipe.seed, stage.name), f"stages.{index}.data", (SampleTooLong, MediaError)
     size, most = stage.samples_per_step, stage.tokens_per_pack
     dataset = EncodedSamples(
@@ -407,9 +429,39 @@ def _steps_of_data(model: MoLoRA, recipe: Recipe, index: int, processes: int) ->
     origin = f"a pack of {largest_pack(heaviest):,} tokens, the largest from {rows} rows of its data"
     tokens = [sum(map(len, samples)) for samples in steps]
     slowest = [max(tokens[step : step + processes]) for step in range(0, len(tokens), processes)]
-    model.backbone.stop_at(processor.template.turn_ends(), tokenizer)
+    model.backbone.stop_at(processor.template.turn_ends(), processor.tokenizer)
     words = words_of(stage, model, processor, f"stages.{index}")
     return _Steps(num_steps, heaviest, origin, sum(slowest) / len(slowest) / sum(map(len, heaviest)), words)
+
+
+def _prompts_of_data(
+    model: MoLoRA, recipe: Recipe, evaluation: EvaluationConfig, where: str, processes: int
+) -> list[Sample]:
+    """The prompts that an evaluation answers together in one of so many processes, the longest first: those of its
+    data, or the longest of `_SAMPLED_ROWS` rows spread over them, again and again where more run than these."""
+    processor, source = _processor_of(model, recipe), open_source(evaluation.data, where)
+    there = len(rows_at_hand(source))
+    rows = sorted({number * there // _SAMPLED_ROWS for number in range(_SAMPLED_ROWS)}) if there else []
+
+    def prompt(row: int) -> Sample:
+        asked = question(source, row, evaluation.asked_with[0])
+        return processor.encode(asked.prompt, asked.id, generate=True)
+
+    encoded = [attempt(partial(prompt, row), str(row)) for row in rows]
+    longest = sorted((each for each in encoded if isinstance(each, Sample)), key=len, reverse=True)
+    if not longest:
+        raise ConfigError(f"none of {len(rows)} rows can be used")
+    running = min(evaluation.max_running_samples, -(-len(source) // processes))
+    again = [copies(sample, -(-running // len(longest))) for sample in longest]
+    together = [sample for samples in again for sample in samples]
+    return [replace(sample, id=str(index)) for index, sample in enumerate(together[:running])]
+
+
+def _processor_of(model: MoLoRA, recipe: Recipe) -> Processor:
+    """The processor that a recipe's data are encoded by."""
+    tokenizer = load_tokenizer(fetch(recipe.backbone.path, recipe.backbone.revision, weights=False))
+    policy = MediaPolicy(allow_urls=recipe.allow_urls, allow_private_addresses=recipe.allow_private_addresses)
+    return Processor(tokenizer, model.modalities, model.router.order, model.backbone.max_tokens, policy)
 
 
 def _step(

@@ -546,6 +546,46 @@ def test_data_that_cannot_be_opened_are_named(backbone: Path) -> None:
     assert all(moment.given is None for moment in counted.moments) and counted.given_bytes == counted.num_bytes
 
 
+def test_an_evaluation_is_counted_with_its_own_prompts_and_rows(
+    small: Path, tmp_path: Path, pools: list[PagePool]
+) -> None:
+    """The oracle is an answer to each of the same rows: its pool of pages, and what the allocator gave out."""
+    path, answer = tmp_path / "asked.jsonl", {"role": "assistant", "content": "yes"}
+    Image.new("RGB", (32, 32)).save(tmp_path / "asked.png")
+    picture = {"type": "image", "path": str(tmp_path / "asked.png")}
+    questions = ["a" * 20, "a" * 300, [picture, {"type": "text", "text": "a" * 90}]]
+    rows = [{"messages": [{"role": "user", "content": question}, answer]} for question in questions]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    data = SourceConfig(kind="messages", options={"path": str(path)})
+    recipe = recipe_of(small, evaluations={"test": EvaluationConfig(data=data, max_new_tokens=4)})
+    counted = training_needs(recipe)
+    moment = counted.moments[-1]
+    assert moment.name == "evaluation test, as its data are, prefill"
+    assert [fault.partition(":")[0] for fault in counted.unknown] == ["stages.0.data"]
+
+    model, processor = open_model(plan_recipe(recipe), "cpu")
+    samples = [processor.encode(row["messages"][:1], str(index), generate=True) for index, row in enumerate(rows)]
+    least, middle, most = sorted(len(sample) for sample in samples)
+    (origin,) = (its.origin for its in moment.needs if its.what == "KV cache")
+    assert origin.startswith(f"3 x {least} to {most} tokens of vision, 4 new ones each")
+    pools.clear()
+    steps = generate(model, samples, GenerationConfig(max_new_tokens=4, max_running_samples=128))
+    taken = most_allocated(lambda: next(steps))
+    assert need(moment, "KV cache") == held_by(pools[-1])
+    answering = [need(moment, what) for what in ("KV cache", "logits", "activations")]
+    assert sum(answering) == pytest.approx(taken, rel=0.01)
+
+    # Two of three rows in each of two processes: the longest ones. Of more rows than run, as many as run.
+    for changes, processes in ({}, 2), ({"max_running_samples": 2}, 1):
+        recipe.evaluations["test"] = replace(recipe.evaluations["test"], **changes)
+        (_, *_, moment) = training_needs(recipe, processes=processes).moments
+        assert any(f"2 x {middle} to {most} tokens of vision" in its.origin for its in moment.needs)
+    recipe.evaluations["test"] = EvaluationConfig(data=replace(data, options={"path": "nowhere.jsonl"}))
+    counted = training_needs(recipe)
+    assert counted.moments[-1].name == "evaluation test, prefill"
+    assert counted.unknown[-1].startswith("evaluations.test.data: ") and "nowhere.jsonl" in counted.unknown[-1]
+
+
 def test_a_pack_that_holds_no_example_is_refused(backbone: Path) -> None:
     recipe = recipe_of(backbone)
     recipe.stages[0].tokens_per_pack = 12
