@@ -169,7 +169,10 @@ def main(
             needed = answering_needs(model, config, kind)
     if kind == "cpu" and device_memory_gib is None:
         needed = replace(needed, process=Need("Python", libraries, "the interpreter and its libraries"))
-    size = int((device_memory_gib or 0) * 2**30)
-    there = devices(kind) if device_memory_gib is None else [Device("such a device", size, size)]
+    if device_memory_gib is None:
+        there = devices(kind)
+    else:
+        size = int(device_memory_gib * 2**30)
+        there = [Device(f"a device of {device_memory_gib:g} GiB", size, size)]
     show(needed, there, processes)
     return int(needed.given_bytes > there[0].free_bytes)

@@ -869,7 +869,7 @@ def test_the_command_line_reads_recipes_and_models(backbone: Path, tmp_path: Pat
     ran = CliRunner().invoke(app, command, catch_exceptions=False)
     words = " ".join(ran.stdout.split())
     assert ran.exit_code == 1 and "2 x 50 tokens of text, 128 new ones each" in words
-    assert "no such a device: it does not fit" in words
+    assert "no a device of 0.0001 GiB: it does not fit" in words
 
 
 @pytest.mark.parametrize(
