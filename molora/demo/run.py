@@ -320,9 +320,8 @@ def _report(demo: Demo, loaded: LoadedModel, judged: dict[str, list[Judged]], un
         examples += [_example(item, loaded) for item in shown]
     model = loaded.model
     parts = {name: sum(p.numel() for p in parameters.values()) for name, parameters in model.parts().items()}
-    adapters = sum(size for name, size in parts.items() if name.startswith("adapters."))
     facts = {
-        "backbone": f"{sum(p.numel() for p in model.backbone.parameters()) - adapters:,} parameters, frozen",
+        "backbone": f"{model.num_backbone_parameters():,} parameters, frozen",
         **{name: f"{size:,} parameters" for name, size in parts.items()},
         "vision files after audio": f"{untouched} of {untouched} byte-identical",
         **{f"seconds, {name}": f"{seconds:.0f}" for name, seconds in clock.seconds.items()},

@@ -20,6 +20,7 @@ from molora.model.backbone import Backbone
 from molora.model.loss import target_losses, word_losses
 from molora.model.pages import Feed
 from molora.model.projector import Projector
+from molora.model.quantization import num_weights
 from molora.model.shared import hidden_at
 from molora.pack import Item, Media, Pack
 from molora.routing import Flow, Router, Routing
@@ -103,6 +104,12 @@ class MoLoRA(nn.Module):
             parts[f"adapters.{name}"] = lora.adapter_parameters(self.backbone.model, name)
         parts["router"] = dict(self.router.named_parameters())  # pyright: ignore[reportAttributeAccessIssue]
         self._parts = {name: parameters for name, parameters in parts.items() if parameters}
+
+    def num_backbone_parameters(self) -> int:
+        """How many parameters the backbone has without the adapters, which lie in its layers."""
+        parts = self.parts().items()
+        adapters = {id(p) for name, part in parts if name.startswith("adapters.") for p in part.values()}
+        return sum(num_weights(p) for p in self.backbone.parameters() if id(p) not in adapters)
 
     def router_tensors(self) -> dict[str, Tensor]:
         """What the router has learned; empty for one that does not learn."""

@@ -108,6 +108,12 @@ def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
         state = state.state2
 
 
+def num_weights(tensor: Tensor) -> int:
+    """How many numbers a weight stands for, of which the packed ones of 4 bits share bytes."""
+    state = getattr(tensor, "quant_state", None)
+    return tensor.numel() if state is None else state.shape.numel()
+
+
 def without_weights(model: PreTrainedModel, quantization: Quantization) -> None:
     """Gives the layers of a model on the meta device, which were built as they are without quantisation, the sizes that
     they have with it."""

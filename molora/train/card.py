@@ -173,7 +173,6 @@ def _facts(
     environment: Mapping[str, Any],
 ) -> dict[str, Any]:
     backbone = model.backbone
-    adapters = sum(count(parts.values()) for name, parts in model.parts().items() if name.startswith("adapters."))
     began = [stage for stage in stages if stage[2].steps]
     return {
         "format_version": FORMAT_VERSION,
@@ -183,7 +182,7 @@ def _facts(
         "command": _command(recipe),
         "backbone": {
             **{key: value for key, value in asdict(backbone.identity).items() if key != "settings"},
-            "parameters": count(backbone.parameters()) - adapters,
+            "parameters": model.num_backbone_parameters(),
             "dtype": str(backbone.model.dtype).removeprefix("torch."),
             "revision": backbone.revision,
         },

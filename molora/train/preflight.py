@@ -179,13 +179,11 @@ def describe(model: MoLoRA, stage: StageConfig, steps: int, num_rows: Mapping[st
         for name, share in shares_of(stage, num_rows).items():
             times = steps * stage.samples_per_step * share / num_rows[name]
             say(f"  {stage.epochs:g} epochs: source {name}, {num_rows[name]:,} rows, {times:.2f} times")
-    backbone = count(model.backbone.parameters())
     for part, parameters in model.parts().items():
         training = count(p for p in parameters.values() if p.requires_grad)
         word = "trains" if training else "frozen"
         say(f"  {word}  {part:<24} {training or count(parameters.values()):>12,} parameters")
-        backbone -= count(parameters.values()) if part.startswith("adapters.") else 0  # which lie in its layers
-    say(f"  frozen  {'backbone':<24} {backbone:>12,} parameters")
+    say(f"  frozen  {'backbone':<24} {model.num_backbone_parameters():>12,} parameters")
 
 
 def _check_names(recipe: Recipe, model: MoLoRA) -> None:

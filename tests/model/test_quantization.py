@@ -219,6 +219,11 @@ def home(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
+def num_parameters(folder: Path) -> int:
+    """Those of the backbone as it is stored."""
+    return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(folder).parameters())
+
+
 def trained(home: Path, kind: Quantization, name: str = "run", **changes: Any) -> Path:
     values: Any = parse(RECIPE.format(home=home, kind=kind))
     return train(build(Recipe, {**values, "run": str(home / f"{name}-{kind}"), **changes}, "recipe"), show=False)
@@ -232,6 +237,8 @@ def test_a_quantised_run_keeps_the_promises_and_says_what_it_is(
     about = json.loads((run / "modalities/numbers/modality.json").read_text())["backbone"]
     plain, _ = load_backbone(str(home / "backbone"))
     assert about["quantization"] == kind and about["weights"] == plain.identity.weights
+    card = json.loads((run / "card.json").read_text())
+    assert card["backbone"]["parameters"] == num_parameters(home / "backbone")
     loaded = load(run)
     assert loaded.model.backbone.identity.quantization == kind
     capsys.readouterr()
@@ -249,13 +256,15 @@ def test_a_run_does_not_go_on_in_another_quantization(home: Path) -> None:
         trained(home, "int8", "goes-on")
 
 
-def test_a_command_does_not_repeat_what_quantisers_say(home: Path) -> None:
+def test_a_command_counts_all_weights_and_does_not_repeat_what_quantisers_say(home: Path) -> None:
     recipe = home / "quiet.yaml"
     recipe.write_text(f"run: {home}/quiet\n" + RECIPE.format(home=home, kind="nf4"))
     done = subprocess.run(
         [sys.executable, "-m", "molora", "train", str(recipe)], capture_output=True, text=True, check=True
     )
     assert "kernels" not in done.stderr and "pytree" not in done.stderr
+    told = f"frozen backbone {num_parameters(home / 'backbone'):,} parameters"
+    assert told in " ".join(done.stdout.split())
 
 
 def test_another_quantization_is_refused_by_name(home: Path) -> None:
