@@ -16,7 +16,8 @@ from molora.data.sources import open_source
 from molora.train.optim import PartConfig, learning_rate
 from molora.train.recipe import Recipe, StageConfig, count_steps
 
-# What may change once a run has begun, as all that is done would have been the same. Of a recipe, only these must stay:
+# What may change once a run has begun, as all that is done would have been the same. Of a recipe, only these must stay,
+# and the quantization of its backbone:
 _KEPT = ("seed", "modalities", "router", "keep_best")
 # Of a stage that has begun all must, but for what it evaluates, what would have stopped the run before, and its length.
 _FREE_IN_STAGE = ("steps", "epochs", "evaluate_every_steps", "skip_limit")
@@ -141,7 +142,9 @@ def _changes(then: Recipe, now: Recipe, position: Position) -> list[str]:
                 del source["licence"]  # it is told, and changes nothing
         for recipe in (before, after):
             recipe["stages"] = dict(enumerate(recipe["stages"][:begun]))
-        was, has = ({key: recipe[key] for key in (*_KEPT, "stages")} for recipe in (before, after))
+            # Its path may change, as its weights are compared by their hash; its dtype is part of the environment.
+            recipe["backbone"] = {"quantization": recipe["backbone"]["quantization"]}
+        was, has = ({key: recipe[key] for key in (*_KEPT, "backbone", "stages")} for recipe in (before, after))
         if then.keep_best is not None:  # its values are compared with those to come
             name = then.keep_best.evaluation
             for values, recipe in ((was, before), (has, after)):
