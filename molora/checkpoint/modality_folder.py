@@ -147,8 +147,8 @@ def read_blueprint(
 
 
 def check_modality(folder: Path, identity: Identity) -> list[str]:
-    """Checks that a modality folder is whole and fits the backbone, without its plugin. Returns warnings. Raises
-    ConfigError or ValueError naming the file."""
+    """Checks that a modality folder is whole and fits the backbone, without its plugin. Returns warnings, which do
+    not name it. Raises ConfigError or ValueError naming the file."""
     path = folder / "modality.json"
     about = read_about(folder)
     warnings = identity.check(about["backbone"], str(path))

@@ -123,16 +123,19 @@ def open_model(plan: ModelPlan, device: torch.device | str, shards: Ranks | None
         device=device,
         shards=shards,
     )
-    warnings = []
+    found: dict[str, list[str]] = {}  # a difference in several files is told once
     if plan.run is not None:
-        warnings += backbone.identity.check(plan.run.backbone, str(plan.run.folder / "molora.json"))
+        path = str(plan.run.folder / "molora.json")
+        found = {difference: [path] for difference in backbone.identity.check(plan.run.backbone, path)}
     for name, folder in plan.folders.items():
-        warnings += check_modality(folder, backbone.identity)
+        for difference in check_modality(folder, backbone.identity):
+            found.setdefault(difference, []).append(str(folder / "modality.json"))
         check_encoder(plan.modalities[name], folder)
     model, processor = assemble(
         backbone, tokenizer, plan.modalities, plan.router, seed=plan.seed, where=plan.where, policy=plan.media_policy
     )
     of_text = {name for name, each in plan.modalities.items() if each.modality is None}
+    warnings = [f"{', '.join(paths)}: {difference}" for difference, paths in found.items()]
     for name in sorted(of_text - model.router.adapters(frozenset())):
         warnings.append(f"{name}: is an adapter for text, which runs without it; the rule {TEXT}={name} would use it")
     for warning in warnings:

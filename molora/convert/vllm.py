@@ -68,7 +68,7 @@ def export_vllm(run: Path, folder: Path) -> str:
     backbone = fetch(about.backbone_source(), about.backbone["revision"])
     identity = identify(backbone, about.backbone_source())
     for warning in identity.check(about.backbone, str(run / "molora.json")):
-        warn(warning)
+        warn(f"{run / 'molora.json'}: {warning}")
     adapters: dict[str, LoraConfig] = {}
     media = []
     for name, path in about.modality_folders().items():

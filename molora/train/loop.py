@@ -480,7 +480,7 @@ class _Run:
         about, tensors = read_state(state)
         for warning in self.model.backbone.identity.check(about["backbone"], str(state)):
             if self.show:
-                warn(warning)
+                warn(f"{state}: {warning}")
         if not self.recipe.allow_changed_environment:
             check_environment(about["environment"], self._environment(), self.folder)
         try:
