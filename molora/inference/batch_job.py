@@ -200,8 +200,10 @@ def _check_machines(ray: Any, config: BatchConfig) -> None:
 def _told_by_ray(error: Exception) -> str:
     """What an actor raised, of the traceback that Ray makes a text of: what stands behind its last line of code."""
     lines = str(error).strip().splitlines()
-    code = max((number for number, line in enumerate(lines) if line.startswith(" ")), default=-1)
-    return " ".join(" ".join(lines[code + 1 :]).split())
+    start = max((number + 1 for number, line in enumerate(lines) if line.startswith('  File "')), default=0)
+    while start < len(lines) and lines[start].startswith("    "):
+        start += 1
+    return " ".join(" ".join(lines[start:]).split())
 
 
 class _Answering:
@@ -239,7 +241,8 @@ class _Answering:
         together = len(died_at) < _TRIES_TOGETHER
         for some in [left] if together else [[number] for number in left]:
             if not together and died_at.count(some[0]) >= _TRIES_OF_ROW:
-                found[some[0]] = _blank(some[0]) | {"error": f"the process died at this row, {_TRIES_OF_ROW} times"}
+                told = f"the process died at this row, {_TRIES_OF_ROW} times, as when memory runs out"
+                found[some[0]] = _blank(some[0]) | {"error": f"{told}; make its media smaller, or leave it out"}
                 continue
             write_json(note, {"at": [*died_at, -1 if together else some[0]]})
             found |= self._answered(some)
