@@ -60,8 +60,8 @@ def step_seconds(cards: int) -> float:
 
 
 def sharded_gb(cards: int) -> float:
-    """The backbone in bf16 on one of the cards over which its layers lie; of several, with four layers whole."""
-    whole = 4 / LAYERS if cards > 1 else 0
+    """The backbone in bf16 on one of the cards over which its layers lie; of several, with five layers whole."""
+    whole = 5 / LAYERS if cards > 1 else 0
     return (LINEAR_WEIGHTS * (1 / cards + whole) + VOCABULARY * WIDTH) * 2 / 1e9
 
 

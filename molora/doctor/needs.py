@@ -153,7 +153,7 @@ def gathered(model: MoLoRA, shards: int) -> tuple[Need, ...]:
     if shards == 1:
         return ()
     largest = max(shards * _shard_bytes(layer, shards) for layer in _frozen_layers(model))
-    return (Need("whole layers", 4 * largest, "four at most, which come together, compute or wait to be let go"),)
+    return (Need("whole layers", 5 * largest, "five at most, which come together, compute or wait to be let go"),)
 
 
 def about(tensors: Iterable[Tensor]) -> str:

@@ -111,8 +111,9 @@ def test_every_assignment_of_modalities_to_two_ranks_trains_as_one_process(tmp_p
         ours = torch.load(told, weights_only=True)
         (of_rank,) = ours.pop("bytes")
         assert held["alive"] - of_rank["alive"] == pytest.approx(elsewhere if sharded else 0, rel=0.01, abs=1000)
+        # Two layers and a half without fail, and one more for each of gloo's two threads that is late to let go.
         more = of_rank["step"] - held["step"]
-        assert whole_layers / 2 < more <= whole_layers if sharded else abs(more) < 0.01 * held["step"]
+        assert 2 / 5 * whole_layers < more <= whole_layers if sharded else abs(more) < 0.01 * held["step"]
         assert ours.keys() == expected.keys() and len(expected) == len(SHARES) ** 2
         for assigned, rows in expected.items():
             for step, row in enumerate(rows):
