@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,11 @@ from dataclasses import dataclass
 from molora.config import ConfigError
 
 _GIVEN = re.compile(r"(\d{1,9})/(\d{1,9})")
+
+
+def is_first_process() -> bool:
+    """Whether this process is the first of those that a launcher such as torchrun started, or was started by none."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 @dataclass(frozen=True)

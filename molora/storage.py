@@ -24,6 +24,7 @@ from torch import Tensor
 
 from molora.config import ConfigError
 from molora.received import read_json
+from molora.shard import is_first_process
 
 _MAX_NAMED = 8
 # A kill can leave files of such names; `hold` removes them from a run folder.
@@ -255,7 +256,7 @@ def hold(path: Path) -> Iterator[None]:
     Raises ConfigError if another process holds the lock, for what cannot be locked, and for a link that leads out of
     the folder.
     """
-    if int(os.environ.get("RANK", 0)) > 0:
+    if not is_first_process():
         yield
         return
     path = Path(os.path.realpath(path))

@@ -1,6 +1,5 @@
 """Commands that train."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,6 +22,7 @@ def train(
 ) -> None:
     """Run a recipe: writes a run folder, and goes on where it stopped."""
     from molora.config import read
+    from molora.shard import is_first_process
     from molora.terminal import say
     from molora.train.loop import train as run_recipe
     from molora.train.recipe import Recipe
@@ -33,7 +33,7 @@ def train(
 
         recipe = rehearsed(recipe)
     run = run_recipe(recipe, trust=trust_plugin or ())
-    if int(os.environ.get("RANK", 0)) == 0:  # one of several tells for all
+    if is_first_process():  # which tells for all
         say(f"done: {run}")
 
 

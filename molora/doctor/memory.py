@@ -84,9 +84,9 @@ def show(needed: MemoryNeeds, there: Iterable[Device], processes: int = 1) -> No
         told += f", by each of {processes} processes"
     for device in there:
         fits = needed.given_bytes <= device.free_bytes
-        mark, verdict = (styled("ok", "green"), "it fits") if fits else (styled("no", "red"), "it does not fit")
+        verdict = styled("it fits", "green") if fits else styled("it does not fit", "red")
         has = f"{amount(device.free_bytes)} free of {amount(device.num_bytes)}"
-        say(mark, f" {device.name}: {verdict}, {told}, {has}")
+        say(f"{device.name}: ", verdict, f", {told}, {has}")
     on_card = needed.given_bytes - (needed.process.num_bytes if needed.process else 0)
     say(f"Graphics cards: {cards_for(on_card)}.")
     for stage in needed.work:

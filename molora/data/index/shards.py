@@ -22,6 +22,7 @@ from molora.data.index.tar import TarRows
 from molora.data.messages import conversation, media_parts, rooted
 from molora.data.order import Blocks
 from molora.data.sources import read_tags
+from molora.shard import is_first_process
 from molora.terminal import say
 
 # A block is what a disk or a network reads at a stretch; the blocks of a window lie in the system's memory together.
@@ -278,7 +279,7 @@ class _Files:
         return rows
 
     def _tell(self, done: int, missing: int) -> None:
-        if not done and int(os.environ.get("RANK", 0)) == 0:
+        if not done and is_first_process():
             files = "1 file" if missing == 1 else f"{missing:,} files"
             if self.fetched is not None and not self.in_groups:
                 files += f", for which all {sum(self.fetched.sizes.values()) / 2**30:,.2g} GiB are fetched"
