@@ -18,6 +18,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -88,16 +89,22 @@ def draw_utterance(text: str, voices: Sequence[str], acoustics: bool, *key: int 
     )
 
 
+def check_extra() -> None:
+    """Raises ImportError for what clips of speech need and is not installed."""
+    for name in ("espeakng_loader", "soundfile"):
+        if find_spec(name) is None:
+            raise ImportError(f"clips of speech need {name}: pip install 'molora[demo]'")
+
+
 def clip(utterance: Utterance, folder: Path) -> Path:
     """The utterance as a FLAC file in `folder`, made unless it is there; any number of workers may ask for it at once.
     Raises ImportError without the extra, and what `speak` does."""
+    check_extra()
     about = {**asdict(utterance), "espeak": _espeak_version(), "acoustics": _ACOUSTICS_VERSION}
     path = folder / f"{hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]}.flac"
     if not path.is_file():
-        try:
-            import soundfile
-        except ImportError as error:
-            raise ImportError("writing clips needs soundfile: pip install 'molora[demo]'") from error
+        import soundfile
+
         wave_L, rate_hz = speak(utterance)
         write_atomically(path, lambda temporary: soundfile.write(temporary, wave_L, rate_hz, format="FLAC"))
     return path
@@ -151,10 +158,9 @@ class _Espeak:
     _DO_NOT_EXIT = 0x8000  # else a failed start ends the whole process
 
     def __init__(self) -> None:
-        try:
-            import espeakng_loader
-        except ImportError as error:
-            raise ImportError("speaking needs espeak-ng: pip install 'molora[demo]'") from error
+        check_extra()
+        import espeakng_loader
+
         self._library: Any = ctypes.CDLL(espeakng_loader.get_library_path())
         self._data = Path(espeakng_loader.get_data_path())
         path = os.fsencode(self._data)

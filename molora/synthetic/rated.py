@@ -169,7 +169,10 @@ class RatedFile(ABC):
             told = f"{where} was drawn otherwise: {'; '.join(differing)}"
             raise ConfigError(f"{told}; give the same model and options, {_ANOTHER}")
         asked = self.asked.get(self.question_of(row["id"]))
-        if asked is not None and row.get("asked", asked) != asked:
+        if asked is None:
+            told = f"{where} answers {row['id']!r:.200}, which {self.messages} has not"
+            raise ConfigError(f"{told}; give another output, or the old rows")
+        if row.get("asked", asked) != asked:
             raise ConfigError(f"output {self.output}: {other_row_now(number, row['id'])}")
 
 

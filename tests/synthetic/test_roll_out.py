@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -295,6 +296,21 @@ def test_answers_to_another_question_are_refused_and_left(
     with pytest.raises(ConfigError, match="answers '3:r3#.', and that row asks something else now; give another out"):
         draw(model, changed(rows, 3, message, "other"), tmp_path / "out.jsonl", 8)
     assert (tmp_path / "out.jsonl").read_text() == before
+
+
+def test_answers_to_a_question_that_is_gone_are_refused_and_left(
+    model: LoadedModel, rows: Path, tmp_path: Path
+) -> None:
+    draw(model, rows, tmp_path / "out.jsonl")
+    before = (tmp_path / "out.jsonl").read_text()
+    rows.write_text("\n".join(reversed(rows.read_text().splitlines())))
+    with pytest.raises(ConfigError, match=r"line \d answers '\d:r\d#\d', which .*rows.jsonl has not; give another"):
+        draw(model, rows, tmp_path / "out.jsonl", 8)
+    assert (tmp_path / "out.jsonl").read_text() == before
+
+
+def test_programs_are_rated_beside_each_other() -> None:
+    assert open_verifier("unit_tests").parallel == os.cpu_count()
 
 
 def test_rows_without_notes_go_on(model: LoadedModel, rows: Path, tmp_path: Path) -> None:

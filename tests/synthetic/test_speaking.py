@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from molora.data.sources import Messages, MessagesConfig
+from molora.synthetic.steps.speaking import Speak, SpeakConfig
 from molora.synthetic.workflow import open_workflow
 from molora.synthetic.workflow_report import report
 from tests.scripted import serving
@@ -43,6 +45,15 @@ def wrong(text: str, draw: random.Random) -> str:
     for place in draw.sample(range(len(words)), len(words) // 4 + 1):
         words[place] = draw.choice(["", "umbrella", f"{words[place]} never"])
     return " ".join(words)
+
+
+@pytest.mark.parametrize("library", ["espeakng_loader", "soundfile"])
+def test_what_speaking_needs_is_told_before_a_model_is_asked(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for there in ("espeakng_loader", "soundfile"):
+        pytest.importorskip(there)
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ImportError, match=rf"clips of speech need {library}: pip install 'molora\[demo\]'"):
+        Speak(SpeakConfig(text="{text}", folder="clips"))
 
 
 def test_planted_wrong_transcripts_are_left_out_and_right_ones_kept(

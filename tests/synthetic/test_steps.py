@@ -33,6 +33,9 @@ class Alone:
         raise AssertionError("this step asks nobody")
 
 
+ROLE = {"model": "m", "system": ""}
+
+
 def run(kind: str, rows: list[dict[str, Any]], /, **options: Any) -> tuple[list[Row], list[Dropped]]:
     step_class: Any = find("step", kind).plugin
     step = step_class(build(step_class.config_type, options, kind))
@@ -391,6 +394,13 @@ def test_a_number_that_is_not_finite_is_within_no_bound() -> None:
         assert run("extract", [{"text": text}], column="text", keys=["a"])[0] == []
 
 
+class Dear(Erratic):
+    """Says of one answer at a time how right it is, as a model that judges."""
+
+    def rate(self, judged: Any) -> float:
+        raise AssertionError("asked")
+
+
 def test_a_metric_that_fails_leaves_out_the_row() -> None:
     rows = [{"s": "7"}, {"s": "seven"}]
     kept, dropped = run("verify", rows, metric=f"{__file__}:Erratic", answer="{s}", expected="x", at_least=5)
@@ -462,7 +472,10 @@ def test_a_word_error_rate_has_a_highest_value() -> None:
         ("ask", {"model": "m", "prompt": "p", "decoding": {"schema": {}, "regex": "a"}}, "give schema or regex"),
         ("ask", {"model": "m", "prompt": "p", "decoding": {"max_new_tokens": 0}}, "max_new_tokens is 0"),
         ("ask", {"model": "m", "prompt": "p", "decoding": {"top_p": 0.0}}, "top_p is 0"),
-        ("dialogue", {"roles": {"a": {"model": "m", "system": ""}}}, "roles: give two"),
+        ("dialogue", {"roles": {"a": ROLE}}, "roles: give two"),
+        ("dialogue", {"roles": dict.fromkeys("ab", ROLE), "turns": 3}, "turns is 3: the last .*; give 2 or 4"),
+        ("dialogue", {"roles": dict.fromkeys("abc", ROLE), "turns": 4}, "turns is 4: the last .*; give 3 or 5"),
+        ("verify", {"metric": f"{__file__}:Dear", "answer": "", "expected": "", "at_least": 1}, "asks a model; let"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused(kind: str, options: dict[str, Any], told: str) -> None:

@@ -62,10 +62,10 @@ class Metric(Protocol):
     this is told before the model answers. A class that says `needs = "likelihoods"` gets answers with `likelihoods`.
     One that says `rates_each = True` has as its first number over one question how right that answer is, from 0 to 1;
     it is also shown what the most frequent answer would get. One with a method `rate(judged)` says this of a question
-    where it is dear, and `parallel` threads may call it at a time. One that says `share = NAME` has as that number the
-    mean over the questions of one from 0 to 1; it has an interval where all answers are right, or all wrong, too. One
-    with a method `check_questions(judged)` raises ValueError there for questions that it can rate no answer to; before
-    a roll-out it is shown all of them, with the expected answers."""
+    where it is dear. `parallel` threads may rate at a time. One that says `share = NAME` has as that number the mean
+    over the questions of one from 0 to 1; it has an interval where all answers are right, or all wrong, too. One with a
+    method `check_questions(judged)` raises ValueError there for questions that it can rate no answer to; before a
+    roll-out it is shown all of them, with the expected answers."""
 
     config_type: type
 

@@ -86,7 +86,8 @@ class JudgeModel(Counted):
             given = list(threads.map(self.ask, new.values()))
         self.scores.update(zip(new, given, strict=True))
         if missing := [each for each in given if isinstance(each, NoScore)]:
-            warn(f"judge: {len(missing)} of {len(given)} answers have no score; the first: {missing[0]}")
+            told = f"{len(missing)} of {len(given)} answers have no score; the first: {missing[0]}"
+            warn(f"judge: {told}; --rescore asks again")
         found = [self.scores[item.id, item.answer] for item in judged]
         return np.array([(0.0, 0, 1) if isinstance(each, NoScore) else (each, 1, 0) for each in found])
 
@@ -114,7 +115,7 @@ class JudgeModel(Counted):
             **config.more,
         }
         if self.silent >= _MAX_SILENT:
-            return NoScore(f"not asked, as {config.url} was silent for {self.silent} others; --rescore asks again")
+            return NoScore(f"not asked, as {config.url} was silent for {self.silent} others")
         try:
             reply = self.server.complete(body)
             self.silent = 0

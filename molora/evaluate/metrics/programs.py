@@ -43,6 +43,7 @@ class UnitTests(Mean):
 
     def __init__(self, config: UnitTestsConfig) -> None:
         self.limits = config.limits()
+        self.parallel = os.cpu_count() or 1
         self.known: dict[tuple[str, str], bool] = {}
         try:
             run_program("", self.limits)
@@ -50,7 +51,7 @@ class UnitTests(Mean):
             raise ValueError(f"unit tests cannot be run safely here: {error}") from error
 
     def values(self, judged: Sequence[Judged]) -> list[float]:
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
+        with ThreadPoolExecutor(self.parallel) as threads:
             return [float(passed) for passed in threads.map(self.passes, judged)]
 
     def passes(self, item: Judged) -> bool:

@@ -131,8 +131,9 @@ class RoleConfig:
 class DialogueConfig:
     """`roles` by name take turns, in the order in which they stand, `turns` in all. The first says `opening`, a
     template, if there is one, which counts as a turn. Each role sees what the others say as what a user says. The
-    conversation becomes the column `into`, messages of a user, who is the first role, and an assistant; with more than
-    two roles what the others say stands behind their names. A row of which a turn cannot be used is dropped."""
+    conversation becomes the column `into`, messages of a user, who is the first role, and an assistant, who has the
+    last turn; with more than two roles what the others say stands behind their names. A row of which a turn cannot be
+    used is dropped."""
 
     roles: dict[str, RoleConfig]
     turns: int = 4
@@ -145,6 +146,11 @@ class DialogueConfig:
         require(self, 2, "turns")
         if len(self.roles) < 2:
             raise ConfigError("roles: give two at least, in the order in which they speak")
+        if self.turns % len(self.roles) == 1:
+            raise ConfigError(
+                f"turns is {self.turns}: the last would be the user's, which nothing answers; give {self.turns - 1} or "
+                f"{self.turns + 1}"
+            )
 
 
 @dataclass

@@ -85,7 +85,8 @@ class VerifyConfig:
     """`metric` rates `answer` against `expected`, both templates, or against each text of the list in the column
     `answers`: a metric's name, or a name with options. Its first number becomes the column `into`, and the row stays if
     that is `at_least` and `at_most` what they say; give one at least. A row that the metric cannot rate is dropped: a
-    metric of multiple choice needs the columns `choices` and `choice`, the number of the right one from 0."""
+    metric of multiple choice needs the columns `choices` and `choice`, the number of the right one from 0. A model
+    that judges is no metric here, as its answers would not be kept: it is an `ask` step."""
 
     metric: Named
     answer: str
@@ -115,6 +116,9 @@ class Verify(RowByRow):
         self.metric: Any = metric
         if getattr(metric, "needs", None):
             raise ConfigError(f"metric: {config.metric!r} rates an answer by more than its text")
+        if hasattr(metric, "rate"):  # what a server answers must be kept, and counted in the budget
+            told = "asks a model; let an `ask` step ask it, and a `filter` behind that decide"
+            raise ConfigError(f"metric: {config.metric!r:.80} {told}")
         self.answer = Text(config.answer, "answer")
         self.expected = None if config.expected is None else Text(config.expected, "expected")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from molora.data.speech import HELD_OUT_VOICES, TRAINING_VOICES, clip, draw_utterance
+from molora.data.speech import HELD_OUT_VOICES, TRAINING_VOICES, check_extra, clip, draw_utterance
 from molora.synthetic.rows import Dropped, Row, RowByRow, Text, Work
 
 
@@ -31,6 +31,7 @@ class Speak(RowByRow):
     config_type = SpeakConfig
 
     def __init__(self, config: SpeakConfig) -> None:
+        check_extra()
         self.config = config
         self.text = Text(config.text, "text")
         self.folder = Path(config.folder).absolute()
