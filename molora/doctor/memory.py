@@ -41,17 +41,21 @@ _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 @dataclass(frozen=True)
 class Device:
-    """A device, what is free of its memory, and how much it has."""
+    """A device, what is free of its memory, how much it has, and how many processes share it."""
 
     name: str
     free_bytes: int
     num_bytes: int
+    processes: int = 1
+
+    def holds(self, needed: MemoryNeeds) -> bool:
+        return self.processes * needed.given_bytes <= self.free_bytes
 
 
-def devices(kind: str) -> list[Device]:
-    """This machine's devices of a kind, "cuda" or "cpu"."""
+def devices(kind: str, processes: int = 1) -> list[Device]:
+    """This machine's devices of a kind, "cuda" or "cpu", for so many processes, which share a CPU."""
     if kind == "cpu":
-        return [Device("CPU", free_bytes(torch.device("cpu")), psutil.virtual_memory().total)]
+        return [Device("CPU", free_bytes(torch.device("cpu")), psutil.virtual_memory().total, processes)]
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return [Device(f"GPU {i}, {name}", *torch.cuda.mem_get_info(i)) for i, name in enumerate(names)]
 
@@ -83,10 +87,10 @@ def show(needed: MemoryNeeds, there: Iterable[Device], processes: int = 1) -> No
     if processes > 1:
         told += f", by each of {processes} processes"
     for device in there:
-        fits = needed.given_bytes <= device.free_bytes
-        verdict = styled("it fits", "green") if fits else styled("it does not fit", "red")
+        verdict = styled("it fits", "green") if device.holds(needed) else styled("it does not fit", "red")
+        all_of_it = f"{amount(device.processes * needed.given_bytes)} in all, " if device.processes > 1 else ""
         has = f"{amount(device.free_bytes)} free of {amount(device.num_bytes)}"
-        say(f"{device.name}: ", verdict, f", {told}, {has}")
+        say(f"{device.name}: ", verdict, f", {told}, {all_of_it}{has}")
     on_card = needed.given_bytes - (needed.process.num_bytes if needed.process else 0)
     say(f"Graphics cards: {cards_for(on_card)}.")
     for stage in needed.work:
@@ -170,9 +174,9 @@ def main(
     if kind == "cpu" and device_memory_gib is None:
         needed = replace(needed, process=Need("Python", libraries, "the interpreter and its libraries"))
     if device_memory_gib is None:
-        there = devices(kind)
+        there = devices(kind, processes)
     else:
         size = int(device_memory_gib * 2**30)
         there = [Device(f"a device of {device_memory_gib:g} GiB", size, size)]
     show(needed, there, processes)
-    return int(needed.given_bytes > there[0].free_bytes)
+    return int(not there[0].holds(needed))

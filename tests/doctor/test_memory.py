@@ -803,6 +803,10 @@ def test_the_table_fits_in_80_columns_and_says_whether_it_fits(
     assert "logits 0 none at the fullest moment total 5.5 GiB with the weights" in words
     assert "and more: it fits, 5.5 GiB needed, 6.0 GiB free of 8.0 GiB" in words
     assert "CPU: it does not fit, 5.5 GiB needed, 1.0 GiB free of 2.0 GiB" in words
+    for processes, fits in ((2, "it fits"), (3, "it does not fit")):
+        show(needed, [Device("CPU", 12 * 2**30, 16 * 2**30, processes)], processes)
+        told = f"CPU: {fits}, 5.5 GiB needed, by each of {processes} processes, {5.5 * processes} GiB in all, 12.0 GiB"
+        assert told in " ".join(capsys.readouterr().out.split())
     assert "Graphics cards: one of 24 GB (L4, RTX 4090) holds it and larger ones, up to 192 GB." in words
     assert "Stage [align]: 6,000 steps of 0.4 TFLOP. On this CPU about" in words
     assert "a step on L4 8.3 ms, A100 3.2 ms, H100 1.0 ms, B200 444 µs." in words
