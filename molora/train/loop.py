@@ -263,7 +263,7 @@ class _Run:
 
     def _asked_to_stop(self) -> int:
         """The signal that asked a rank to stop, the same on every rank; 0 if none did."""
-        return next((number for number in self.ranks.gather([self.interrupt.number]) if number), 0)
+        return next(filter(None, self.ranks.gather([self.interrupt.number])), 0)
 
     def stop_if_asked(self) -> None:
         """Raises Stopped if a signal asked for it."""
@@ -367,19 +367,23 @@ class _Run:
 
     def _evaluate(self, name: str, config: EvaluationConfig) -> tuple[dict[str, Any], str | None]:
         """An evaluation's row of the log; and what was wrong, the same on every rank."""
-        fault, evaluation, judged, results = None, None, [], {}
+        left, fault, evaluation, judged, results = 0, None, None, [], {}
         loaded = LoadedModel(self.model, self.processor)
 
         def stop_if_asked() -> None:
-            if self.interrupt.number and self.ranks.count == 1:
-                self._stop(self.interrupt.number)
+            if self.interrupt.number:
+                raise Stopped("", self.interrupt.number)
 
         with self.model.backbone.passes_at_will():
             try:
                 evaluation = Evaluation(name, config)
                 judged = evaluation.run(loaded, self.bars, shard=self.ranks.shard, before_each=stop_if_asked)
+            except Stopped as stopped:
+                left = stopped.number
             except Exception as error:  # whatever an evaluation does wrong, the training goes on
                 fault = f"{type(error).__name__}: {error}"
+        if number := next(filter(None, self.ranks.gather([left])), 0):
+            self._stop(number)
         faults = [other for other in self.ranks.gather([fault]) if other is not None]
         if evaluation is not None and not faults:
             everyone = sorted(self.ranks.gather(judged), key=lambda item: item.row)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,15 @@ import pytest
 import torch
 
 from molora.checkpoint.opening import open_model
-from molora.config import ConfigError, dump
+from molora.config import ConfigError, dump, read
 from molora.doctor.dry_run import on_meta
 from molora.doctor.needs import gathered, weights
+from molora.evaluate.judge import Evaluation
+from molora.interrupt import Stopped
 from molora.ranks import Ranks, launched_ranks
 from molora.train.loop import train
 from molora.train.optim import PartConfig, set_trainable
-from molora.train.recipe import plan_recipe
+from molora.train.recipe import Recipe, plan_recipe
 from molora.train.step import train_step
 from tests.doctor.test_memory import most_allocated
 from tests.train.test_train import FORKS, constant, environments, in_processes, outcome, recipe, write_home
@@ -118,6 +122,48 @@ def test_every_assignment_of_modalities_to_two_ranks_trains_as_one_process(tmp_p
         for assigned, rows in expected.items():
             for step, row in enumerate(rows):
                 assert ours[assigned][step] == pytest.approx(row, rel=1e-5, abs=1e-5), f"{assigned}, step {step}"
+
+
+def as_rank_that_is_stopped(environment: dict[str, str], path: Path) -> None:
+    """Trains; the second rank gets a signal when it has an answer of the first evaluation."""
+    torch.set_num_threads(1)
+    os.environ.update(environment)
+    answered = Evaluation.run
+
+    def signalled(*given: Any, before_each: Callable[[], None], **more: Any) -> Any:
+        def note() -> None:
+            if environment["RANK"] == "1":
+                signal.raise_signal(signal.SIGTERM)
+            before_each()
+
+        return answered(*given, before_each=note, **more)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(Evaluation, "run", signalled)
+        train(read(Recipe, path), show=False)
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+def test_a_signal_to_one_rank_ends_an_evaluation_of_all(tmp_path: Path, sharded: bool) -> None:
+    home = write_home(tmp_path)
+    for name in ("straight", "stopped"):
+        (tmp_path / name).mkdir()
+        config = recipe(home, tmp_path / name / "run", shard_backbone=sharded)
+        (tmp_path / name / "recipe.yaml").write_text(dump(config))
+    path = tmp_path / "stopped/recipe.yaml"
+    ranks = [FORKS.Process(target=as_rank_that_is_stopped, args=(each, path)) for each in environments(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+        assert rank.exitcode == 0
+    log = (path.parent / "run/metrics.jsonl").read_text()
+    assert "samples_digest" in log and "rows/exact_match" not in log
+    in_processes(path)
+    in_processes(tmp_path / "straight/recipe.yaml")
+    ours, expected = outcome(path.parent / "run"), outcome(tmp_path / "straight/run")
+    for key in expected:
+        assert ours[key] == expected[key], key
 
 
 def test_a_run_of_two_ranks_goes_on_in_one_process_where_that_is_allowed(tmp_path: Path) -> None:
