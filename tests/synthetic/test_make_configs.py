@@ -196,3 +196,54 @@ def test_what_the_page_shows_runs(url: str, tmp_path: Path, monkeypatch: pytest.
     assert told <= {*re.findall(r"`(\w+)`", page)}, "every built-in step is on the page"
     configs = {path.name for path in FOLDER.glob("*.yaml")}
     assert configs == {*re.findall(r"^\| `(\w+\.yaml)`", page, re.MULTILINE)}
+
+
+# A row of each dataset of the hub that the page names, with the columns that it has there.
+PUBLISHED: dict[tuple[str, ...], dict[str, Any]] = {
+    ("wikimedia/wikipedia", "20231101.simple"): {"id": "1", "url": "u", "title": "t", "text": " ".join(FACTS)},
+    ("openai/gsm8k", "main"): {"question": FACTS[0], "answer": "It is <<2+2=4>>4.\n#### 4"},
+    ("databricks/databricks-dolly-15k",): {
+        "instruction": FACTS[0],
+        "context": "",
+        "response": FACTS[1],
+        "category": "open_qa",
+    },
+    ("sentence-transformers/coco-captions", "pair"): {"caption1": FACTS[0], "caption2": FACTS[1]},
+    ("google-research-datasets/mbpp", "full"): {
+        "task_id": 1,
+        "text": "Write a function that adds 2.",
+        "code": "",
+        "test_list": ["assert add_2(1) == 3", "assert add_2(2) == 4"],
+        "test_setup_code": "",
+        "challenge_test_list": [],
+    },
+}
+
+
+def test_the_script_on_the_page_makes_the_tables_that_the_configs_read(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("sacrebleu")
+    page = (FOLDER.parents[1] / "docs" / "how_to" / "make_data.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r'^```python title="tables.py"\n(.*?)^```$', page, re.DOTALL | re.MULTILINE)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, split: [PUBLISHED[names]])
+    monkeypatch.chdir(tmp_path)
+    exec(script, {})
+    read: dict[str, list[dict[str, Any]]] = {}
+    for name in CONFIGS:
+        try:
+            workflow = opened(
+                name,
+                tmp_path / "data",
+                "models.writer.local=null",
+                f"models.writer.server={{url: '{url}', model: m}}",
+            )
+        except ConfigError:
+            skip_without_sandbox(name)
+            raise
+        read[name] = [row.columns for row in workflow.steps[0].run([], None)]
+        assert len(read[name]) == 1 and all(read[name][0].values()), name
+    assert read["rewriting"][0]["text"] == " ".join(FACTS)
+    assert read["reasoning_chains"] == [{"question": FACTS[0], "final": "4"}]
+    assert read["code_round_trip"][0]["test"] == "assert add_2(1) == 3\nassert add_2(2) == 4"
