@@ -102,9 +102,9 @@ def preference_step(
     clock.to("loading")
     answers = {answer.id: answer for pair in pairs for answer in pair}
     in_common = {other.id: _shared(model, (one, other))[1][1] for one, other in pairs}
-    packs = [
+    packs = [  # those that train first, as both of their forwards begin with the same state of the generator
         replace(pack.to(model.device), shared=_shared(model, [answers[id] for id in pack.ids]))
-        for trains in (False, True)
+        for trains in (True, False)
         for pack in processor.packs(
             [each for each in answers.values() if model.trains(each.modalities) == trains], tokens_per_pack, in_common
         )

@@ -25,8 +25,8 @@ from molora.interrupt import Interrupt, Stopped
 from molora.model.backbone import Backbone
 from molora.model.identity import Identity
 from molora.model.lora import lora_config
-from molora.model.molora import MoLoRA
-from molora.pack import Sample
+from molora.model.molora import Losses, MoLoRA
+from molora.pack import Pack, Sample
 from molora.routers.table import TableConfig, TableRouter
 from molora.testing import Letters, Numbers, assert_close, byte_tokenizer, save_backbone, tiny_model
 from molora.testing.tiny import NumbersConfig
@@ -43,12 +43,13 @@ FAMILY = "llama"
 ANSWERS = (("yes, it is", "no"), ("four", "five, or six"), ("a cat", "some dog or other"), ("b", "cc"))
 
 
-def make_model(rules: dict[str, str | None] | None = None) -> MoLoRA:
+def make_model(rules: dict[str, str | None] | None = None, dropout: float = 0.0) -> MoLoRA:
     modalities: dict[str, Any] = {
         "numbers": Numbers("numbers", NumbersConfig()),
         "letters": Letters("letters", NumbersConfig()),
     }
-    adapters = {name: lora_config({"r": 4, "lora_alpha": 8, "target_modules": TARGETS}, name) for name in modalities}
+    options = {"r": 4, "lora_alpha": 8, "lora_dropout": dropout, "target_modules": TARGETS}
+    adapters = {name: lora_config(options, name) for name in modalities}
     backbone = Backbone(tiny_model(FAMILY), Identity("test", "", "", "", ""))
     return MoLoRA(backbone, modalities, adapters, TableRouter([*modalities], TableConfig(rules or {})))
 
@@ -248,6 +249,32 @@ def test_the_update_is_the_same_in_any_packs(loss: str) -> None:
     for tokens in (max(len(each) for pair in pairs for each in (pair, pair.rejected) if each), 150):
         other, apart = gradients_of(model, pairs, config, reference, tokens)
         assert_same_update((other, apart), (row, found))
+
+
+def test_both_forwards_drop_out_the_same_and_the_reference_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also beside pairs of an adapter that drops out and does not train."""
+    model = make_model(dropout=0.5)
+    trained(model, ["adapters.numbers"])
+    randomise(model, 1)
+    found: dict[str, dict[str, float]] = {"reference": {}, "first": {}, "second": {}}
+    losses = MoLoRA.losses
+
+    def noted(model: MoLoRA, pack: Pack) -> Losses:
+        result = losses(model, pack)
+        forward = "second" if torch.is_grad_enabled() else "first" if model.training else "reference"
+        found[forward] |= dict(zip(pack.ids, result.sums_N.tolist(), strict=True))
+        return result
+
+    monkeypatch.setattr(MoLoRA, "losses", noted)
+    pairs = make_pairs(model, ["numbers", "letters"], 8)
+    gradients_of(model, pairs, PreferenceConfig(), Reference(model), 150)
+    learned = [id for pair in pairs if pair.modalities == {"numbers"} for id in (pair.id, f"{pair.id}, rejected")]
+    assert found["second"] == pytest.approx({id: found["first"][id] for id in learned}, rel=1e-5)
+    assert found["first"] != pytest.approx(found["reference"], rel=1e-2)
+    model.eval()
+    answers = [answer for pair in pairs for answer in (pair, pair.rejected) if answer is not None]
+    bare = {each.id: losses(model, processor_of(model).collate([each])).sums_N.item() for each in answers}
+    assert found["reference"] == pytest.approx(bare, rel=1e-5)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
