@@ -177,8 +177,9 @@ def _apo_down(scores: Scores, config: PreferenceConfig) -> Tensor:
 def _discopop(scores: Scores, config: PreferenceConfig) -> Tensor:
     """arXiv 2406.08414, equation 5: between the logistic and the exponential loss, by how sure the model is."""
     rewards = config.beta * (scores.won - scores.lost)
-    share = torch.sigmoid(rewards / config.discopop_temperature)
-    return -F.logsigmoid(rewards) * (1 - share) + torch.exp(-rewards) * share
+    log_share = F.logsigmoid(rewards / config.discopop_temperature)
+    # The sum in the exponent stays small where the exponential by itself is infinite and the share is 0.
+    return -F.logsigmoid(rewards) * (1 - log_share.exp()) + torch.exp(log_share - rewards)
 
 
 def _sft(scores: Scores, config: PreferenceConfig) -> Tensor:
@@ -188,9 +189,13 @@ def _sft(scores: Scores, config: PreferenceConfig) -> Tensor:
 
 def _odds_ratio(scores: Scores, config: PreferenceConfig) -> Tensor:
     """arXiv 2403.07691, by means over tokens."""
+    # Log-probabilities are found in fp32, where a sure answer has 0: infinite odds, and slopes of 0 times infinity.
+    highest = -torch.finfo(torch.float32).eps
 
     def log_odds(log_probabilities: Tensor) -> Tensor:
-        return log_probabilities - torch.log1p(-log_probabilities.exp())
+        # Slopes pass as if nothing were cut off, so that a rejected answer that is sure is still learned from.
+        below_0 = log_probabilities + (log_probabilities.clamp(max=highest) - log_probabilities).detach()
+        return below_0 - torch.log1p(-below_0.exp())
 
     return -F.logsigmoid(log_odds(scores.chosen) - log_odds(scores.rejected))
 

@@ -33,7 +33,7 @@ from molora.testing.tiny import NumbersConfig
 from molora.train.loop import train
 from molora.train.optim import PartConfig, set_trainable
 from molora.train.preference import Reference, preference_step
-from molora.train.preference_losses import LOSSES, PreferenceConfig
+from molora.train.preference_losses import LOSSES, PreferenceConfig, Scores, preference_losses
 from molora.train.recipe import Recipe
 from tests.train.test_train import in_processes, outcome_in_spite_of_kills
 
@@ -231,6 +231,42 @@ def test_orpo_and_simpo_are_what_their_papers_say() -> None:
     config = PreferenceConfig(losses={"sft": 1.0, "odds_ratio": 0.1}, reference=False)
     row, _ = gradients_of(model, pairs, config, None)
     assert row["loss/numbers"] == pytest.approx(float(learned + 0.1 * ratio), rel=1e-5)
+
+
+# The ends of the numbers ----------------------------------------------------------------------------------------------
+
+
+def all_scores_of(*log_probabilities: float) -> tuple[Scores, list[Tensor]]:
+    """All pairs of answers, and of the reference's, with these log-probabilities; and those of the model's answers."""
+    values = torch.tensor(log_probabilities, dtype=torch.float64)
+    chosen, rejected, *theirs = (each.clone() for each in torch.cartesian_prod(*[values] * 4).unbind(1))
+    ours = [chosen.requires_grad_(True), rejected.requires_grad_(True)]
+    tokens = torch.ones_like(chosen)
+    return Scores(chosen, rejected, theirs[0], theirs[1], tokens, tokens), ours
+
+
+@pytest.mark.parametrize("beta", [0.1, 2.0])
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_and_slopes_are_finite_for_answers_that_are_certain_or_impossible(name: str, beta: float) -> None:
+    """Also where the reference is sure of the contrary."""
+    scores, ours = all_scores_of(0.0, -1e-8, -1.0, -1e4)
+    losses_P = preference_losses(scores, PreferenceConfig(losses={name: 1.0}, beta=beta, label_smoothing=0.01))
+    assert losses_P.isfinite().all()
+    slopes = torch.autograd.grad(losses_P.sum(), ours, materialize_grads=True)
+    assert all(each.isfinite().all() for each in slopes)
+
+
+@pytest.mark.parametrize("rejected", [-3.0, -1.0, -0.1])
+def test_the_odds_ratio_of_a_certain_answer_has_the_slope_of_one_that_is_nearly_certain(rejected: float) -> None:
+    """Which tends to the odds of the rejected answer."""
+    for chosen in (0.0, -1e-8, -1e-5):
+        ours = torch.tensor([chosen], dtype=torch.float64, requires_grad=True)
+        theirs, one = torch.full_like(ours, rejected), torch.ones_like(ours)
+        scores = Scores(ours, theirs, one, one, one, one)
+        losses_P = preference_losses(scores, PreferenceConfig(losses={"odds_ratio": 1.0}))
+        (slope,) = torch.autograd.grad(losses_P.sum(), ours)
+        odds = math.exp(rejected) / (1 - math.exp(rejected))
+        assert slope.item() == pytest.approx(-odds, rel=1e-3)
 
 
 # Packs, groups and references -----------------------------------------------------------------------------------------
