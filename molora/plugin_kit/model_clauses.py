@@ -18,7 +18,7 @@ from molora.plugin_kit.under_test import MAX_TOKENS, OTHER, OWN, SEED, ModalityU
 from molora.plugins import find
 from molora.testing.side_effects import GENERATORS, Parts, fingerprint, forked, put_back, shared_state, spawned
 from molora.train.optim import PartConfig, set_trainable
-from molora.train.step import train_step
+from molora.train.step import TrainingError, train_step
 
 _RATE = 1e-2
 # Caches fill in the first rounds. What still grows in every later one is a leak, if it is more than the interpreter's
@@ -35,12 +35,17 @@ def training_step(tested: ModalityUnderTest) -> str:
     samples = [sample for kind in ("own", "others", "mixed") for sample in tested.samples(processor, kind)]
     parts = [f"encoders.{OWN}.{name}" for name in tested.trains] + [f"projectors.{OWN}", f"adapters.{OWN}"]
     optimizers = set_trainable(model, {part: PartConfig(learning_rate=_RATE) for part in parts}, 1, "conformance")
-    row = train_step(model.train(), processor, samples, MAX_TOKENS, optimizers)
-    tested.model, tested.processor = model.eval(), processor
-    if wild := [name for name in tested.trains if not model.get_parameter(f"encoders.{OWN}.{name}").isfinite().all()]:
-        wrong = f"after one training step the encoder's {some(wild)} is not finite"
+    try:
+        row = train_step(model.train(), processor, samples, MAX_TOKENS, optimizers)
+    except TrainingError as error:
+        gradients = {name: model.get_parameter(f"encoders.{OWN}.{name}").grad for name in tested.trains}
+        wild = [name for name, gradient in gradients.items() if gradient is not None and not gradient.isfinite().all()]
+        if not wild:
+            raise
+        wrong = f"in one training step the gradient of the encoder's {some(wild)} is not finite"
         advice = "look for roots, logarithms and divisions at 0, or set requires_grad to False in build_encoder"
-        raise Fault(f"{wrong}: forward has no finite gradient there; {advice}")
+        raise Fault(f"{wrong}; {advice}") from error
+    tested.model, tested.processor = model.eval(), processor
     return f"one step beside {OTHER} and text, loss {row[f'loss/{OWN}']:.2f}"
 
 

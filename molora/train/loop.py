@@ -303,10 +303,13 @@ class _Run:
             self.clock.to("encoding")
             samples = self.features.fill(samples)
         with_what = (self.model, self.processor, samples, stage.tokens_per_pack, self.optimizers)
-        if stage.objective == "preferences":
-            row = preference_step(*with_what, stage.preference, self.reference, self.ranks, self.clock)
-        else:
-            row = train_step(*with_what, self.ranks, self.clock, self.words)
+        try:
+            if stage.objective == "preferences":
+                row = preference_step(*with_what, stage.preference, self.reference, self.ranks, self.clock)
+            else:
+                row = train_step(*with_what, self.ranks, self.clock, self.words)
+        except TrainingError as error:
+            raise TrainingError(f"stage {stage.name}, step {self._steps_done() + 1}: {error}") from error
         ids = sorted(self.ranks.gather([sample.id for sample in samples]))
         row["samples"] = len(ids)
         row["samples_digest"] = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]

@@ -66,16 +66,20 @@ class PartOptimizer:
     def parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for _, parameters in self.groups for name, p in parameters.items()}
 
-    def step(self) -> tuple[float, float]:
-        """Clips, updates, clears the gradients; returns the gradient norm before clipping and the learning rate."""
-        parameters = list(self.parameters.values())
-        norm = nn.utils.clip_grad_norm_(parameters, min(config.max_gradient_norm for config, _ in self.groups))
+    def gradient_norm(self) -> Tensor:
+        """Of all gradients of the part together, on their device."""
+        return nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+
+    def step(self, norm: Tensor) -> float:
+        """Clips gradients that have this norm, updates, clears the gradients; returns the learning rate."""
+        highest = min(config.max_gradient_norm for config, _ in self.groups)
+        nn.utils.clip_grads_with_norm_(self.parameters.values(), highest, norm)
         for (config, _), group in zip(self.groups, self.optimizer.param_groups, strict=True):
             group["lr"] = learning_rate(config, self.steps_taken, self.total_steps)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps_taken += 1
-        return float(norm), self.optimizer.param_groups[0]["lr"]
+        return self.optimizer.param_groups[0]["lr"]
 
     def tensors(self) -> dict[str, Tensor]:
         """The optimiser's state by parameter name: `<name>.exp_avg`, `<name>.exp_avg_sq`, `<name>.step`."""

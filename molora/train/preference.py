@@ -117,7 +117,7 @@ def preference_step(
     ours, forward = _first_forward(model, packs)
     found = ranks.gather([_pair(one, other, ours, theirs) for one, other in pairs])
     row, slopes = _slopes(sorted(found, key=lambda pair: pair.id), config)
-    check_finite({key: value for key, value in row.items() if key.startswith("loss/")}, samples)
+    check_finite("loss", {key[5:]: value for key, value in row.items() if key.startswith("loss/")}, samples)
     counts = {name: row[f"pairs/{name}"] for name in {name_of(pair.modalities) for pair in found}}
     trained = [pack for pack in packs if model.trains(pack.modalities[0])]
     clock.to("forward")
@@ -131,7 +131,7 @@ def preference_step(
         clock.to("backward")
         loss.backward()
     present = frozenset().union(*(model.parts_of(pair.modalities) for pair in found))
-    return row | update(optimizers, present, ranks, clock)
+    return row | update(optimizers, present, samples, ranks, clock)
 
 
 def _encoded(model: MoLoRA, sample: Sample) -> tuple[Sample, Sample]:

@@ -77,36 +77,46 @@ def train_step(
             clock.to("loading")
     clock.to("other")
     means, shares = _results(done, targets, ranks)
-    check_finite({f"source {k}" if isinstance(k, str) else name_of(k): mean for k, mean in means.items()}, samples)
+    named = {f"source {key}" if isinstance(key, str) else name_of(key): mean for key, mean in means.items()}
+    check_finite("loss", named, samples)
     row: dict[str, Any] = {}
     for key, mean in means.items():
         of, name = ("source_", key) if isinstance(key, str) else ("", name_of(key))
         row[f"{of}loss/{name}"], row[f"{of}targets/{name}"] = mean, targets[key]
     row |= _mean_shares(ranks.gather(shares))
     present = frozenset().union(*(parts[group] for group in groups if targets[group]))
-    return row | update(optimizers, present, ranks, clock)
+    return row | update(optimizers, present, samples, ranks, clock)
 
 
 def update(
-    optimizers: Mapping[str, PartOptimizer], present: frozenset[str], ranks: Ranks, clock: PhaseClock
+    optimizers: Mapping[str, PartOptimizer],
+    present: frozenset[str],
+    samples: Sequence[Sample],
+    ranks: Ranks,
+    clock: PhaseClock,
 ) -> dict[str, float]:
-    """Steps the parts that a sample of any rank ran through (`present`); their gradient norms and learning rates."""
+    """Steps the parts that a sample of any rank ran through (`present`); their gradient norms and learning rates. If a
+    gradient of one is not finite, none is stepped."""
     row: dict[str, float] = {}
     clock.to("optimizer")
-    for part, optimizer in optimizers.items():
-        if part in present:
-            _reduce_gradients(optimizer, ranks)
-            row[f"gradient_norm/{part}"], row[f"learning_rate/{part}"] = optimizer.step()
+    stepped = {part: optimizer for part, optimizer in optimizers.items() if part in present}
+    for optimizer in stepped.values():
+        _reduce_gradients(optimizer, ranks)
+    norms = {part: optimizer.gradient_norm() for part, optimizer in stepped.items()}
+    values = {part: norm.item() for part, norm in norms.items()}  # read once all are under way
+    check_finite("gradient norm", values, samples)
+    for part, optimizer in stepped.items():
+        row[f"gradient_norm/{part}"], row[f"learning_rate/{part}"] = values[part], optimizer.step(norms[part])
     clock.to("other")
     return row
 
 
-def check_finite(losses: Mapping[str, float], samples: Sequence[Sample]) -> None:
-    """Raises TrainingError for a step's losses, by what they are of, that are no numbers."""
-    if not all(map(math.isfinite, losses.values())):
-        ids = ", ".join(sample.id for sample in samples[:4])
-        told = f"the loss is not finite ({dict(losses)}); stopped before the optimiser"
-        raise TrainingError(f"{told}. The step's samples: {ids}, …")
+def check_finite(what: str, values: Mapping[str, float], samples: Sequence[Sample]) -> None:
+    """Raises TrainingError for a step's losses or gradient norms (`what`), by what they are of, that are no numbers."""
+    if wrong := {name: value for name, value in values.items() if not math.isfinite(value)}:
+        ids = ", ".join(sample.id for sample in samples[:4]) + (", …" if len(samples) > 4 else "")
+        told = f"the {what} is not finite ({wrong}); stopped before the optimiser"
+        raise TrainingError(f"{told}. Lower the learning rate, or see what is odd in the step's samples: {ids}")
 
 
 def source_of(id: str) -> str | None:

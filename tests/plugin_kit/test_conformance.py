@@ -95,7 +95,7 @@ BROKEN: list[tuple[str, ...]] = [
     ("ReversesItsFrames", "batch invariance", "other frames in a batch of all parts than alone"),
     ("MeanOverTheBatchInTraining", "batch invariance in training", "forward in train mode gives part 0 other frames"),
     ("BatchStatistics", "batch invariance in training", "forward in train mode changes norm.running_mean"),
-    ("GradientIsNotFinite", "training step", "embed.weight, embed.bias, mix.weight and 3 more is not finite"),
+    ("GradientIsNotFinite", "training step", "the encoder's embed.weight, embed.bias, mix.weight and 3 more is not"),
     ("RegistersTwice", "own weights", "registers one tensor as embed.weight and as again.weight"),
     ("SharesTheEmbedding", "own weights", "the encoder's table is the model's own backbone.model.model.embed_tokens"),
     ("IdleParameter", "gradients", "2 of 8 parameters get no gradient (head.weight, head.bias)"),

@@ -35,6 +35,7 @@ from molora.train.optim import PartConfig, set_trainable
 from molora.train.preference import Reference, preference_step
 from molora.train.preference_losses import LOSSES, PreferenceConfig, Scores, preference_losses
 from molora.train.recipe import Recipe
+from molora.train.step import TrainingError, train_step
 from tests.train.test_train import in_processes, outcome_in_spite_of_kills
 
 TARGETS = ["o_proj", "down_proj"]
@@ -390,6 +391,25 @@ def test_preferences_are_learned_and_the_reference_stays() -> None:
     assert rows[-1]["loss/numbers"] < rows[0]["loss/numbers"] - 0.01 and rows[-1]["accuracy/numbers"] == 1
     assert rows[-1]["reward_chosen/numbers"] > rows[-1]["reward_rejected/numbers"]
     assert all(torch.equal(before[name], tensor) for name, tensor in reference.tensors.items())
+
+
+@pytest.mark.parametrize("objective", ["answers", "preferences"])
+def test_a_gradient_that_is_not_finite_stops_before_any_part_is_changed(objective: str) -> None:
+    model = make_model()
+    optimizers = trained(model)
+    randomise(model, 1)
+    parameters = {f"{part}.{key}": p for part, ps in model.parts().items() for key, p in ps.items()}
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    _, last = max((name, p) for name, p in parameters.items() if name.startswith("adapters.letters"))
+    last.register_hook(lambda gradient: gradient * math.nan)
+    pairs = make_pairs(model, ["numbers", "letters"])
+    with_what = (model.train(), processor_of(model), pairs, 4096, optimizers)
+    with pytest.raises(TrainingError, match=r"the gradient norm is not finite \({'adapters.letters': nan}\); stopped"):
+        if objective == "preferences":
+            preference_step(*with_what, PreferenceConfig(), None)
+        else:
+            train_step(*with_what)
+    assert all(torch.equal(before[name], parameter) for name, parameter in parameters.items())
 
 
 # Recipes ----------------------------------------------------------------------------------------------------------
