@@ -42,6 +42,9 @@ def test_the_job_for_kubernetes_starts_what_there_is() -> None:
     assert given.rdzv_endpoint == f"{host}:29500" and service["metadata"]["name"] == host.partition(".")[2]
     volumes = {volume["name"] for volume in job["spec"]["template"]["spec"]["volumes"]}
     assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+    dockerfile = (CLUSTER.parents[1] / "Dockerfile").read_text()
+    assert f"docker build --target cuda --tag {container['image']} ." in dockerfile
+    assert f"--uid {job['spec']['template']['spec']['securityContext']['fsGroup']} " in dockerfile
 
 
 def test_the_script_for_slurm_is_bash_without_a_mistake() -> None:
