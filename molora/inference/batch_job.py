@@ -119,7 +119,9 @@ def answer_batch(config: BatchConfig, trust: Sequence[str] = ()) -> BatchDone:
         told = f"output {output}: no folder can be made there ({error.strerror})"
         raise ConfigError(f"{told}; give a place that can be written") from error
     with hold(output):
-        _keep_to_one_job(config, source, output / "batch.json")
+        _keep_to_one_job(config, source, output / "_batch.json")
+        for note in output.glob("_tried-*.json"):  # of a call that was stopped, which no row is to blame for
+            note.unlink()
         left = list(_left(total, config.rows_per_block, output))
         if config.retry_failed:
             left += [range(*_rows_of(path)) for path in _files(output) if _has_errors(path)]
@@ -229,13 +231,13 @@ class _Answering:
         """Writes the answers to the rows of a block, but those that it has already; returns how many rows there are.
 
         A row may end the process, as when memory runs out. What is tried is noted beside the answers, so that the next
-        process finds the row, and leaves it with an error in the end."""
+        process of this call finds the row, and leaves it with an error in the end."""
         rows = range(int(block["begin"][0]), int(block["end"][0]))
         path = self.output / f"{rows.start:012}-{rows.stop:012}.{self.config.format}"
         kept = _read(path).to_pylist() if path.exists() else []
         found = {row["row"]: row for row in kept if row["error"] is None}
         left = [number for number in rows if number not in found]
-        note = self.output / f"tried-{path.stem}.json"
+        note = self.output / f"_tried-{path.stem}.json"
         # Where a process died before: at all rows that were left (-1), or at one.
         died_at = read_json(note)["at"] if note.exists() else []
         together = len(died_at) < _TRIES_TOGETHER

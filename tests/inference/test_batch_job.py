@@ -30,6 +30,7 @@ from molora.inference.batch_job import BatchConfig, answer_batch
 from molora.testing import save_backbone
 
 pytest.importorskip("ray.data")
+read_table = pytest.importorskip("pyarrow.parquet").read_table
 pytestmark = pytest.mark.filterwarnings("ignore")  # what Ray has to say
 
 ROWS = int(os.environ.get("ROWS", 240))
@@ -65,8 +66,6 @@ def save_numbers(home: Path, folder: Path, more: float = 0.0) -> Path:
 
 
 def answers_in(folder: Path) -> dict[int, dict[str, Any]]:
-    from pyarrow.parquet import read_table
-
     rows = [row for path in folder.glob("*.parquet") for row in read_table(path).to_pylist()]
     rows += [json.loads(line) for path in folder.glob("*.jsonl") for line in path.read_text().splitlines()]
     assert len({row["row"] for row in rows}) == len(rows), "a row is answered twice"
@@ -141,6 +140,7 @@ def test_every_row_is_answered_once_though_actors_and_the_driver_are_killed(home
     print(f"{actors} actors and {drivers} drivers were killed; MB held: {', '.join(f'{each:.0f}' for each in held)}")
     assert drivers == DRIVERS and actors
     found, expected = answers_in(answers), of_one_process(home)
+    assert read_table(answers).num_rows == ROWS  # molora's own files there are no part of it
     assert len(found) == ROWS == len(expected)
     for number, row in enumerate(expected):
         del row["messages"]
@@ -168,7 +168,7 @@ def test_rows_that_fail_have_their_error_and_a_job_keeps_to_its_model(home: Path
     values = config(tmp_path, tmp_path / "job", model=str(home / "backbone"), format="jsonl")
     (tmp_path / "smell").write_text("of roses")
     (tmp_path / "job").mkdir()
-    (tmp_path / "job/batch.json").write_text("{}")  # of another job, which has left no answer
+    (tmp_path / "job/_batch.json").write_text("{}")  # of another job, which has left no answer
     done = answer_batch(build(BatchConfig, values, "test"))
     assert (done.rows, done.failed) == (4, 2)
     found = answers_in(done.folder)
@@ -199,8 +199,8 @@ def test_rows_that_fail_have_their_error_and_a_job_keeps_to_its_model(home: Path
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({**row, "id": "other"}) + "\n" for row in rows))
     with pytest.raises(ConfigError, match="has answers of another job: some_rows is .* there and .* here"):
         answer_batch(build(BatchConfig, values, "test"))
-    (tmp_path / "job/batch.json").unlink()
-    with pytest.raises(ConfigError, match=r"has answers, and no batch\.json that says of what"):
+    (tmp_path / "job/_batch.json").unlink()
+    with pytest.raises(ConfigError, match=r"has answers, and no _batch\.json that says of what"):
         answer_batch(build(BatchConfig, values, "test"))
 
 
@@ -252,7 +252,7 @@ def test_what_an_actor_fails_on_is_told_in_a_sentence(home: Path, tmp_path: Path
 
 
 SOURCE = """
-import os, signal
+import os, shutil, signal
 from pathlib import Path
 from molora.data.sources import Messages, MessagesConfig
 
@@ -261,6 +261,8 @@ class Ends(Messages):
 
     def __getitem__(self, row):
         if row == 2 and os.getpid() != int(Path(__file__).with_name("driver").read_text()):
+            for note in Path(__file__).parent.glob("job/_tried-*.json"):
+                shutil.copy(note, Path(__file__).with_name("stopped"))
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__getitem__(row)
 
@@ -278,17 +280,19 @@ class Raises(Messages):
 def test_a_row_that_ends_its_process_has_an_error_and_the_others_their_answers(home: Path, tmp_path: Path) -> None:
     (tmp_path / "driver").write_text(str(os.getpid()))
     (tmp_path / "source.py").write_text(SOURCE)
+    (tmp_path / "stopped").mkdir()
     lines = (home / "rows.jsonl").read_text().splitlines(keepends=True)[:5]
     (tmp_path / "rows.jsonl").write_text("".join(lines))
     rows = {"kind": f"{tmp_path / 'source.py'}:Ends", "options": {"path": str(tmp_path / "rows.jsonl")}}
     done = answer_batch(build(BatchConfig, config(home, tmp_path / "job", rows=rows, rows_per_block=4), "test"))
     assert (done.rows, done.failed) == (5, 1)
     assert done.first_error and done.first_error.startswith("the process died at this row, 2 times, as when memory")
-    plain = config(home, tmp_path / "plain", rows={**rows, "kind": "messages"})
-    answer_batch(build(BatchConfig, plain, "test"))
-    found, expected = answers_in(tmp_path / "job"), answers_in(tmp_path / "plain")
+    assert len(list((tmp_path / "stopped").glob("_tried-*"))) == 1  # what a job leaves that is stopped at row 2
+    plain = config(home, tmp_path / "stopped", rows={**rows, "kind": "messages"}, rows_per_block=4)
+    assert answer_batch(build(BatchConfig, plain, "test")).failed == 0
+    found, expected = answers_in(tmp_path / "job"), answers_in(tmp_path / "stopped")
     assert [found[number] for number in (0, 1, 3, 4)] == [expected[number] for number in (0, 1, 3, 4)]
-    assert not list((tmp_path / "job").glob("tried-*"))
+    assert not list(tmp_path.glob("*/_tried-*"))
     raises = config(home, tmp_path / "other", rows={**rows, "kind": f"{tmp_path / 'source.py'}:Raises"})
     with pytest.raises(RuntimeError, match="an actor fails: RuntimeError: the first line and the second; mend that"):
         answer_batch(build(BatchConfig, raises, "test"))
