@@ -76,7 +76,7 @@ def doctor(
         typer.Option(
             metavar="MODEL|CONFIG.yaml",
             help="Say instead how much memory this will need, before it starts. Settings of a recipe are its own, of a "
-            "model prompt_tokens, max_new_tokens, max_running_samples, kv_cache_gib and dtype.",
+            "model prompt_tokens, max_new_tokens, max_running_samples, kv_cache_gib, dtype and quantization.",
         ),
     ] = None,
     modality: options.Modalities = None,
