@@ -9,7 +9,7 @@ from molora.cli import options
 
 app = typer.Typer()
 
-# What a server with weights does; one that passes requests on leaves it to the server behind.
+# About reading media and answering, which a server that passes requests on leaves to the one behind.
 _WITH_WEIGHTS = (
     *("kv_cache_gib", "prefill_tokens", "max_new_tokens", "temperature", "media_processes", "media_seconds"),
     *("media_gib", "media_private_addresses", "deterministic_batch"),
@@ -126,5 +126,5 @@ def _check_alone(context: typer.Context) -> None:
     for name in _WITH_WEIGHTS:
         # As an enum of click, which typer has a copy of.
         if getattr(context.get_parameter_source(name), "name", None) == "COMMANDLINE":
-            told = f"--{name.replace('_', '-')} says how this server answers, and with --upstream another one does"
-            raise ConfigError(f"{told}; leave it out, or give that server a setting of the kind")
+            told = f"--{name.replace('_', '-')} is about reading media and answering"
+            raise ConfigError(f"{told}, which the server of --upstream does, by its own options; leave it out")

@@ -390,7 +390,7 @@ def test_a_server_behind_that_does_not_fit_is_refused(folders: Folders, monkeypa
         assert "401" in start(*folders.arguments, "--upstream", upstream.address)
         assert "404" in start(*model, "--upstream", upstream.address.removesuffix("/v1"))
         told = start(*model, "--upstream", upstream.address, "--temperature", "0.5")
-        assert told.startswith("--temperature says how this server answers")
+        assert told.startswith("--temperature is about reading media and answering, which the server of --upstream")
     assert "gives no answer" in start(*model, "--upstream", upstream.address)
     told = start(*model, "--upstream", upstream.address.replace("://", "://me:sesame@"))
     assert "holds a user name or a password" in told and "sesame" not in told
