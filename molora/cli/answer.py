@@ -54,6 +54,7 @@ def generate(
     from molora.inference.answers import answer_rows
     from molora.inference.generate import GenerationConfig
     from molora.inference.shards import merge_answers
+    from molora.synthetic.rated import drawn_by
     from molora.terminal import visible
 
     if (messages is None) != (output is None):
@@ -91,7 +92,8 @@ def generate(
         if merge is not None:
             whole = merge_answers(messages, output, merge)
         else:
-            whole = answer_rows(load, messages, output, config, shard=share, strict=strict)
+            drawn = drawn_by(model, modality or (), rule or (), config)
+            whole = answer_rows(load, messages, output, config, shard=share, strict=strict, drawn=drawn)
         raise typer.Exit(0 if whole else options.FAILED_ROWS)
     loaded = load()
     content = parts + ([{"type": "text", "text": prompt}] if prompt else [])

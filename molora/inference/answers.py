@@ -36,7 +36,7 @@ _Result = tuple[str, dict[str, Any], Exception | None]
 class AnswerFile:
     """Rows to answer, or whose answers are to be scored, and the file of what is found, which goes on where it stopped.
     `ids` are those of all rows, and `rows` are the rows that go into this file. A row that failed before is tried
-    again. `failed` names those that failed this time."""
+    again. `failed` names those that failed this time. Each row that is written has the `notes` too."""
 
     source: Messages
     output: Path
@@ -44,6 +44,7 @@ class AnswerFile:
     rows: range
     done: set[str]
     failed: list[str]
+    notes: Mapping[str, Any]
 
     @property
     def left(self) -> list[int]:
@@ -92,7 +93,7 @@ class AnswerFile:
         with appending(self.output) as write:
             for id, found, error in results(samples):
                 told = found if error is None else {"error": str(error)}
-                write({"id": id, "messages": messages.pop(id, None), **told})
+                write({"id": id, "messages": messages.pop(id, None), **told, **self.notes})
                 if error is None:
                     self.done.add(id)
                 else:
@@ -116,11 +117,13 @@ def answer_rows(
     *,
     shard: Shard = ALL_ROWS,
     strict: bool = False,
+    drawn: Mapping[str, Any] | None = None,
 ) -> bool:
     """Answers the rows of a file that have no answer yet, with a bar, and tells which failed. Returns whether none did.
     Raises what `answer_file` raises, before the model is loaded; with `strict` the error of the first row that fails,
     and Stopped after Ctrl-C, with all that was finished in the file."""
-    with answer_file(messages, output, shard=shard) as rows, progress() as bars, _telling_what_is_done(rows):
+    opened = answer_file(messages, output, shard=shard, drawn=drawn)
+    with opened as rows, progress() as bars, _telling_what_is_done(rows):
         loaded = load()
         bar = bars.add_task("generate", total=len(rows.rows), completed=len(rows.rows) - len(rows.left), note="")
         rows.fill(loaded, config, strict=strict, advance=lambda: bars.advance(bar))
@@ -158,21 +161,29 @@ def told_answer(answer: Answer) -> dict[str, Any]:
 
 
 @contextmanager
-def answer_file(messages: Path, output: Path, result: str = "answer", shard: Shard = ALL_ROWS) -> Iterator[AnswerFile]:
+def answer_file(
+    messages: Path,
+    output: Path,
+    result: str = "answer",
+    shard: Shard = ALL_ROWS,
+    drawn: Mapping[str, Any] | None = None,
+) -> Iterator[AnswerFile]:
     """Opens rows, and keeps other processes from the file of their answers, whose lines have the key `result`. The
-    answers to a `shard` of the rows go beside `output`. A half-written last line, left by a kill, is dropped. Raises
-    ConfigError for ids that are not unique, and for an output that is the input, cannot be written, holds anything but
-    answers, has those of another shard or to other messages, or is in use; it is left as it is then."""
+    answers to a `shard` of the rows go beside `output`. A half-written last line, left by a kill, is dropped. Each row
+    notes what answers depend on beside their messages, if that is given (`drawn`). Raises ConfigError for ids that are
+    not unique, and for an output that is the input, cannot be written, holds anything but answers, has those of another
+    shard, to other messages or drawn otherwise, or is in use; it is left as it is then."""
     source = Messages(MessagesConfig(path=str(messages)))
     ids = row_ids(source, messages)
     output = shard_file(output, shard)
     check_outputs(messages, {"output": output})
     with hold(output):
-        rows, done = shard.rows(len(ids)), answered_ids(output, result, _same_messages(source, ids, output))
+        rows = shard.rows(len(ids))
+        done = answered_ids(output, result, _same_question(source, ids, output, drawn or {}))
         if shard.count > 1 and (strays := done - {ids[row] for row in rows}):
             told = f"answers {min(strays)!r}, which is none of the rows of shard {shard} of {messages}"
             raise ConfigError(f"output {output}: {told}; give another --output, or take the file away")
-        yield AnswerFile(source, output, ids, rows, done, [])
+        yield AnswerFile(source, output, ids, rows, done, [], {} if drawn is None else {"drawn": drawn})
 
 
 def check_outputs(messages: Path, outputs: Mapping[str, Path | None]) -> None:
@@ -245,13 +256,19 @@ def _ids(source: Messages) -> list[str]:
     return [ids[row] for row in range(len(source))]
 
 
-def _same_messages(source: Messages, ids: Sequence[str], output: Path) -> Callable[[int, Mapping[str, Any]], None]:
-    """What `answered_ids` calls to raise ConfigError for an answer to other messages than its row has now."""
+def _same_question(
+    source: Messages, ids: Sequence[str], output: Path, drawn: Mapping[str, Any]
+) -> Callable[[int, Mapping[str, Any]], None]:
+    """What `answered_ids` calls to raise ConfigError for an answer to other messages than its row has now, or one that
+    notes that it was drawn otherwise."""
     rows = {id: row for row, id in enumerate(ids)} if output.exists() else {}
 
     def check(number: int, written: Mapping[str, Any]) -> None:
         if written["id"] in rows and not has_messages_of(source, rows[written["id"]], written):
             raise ConfigError(f"output {output}: {other_row_now(number, written['id'])}")
+        if differing := differences(written.get("drawn", drawn), drawn):
+            told = f"output {output}: line {number} was drawn otherwise: {'; '.join(differing)}"
+            raise ConfigError(f"{told}; give the same model and options, or another output")
 
     return check
 

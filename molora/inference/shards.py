@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from molora.config import ConfigError
 from molora.data.sources import Messages, MessagesConfig
-from molora.inference.answers import has_messages_of, row_ids, shard_file, written_row
+from molora.inference.answers import differences, has_messages_of, row_ids, shard_file, written_row
 from molora.shard import Shard, unmergeable
 from molora.storage import hold, write_atomically
 from molora.terminal import say, warn
@@ -26,15 +26,17 @@ class _Line(NamedTuple):
 def merge_answers(messages: Path, output: Path, count: int) -> bool:
     """Writes the answers that `count` shards have beside `output` into it, in the order of the rows. Returns whether no
     row failed. Raises ConfigError that names every shard that is missing, unfinished, in use, or has a row twice, one
-    of another shard or an answer to other messages, and for an output that is there already."""
+    of another shard, an answer to other messages or one of another model or settings than the first; and for an output
+    that is there already."""
     if output.exists():
         raise ConfigError(f"output {output}: is there already, and merging would replace it; take it away first")
     source = Messages(MessagesConfig(path=str(messages)))
     ids = row_ids(source, messages)
     lines: dict[str, _Line] = {}
+    drawn: dict[str, Any] = {}
     problems: list[str] = []
     for shard in Shard.all(count):
-        problems += _faults(shard, source, ids, shard_file(output, shard), lines)
+        problems += _faults(shard, source, ids, shard_file(output, shard), lines, drawn)
     if problems:
         raise ConfigError(f"output {output}: {unmergeable(problems, count)}")
 
@@ -55,8 +57,11 @@ def merge_answers(messages: Path, output: Path, count: int) -> bool:
     return not failed
 
 
-def _faults(shard: Shard, source: Messages, ids: list[str], path: Path, lines: dict[str, _Line]) -> Iterator[str]:
-    """What is wrong with the file of a shard; the lines that it should have are added to those by id."""
+def _faults(
+    shard: Shard, source: Messages, ids: list[str], path: Path, lines: dict[str, _Line], drawn: dict[str, Any]
+) -> Iterator[str]:
+    """What is wrong with the file of a shard; the lines that it should have are added to those by id. `drawn` becomes
+    what the first line of all shards notes."""
     if not path.is_file():
         yield f"shard {shard} is missing: there is no {path}; make it with --shard {shard}"
         return
@@ -75,6 +80,11 @@ def _faults(shard: Shard, source: Messages, ids: list[str], path: Path, lines: d
                 if "error" not in row and not has_messages_of(source, own[id], row):
                     told = f"{path} answers {id!r} in line {number}, and that row asks something else now"
                     yield f"shard {shard} is of other rows: {told}; take it away, and make it with --shard {shard}"
+                    return
+                drawn.update({} if drawn else row.get("drawn", {}))
+                if differing := differences(drawn, row.get("drawn", drawn)):
+                    told = f"{path} was drawn otherwise in line {number}: {'; '.join(differing)}"
+                    yield f"shard {shard} has other answers: {told}; take it away, and make it with --shard {shard}"
                     return
                 found.add(id)
                 lines[id] = _Line(path, offset, "error" in row)

@@ -261,7 +261,9 @@ def test_text_that_spells_special_tokens_is_answered_as_text(home: Path) -> None
     assert count[0] == count[1]
 
 
-def test_a_mixed_batch_goes_to_a_file_and_resumes(home: Path, tmp_path: Path) -> None:
+def test_a_mixed_batch_goes_to_a_file_and_resumes(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out, questions = tmp_path / "out.jsonl", home / "questions.jsonl"
     with open(questions, "w") as file:
         for row in map(json.loads, (home / "rows.jsonl").read_text().splitlines()):
@@ -278,6 +280,7 @@ def test_a_mixed_batch_goes_to_a_file_and_resumes(home: Path, tmp_path: Path) ->
     again = [json.loads(line) for line in out.read_text().splitlines()]
     assert {row["id"]: row["answer"] for row in again} == {id: row["answer"] for id, row in rows.items()}
     assert len(again) == 4
+    refused(capsys, home, "max_new_tokens is 3 there and 4 here", *call, "--max-new-tokens", "4")
 
     stopped = tmp_path / "stopped.jsonl"
     whole = next(row for row in rows.values() if row["answer"])
