@@ -52,9 +52,9 @@ def generate(
     the output of theirs."""
     from molora.config import ConfigError
     from molora.inference.answers import answer_rows
+    from molora.inference.drawn import drawn_by
     from molora.inference.generate import GenerationConfig
     from molora.inference.shards import merge_answers
-    from molora.synthetic.rated import drawn_by
     from molora.terminal import visible
 
     if (messages is None) != (output is None):

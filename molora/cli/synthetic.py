@@ -65,9 +65,10 @@ def roll_out(
     from functools import partial
 
     from molora.config import options as read_options
+    from molora.inference.drawn import drawn_by
     from molora.inference.generate import GenerationConfig
     from molora.synthetic import roll_out as rolling
-    from molora.synthetic.rated import drawn_by, open_verifier, write_rows
+    from molora.synthetic.rated import open_verifier, write_rows
     from molora.terminal import say, warn
 
     verifier = open_verifier(metric, at_least, read_options(settings or ()))
@@ -128,11 +129,12 @@ def pivot(
     from functools import partial
 
     from molora.config import options as read_options
+    from molora.inference.drawn import drawn_by
     from molora.inference.generate import GenerationConfig
     from molora.report.pivots import write_page
     from molora.synthetic import pivot as pivoting
     from molora.synthetic.pivotal import SearchConfig
-    from molora.synthetic.rated import drawn_by, open_verifier, write_rows
+    from molora.synthetic.rated import open_verifier, write_rows
     from molora.terminal import say, warn
 
     verifier = open_verifier(metric, at_least, read_options(settings or ()))

@@ -5,31 +5,25 @@ What is right is what a metric says of one answer, so that any metric that rates
 
 from __future__ import annotations
 
-import hashlib
-import json
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from molora.checkpoint.opening import locate, model_hashes
 from molora.config import ConfigError, plain
-from molora.convert.release import converted
 from molora.data.sources import Messages, MessagesConfig
 from molora.evaluate.metrics import open_metrics
 from molora.evaluate.questions import Question, judge, question
 from molora.inference.answers import answered_ids, check_outputs, differences, other_row_now, row_bytes, written_rows
-from molora.inference.generate import GenerationConfig
+from molora.inference.drawn import digest
 from molora.inference.load import Answer
 from molora.interrupt import Stopped
 from molora.storage import hold, write_atomically
 
 _ANOTHER = "or another output"
-# Settings that change what is drawn.
-_DECODING = ("max_new_tokens", "temperature", "top_p", "top_k", "stop", "seed")
 
 
 @dataclass(frozen=True)
@@ -93,17 +87,7 @@ def open_verifier(spec: str, at_least: float = 1.0, options: Mapping[str, Any] |
     if not rates or getattr(metric, "needs", None):
         raise ConfigError(f"metric: {spec!r} does not rate an answer by its text; take one such as exact_match")
     pinned = {**plain(getattr(metric, "config", None) or {}), **(options or {}), "at_least": at_least}
-    return Verifier(f"{spec} {_digest(pinned)}", metric, at_least)
-
-
-def drawn_by(
-    model: str, modalities: Sequence[str | Path], rules: Sequence[str], config: GenerationConfig
-) -> dict[str, Any]:
-    """What draws depend on beside their question: the state of the model, as a digest, and the settings. Raises, as
-    `load` does, for a model that is not there."""
-    hashes = model_hashes(locate(converted(model), modalities))
-    settings = {name: value for name, value in plain(config).items() if name in _DECODING}
-    return {"model": _digest([hashes, sorted(rules)]), **settings}
+    return Verifier(f"{spec} {digest(pinned)}", metric, at_least)
 
 
 class RatedFile(ABC):
@@ -189,11 +173,7 @@ def _read_questions(messages: Path) -> list[Question]:
 
 
 def _asked(asked: Question) -> str:
-    return _digest([asked.prompt, asked.expected, asked.answers, asked.choices, asked.choice])
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+    return digest([asked.prompt, asked.expected, asked.answers, asked.choices, asked.choice])
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:

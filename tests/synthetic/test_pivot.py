@@ -19,11 +19,12 @@ from molora.config import ConfigError
 from molora.data.preferences import Preferences
 from molora.data.sources import MessagesConfig, encode_row
 from molora.evaluate.metrics import NoOptions
+from molora.inference.drawn import drawn_by
 from molora.inference.generate import GenerationConfig
 from molora.inference.load import LoadedModel
 from molora.synthetic.pivot import PivotSearch, pairs, published_rows
 from molora.synthetic.pivotal import SearchConfig
-from molora.synthetic.rated import drawn_by, open_verifier
+from molora.synthetic.rated import open_verifier
 from molora.testing import byte_tokenizer
 from molora.testing.tiny import VOCAB_SIZE
 
