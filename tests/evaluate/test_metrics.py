@@ -15,9 +15,11 @@ from molora.config import ConfigError, build, dump, plain_yaml, read
 from molora.evaluate.judge import Evaluation, EvaluationConfig, Evaluations
 from molora.evaluate.metrics import Judged, Metric, NoOptions, open_metrics, scores
 from molora.evaluate.metrics.text import ExactMatch
-from molora.evaluate.questions import judge, question
+from molora.evaluate.questions import Question, judge, question
+from molora.inference.load import Answer
 from molora.plugin_kit import catalogue
 from molora.plugins import available, resolve
+from molora.synthetic.rated import open_verifier
 from molora.train.recipe import Recipe
 
 LENGTHS = """
@@ -178,11 +180,18 @@ def test_numbers_of_numpy_are_numbers() -> None:
 def test_the_metric_of_the_page_works_as_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).parents[2] / "docs/reference/answers.md").read_text()
     _, page = page.split("### A metric of your own")
+    page, each = page.split("### A metric that rates single answers")
     code, *recipes = re.findall(r"```python\n(.*?)```|    (metrics: [^\n]*lengths[^\n]*)\n", page, re.DOTALL)
     (tmp_path / "lengths.py").write_text(code[0])
     monkeypatch.chdir(tmp_path)
     named = [build(EvaluationConfig, {"data": {"kind": "x"}, **plain_yaml.parse(text)}, "page") for _, text in recipes]
     assert scores(JUDGED, open_metrics(named[0].metrics, "page"))["added_characters"] == (1 + 3) / 2
+    (code,) = re.findall(r"```python\n(.*?)```", each, re.DOTALL)
+    (tmp_path / "mentions.py").write_text(code)
+    verifier = open_verifier("mentions.py:Mentions")
+    asked = Question("q", ASKED, "yes", answers=["yes", "of course"])
+    rated = [verifier.rate(asked, Answer("q", text, (), 0, (), "stop")) for text in ("Well, yes!", "no")]
+    assert rated == [(1.0, True), (0.0, False)]
 
 
 def test_an_answer_is_right_if_it_equals_one_that_is_accepted() -> None:
