@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -12,7 +11,7 @@ import shutil
 import socket
 import stat
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,105 +26,115 @@ from molora.received import read_json
 from molora.shard import is_first_process
 
 _MAX_NAMED = 8
-# A kill can leave files of such names; `hold` removes them from a run folder.
-_TEMPORARY = re.compile(r"\.molora-[0-9a-f]{16}\.tmp|\.tmp\w{6}")  # ours, and those of safetensors' save_file
-_ASIDE = re.compile(r"\.molora-[0-9a-f]{16}\.aside")
+# What a process is writing, in a folder of such a name with a lock that goes with the process.
+_DRAFT = re.compile(r"\.molora-[0-9a-f]{16}\.tmp")
+_FORMER = ".former"  # in a draft, what it replaces
 _HOLDER = re.compile(r"process \d{1,10} on [\w.-]{1,80}")
 _ABOUT_MADE = "What molora converted once, to open it faster. It can be deleted.\n"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write(temporary path)`, then makes the result appear at `path` in one step. The temporary file is new, has
-    a name that no one can know before, and lies in the same folder. A link at `path` is replaced, not followed. The
-    mode follows the umask, whatever `write` does. On an OSError, `path` is as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, mode = _new_file(path.parent)
-    try:
+    """Calls `write(temporary path)`, then makes the result appear at `path` in one step. The temporary file is new, in
+    a folder beside `path` that no one else writes in. A link at `path` is replaced, not followed. The mode follows the
+    umask, whatever `write` does. On an OSError, `path` is as it was."""
+    with _draft(path.parent) as draft:
+        temporary, mode = draft / "new", (draft / ".lock").stat().st_mode
+        temporary.touch()
         write(temporary)
-        os.chmod(temporary, mode)
+        temporary.chmod(stat.S_IMODE(mode))
         sync(temporary)
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     sync(path.parent)
-
-
-def _new_file(folder: Path) -> tuple[Path, int]:
-    """An empty file that no one else has, and the mode that the umask gave it."""
-    path = folder / f".molora-{secrets.token_hex(8)}.tmp"
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    try:
-        return path, stat.S_IMODE(os.fstat(descriptor).st_mode)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager
 def write_folder(path: Path) -> Iterator[Path]:
-    """A draft to write files into, which then becomes the folder at `path`, in place of one that is there. After an
-    error the draft is removed, and what was at `path` is as it was. After a kill between the two renames `hold` puts it
-    back. Raises ConfigError where no folder can be."""
-    draft = path.parent / f".molora-{_mark(path)}{secrets.token_hex(4)}.tmp"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.mkdir()
-    except (FileExistsError, NotADirectoryError, FileNotFoundError, PermissionError) as error:
-        raise ConfigError(f"{path}: no folder can be made there ({error.strerror}); give another place") from error
-    try:
+    """A folder to write files into, which then becomes the folder at `path`, in place of one that is there. After an
+    error what was at `path` is as it was; after a kill between the two renames `hold` puts it back. Raises ConfigError
+    where no folder can be."""
+    _remove_dead(path.parent.glob(".molora-*.tmp"))
+    with contextlib.ExitStack() as opened:
+        try:
+            draft = opened.enter_context(_draft(path.parent))
+        except (FileExistsError, NotADirectoryError, FileNotFoundError, PermissionError) as error:
+            raise ConfigError(f"{path}: no folder can be made there ({error.strerror}); give another place") from error
         yield draft
         settle(draft)
-        with _set_aside(path):
+        with _draft(path.parent) as aside:
+            (aside / _FORMER).mkdir()
+            if os.path.lexists(path):
+                os.replace(path, aside / _FORMER / path.name)
             os.replace(draft, path)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+            (path / ".lock").unlink()
     sync(path.parent)
 
 
-def remove_drafts(path: Path) -> None:
-    """Removes what processes that were killed have written of the folder at `path`. Who calls it holds `path`."""
-    for draft in path.parent.glob(f".molora-{_mark(path)}????????.tmp"):
-        if _TEMPORARY.fullmatch(draft.name) and draft.is_dir() and not draft.is_symlink():
-            shutil.rmtree(draft)
-
-
-def _mark(path: Path) -> str:
-    """Tells drafts of one folder from those of others beside it."""
-    return hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]
-
-
 @contextlib.contextmanager
-def _set_aside(path: Path) -> Iterator[None]:
-    """Moves what is at `path` into a folder beside it, under its own name; in the end it is removed, or after an error
-    back in place."""
-    if not os.path.lexists(path):
-        yield
-        return
-    aside = path.parent / f".molora-{secrets.token_hex(8)}.aside"
-    aside.mkdir()
+def _draft(parent: Path) -> Iterator[Path]:
+    """A folder in `parent` with a name that no one can know before, for what this process is writing."""
+    parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        draft = parent / f".molora-{secrets.token_hex(8)}.tmp"
+        draft.mkdir()
+        if (descriptor := _locked(draft)) is not None:
+            break  # else who removes what killed processes left came between the two calls
     try:
-        os.replace(path, aside / path.name)
-        yield
+        yield draft
+    finally:
+        _discard(draft)
+        os.close(descriptor)
+
+
+def _locked(draft: Path) -> int | None:
+    """The open lock of a draft, if no other process has it or removed it."""
+    lock = draft / ".lock"
+    try:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except FileNotFoundError:
+        return None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        if os.path.samestat(lock.stat(follow_symlinks=False), os.fstat(descriptor)):
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
     except BaseException:
-        _put_back(aside)
+        os.close(descriptor)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    os.close(descriptor)
+    return None
 
 
-def _put_back(aside: Path) -> None:
-    """Moves what was set aside to its place, if nothing is there, and removes the rest."""
-    for former in aside.iterdir():
-        if not os.path.lexists(aside.parent / former.name):
-            os.replace(former, aside.parent / former.name)
-    shutil.rmtree(aside)
+def _discard(draft: Path) -> None:
+    """Moves what was set aside back to its place, if nothing is there, and removes the draft."""
+    former = draft / _FORMER
+    if former.is_dir() and not former.is_symlink():
+        for path in former.iterdir():
+            if not os.path.lexists(draft.parent / path.name):
+                os.replace(path, draft.parent / path.name)
+        shutil.rmtree(former, ignore_errors=True)  # before the lock
+    shutil.rmtree(draft, ignore_errors=True)
+
+
+def _remove_dead(paths: Iterable[Path]) -> None:
+    """Discards those drafts whose process was killed."""
+    for draft in paths:
+        if _DRAFT.fullmatch(draft.name) and draft.is_dir() and not draft.is_symlink():
+            with contextlib.suppress(OSError):  # such as another user's
+                if (descriptor := _locked(draft)) is not None:
+                    _discard(draft)
+                    os.close(descriptor)
 
 
 def settle(folder: Path) -> None:
     """Syncs a folder's files that a library wrote, with the umask's mode: safetensors lets only the owner read them."""
-    probe, mode = _new_file(folder)
-    probe.unlink()
+    with _draft(folder) as draft:
+        mode = stat.S_IMODE((draft / ".lock").stat().st_mode)
     for path in folder.iterdir():
         if path.is_file() and not path.is_symlink():
             path.chmod(mode)
@@ -188,10 +197,7 @@ def cache_folder() -> Path:
 def write_cached(path: Path, write: Callable[[Path], object]) -> bool:
     """Writes a file that only saves time, atomically. If it cannot be written, says so once and returns False."""
     try:
-        try:
-            write_atomically(path, write)
-        except FileNotFoundError:  # who holds the folder took its draft for one that a killed process left
-            write_atomically(path, write)
+        write_atomically(path, write)
     except OSError as error:
         _warn_once(
             f"{path.parent}: nothing can be kept there ({error.strerror or error}); going on without, so that what "
@@ -313,16 +319,11 @@ def _take(lock: Path, path: Path, *, wait: bool = False) -> int:
 
 
 def _sweep(folder: Path) -> None:
-    """Puts back what killed processes had set aside, and removes what they left. Raises ConfigError for a link out of
+    """Removes what killed processes left, and puts back what they had set aside. Raises ConfigError for a link out of
     the folder: it would be written through, and what it leads to removed with old states."""
-    for aside in sorted(folder.rglob(".molora-*.aside")):
-        if _ASIDE.fullmatch(aside.name) and aside.is_dir() and not aside.is_symlink():
-            _put_back(aside)
     for root, folders, files in os.walk(folder):
         for path in (Path(root, name) for name in (*folders, *files)):
             if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(folder):
                 told = f"{path}: leads out of the run, to {os.path.realpath(path)}, and is not written through"
                 raise ConfigError(f"{told}; put what it leads to in its place, or make the whole of {folder} a link")
-            if _TEMPORARY.fullmatch(path.name):
-                with contextlib.suppress(FileNotFoundError):  # another rank was writing it, as a clip, and is done
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _remove_dead(Path(root, name) for name in folders)

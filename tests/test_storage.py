@@ -182,11 +182,42 @@ def test_only_the_first_rank_takes_the_lock(tmp_path: Path, monkeypatch: pytest.
 
 def test_holding_removes_what_a_kill_left_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "state").mkdir()
-    for name in (".molora-0123456789abcdef.tmp", ".tmpKWxSpu", ".mine.tmp", "a.json"):
+    for name in (".mine.tmp", "a.json"):
         (tmp_path / "state" / name).write_text("")
+
+    def die(temporary: Path) -> None:
+        temporary.write_text("half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if os.fork() == 0:
+        write_atomically(tmp_path / "state" / "a.json", die)
+    os.wait()
+    assert len(list((tmp_path / "state").iterdir())) == 3
     with hold(tmp_path):
         pass
     assert sorted(path.name for path in (tmp_path / "state").iterdir()) == [".mine.tmp", "a.json"]
+
+
+def test_what_another_process_is_writing_stays(tmp_path: Path) -> None:
+    """Such as an evaluation of a run that someone starts to train."""
+    (tmp_path / "run").mkdir()
+    with write_folder(tmp_path / "run" / "a") as draft:
+        (draft / "old").write_text("")
+
+    def take(temporary: Path) -> None:
+        temporary.write_text("new")
+        with hold(tmp_path / "run"), write_folder(tmp_path / "run" / "b"):
+            pass
+
+    write_atomically(tmp_path / "run" / "file", take)
+    with write_folder(tmp_path / "run" / "a") as draft:
+        write_atomically(draft / "new", take)
+    assert sorted(str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*")) == [
+        "a",
+        "a/new",
+        "b",
+        "file",
+    ]
 
 
 KILLED = """
@@ -220,36 +251,39 @@ def test_a_folder_is_there_again_after_a_kill_between_its_renames(tmp_path: Path
     assert list((tmp_path / "state").iterdir()) == [folder]
 
 
-def test_what_was_set_aside_does_not_replace_what_is_there_and_a_link_is_not_followed(tmp_path: Path) -> None:
+def test_what_was_set_aside_does_not_replace_what_is_there_and_links_are_not_followed(tmp_path: Path) -> None:
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
-    aside = run / ".molora-0123456789abcdef.aside"
-    aside.mkdir(parents=True)
-    (aside / "a").write_text("old")
+    draft = run / ".molora-0123456789abcdef.tmp"
+    (draft / ".former").mkdir(parents=True)
+    (draft / ".former" / "a").write_text("old")
     (run / "a").write_text("new")
     with hold(run):
         pass
     assert [path.read_text() for path in run.iterdir()] == ["new"]
     elsewhere.mkdir()
     (elsewhere / "b").write_text("theirs")
-    aside.symlink_to(elsewhere)
+    draft.mkdir()
+    (draft / ".former").symlink_to(elsewhere)
+    with hold(run):
+        pass
+    assert [path.name for path in run.iterdir()] == ["a"]
+    draft.symlink_to(elsewhere)
     with pytest.raises(ConfigError, match="leads out of the run"), hold(run):
         pass
     assert (elsewhere / "b").read_text() == "theirs"
 
 
-def test_a_rank_keeps_files_in_a_run_that_the_first_rank_takes_meanwhile(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def write_clips() -> list[bool]:
-        return [write_cached(tmp_path / "clips" / str(clip), lambda path: path.write_text("kept")) for clip in range(3)]
+def test_a_rank_writes_in_a_run_that_the_first_rank_takes_meanwhile(tmp_path: Path) -> None:
+    def write_clips() -> None:
+        for clip in range(3):
+            write_tensors(tmp_path / "clips" / str(clip), {"x": torch.ones(3)})
 
     with ThreadPoolExecutor(1) as other:
         for _ in range(200):
-            kept = other.submit(write_clips)
+            written = other.submit(write_clips)
             with hold(tmp_path):
-                assert kept.result() == [True] * 3
+                written.result()
     assert sorted(path.name for path in (tmp_path / "clips").iterdir()) == ["0", "1", "2"]
-    assert not capsys.readouterr().err
 
 
 def test_a_cache_that_cannot_be_written_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

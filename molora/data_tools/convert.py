@@ -22,7 +22,7 @@ from molora.media import Sources
 from molora.media.policy import SCHEMES, scheme
 from molora.modality import MediaError
 from molora.received import check_name
-from molora.storage import hold, remove_drafts, write_folder
+from molora.storage import hold, write_folder
 from molora.terminal import progress
 
 # A larger file of one medium is refused; modalities refuse such files too.
@@ -105,19 +105,17 @@ def convert(
     opened = {check_name(name, str(target)): open_source(config, name) for name, config in sources.items()}
     written = Written()
     target.parent.mkdir(parents=True, exist_ok=True)
-    with hold(target):
-        remove_drafts(target)
-        with write_folder(target) as draft, progress(shown=show) as bars:
-            for name, source in opened.items():
-                num_rows = len(source) if limit is None else min(limit, len(source))
-                bar = bars.add_task(name, total=num_rows, note="")
-                files = _Lines(draft, name) if rows_per_shard is None else _Shards(draft, name, rows_per_shard)
-                with closing(files):
-                    for row in range(num_rows):
-                        _convert_row(source, row, name, files, written, strict)
-                        bars.advance(bar)
-            if written.num_left_out and not written.num_rows:
-                raise ValueError(f"none of {written.num_left_out:,} rows can be written; the first: {written.why[0]}")
+    with hold(target), write_folder(target) as draft, progress(shown=show) as bars:
+        for name, source in opened.items():
+            num_rows = len(source) if limit is None else min(limit, len(source))
+            bar = bars.add_task(name, total=num_rows, note="")
+            files = _Lines(draft, name) if rows_per_shard is None else _Shards(draft, name, rows_per_shard)
+            with closing(files):
+                for row in range(num_rows):
+                    _convert_row(source, row, name, files, written, strict)
+                    bars.advance(bar)
+        if written.num_left_out and not written.num_rows:
+            raise ValueError(f"none of {written.num_left_out:,} rows can be written; the first: {written.why[0]}")
     return written
 
 

@@ -597,7 +597,8 @@ def test_data_are_hashed_by_content_and_large_ones_by_name_and_size(
     assert whole["hashed"] == "content" and whole["bytes"] == 30
     globbed = SourceConfig(kind="x", options={"files": [{"path": str(tmp_path / "shards/*.tar")}]})
     assert about_source(globbed)["sha256"] == whole["sha256"]
-    (tmp_path / "shards/.molora-0123456789abcdef.tmp").write_text("what another process is writing")
+    (tmp_path / "shards/.molora-0123456789abcdef.tmp").mkdir()
+    (tmp_path / "shards/.molora-0123456789abcdef.tmp/new").write_text("what another process is writing")
     assert about_source(config) == whole
     (tmp_path / "shards/1.tar").write_text("another text...")
     assert about_source(config)["sha256"] != whole["sha256"]
