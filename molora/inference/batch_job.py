@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import re
+import secrets
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,6 +51,9 @@ _COMPARED_ROWS = 100
 # How often all rows of a block are tried together, and then one row, if whoever answers them dies over it.
 _TRIES_TOGETHER = 2
 _TRIES_OF_ROW = 2
+# How often one after the other may die while it loads the model, before the job ends.
+_TRIES_OF_LOADING = 3
+_LOADING = "_tried-loading-*.json"
 _FILE = re.compile(r"(\d{12})-(\d{12})")  # of the rows from the one number on, up to the other
 
 
@@ -213,6 +217,7 @@ class _Answering:
 
     def __init__(self, config: BatchConfig, output: Path, trust: Sequence[str], folder: str) -> None:
         os.chdir(folder)
+        _note_loading(output, config.actors)
         self.config = config
         self.output = output
         self.source = open_source(config.rows, "rows")
@@ -226,6 +231,8 @@ class _Answering:
             trust=trust,
             deterministic_batch=config.deterministic_batch,
         )
+        for note in output.glob(_LOADING):
+            note.unlink(missing_ok=True)
 
     def __call__(self, block: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, list[int]]:
         """Writes the answers to the rows of a block, but those that it has already; returns how many rows there are.
@@ -296,6 +303,16 @@ class _Answering:
                 found[number]["error"] = _storable(made.error)
             else:
                 yield made
+
+
+def _note_loading(output: Path, actors: int) -> None:
+    """Notes that an actor loads the model, until one has. Raises RuntimeError if others died over it: Ray would start
+    them for ever."""
+    before = len(list(output.glob(_LOADING)))
+    if before >= actors - 1 + _TRIES_OF_LOADING:  # all other actors may be loading now
+        told = f"the process died while it loaded the model, {_TRIES_OF_LOADING} times, as when memory runs out"
+        raise RuntimeError(f"{told}; give fewer actors a machine (cpus_per_actor, gpus_per_actor), or a smaller model")
+    write_json(output / _LOADING.replace("*", secrets.token_hex(8)), {})
 
 
 def _prompt(row: Mapping[str, Any]) -> Sequence[Any]:

@@ -273,6 +273,14 @@ class Raises(Messages):
         super().__init__(config)
         if os.getpid() != int(Path(__file__).with_name("driver").read_text()):
             raise RuntimeError("the first line\\n    and the second")
+
+class Heavy(Messages):
+    config_type = MessagesConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        if os.getpid() != int(Path(__file__).with_name("driver").read_text()):
+            os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
@@ -296,6 +304,20 @@ def test_a_row_that_ends_its_process_has_an_error_and_the_others_their_answers(h
     raises = config(home, tmp_path / "other", rows={**rows, "kind": f"{tmp_path / 'source.py'}:Raises"})
     with pytest.raises(RuntimeError, match="an actor fails: RuntimeError: the first line and the second; mend that"):
         answer_batch(build(BatchConfig, raises, "test"))
+
+
+@pytest.mark.usefixtures("ray_ends")
+def test_a_job_ends_whose_actors_die_while_they_load(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "driver").write_text(str(os.getpid()))
+    (tmp_path / "source.py").write_text(SOURCE)
+    rows = {"kind": f"{tmp_path / 'source.py'}:Heavy", "options": {"path": str(home / "rows.jsonl")}}
+    heavy = build(BatchConfig, config(home, tmp_path / "job", rows=rows), "test")
+    with pytest.raises(RuntimeError, match="an actor fails: .*died while it loaded the model, 3 times.*give fewer"):
+        answer_batch(heavy)
+    assert len(list((tmp_path / "job").glob("_tried-loading-*"))) == 3  # which do not count for another call
+    plain = config(home, tmp_path / "job", rows={**rows, "kind": "messages"})
+    assert answer_batch(build(BatchConfig, plain, "test")).failed == 0
+    assert not list((tmp_path / "job").glob("_tried-*"))
 
 
 @pytest.mark.parametrize(
