@@ -226,10 +226,12 @@ def _train(
                 group["lr"] = learning_rate(schedule, step, config.steps)
             loss = _losses(model, batch, config.precision).mean()
             losses.append(value := loss.item())
-            if not math.isfinite(value):
-                raise ConfigError(f"the loss of step {step} is {value}; lower learning_rate {config.learning_rate}")
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm).item()
+            for name, number in {"loss": value, "gradient norm": norm}.items():
+                if not math.isfinite(number):
+                    told = f"the {name} of step {step} is {number}"
+                    raise ConfigError(f"{told}; lower learning_rate {config.learning_rate}")
             optimizer.step()
             optimizer.zero_grad()
             stopping = interrupt.number

@@ -359,9 +359,22 @@ def test_a_foreign_folder_is_left_alone(tmp_path):
     assert (tmp_path / "backbone" / "notes").read_text() == "mine"
 
 
-def test_a_loss_that_is_no_number_stops_before_the_optimiser(tmp_path):
-    with pytest.raises(ConfigError, match="the loss of step .* is nan; lower learning_rate"):
+def test_a_loss_or_gradient_that_is_no_number_stops_before_the_optimiser(tmp_path):
+    with pytest.raises(ConfigError, match="of step .* is nan; lower learning_rate"):
         pretrain(tiny(tmp_path, learning_rate=1e30, max_gradient_norm=1e30))
+
+
+def test_a_gradient_that_is_no_number_stops_though_the_loss_is_one(tmp_path, monkeypatch):
+    """A loss can be finite where its slope is not."""
+    losses = module._losses
+
+    def steep(*given):
+        found = losses(*given)
+        return found + 0 * (found - found.detach()).sqrt()
+
+    monkeypatch.setattr(module, "_losses", steep)
+    with pytest.raises(ConfigError, match="the gradient norm of step 0 is nan; lower learning_rate"):
+        pretrain(tiny(tmp_path))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
