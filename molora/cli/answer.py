@@ -92,8 +92,8 @@ def generate(
         if merge is not None:
             whole = merge_answers(messages, output, merge)
         else:
-            drawn = drawn_by(model, modality or (), rule or (), config)
-            whole = answer_rows(load, messages, output, config, shard=share, strict=strict, drawn=drawn)
+            notes = {"drawn": drawn_by(model, modality or (), rule or (), config)}
+            whole = answer_rows(load, messages, output, config, shard=share, strict=strict, notes=notes)
         raise typer.Exit(0 if whole else options.FAILED_ROWS)
     loaded = load()
     content = parts + ([{"type": "text", "text": prompt}] if prompt else [])
@@ -136,9 +136,11 @@ def score(
     output has "log_probability" (natural logarithm), "num_tokens" and "is_greedy" (whether greedy decoding begins so).
     The same call goes on where it stopped; a row that fails gets its error, and exit code 2 says so."""
     from molora.inference.answers import score_rows
+    from molora.inference.drawn import model_digest
 
     load = options.opener(model, modality, rule, allow_urls, allow_private_addresses, trust_plugin, deterministic_batch)
-    if not score_rows(load, messages, output, strict=strict):
+    notes = {"model": model_digest(model, modality or (), rule or ())}
+    if not score_rows(load, messages, output, strict=strict, notes=notes):
         raise typer.Exit(options.FAILED_ROWS)
 
 

@@ -117,12 +117,12 @@ def answer_rows(
     *,
     shard: Shard = ALL_ROWS,
     strict: bool = False,
-    drawn: Mapping[str, Any] | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> bool:
     """Answers the rows of a file that have no answer yet, with a bar, and tells which failed. Returns whether none did.
     Raises what `answer_file` raises, before the model is loaded; with `strict` the error of the first row that fails,
     and Stopped after Ctrl-C, with all that was finished in the file."""
-    opened = answer_file(messages, output, shard=shard, drawn=drawn)
+    opened = answer_file(messages, output, shard=shard, notes=notes)
     with opened as rows, progress() as bars, _telling_what_is_done(rows):
         loaded = load()
         bar = bars.add_task("generate", total=len(rows.rows), completed=len(rows.rows) - len(rows.left), note="")
@@ -130,9 +130,17 @@ def answer_rows(
     return _told_of_faults(rows)
 
 
-def score_rows(load: Callable[[], LoadedModel], messages: Path, output: Path, *, strict: bool = False) -> bool:
+def score_rows(
+    load: Callable[[], LoadedModel],
+    messages: Path,
+    output: Path,
+    *,
+    strict: bool = False,
+    notes: Mapping[str, Any] | None = None,
+) -> bool:
     """Writes the likelihoods of the answers that the rows of a file end with; else as `answer_rows`."""
-    with answer_file(messages, output, "log_probability") as rows, progress() as bars, _telling_what_is_done(rows):
+    opened = answer_file(messages, output, "log_probability", notes=notes)
+    with opened as rows, progress() as bars, _telling_what_is_done(rows):
         loaded = load()
         bar = bars.add_task("score", total=len(rows.rows), completed=len(rows.rows) - len(rows.left), note="")
         rows.score(loaded, strict=strict, advance=lambda: bars.advance(bar))
@@ -166,24 +174,24 @@ def answer_file(
     output: Path,
     result: str = "answer",
     shard: Shard = ALL_ROWS,
-    drawn: Mapping[str, Any] | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> Iterator[AnswerFile]:
     """Opens rows, and keeps other processes from the file of their answers, whose lines have the key `result`. The
     answers to a `shard` of the rows go beside `output`. A half-written last line, left by a kill, is dropped. Each row
-    notes what answers depend on beside their messages, if that is given (`drawn`). Raises ConfigError for ids that are
-    not unique, and for an output that is the input, cannot be written, holds anything but answers, has those of another
-    shard, to other messages or drawn otherwise, or is in use; it is left as it is then."""
+    has the `notes` on what answers depend on beside their messages. Raises ConfigError for ids that are not unique, and
+    for an output that is the input, cannot be written, holds anything but answers, has those of another shard, to other
+    messages or with other notes, or is in use; it is left as it is then."""
     source = Messages(MessagesConfig(path=str(messages)))
     ids = row_ids(source, messages)
     output = shard_file(output, shard)
     check_outputs(messages, {"output": output})
     with hold(output):
         rows = shard.rows(len(ids))
-        done = answered_ids(output, result, _same_question(source, ids, output, drawn or {}))
+        done = answered_ids(output, result, _same_question(source, ids, output, notes or {}))
         if shard.count > 1 and (strays := done - {ids[row] for row in rows}):
             told = f"answers {min(strays)!r}, which is none of the rows of shard {shard} of {messages}"
             raise ConfigError(f"output {output}: {told}; give another --output, or take the file away")
-        yield AnswerFile(source, output, ids, rows, done, [], {} if drawn is None else {"drawn": drawn})
+        yield AnswerFile(source, output, ids, rows, done, [], notes or {})
 
 
 def check_outputs(messages: Path, outputs: Mapping[str, Path | None]) -> None:
@@ -257,17 +265,17 @@ def _ids(source: Messages) -> list[str]:
 
 
 def _same_question(
-    source: Messages, ids: Sequence[str], output: Path, drawn: Mapping[str, Any]
+    source: Messages, ids: Sequence[str], output: Path, notes: Mapping[str, Any]
 ) -> Callable[[int, Mapping[str, Any]], None]:
-    """What `answered_ids` calls to raise ConfigError for an answer to other messages than its row has now, or one that
-    notes that it was drawn otherwise."""
+    """What `answered_ids` calls to raise ConfigError for an answer to other messages than its row has now, or one with
+    other notes; one without any passes."""
     rows = {id: row for row, id in enumerate(ids)} if output.exists() else {}
 
     def check(number: int, written: Mapping[str, Any]) -> None:
         if written["id"] in rows and not has_messages_of(source, rows[written["id"]], written):
             raise ConfigError(f"output {output}: {other_row_now(number, written['id'])}")
-        if differing := differences(written.get("drawn", drawn), drawn):
-            told = f"output {output}: line {number} was drawn otherwise: {'; '.join(differing)}"
+        if differing := differences({key: written.get(key, value) for key, value in notes.items()}, notes):
+            told = f"output {output}: line {number} was made otherwise: {'; '.join(differing)}"
             raise ConfigError(f"{told}; give the same model and options, or another output")
 
     return check

@@ -22,9 +22,13 @@ def drawn_by(
 ) -> dict[str, Any]:
     """What draws depend on beside their question: the state of the model, as a digest, and the settings. Raises, as
     `load` does, for a model that is not there."""
-    hashes = model_hashes(locate(converted(model), modalities))
     settings = {name: value for name, value in plain(config).items() if name in _DECODING}
-    return {"model": digest([hashes, sorted(rules)]), **settings}
+    return {"model": model_digest(model, modalities, rules), **settings}
+
+
+def model_digest(model: str, modalities: Sequence[str | Path], rules: Sequence[str]) -> str:
+    """The state of a model and of its router, as a digest. Raises, as `load` does, for one that is not there."""
+    return digest([model_hashes(locate(converted(model), modalities)), sorted(rules)])
 
 
 def digest(value: Any) -> str:

@@ -353,6 +353,7 @@ def test_given_answers_are_scored_into_a_file_and_a_bad_row_has_exit_code_2(
     out.write_text("".join(lines[:2]) + lines[2][:9])  # a kill while the third was written
     assert run_cli(*call, str(out)) == 0
     assert [json.loads(line)["id"] for line in out.read_text().splitlines()] == [f"row {i}" for i in range(4)]
+    refused(capsys, home, "line 1 was made otherwise: model is", "score", str(home / "backbone"), *call[2:], str(out))
     questions = [{**row, "messages": row["messages"][:-1]} for row in rows.values()]
     (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions[:1]))
     capsys.readouterr()

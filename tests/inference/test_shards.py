@@ -71,13 +71,13 @@ def test_errors_are_merged_and_told(loaded: LoadedModel, tmp_path: Path, capsys:
 def test_shards_of_other_models_or_settings_do_not_go_together(loaded: LoadedModel, tmp_path: Path) -> None:
     given, out = write(tmp_path / "in.jsonl", rows("a", "b")), tmp_path / "out.jsonl"
     for shard, model in zip(Shard.all(2), ("one", "other"), strict=True):
-        assert answer_rows(lambda: loaded, given, out, DRAWN, shard=shard, drawn={"model": model})
+        assert answer_rows(lambda: loaded, given, out, DRAWN, shard=shard, notes={"drawn": {"model": model}})
     told = 'drawn otherwise in line 1: model is "one" there and "other" here; take it away'
     with pytest.raises(ConfigError, match=f"shard 1/2 has other answers: .*{told}"):
         merge_answers(given, out, 2)
     with (
-        pytest.raises(ConfigError, match='line 1 was drawn otherwise: model is "one" there and "new" here; give'),
-        answer_file(given, out, shard=Shard(0, 2), drawn={"model": "new"}),
+        pytest.raises(ConfigError, match='line 1 was made otherwise: drawn.model is "one" there and "new" here; give'),
+        answer_file(given, out, shard=Shard(0, 2), notes={"drawn": {"model": "new"}}),
     ):
         pass
 
