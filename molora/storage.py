@@ -26,9 +26,8 @@ from molora.received import read_json
 from molora.shard import is_first_process
 
 _MAX_NAMED = 8
-# What a process is writing, in a folder of such a name with a lock that goes with the process.
-_DRAFT = re.compile(r"\.molora-[0-9a-f]{16}\.tmp")
-_FORMER = ".former"  # in a draft, what it replaces
+# The lock of a draft: of what a process is writing in a folder beside it (.tmp), and what that replaces (.former).
+_DRAFT = re.compile(r"\.molora-[0-9a-f]{16}\.lock")
 _HOLDER = re.compile(r"process \d{1,10} on [\w.-]{1,80}")
 _ABOUT_MADE = "What molora converted once, to open it faster. It can be deleted.\n"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
@@ -38,11 +37,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write(temporary path)`, then makes the result appear at `path` in one step. The temporary file is new, in
     a folder beside `path` that no one else writes in. A link at `path` is replaced, not followed. The mode follows the
     umask, whatever `write` does. On an OSError, `path` is as it was."""
-    with _draft(path.parent) as draft:
-        temporary, mode = draft / "new", (draft / ".lock").stat().st_mode
+    with _draft(path.parent) as new:
+        temporary, mode = new / "file", _mode(new)
         temporary.touch()
         write(temporary)
-        temporary.chmod(stat.S_IMODE(mode))
+        temporary.chmod(mode)
         sync(temporary)
         os.replace(temporary, path)
     sync(path.parent)
@@ -51,90 +50,111 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 @contextlib.contextmanager
 def write_folder(path: Path) -> Iterator[Path]:
     """A folder to write files into, which then becomes the folder at `path`, in place of one that is there. After an
-    error what was at `path` is as it was; after a kill between the two renames `hold` puts it back. Raises ConfigError
-    where no folder can be."""
-    _remove_dead(path.parent.glob(".molora-*.tmp"))
+    error what was at `path` is as it was; after a kill between the two renames `hold` puts it back, or whoever writes a
+    folder beside it. Raises ConfigError where no folder can be."""
+    _remove_dead(path.parent.glob(".molora-*.lock"))
     with contextlib.ExitStack() as opened:
         try:
-            draft = opened.enter_context(_draft(path.parent))
+            new = opened.enter_context(_draft(path.parent))
         except (FileExistsError, NotADirectoryError, FileNotFoundError, PermissionError) as error:
             raise ConfigError(f"{path}: no folder can be made there ({error.strerror}); give another place") from error
-        yield draft
-        settle(draft)
-        with _draft(path.parent) as aside:
-            (aside / _FORMER).mkdir()
-            if os.path.lexists(path):
-                os.replace(path, aside / _FORMER / path.name)
-            os.replace(draft, path)
-            (path / ".lock").unlink()
+        yield new
+        settle(new)
+        if os.path.lexists(path):
+            former = new.with_suffix(".former")
+            former.mkdir()
+            os.replace(path, former / path.name)
+        os.replace(new, path)
     sync(path.parent)
 
 
 @contextlib.contextmanager
 def _draft(parent: Path) -> Iterator[Path]:
-    """A folder in `parent` with a name that no one can know before, for what this process is writing."""
+    """A folder in `parent` for what this process is writing, with a name that no one can know before. It is locked for
+    as long as the process writes, where there are locks."""
     parent.mkdir(parents=True, exist_ok=True)
     while True:
-        draft = parent / f".molora-{secrets.token_hex(8)}.tmp"
-        draft.mkdir()
-        if (descriptor := _locked(draft)) is not None:
-            break  # else who removes what killed processes left came between the two calls
+        lock = parent / f".molora-{secrets.token_hex(8)}.lock"
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        _held.add(descriptor)
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if _is_at(lock, descriptor):
+            break
+        _let_go(descriptor)  # who removes what killed processes left came between the two calls
+    new = lock.with_suffix(".tmp")
     try:
-        yield draft
+        new.mkdir()
+        yield new
     finally:
-        _discard(draft)
-        os.close(descriptor)
+        if descriptor in _held:  # not in a process that was forked meanwhile
+            try:
+                _discard(lock)
+            finally:
+                _let_go(descriptor)
 
 
-def _locked(draft: Path) -> int | None:
-    """The open lock of a draft, if no other process has it or removed it."""
-    lock = draft / ".lock"
-    try:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-    except FileNotFoundError:
-        return None
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-        if os.path.samestat(lock.stat(follow_symlinks=False), os.fstat(descriptor)):
-            return descriptor
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    except BaseException:
-        os.close(descriptor)
-        raise
-    os.close(descriptor)
-    return None
+def _mode(new: Path) -> int:
+    """The mode that the umask gives to a file of a draft."""
+    return stat.S_IMODE(new.with_suffix(".lock").stat().st_mode)
 
 
-def _discard(draft: Path) -> None:
-    """Moves what was set aside back to its place, if nothing is there, and removes the draft."""
-    former = draft / _FORMER
-    if former.is_dir() and not former.is_symlink():
+def _discard(lock: Path) -> None:
+    """Removes a draft, and moves what it should have replaced back to its place, if nothing is there."""
+    new, former = lock.with_suffix(".tmp"), lock.with_suffix(".former")
+    if new.exists() and former.is_dir() and not former.is_symlink():
         for path in former.iterdir():
-            if not os.path.lexists(draft.parent / path.name):
-                os.replace(path, draft.parent / path.name)
-        shutil.rmtree(former, ignore_errors=True)  # before the lock
-    shutil.rmtree(draft, ignore_errors=True)
+            if not os.path.lexists(lock.with_name(path.name)):
+                os.replace(path, lock.with_name(path.name))
+    for folder in (former, new):
+        shutil.rmtree(folder, ignore_errors=True)
+    if not former.exists() and not new.exists():
+        lock.unlink(missing_ok=True)
 
 
-def _remove_dead(paths: Iterable[Path]) -> None:
-    """Discards those drafts whose process was killed."""
-    for draft in paths:
-        if _DRAFT.fullmatch(draft.name) and draft.is_dir() and not draft.is_symlink():
-            with contextlib.suppress(OSError):  # such as another user's
-                if (descriptor := _locked(draft)) is not None:
-                    _discard(draft)
+def _remove_dead(locks: Iterable[Path]) -> None:
+    """Discards those drafts whose process was killed. What cannot be locked, or not be removed, stays."""
+    for lock in locks:
+        if _DRAFT.fullmatch(lock.name):
+            with contextlib.suppress(OSError):
+                descriptor = os.open(lock, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if _is_at(lock, descriptor):
+                        _discard(lock)
+                finally:
                     os.close(descriptor)
+
+
+# Locks that this process has, which a process forked from it must not keep: a parent that was killed has none.
+_held: set[int] = set()
+
+
+def _let_go(descriptor: int) -> None:
+    _held.discard(descriptor)
+    os.close(descriptor)
+
+
+def _let_go_in_child() -> None:
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
+
+
+def _is_at(lock: Path, descriptor: int) -> bool:
+    """Whether an open file is the one that lies at `lock` now."""
+    try:
+        return os.path.samestat(os.stat(lock, follow_symlinks=False), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def settle(folder: Path) -> None:
     """Syncs a folder's files that a library wrote, with the umask's mode: safetensors lets only the owner read them."""
-    with _draft(folder) as draft:
-        mode = stat.S_IMODE((draft / ".lock").stat().st_mode)
+    with _draft(folder) as new:
+        mode = _mode(new)
     for path in folder.iterdir():
         if path.is_file() and not path.is_symlink():
             path.chmod(mode)
@@ -169,7 +189,8 @@ def save_tensors(tensors: Mapping[str, Tensor], temporary: Path, metadata: dict[
     try:
         save_file(dict(tensors), temporary, metadata)
     except SafetensorError as error:
-        raise OSError(f"{temporary.parent}: tensors cannot be written there ({error}); free some space") from error
+        beside = temporary.parent.parent  # as `write_atomically` has it
+        raise OSError(f"{beside}: tensors cannot be written there ({error}); free some space") from error
 
 
 def check_shapes(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]], where: str) -> None:
@@ -229,7 +250,7 @@ def made_once(kind: str, key: str, is_whole: Callable[[Path], bool], make: Calla
             make(folder)
     finally:
         lock.unlink(missing_ok=True)
-        os.close(descriptor)
+        _let_go(descriptor)
     return folder
 
 
@@ -268,21 +289,14 @@ def hold(path: Path) -> Iterator[None]:
     path = Path(os.path.realpath(path))
     lock = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
     descriptor = _take(lock, path)
-    in_parent = True
-
-    def let_go_in_child() -> None:  # a data worker must not keep the lock of a parent that was killed
-        if in_parent:
-            os.close(descriptor)
-
-    os.register_at_fork(after_in_child=let_go_in_child)
     try:
         if path.is_dir():
             _sweep(path)
         yield
     finally:
-        in_parent = False
-        lock.unlink(missing_ok=True)
-        os.close(descriptor)
+        if descriptor in _held:  # not in a process that was forked meanwhile
+            lock.unlink(missing_ok=True)
+            _let_go(descriptor)
 
 
 def _take(lock: Path, path: Path, *, wait: bool = False) -> int:
@@ -307,11 +321,11 @@ def _take(lock: Path, path: Path, *, wait: bool = False) -> int:
                 if error.errno not in _NO_LOCKS:
                     raise
                 _warn_once(f"{path}: its file system has no locks ({error.strerror}); let nothing else write there")
-            with contextlib.suppress(FileNotFoundError):  # its holder ended and removed it between the two calls
-                if os.path.samestat(os.stat(lock, follow_symlinks=False), found):
-                    os.ftruncate(descriptor, 0)
-                    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-                    return descriptor
+            if _is_at(lock, descriptor):  # else its holder ended and removed it between the two calls
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+                _held.add(descriptor)
+                return descriptor
         except BaseException:
             os.close(descriptor)
             raise
@@ -319,11 +333,12 @@ def _take(lock: Path, path: Path, *, wait: bool = False) -> int:
 
 
 def _sweep(folder: Path) -> None:
-    """Removes what killed processes left, and puts back what they had set aside. Raises ConfigError for a link out of
-    the folder: it would be written through, and what it leads to removed with old states."""
-    for root, folders, files in os.walk(folder):
+    """Removes what killed processes left, and puts back what they should have replaced. Raises ConfigError for a link
+    out of the folder: it would be written through, and what it leads to removed with old states."""
+    for root, _, files in os.walk(folder):
+        _remove_dead(Path(root, name) for name in files)
+    for root, folders, files in os.walk(folder):  # once all is in its place
         for path in (Path(root, name) for name in (*folders, *files)):
             if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(folder):
                 told = f"{path}: leads out of the run, to {os.path.realpath(path)}, and is not written through"
                 raise ConfigError(f"{told}; put what it leads to in its place, or make the whole of {folder} a link")
-        _remove_dead(Path(root, name) for name in folders)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import resource
 import signal
@@ -10,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -122,7 +125,7 @@ def test_a_folder_that_cannot_be_replaced_is_as_it_was(
 def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path: Path, small_files: None) -> None:
     path = tmp_path / "a.safetensors"
     write_tensors(path, {"x": torch.ones(3)})
-    with pytest.raises(OSError, match="tensors cannot be written there.*free some space"):
+    with pytest.raises(OSError, match=f"^{tmp_path}: tensors cannot be written there.*free some space"):
         write_tensors(path, {"x": torch.ones(2**16)})
     assert received.read_tensors(path)["x"].tolist() == [1, 1, 1]
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
@@ -192,7 +195,7 @@ def test_holding_removes_what_a_kill_left_and_nothing_else(tmp_path: Path) -> No
     if os.fork() == 0:
         write_atomically(tmp_path / "state" / "a.json", die)
     os.wait()
-    assert len(list((tmp_path / "state").iterdir())) == 3
+    assert len(list((tmp_path / "state").iterdir())) == 4
     with hold(tmp_path):
         pass
     assert sorted(path.name for path in (tmp_path / "state").iterdir()) == [".mine.tmp", "a.json"]
@@ -251,26 +254,73 @@ def test_a_folder_is_there_again_after_a_kill_between_its_renames(tmp_path: Path
     assert list((tmp_path / "state").iterdir()) == [folder]
 
 
-def test_what_was_set_aside_does_not_replace_what_is_there_and_links_are_not_followed(tmp_path: Path) -> None:
-    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
-    draft = run / ".molora-0123456789abcdef.tmp"
-    (draft / ".former").mkdir(parents=True)
-    (draft / ".former" / "a").write_text("old")
+@pytest.fixture
+def killed_draft(tmp_path: Path) -> tuple[Path, Path]:
+    """A run, and the folder of what a process that was killed would have put something in place of."""
+    draft = tmp_path / "run" / ".molora-0123456789abcdef"
+    for ending in ("tmp", "former"):
+        draft.with_suffix(f".{ending}").mkdir(parents=True)
+    draft.with_suffix(".lock").touch()
+    return tmp_path / "run", draft.with_suffix(".former")
+
+
+def test_what_was_set_aside_does_not_replace_what_is_there(killed_draft: tuple[Path, Path]) -> None:
+    run, former = killed_draft
+    (former / "a").write_text("old")
     (run / "a").write_text("new")
     with hold(run):
         pass
     assert [path.read_text() for path in run.iterdir()] == ["new"]
+
+
+def test_what_was_replaced_does_not_come_back(killed_draft: tuple[Path, Path]) -> None:
+    """Such as half of a folder, by a kill while it was removed, after someone moved the new one away."""
+    run, former = killed_draft
+    (former / "a").write_text("half")
+    former.with_suffix(".tmp").rmdir()
+    with write_folder(run / "b"):
+        pass
+    assert [path.name for path in run.iterdir()] == ["b"]
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_links_of_a_received_run_lead_nowhere(killed_draft: tuple[Path, Path], inside: bool) -> None:
+    run, former = killed_draft
+    elsewhere = run.with_name("elsewhere")
     elsewhere.mkdir()
     (elsewhere / "b").write_text("theirs")
-    draft.mkdir()
-    (draft / ".former").symlink_to(elsewhere)
-    with hold(run):
-        pass
-    assert [path.name for path in run.iterdir()] == ["a"]
-    draft.symlink_to(elsewhere)
+    if not inside:
+        former.rmdir()
+    (former / "state" if inside else former).symlink_to(elsewhere)
     with pytest.raises(ConfigError, match="leads out of the run"), hold(run):
         pass
     assert (elsewhere / "b").read_text() == "theirs"
+    assert not (run / "b").exists()
+
+
+def test_without_locks_what_another_process_is_writing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with write_folder(tmp_path / "a") as draft:
+        with write_folder(tmp_path / "b"), hold(tmp_path):
+            pass
+        (draft / "x").write_text("")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_process_that_is_forked_meanwhile_neither_removes_nor_keeps_a_draft(tmp_path: Path) -> None:
+    with suppress(InterruptedError):
+        with hold(tmp_path), write_folder(tmp_path / "a") as draft:
+            if (child := os.fork()) == 0:
+                raise InterruptedError
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+            assert (tmp_path / ".lock").exists()
+            (draft / "x").write_text("")
+        assert [path.name for path in tmp_path.iterdir()] == ["a"]
+        return
+    os._exit(1 if storage._held else 0)
 
 
 def test_a_rank_writes_in_a_run_that_the_first_rank_takes_meanwhile(tmp_path: Path) -> None:

