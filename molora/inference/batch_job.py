@@ -311,7 +311,7 @@ def _note_loading(output: Path, actors: int) -> None:
     before = len(list(output.glob(_LOADING)))
     if before >= actors - 1 + _TRIES_OF_LOADING:  # all other actors may be loading now
         told = f"the process died while it loaded the model, {_TRIES_OF_LOADING} times, as when memory runs out"
-        raise RuntimeError(f"{told}; give fewer actors a machine (cpus_per_actor, gpus_per_actor), or a smaller model")
+        raise RuntimeError(f"{told}; let fewer share a machine (more cpus_per_actor), or take a smaller model")
     write_json(output / _LOADING.replace("*", secrets.token_hex(8)), {})
 
 
