@@ -12,7 +12,7 @@ import socket
 import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -76,7 +76,7 @@ def _draft(parent: Path) -> Iterator[Path]:
     while True:
         lock = parent / f".molora-{secrets.token_hex(8)}.lock"
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        _held.add(descriptor)
+        _held().add(descriptor)
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         if _is_at(lock, descriptor):
@@ -87,7 +87,7 @@ def _draft(parent: Path) -> Iterator[Path]:
         new.mkdir()
         yield new
     finally:
-        if descriptor in _held:  # not in a process that was forked meanwhile
+        if descriptor in _held():  # not in a process that was forked meanwhile
             try:
                 _discard(lock)
             finally:
@@ -126,21 +126,22 @@ def _remove_dead(locks: Iterable[Path]) -> None:
                     os.close(descriptor)
 
 
-# Locks that this process has, which a process forked from it must not keep: a parent that was killed has none.
-_held: set[int] = set()
+@cache
+def _held() -> set[int]:
+    """Locks that this process has. One that is forked from it has none: else those of a parent that was killed stay."""
+    held: set[int] = set()
+
+    def let_go() -> None:
+        while held:
+            os.close(held.pop())
+
+    os.register_at_fork(after_in_child=let_go)
+    return held
 
 
 def _let_go(descriptor: int) -> None:
-    _held.discard(descriptor)
+    _held().discard(descriptor)
     os.close(descriptor)
-
-
-def _let_go_in_child() -> None:
-    while _held:
-        os.close(_held.pop())
-
-
-os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 def _is_at(lock: Path, descriptor: int) -> bool:
@@ -294,7 +295,7 @@ def hold(path: Path) -> Iterator[None]:
             _sweep(path)
         yield
     finally:
-        if descriptor in _held:  # not in a process that was forked meanwhile
+        if descriptor in _held():  # not in a process that was forked meanwhile
             lock.unlink(missing_ok=True)
             _let_go(descriptor)
 
@@ -324,7 +325,7 @@ def _take(lock: Path, path: Path, *, wait: bool = False) -> int:
             if _is_at(lock, descriptor):  # else its holder ended and removed it between the two calls
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-                _held.add(descriptor)
+                _held().add(descriptor)
                 return descriptor
         except BaseException:
             os.close(descriptor)

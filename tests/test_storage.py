@@ -320,7 +320,7 @@ def test_a_process_that_is_forked_meanwhile_neither_removes_nor_keeps_a_draft(tm
             (draft / "x").write_text("")
         assert [path.name for path in tmp_path.iterdir()] == ["a"]
         return
-    os._exit(1 if storage._held else 0)
+    os._exit(1 if storage._held() else 0)
 
 
 def test_a_rank_writes_in_a_run_that_the_first_rank_takes_meanwhile(tmp_path: Path) -> None:
