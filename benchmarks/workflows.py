@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import random
+import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -43,8 +44,7 @@ def opened(name: str, output: Path, model: LoadedModel, given: argparse.Namespac
 def written(folder: Path) -> dict[str, bytes]:
     """What a workflow made, but for what it keeps of answers, whose lines come as they are finished."""
     files = (path for path in sorted(folder.rglob("*.jsonl")) if path != folder / "answers.jsonl")
-    here = str(folder).encode()  # where clips are
-    return {str(path.relative_to(folder)): path.read_bytes().replace(here, b"") for path in files}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def killed(workflow: Workflow, seconds: float, kills: int) -> int:
@@ -76,14 +76,16 @@ def main() -> None:
     with TemporaryDirectory() as home:
         for name in names:
             begin = time.monotonic()
-            make = partial(opened, name, model=model, given=given)
-            whole = make(Path(home) / name / "whole")
+            output = Path(home) / name  # for both, as it can be a part of what rows say
+            make = partial(opened, name, output, model, given)
+            whole = make()
             found = report(whole, whole.run())
             seconds = time.monotonic() - begin
-            other = Path(home) / name / "killed"
-            times = killed(make(other), seconds, given.kills)
-            make(other).run()
-            before, after = written(Path(home) / name / "whole"), written(other)
+            before = written(output)
+            shutil.rmtree(output)
+            times = killed(make(), seconds, given.kills)
+            make().run()
+            after = written(output)
             differ = [file for file in sorted({*before, *after}) if before.get(file) != after.get(file)]
             first = next(step["rows"] for step in found["steps"] if step["kind"] == "sample")
             rest = f"{found['rows']} of {first} rows came through, {found['tokens']:,} tokens, {seconds:.0f} s"
