@@ -242,16 +242,12 @@ def made_once(kind: str, key: str, is_whole: Callable[[Path], bool], make: Calla
             _temporary[kind] = TemporaryDirectory(prefix="molora-")
         folder = Path(_temporary[kind].name) / key
     lock = folder.with_name(".lock")
-    descriptor = _take(lock, folder, wait=True)
-    try:
+    with _locked(lock, folder, wait=True):
         _sweep(Path(os.path.realpath(folder.parent)))
         if not is_whole(folder):
             if folder.exists():
                 shutil.rmtree(folder)
             make(folder)
-    finally:
-        lock.unlink(missing_ok=True)
-        _let_go(descriptor)
     return folder
 
 
@@ -289,10 +285,17 @@ def hold(path: Path) -> Iterator[None]:
         return
     path = Path(os.path.realpath(path))
     lock = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
-    descriptor = _take(lock, path)
-    try:
+    with _locked(lock, path):
         if path.is_dir():
             _sweep(path)
+        yield
+
+
+@contextlib.contextmanager
+def _locked(lock: Path, path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Keeps other processes from `path` by a file `lock`, which is gone afterwards; else as `_take`."""
+    descriptor = _take(lock, path, wait=wait)
+    try:
         yield
     finally:
         if descriptor in _held():  # not in a process that was forked meanwhile

@@ -359,21 +359,22 @@ def test_a_foreign_folder_is_left_alone(tmp_path):
     assert (tmp_path / "backbone" / "notes").read_text() == "mine"
 
 
-def test_a_loss_or_gradient_that_is_no_number_stops_before_the_optimiser(tmp_path):
-    with pytest.raises(ConfigError, match="of step .* is nan; lower learning_rate"):
+def test_a_learning_rate_that_is_too_high_is_told(tmp_path):
+    with pytest.raises(ConfigError, match="the gradient norm of step 1 is nan; lower learning_rate"):
         pretrain(tiny(tmp_path, learning_rate=1e30, max_gradient_norm=1e30))
 
 
-def test_a_gradient_that_is_no_number_stops_though_the_loss_is_one(tmp_path, monkeypatch):
-    """A loss can be finite where its slope is not."""
+@pytest.mark.parametrize(
+    ("name", "spoilt"),
+    [
+        ("loss", lambda found: found * math.nan),
+        ("gradient norm", lambda found: found + 0 * (found - found.detach()).sqrt()),  # of a loss that is one
+    ],
+)
+def test_what_is_no_number_stops_before_the_optimiser(tmp_path, monkeypatch, name, spoilt):
     losses = module._losses
-
-    def steep(*given):
-        found = losses(*given)
-        return found + 0 * (found - found.detach()).sqrt()
-
-    monkeypatch.setattr(module, "_losses", steep)
-    with pytest.raises(ConfigError, match="the gradient norm of step 0 is nan; lower learning_rate"):
+    monkeypatch.setattr(module, "_losses", lambda *given: spoilt(losses(*given)))
+    with pytest.raises(ConfigError, match=f"the {name} of step 0 is nan; lower learning_rate"):
         pretrain(tiny(tmp_path))
 
 
